@@ -1,0 +1,239 @@
+"""Typed, versioned files between stages: schema version, atomic save, checked load.
+
+JSON artifacts are pydantic models. A file is written whole or not at all (temporary file, fsync, rename).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ziplm_deploy.config import Environment
+from ziplm_deploy.errors import CorruptArtifactError, StorageError
+
+ModuleKind = Literal["attention", "ffn"]
+Variant = Literal["fp32", "int8", "sparse", "sparse-int8"]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it, on any failure remove it.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes_with(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file that then becomes ``path``, atomically."""
+    with atomic_path(path) as temporary:
+        write(temporary)
+
+
+class Artifact(BaseModel):
+    """A JSON file with ``kind`` and ``schema_version``; both are checked when it is loaded."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    KIND: ClassVar[str]
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    def save(self, path: Path) -> None:
+        head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
+        write_text(path, json.dumps({**head, **self.model_dump(mode="json")}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a file of this kind.
+
+        Raises:
+            CorruptArtifactError: missing, not JSON, of another kind or schema version, or fields are wrong.
+        """
+        what = cls.KIND.replace("_", " ")
+        try:
+            raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptArtifactError(
+                f"expected a {what} in {path}, found: {error}; make it again with the stage that writes it"
+            ) from error
+        kind, version = (raw.pop("kind", None), raw.pop("schema_version", None)) if isinstance(raw, dict) else (None,) * 2
+        if kind != cls.KIND or version != cls.SCHEMA_VERSION:
+            raise CorruptArtifactError(
+                f"expected a {what} of schema {cls.SCHEMA_VERSION} in {path}, found kind {kind!r}, schema {version!r}; "
+                "make it again with this version of ziplm-deploy"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise CorruptArtifactError(f"expected a {what} in {path}, found wrong fields: {error}") from error
+
+
+class MachineInfo(BaseModel):
+    """What a measurement depends on. ``fingerprint`` compares only what changes latency."""
+
+    cpu_model: str
+    isa_flags: tuple[str, ...]  # the ones that matter for inference: avx2, avx512f, avx512_vnni, amx_int8 …
+    logical_cores: int
+    usable_cores: int  # affinity ∩ cgroup quota
+    memory_bytes: int
+    operating_system: str
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.cpu_model} | {' '.join(self.isa_flags)}"
+
+
+class Timing(BaseModel):
+    """Summary of repeated timings of one thing, in milliseconds."""
+
+    median_ms: float
+    low_ms: float  # bootstrap 95 % interval of the median
+    high_ms: float
+    p90_ms: float
+    p99_ms: float
+    n: int
+
+
+class ModelShape(BaseModel):
+    """The dimensions that decide what a cell costs."""
+
+    model_type: str
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+class Cell(BaseModel):
+    """Latency of one sub-block: attention with ``size`` heads or an FFN of width ``size``; 0 = dropped."""
+
+    kind: ModuleKind
+    size: int
+    timing: Timing
+
+
+class LatencyTable(Artifact):
+    """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine."""
+
+    KIND: ClassVar[str] = "latency_table"
+
+    machine: MachineInfo
+    engine: str
+    engine_version: str
+    environment: Environment
+    shape: ModelShape
+    variant: Variant = "fp32"
+    shapes: Literal["dynamic", "static"]
+    opset: int
+    stack_depth: int
+    base: Timing  # embeddings + head: the model with no layers
+    dense: Timing  # the dense model end to end, same run
+    cells: list[Cell]
+    date: str
+    measuring_seconds: float
+    total_seconds: float
+    noise: dict[str, float] = Field(default_factory=dict)  # e.g. aa_ratio, rounds, remeasured
+
+    def latency_ms(self, kind: ModuleKind, size: int) -> float:
+        """Milliseconds of one sub-block; raises ``KeyError`` for a size that was not measured."""
+        return self._by_size()[kind, size]
+
+    def sizes(self, kind: ModuleKind) -> list[int]:
+        """Measured sizes of a kind, ascending."""
+        return sorted(cell.size for cell in self.cells if cell.kind == kind)
+
+    def _by_size(self) -> dict[tuple[str, int], float]:
+        return {(cell.kind, cell.size): cell.timing.median_ms for cell in self.cells}
+
+    def predict_ms(self, sizes: dict[str, int]) -> float:
+        """Predicted end-to-end latency of a plan ``{"0.attention": heads, "0.ffn": width, …}``."""
+        lookup = self._by_size()
+        return self.base.median_ms + sum(lookup[name.split(".")[1], size] for name, size in sizes.items())
+
+    def predict_dense_ms(self) -> float:
+        shape = self.shape
+        layer_ms = self.latency_ms("attention", shape.n_heads) + self.latency_ms("ffn", shape.intermediate_size)
+        return self.base.median_ms + shape.n_layers * layer_ms
+
+
+class PruningPlan(Artifact):
+    """Which level every module gets: heads for attention, columns for FFN, keyed ``LAYER.KIND``."""
+
+    KIND: ClassVar[str] = "pruning_plan"
+
+    speedup_target: float
+    budget_ms: float  # for Σ modules, after the closed loop's corrections
+    method: str
+    sizes: dict[str, int]
+    predicted_ms: float
+    predicted_speedup: float
+    search_loss: float  # distance to the dense model on the re-ranking examples
+    seed_losses: dict[str, float] = Field(default_factory=dict)  # plan without search, uniform, … same examples
+    evaluations: int = 0
+
+
+class VariantResult(BaseModel):
+    """One ONNX file in an interleaved benchmark."""
+
+    name: str
+    path: str
+    latency: Timing
+    p50_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    speedup: float  # over the baseline of the same run
+    speedup_low: float
+    speedup_high: float
+    samples_ms: list[float]
+
+
+class BenchmarkRecord(Artifact):
+    """End-to-end timings of several ONNX files, interleaved in one run, with an A/A line."""
+
+    KIND: ClassVar[str] = "benchmark_record"
+
+    machine: MachineInfo
+    engine: str
+    engine_version: str
+    environment: Environment
+    baseline: str
+    aa_ratio: float  # the baseline against itself in the same run
+    aa_low: float
+    aa_high: float
+    variants: list[VariantResult]
+    date: str
+    seconds: float
+
+    def variant(self, name: str) -> VariantResult:
+        return next(result for result in self.variants if result.name == name)

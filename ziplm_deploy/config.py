@@ -1,0 +1,243 @@
+"""The recipe: one frozen model per stage, every field with its unit, default and reason.
+
+``ziplm-deploy recipe-reference`` prints the table of README from the descriptions below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ziplm_deploy.errors import RecipeError
+
+TaskName = Literal[
+    "sentence-similarity",
+    "text-classification",
+    "question-answering",
+    "token-classification",
+    "fill-mask",
+    "image-classification",
+]
+MethodName = Literal["ziplm", "magnitude", "random", "uniform", "layer-drop", "flap"]
+
+
+class Frozen(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Frozen):
+    path: str = Field(
+        description="Local folder, hub id, or `package:NAME` for a model that an installed Python package ships."
+    )
+    task: TaskName = Field(description="What the model does; decides head, data columns, metric and ONNX outputs.")
+    revision: str | None = Field(None, description="Hub revision; only used with a hub id.")
+    pooling: Literal["mean", "cls"] = Field(
+        "mean", description="How sentence-similarity models turn token vectors into one embedding."
+    )
+    normalize: bool = Field(True, description="Scale embeddings to length 1 (sentence-similarity).")
+
+
+class DataConfig(Frozen):
+    calibration: str | None = Field(
+        None, description="Data for Hessians and search: CSV/JSONL/Parquet file (`.gz` allowed) or a `datasets` name."
+    )
+    evaluation: str | None = Field(
+        None, description="Labelled data for the metric of the ONNX files; without it accuracy is not reported."
+    )
+    calibration_split: str = Field("train", description="Split, when `calibration` is a `datasets` name.")
+    evaluation_split: str = Field("validation", description="Split, when `evaluation` is a `datasets` name.")
+    config_name: str | None = Field(None, description="Configuration of a `datasets` name, e.g. `sst2` of `glue`.")
+    text_columns: tuple[str, ...] | None = Field(
+        None, description="Columns with the text (or image); default: found from the task's usual names."
+    )
+    label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
+    n_calibration: int = Field(
+        512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (one_shot benchmark)."
+    )
+    n_evaluation: int | None = Field(None, ge=1, description="Evaluation examples; default: all of them.")
+
+
+class Environment(Frozen):
+    engine: Literal["onnxruntime"] = Field("onnxruntime", description="Inference engine that will serve the model.")
+    batch_size: int = Field(1, ge=1, le=4096, description="Requests in one call: 1 for latency, 16+ for throughput.")
+    seq_len: int = Field(128, ge=4, le=8192, description="Tokens a request (ignored for image models).")
+    threads: int = Field(1, ge=1, description="Intra-op threads; never more than the process is granted.")
+
+    @property
+    def scenario(self) -> str:
+        """MLPerf name of the serving pattern."""
+        return "SingleStream" if self.batch_size == 1 else "Offline"
+
+    def describe(self) -> str:
+        return f"{self.engine}, batch {self.batch_size}, {self.seq_len} tokens, {self.threads} thread(s)"
+
+
+class ProfileConfig(Frozen):
+    table: Path | None = Field(None, description="Use this latency table instead of measuring one.")
+    allow_foreign_table: bool = Field(
+        False, description="Accept a table of another machine or engine version; predictions may then be far off."
+    )
+    stack_depth: int = Field(4, ge=1, le=32, description="Identical sub-blocks a cell; 1 is biased by warm caches.")
+    width_ratio: float = Field(0.9, gt=0.3, lt=1.0, description="FFN widths shrink by this factor a level.")
+    width_align: int = Field(8, ge=1, description="FFN widths are multiples of this: one AVX register of floats.")
+    min_rounds: int = Field(15, ge=3, description="Interleaved rounds before any cell may be called stable.")
+    max_rounds: int = Field(120, ge=3, description="Interleaved rounds after which measuring stops.")
+    precision: float = Field(
+        0.015, gt=0, lt=0.5, description="Stop when every cell's standard error of the median is below this fraction."
+    )
+    max_seconds: float = Field(240.0, gt=0, description="Time limit of the measuring loop (export not included).")
+
+
+class SearchConfig(Frozen):
+    n_sequences: int = Field(96, ge=8, description="Calibration examples on which candidate plans are compared.")
+    n_rerank: int = Field(256, ge=8, description="Examples on which the best candidates are compared again.")
+    sensitivity_levels: int = Field(
+        4, ge=1, le=16, description="Levels a module at which the loss is measured before the search."
+    )
+    coefficient_steps: int = Field(30, ge=0, description="Random coefficient steps of the SPDY search.")
+    swap_evaluations: int = Field(150, ge=0, description="Plans tried by level swaps: where most of the gain comes from.")
+
+
+class PruneConfig(Frozen):
+    method: MethodName = Field("ziplm", description="`ziplm`, or a baseline behind the same interface.")
+    damping: float = Field(0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal.")
+    centred: bool = Field(True, description="Centred Hessian: weights and bias are compensated jointly.")
+    reconstruct: bool = Field(
+        True, description="After the search, refit kept weights to the dense residual stream, layer by layer."
+    )
+    memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers are streamed under it.")
+    search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")
+
+
+class ExportConfig(Frozen):
+    shapes: Literal["dynamic", "static"] = Field(
+        "dynamic", description="`dynamic` accepts any batch and length; `static` fixes those of the environment."
+    )
+    opset: int = Field(17, ge=14, le=20, description="ONNX opset; 17 is the first with LayerNormalization.")
+    embed_in_graph: bool = Field(
+        True, description="Sentence-similarity: add pooling and normalisation as output `sentence_embedding`."
+    )
+
+
+class BenchmarkConfig(Frozen):
+    rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …).")
+    runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after one untimed run.")
+    max_seconds: float = Field(180.0, gt=0, description="Time limit; stops after the round in which it passes.")
+    tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
+    overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")
+    max_corrections: int = Field(3, ge=0, description="How often the closed loop may solve again a target.")
+    parity_atol: float = Field(1e-4, gt=0, description="Largest difference between torch and ONNX outputs at export.")
+
+
+Speedup = Annotated[float, Field(gt=1.0, le=1000.0)]
+
+
+class Recipe(Frozen):
+    """A whole run. Load it with :func:`load_recipe`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    output_dir: Path = Field(Path("runs"), description="The run's folder is made in here.")
+    seed: int = Field(0, ge=0, description="Seed of sampling and search.")
+    model: ModelConfig = Field(description="What to prune.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Calibration and evaluation data.")
+    environment: Environment = Field(default_factory=Environment, description="Where it will serve.")
+    speedups: tuple[Speedup, ...] = Field(min_length=1, description="Targets over the dense model, each > 1.")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Latency table.")
+    prune: PruneConfig = Field(default_factory=PruneConfig, description="OBS and search.")
+    export: ExportConfig = Field(default_factory=ExportConfig, description="ONNX files.")
+    benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig, description="Measurement and closed loop.")
+
+    @field_validator("speedups")
+    @classmethod
+    def _ascending(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(speedups)))
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+
+def load_recipe(path: Path | str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe; relative data and model paths are taken from the recipe's folder if they exist there.
+
+    Raises:
+        RecipeError: the file is missing, no YAML mapping, or a field is wrong; names field and valid choices.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"expected a recipe at {path}, found no file; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"expected YAML in {path}, found: {error}; see README, 'Recipe'") from error
+    except OSError as error:
+        raise RecipeError(f"expected a readable recipe at {path}, found: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"expected a mapping of recipe fields in {path}, found {type(raw).__name__}; see README")
+    raw = {**raw, **(overrides or {})}
+    _resolve_paths(raw, path.parent)
+    return parse_recipe(raw, source=str(path))
+
+
+def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a mapping as a :class:`Recipe`; raises :class:`RecipeError` naming every wrong field."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from None
+
+
+def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+    for section, keys in (("model", ("path",)), ("data", ("calibration", "evaluation")), ("profile", ("table",))):
+        fields = raw.get(section)
+        if not isinstance(fields, dict):
+            continue
+        raw[section] = fields = dict(fields)
+        for key in keys:
+            value = fields.get(key)
+            if isinstance(value, str) and (folder / value).exists():
+                fields[key] = str((folder / value).resolve())
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [f"{source}: {error.error_count()} field(s) are wrong:"]
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {location}: unknown field; valid here: {', '.join(_siblings(item['loc']))}")
+        elif item["type"] == "missing":
+            lines.append(f"  {location}: required, but missing")
+        else:
+            lines.append(f"  {location}: {item['msg']}, found {item['input']!r}")
+    return "\n".join(lines)
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return sorted(section.model_fields)
+
+
+def recipe_reference() -> str:
+    """Markdown table of every recipe field: name, type, default, meaning."""
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                walk(annotation, f"{prefix}{name}.")
+                continue
+            default = "required" if field.is_required() else f"`{field.get_default()}`"
+            rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+
+    walk(Recipe, "")
+    return "\n".join(rows)
