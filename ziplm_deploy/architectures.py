@@ -56,6 +56,7 @@ class Architecture:
     ffn: str = "intermediate"
     ffn_input: str = "dense"  # relative to `ffn`
     ffn_output: str = "output.dense"
+    ffn_residual: str = "intermediate"  # its first input is what the FFN's output is added to
     config_layers: str = "num_hidden_layers"
     config_ffn_width: str = "intermediate_size"
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
@@ -93,6 +94,7 @@ _ENTRIES = (
         ffn="ffn",
         ffn_input="lin1",
         ffn_output="ffn.lin2",
+        ffn_residual="ffn",
         config_layers="n_layers",
         config_ffn_width="hidden_dim",
     ),
@@ -105,7 +107,7 @@ _ENTRIES = (
         attention_output="attention.attn.o",
         sliced_attention=HeadSlicedMPNetAttention,
     ),
-    Architecture("vit", attention="attention.attention"),
+    Architecture("vit", attention="attention.attention", ffn_residual="layernorm_after"),
 )
 _BY_TYPE = {entry.model_type: entry for entry in _ENTRIES}
 SUPPORTED: tuple[str, ...] = tuple(_BY_TYPE)
@@ -193,6 +195,24 @@ def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise UnsupportedModelError(f"expected an output linear in module {module.name}, found none: it was dropped")
     return linear
+
+
+def output_module(model: nn.Module, module: PrunableModule) -> nn.Module:
+    """The output linear, or what stands in its place in a dropped module; has a ``bias`` ``[hidden]`` either way."""
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    layer = transformer_layers(model)[module.layer]
+    try:
+        return layer.get_submodule(architecture.output(module.kind))
+    except AttributeError:
+        return layer.get_submodule(architecture.block(module.kind))
+
+
+def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
+    """The sub-module whose first input is the residual that this module's output is added to."""
+    layer = transformer_layers(model)[module.layer]
+    if module.kind == "attention":
+        return layer
+    return layer.get_submodule(architecture_of(model.config).ffn_residual)  # type: ignore[arg-type]
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:
