@@ -1,0 +1,258 @@
+"""What every inference engine offers, and the handle of a worker process that runs one."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ziplm_deploy.errors import EngineError
+from ziplm_deploy.machine import allowed_cpus, check_threads
+
+WORKER = Path(__file__).with_name("worker.py")
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How a worker runs its models; part of what a timing means."""
+
+    threads: int = 1
+    batch_size: int = 1
+    seq_len: int = 128
+    disabled_optimizers: tuple[str, ...] = ()
+    shared_arena: bool = False  # for a worker that holds many sessions
+    timeout_seconds: float = 600.0  # for one request; a hung engine is killed after it
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, ONNX type and shape (symbolic axes are names or None) of a model's input or output."""
+
+    name: str
+    type: str
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class ModelSignature:
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+class Engine(ABC):
+    """An inference engine. Adapters are small: name, version, the interpreter and options of its worker."""
+
+    name: str
+
+    @abstractmethod
+    def version(self) -> str:
+        """Installed version; raises EngineError with the command that installs it."""
+
+    @abstractmethod
+    def disabled_optimizers(self, shapes: str) -> tuple[str, ...]:
+        """Graph optimisations that make models of ``shapes`` (dynamic/static) slower on this engine."""
+
+    def interpreter(self) -> str:
+        """Python that has the engine."""
+        return sys.executable
+
+    def start_worker(self, options: WorkerOptions) -> WorkerHandle:
+        """Start a worker process.
+
+        Raises:
+            EnvironmentMismatchError: more threads than granted.
+            EngineError: the process did not come up.
+        """
+        check_threads(options.threads)
+        self.version()
+        return WorkerHandle(self.name, self.interpreter(), options)
+
+
+class WorkerHandle:
+    """A running worker process. Use it as a context manager; every failure is an :class:`EngineError`."""
+
+    def __init__(self, engine: str, interpreter: str, options: WorkerOptions) -> None:
+        self.options = options
+        # The highest CPUs: interrupts and the parent live on the lowest. All workers share them and take turns.
+        cpus = allowed_cpus()[-options.threads :]
+        self._arguments = [
+            *("--engine", engine, "--threads", str(options.threads), "--batch-size", str(options.batch_size)),
+            *("--seq-len", str(options.seq_len), "--disabled-optimizers", ",".join(options.disabled_optimizers)),
+            *("--cpus", ",".join(map(str, cpus))),
+            *(["--shared-arena"] if options.shared_arena else []),
+        ]
+        self._interpreter = interpreter
+        self._paths: dict[str, Path] = {}
+        self._pending = b""
+        self._folder = tempfile.TemporaryDirectory(prefix="ziplm-worker-")
+        self._log = Path(self._folder.name) / "stderr.txt"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [interpreter, str(WORKER), *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(options.threads)},
+                start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers in order
+            )
+        _LIVE.add(self)
+        try:
+            self.version: str = self._request("hello")["version"]
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, model_id: str, path: Path) -> ModelSignature:
+        """Make a session for the ONNX file ``path`` under ``model_id``.
+
+        Raises:
+            EngineError: the file is missing, or the engine rejects it, dies or hangs.
+        """
+        self._paths[model_id] = path
+        if not path.is_file():
+            raise EngineError(f"expected an ONNX file at {path}, found none; export it or check the path")
+        reply = self._request("load", id=model_id, path=str(path))
+        return ModelSignature(*(tuple(map(_tensor_info, reply[side])) for side in ("inputs", "outputs")))
+
+    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
+        """Milliseconds of ``n`` consecutive runs after ``warmup`` untimed ones."""
+        return list(map(float, self._request("run", id=model_id, n=n, warmup=warmup)["ms"]))
+
+    def time_many(self, order: Sequence[str], warmup: int = 1) -> list[float]:
+        """Milliseconds of one run of each model in ``order``, each after ``warmup`` untimed ones."""
+        return list(map(float, self._request("run_many", order=list(order), warmup=warmup)["ms"]))
+
+    def infer(self, model_id: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs of the model by name."""
+        source, target = (str(Path(self._folder.name) / name) for name in ("inputs.npz", "outputs.npz"))
+        np.savez(source, **dict(inputs))  # type: ignore[arg-type]  # numpy types its keyword allow_pickle only
+        self._request("infer", id=model_id, inputs=source, outputs=target)
+        with np.load(target) as archive:
+            return {name: archive[name] for name in archive.files}
+
+    def unload(self, model_id: str) -> None:
+        self._request("unload", id=model_id)
+
+    def peak_memory_bytes(self) -> int:
+        """Largest resident set of the worker so far: interpreter, engine and models."""
+        return int(self._request("memory")["peak_bytes"])
+
+    def close(self) -> None:
+        """End the process; safe to call twice and after a failure."""
+        _LIVE.discard(self)
+        process = self._process
+        if process.poll() is None:
+            with contextlib.suppress(OSError, ValueError):
+                assert process.stdin is not None
+                process.stdin.write(b'{"do": "quit"}\n')
+                process.stdin.flush()
+            try:
+                process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                self._kill()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> WorkerHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._kill()
+        self.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _request(self, do: str, **fields: Any) -> dict[str, Any]:
+        model_id = fields.get("id")
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+            reply: dict[str, Any] = json.loads(self._read_line(do, model_id))
+        except (OSError, ValueError) as error:  # a closed pipe, or half a reply: the process is gone
+            raise self._failure(f"the worker process died ({self._exit_status()})", do, model_id) from error
+        if not reply["ok"]:
+            raise self._failure(str(reply["error"]), do, model_id)
+        return reply
+
+    def _read_line(self, do: str, model_id: str | None) -> bytes:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        deadline = time.monotonic() + self.options.timeout_seconds
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._kill()
+                raise self._failure(f"no answer within {self.options.timeout_seconds:g} s", do, model_id)
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                raise OSError("end of stream")
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _exit_status(self) -> str:
+        try:
+            code = self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return "stopped answering"
+        if code >= 0:
+            return f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+        return f"signal {-code}"
+
+    def _failure(self, found: str, do: str, model_id: str | None) -> EngineError:
+        tail = self._log.read_text(encoding="utf-8", errors="replace").strip()[-800:] if self._log.exists() else ""
+        path = self._paths.get(model_id) if model_id is not None else None
+        what = f"the engine to {do} {path or 'its models'}"
+        command = [self._interpreter, str(WORKER), *self._arguments, "--probe", str(path or "MODEL.onnx")]
+        return EngineError(
+            f"expected {what}, found: {found}; reproduce with: {shlex.join(command)}"
+            + (f"\nlast lines of the worker:\n{tail}" if tail else "")
+        )
+
+
+def _tensor_info(entry: dict[str, Any]) -> TensorInfo:
+    return TensorInfo(entry["name"], entry["type"], tuple(entry["shape"]))
+
+
+_LIVE: weakref.WeakSet[WorkerHandle] = weakref.WeakSet()
+
+
+def close_all_workers() -> None:
+    """End every worker that is still running (registered with ``atexit``)."""
+    for handle in list(_LIVE):
+        handle.close()
+
+
+atexit.register(close_all_workers)

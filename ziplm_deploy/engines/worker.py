@@ -1,0 +1,232 @@
+"""The process that runs an engine: loads ONNX files, times them, returns their outputs.
+
+One self-contained file that needs numpy and its engine only, so that another interpreter can run it too. It speaks JSON
+lines: a request on stdin, a reply ``{"ok": true, …}`` or ``{"ok": false, "error": …}`` on stdout. It ends at EOF.
+
+Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, n, warmup}`` · ``run_many {order, warmup}`` ·
+``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` · ``quit``.
+
+By hand, to reproduce a failure: ``python worker.py --probe model.onnx --batch-size 1 --seq-len 128``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+
+INPUT_SEED = 0
+IMAGE_SIZE = {"channel": 3, "height": 224, "width": 224}
+NUMPY_TYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+}
+
+
+class OnnxRuntime:
+    """Sessions of one process with the same options."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import onnxruntime
+
+        self.ort = onnxruntime
+        self.version: str = onnxruntime.__version__
+        onnxruntime.set_default_logger_severity(3)
+        self.session_options = onnxruntime.SessionOptions()
+        self.session_options.intra_op_num_threads = options.threads
+        self.session_options.inter_op_num_threads = 1
+        # Threads that spin after a run disturb whatever is timed next.
+        self.session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session_options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        self.disabled = [name for name in options.disabled_optimizers.split(",") if name]
+        if options.shared_arena:  # sixty sessions with an arena each would hold sixty peaks of activations
+            memory = onnxruntime.OrtMemoryInfo(
+                "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+            )
+            onnxruntime.create_and_register_allocator(memory, None)
+            self.session_options.add_session_config_entry("session.use_env_allocators", "1")
+
+    def load(self, path: str) -> Any:
+        return self.ort.InferenceSession(
+            path, self.session_options, providers=["CPUExecutionProvider"], disabled_optimizers=self.disabled
+        )
+
+
+ENGINES = {"onnxruntime": OnnxRuntime}
+
+
+def make_inputs(metadata: list[Any], batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Inputs for timing: ids in a small range that every vocabulary has, full masks, normal floats.
+
+    Raises ValueError where a fixed axis of the model contradicts ``batch_size`` or ``seq_len``.
+    """
+    generator = np.random.default_rng(INPUT_SEED)
+    return {entry.name: _make_input(entry, batch_size, seq_len, generator) for entry in metadata}
+
+
+def _make_input(entry: Any, batch_size: int, seq_len: int, generator: np.random.Generator) -> np.ndarray:
+    if entry.type not in NUMPY_TYPES:
+        raise ValueError(f"input {entry.name!r} has type {entry.type}; known are {', '.join(NUMPY_TYPES)}")
+    dtype = NUMPY_TYPES[entry.type]
+    is_float = np.issubdtype(dtype, np.floating)
+    shape = [_axis(entry, axis, batch_size, seq_len, is_float) for axis in range(len(entry.shape))]
+    name = entry.name.lower()
+    if is_float:
+        return generator.standard_normal(shape).astype(dtype)
+    if "mask" in name or dtype is np.bool_:
+        return np.ones(shape, dtype)
+    if "type" in name or "segment" in name:
+        return np.zeros(shape, dtype)
+    if "position" in name:
+        return np.broadcast_to(np.arange(shape[-1] if shape else 1, dtype=dtype), shape).copy()
+    return generator.integers(4, 24, shape).astype(dtype)
+
+
+def _axis(entry: Any, axis: int, batch_size: int, seq_len: int, is_float: bool) -> int:
+    size, rank = entry.shape[axis], len(entry.shape)
+    wanted = batch_size if axis == 0 else seq_len if axis == 1 and rank == 2 else None
+    if isinstance(size, int) and size > 0:
+        if wanted is not None and size != wanted and not (is_float and axis == 1):
+            raise ValueError(
+                f"input {entry.name!r} has the fixed shape {entry.shape}, but batch size {batch_size} and {seq_len} "
+                "tokens were asked for; measure it in its own environment or export it with dynamic shapes"
+            )
+        return size
+    if wanted is not None:
+        return wanted
+    for part, default in IMAGE_SIZE.items():
+        if isinstance(size, str) and part in size.lower():
+            return default
+    return {1: 3, 2: 224, 3: 224}[axis] if rank == 4 and is_float else seq_len
+
+
+class Worker:
+    """Answers requests; keeps one session and its timing inputs per id."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.engine = ENGINES[options.engine](options)
+        self.sessions: dict[str, Any] = {}
+        self.inputs: dict[str, dict[str, np.ndarray]] = {}
+
+    def do_hello(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"version": self.engine.version, "pid": os.getpid()}
+
+    def do_load(self, request: dict[str, Any]) -> dict[str, Any]:
+        session = self.engine.load(request["path"])
+        self.inputs[request["id"]] = make_inputs(session.get_inputs(), self.options.batch_size, self.options.seq_len)
+        self.sessions[request["id"]] = session
+        describe = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
+        return {
+            side: [{"name": entry.name, "type": entry.type, "shape": list(entry.shape)} for entry in entries]
+            for side, entries in describe.items()
+        }
+
+    def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
+        for _ in range(request["warmup"]):
+            self._timed_run(request["id"])
+        return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
+
+    def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
+        samples_ms = []
+        for model_id in request["order"]:
+            for _ in range(request["warmup"]):
+                self._timed_run(model_id)
+            samples_ms.append(self._timed_run(model_id))
+        return {"ms": samples_ms}
+
+    def do_infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        session = self.sessions[request["id"]]
+        with np.load(request["inputs"]) as archive:
+            inputs = {name: archive[name] for name in archive.files}
+        names = [entry.name for entry in session.get_outputs()]
+        np.savez(request["outputs"], **dict(zip(names, session.run(names, inputs), strict=True)))
+        return {"names": names}
+
+    def do_unload(self, request: dict[str, Any]) -> dict[str, Any]:
+        del self.sessions[request["id"]], self.inputs[request["id"]]
+        gc.collect()
+        return {}
+
+    def do_memory(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"peak_bytes": peak_memory_bytes()}
+
+    def _timed_run(self, model_id: str) -> float:
+        session, inputs = self.sessions[model_id], self.inputs[model_id]
+        start = time.perf_counter()
+        session.run(None, inputs)
+        return 1000.0 * (time.perf_counter() - start)
+
+    def answer(self, line: str) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            return {"ok": True, **getattr(self, f"do_{request['do']}")(request)}
+        except Exception as error:  # a rejected model must not end the process: the parent decides
+            traceback.print_exc()
+            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set so far, interpreter and engine included."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run ONNX files in a process of their own.")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="onnxruntime")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--disabled-optimizers", default="", help="comma-separated graph optimizers to leave out")
+    parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
+    parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
+    parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if options.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
+    # Engines print to stdout as they please; replies go to a private copy of it.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = Worker(options)
+    if options.probe:
+        requests = [
+            {"do": "load", "id": "probe", "path": options.probe},
+            {"do": "run", "id": "probe", "n": 5, "warmup": 1},
+        ]
+        answers = [worker.answer(json.dumps(request)) for request in requests]
+        print(*map(json.dumps, answers), sep="\n", file=replies, flush=True)
+        return 0 if all(answer["ok"] for answer in answers) else 1
+    for line in sys.stdin:
+        if json.loads(line)["do"] == "quit":
+            break
+        print(json.dumps(worker.answer(line)), file=replies, flush=True)
+    replies.flush()
+    os._exit(0)  # freeing gigabytes of sessions one by one takes seconds and serves nobody
+
+
+if __name__ == "__main__":
+    # Python put this file's folder first on the path, where onnxruntime.py is our adapter and not the engine.
+    sys.path = [entry for entry in sys.path if os.path.realpath(entry) != os.path.dirname(os.path.realpath(__file__))]
+    sys.exit(main(sys.argv[1:]))

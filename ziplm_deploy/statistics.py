@@ -1,0 +1,75 @@
+"""Summaries of repeated timings: medians, bootstrap intervals, and when to stop measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ziplm_deploy.artifacts import Timing
+
+Floats = npt.NDArray[np.float64]
+LEVEL = 0.95
+N_BOOTSTRAP = 1000
+# Standard error of a median of n normal samples: 1.2533 · sd / √n; sd from the median absolute deviation: 1.4826 · MAD.
+MEDIAN_EFFICIENCY = 1.2533
+MAD_TO_SIGMA = 1.4826
+
+
+def bootstrap_medians(samples: Sequence[float] | Floats, seed: int, n_bootstrap: int = N_BOOTSTRAP) -> Floats:
+    """Medians of ``n_bootstrap`` resamples of ``samples`` (with replacement), shape [n_bootstrap]."""
+    values = np.asarray(samples, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("expected at least one sample, found none")
+    draws = np.random.default_rng(seed).integers(0, values.size, (n_bootstrap, values.size))
+    return np.asarray(np.median(values[draws], axis=1), dtype=np.float64)  # [n_bootstrap, n] -> [n_bootstrap]
+
+
+def interval(distribution: Floats, level: float = LEVEL) -> tuple[float, float]:
+    """Central ``level`` interval of bootstrap values."""
+    low, high = np.quantile(distribution, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def summarize(samples_ms: Sequence[float] | Floats, seed: int = 0) -> Timing:
+    """Median with bootstrap interval, p90, p99 of milliseconds."""
+    values = np.asarray(samples_ms, dtype=np.float64)
+    low, high = interval(bootstrap_medians(values, seed))
+    p90, p99 = np.quantile(values, [0.90, 0.99])
+    return Timing(
+        median_ms=float(np.median(values)),
+        low_ms=low,
+        high_ms=high,
+        p90_ms=float(p90),
+        p99_ms=float(p99),
+        n=values.size,
+    )
+
+
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Median over rounds of the ratio within a round, with its bootstrap interval: (ratio, low, high).
+
+    Both sequences hold one value a round, so that slow drift of the machine cancels.
+    """
+    ratios = np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64)
+    low, high = interval(bootstrap_medians(ratios, seed))
+    return float(np.median(ratios)), low, high
+
+
+def relative_standard_error(samples: Sequence[float] | Floats) -> float:
+    """Robust standard error of the median, as a fraction of it; infinite below three samples."""
+    values = np.asarray(samples, dtype=np.float64)
+    if values.size < 3:
+        return float("inf")
+    median = float(np.median(values))
+    spread = MAD_TO_SIGMA * float(np.median(np.abs(values - median)))
+    return MEDIAN_EFFICIENCY * spread / float(np.sqrt(values.size)) / median
+
+
+def is_stable(samples: Sequence[float], window: int = 3, tolerance: float = 0.05) -> bool:
+    """Whether the medians of the last two windows agree: the end of warm-up."""
+    if len(samples) < 2 * window:
+        return False
+    before, after = np.median(samples[-2 * window : -window]), np.median(samples[-window:])
+    return bool(abs(before / after - 1.0) <= tolerance)
