@@ -173,7 +173,7 @@ def prunable_modules(model: nn.Module) -> list[PrunableModule]:
     return modules
 
 
-def transformer_layers(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layer list of a model, with or without a task head."""
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     layers = model.base_model.get_submodule(architecture.layers)  # type: ignore[union-attr, operator]
@@ -189,7 +189,7 @@ def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
     """
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     try:
-        linear = transformer_layers(model)[module.layer].get_submodule(architecture.output(module.kind))
+        linear = layers_of(model)[module.layer].get_submodule(architecture.output(module.kind))
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
@@ -200,7 +200,7 @@ def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
 def output_module(model: nn.Module, module: PrunableModule) -> nn.Module:
     """The output linear, or what stands in its place in a dropped module; has a ``bias`` ``[hidden]`` either way."""
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
-    layer = transformer_layers(model)[module.layer]
+    layer = layers_of(model)[module.layer]
     try:
         return layer.get_submodule(architecture.output(module.kind))
     except AttributeError:
@@ -209,7 +209,7 @@ def output_module(model: nn.Module, module: PrunableModule) -> nn.Module:
 
 def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
     """The sub-module whose first input is the residual that this module's output is added to."""
-    layer = transformer_layers(model)[module.layer]
+    layer = layers_of(model)[module.layer]
     if module.kind == "attention":
         return layer
     return layer.get_submodule(architecture_of(model.config).ffn_residual)  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def inspect_model(model_or_config: nn.Module | PretrainedConfig) -> list[dict[st
 
 def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, layer: int, shape: ModelShape) -> int:
     if isinstance(model_or_config, nn.Module):
-        return sum(parameter.numel() for parameter in transformer_layers(model_or_config)[layer].parameters())
+        return sum(parameter.numel() for parameter in layers_of(model_or_config)[layer].parameters())
     h, w = shape.hidden_size, shape.intermediate_size
     qkv_biases = 3 * h if getattr(model_or_config, "qkv_bias", True) else 0
     return 4 * h * h + h + qkv_biases + 2 * h * w + w + h + 4 * h  # two LayerNorms of 2 h each

@@ -20,7 +20,7 @@ from ziplm_deploy.architectures import (
     architecture_of,
     output_linear,
     prunable_modules,
-    transformer_layers,
+    layers_of,
 )
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.pruning.levels import LevelWeights
@@ -70,7 +70,7 @@ def build_replacement(dense: nn.Module, module: PrunableModule, entry: LevelWeig
     architecture = architecture_of(dense.config)  # type: ignore[arg-type]
     if entry.kept.numel() == 0:
         return _dropped(architecture, module, entry)
-    layer = transformer_layers(dense)[module.layer]
+    layer = layers_of(dense)[module.layer]
     block = _shell(layer.get_submodule(architecture.block(module.kind)))
     if module.kind == "attention":
         _keep_heads(architecture, block, module, entry.kept)
@@ -86,7 +86,7 @@ def build_replacement(dense: nn.Module, module: PrunableModule, entry: LevelWeig
 
 def install(model: nn.Module, layer: int, replacement: Replacement) -> None:
     """Put a replacement into a layer of ``model``; microseconds, no tensor is copied."""
-    target = transformer_layers(model)[layer]
+    target = layers_of(model)[layer]
     for path, module in replacement.items():
         parent, _, name = path.rpartition(".")
         target.get_submodule(parent)._modules[name] = module

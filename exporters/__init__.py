@@ -1,0 +1,18 @@
+"""Torch modules to engine-ready ONNX files, with parity checks. A leaf: it imports nothing from ziplm_deploy."""
+
+from __future__ import annotations
+
+from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
+from exporters.heads import EmbeddingModel
+from exporters.parity import ParityMismatch, check_parity
+
+__all__ = [
+    "EmbeddingModel",
+    "ExportError",
+    "ExportSettings",
+    "ParityMismatch",
+    "check_parity",
+    "dummy_inputs",
+    "export_encoder",
+    "input_names",
+]

@@ -1,0 +1,194 @@
+"""An encoder, dense or resized, as an ONNX file with the input names that optimum expects."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from exporters.heads import EmbeddingModel
+
+# protobuf cannot hold more in one file; the margin is for the graph itself.
+_LARGEST_MODEL_BYTES = 2**31 - 2**25
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_PER_TOKEN_OUTPUTS = ("last_hidden_state", "start_logits", "end_logits")
+# Tracing cost grows with the shape but the dynamic graph does not depend on it.
+_TRACE_BATCH, _TRACE_TOKENS = 2, 16
+
+
+class ExportError(ValueError):
+    """The model or the settings cannot become an ONNX file."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """``static`` fixes ``batch_size`` and ``seq_len`` (tokens) in the graph; ``dynamic`` leaves both free."""
+
+    shapes: Literal["dynamic", "static"] = "dynamic"
+    opset: int = 17
+    batch_size: int = 1
+    seq_len: int = 128
+
+
+class _Positional(nn.Module):
+    """Positional tensors in, tuple of the named outputs out: what the tracer can follow."""
+
+    def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(outputs[name] for name in self.outputs)
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """Graph inputs in optimum's order; ``token_type_ids`` only where the model can tell two segments apart."""
+    config: Any = model.config
+    inner = model.model if isinstance(model, EmbeddingModel) else model
+    accepted = inspect.signature(inner.forward).parameters
+    if "pixel_values" in accepted:
+        return ["pixel_values"]
+    names = [name for name in _TEXT_INPUTS if name in accepted]
+    if getattr(config, "type_vocab_size", 2) < 2 and "token_type_ids" in names:
+        names.remove("token_type_ids")
+    return names
+
+
+def dummy_inputs(model: nn.Module, settings: ExportSettings) -> dict[str, torch.Tensor]:
+    """Random inputs to trace with: ``[batch_size, seq_len]`` for static shapes, small ones for dynamic shapes.
+
+    Raises:
+        ExportError: ``seq_len`` is more than the model has positions for.
+    """
+    config: Any = model.config
+    names = input_names(model)
+    static = settings.shapes == "static"
+    batch_size = settings.batch_size if static else _TRACE_BATCH
+    generator = torch.Generator().manual_seed(0)
+    if names == ["pixel_values"]:
+        height, width = _pair(config.image_size)
+        return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width, generator=generator)}
+    _check_positions(config, settings.seq_len)
+    tokens = settings.seq_len if static else min(settings.seq_len, _TRACE_TOKENS)
+    ids = torch.randint(0, config.vocab_size, (batch_size, tokens), generator=generator)
+    if config.pad_token_id is not None:
+        # RoBERTa and MPNet count positions by ids that are not padding.
+        ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
+    mask = torch.ones_like(ids)
+    if batch_size > 1:
+        mask[-1, tokens - tokens // 4 :] = 0
+    tensors = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: tensors[name] for name in names}
+
+
+def export_encoder(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    output_names: list[str],
+    path: Path,
+    settings: ExportSettings,
+) -> None:
+    """Write ``model`` to ``path``; the file appears whole or not at all.
+
+    ``inputs`` fix the shapes if ``settings.shapes`` is static, and are only traced with if it is dynamic.
+
+    Raises:
+        ExportError: more than 2 GB of weights, an input or output that the model does not have, or torch cannot
+            express the model in ONNX.
+        OSError: the file cannot be written.
+    """
+    names = [name for name in (*_TEXT_INPUTS, "pixel_values") if name in inputs]
+    _check_size(model)
+    ranks = _output_ranks(model, {name: inputs[name] for name in names}, output_names)
+    dynamic_axes = _dynamic_axes(names, ranks) if settings.shapes == "dynamic" else None
+    was_training = model.training
+    wrapped = _Positional(model, names, output_names).eval()
+    try:
+        with _atomic(path) as temporary, warnings.catch_warnings():
+            # Tracer warnings tell about Python branches on shapes; parity is checked on other shapes afterwards.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                wrapped,
+                tuple(inputs[name] for name in names),
+                str(temporary),
+                input_names=names,
+                output_names=output_names,
+                dynamic_axes=dynamic_axes,
+                opset_version=settings.opset,
+                do_constant_folding=True,
+                dynamo=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(f"expected a model that opset {settings.opset} can express, found: {error}") from error
+    finally:
+        model.train(was_training)
+
+
+def _output_ranks(model: nn.Module, inputs: dict[str, torch.Tensor], output_names: list[str]) -> dict[str, int]:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = model(**inputs)
+    model.train(was_training)
+    missing = [name for name in output_names if outputs.get(name) is None]
+    if missing or not output_names:
+        raise ExportError(f"expected outputs among {', '.join(outputs)}, found {', '.join(missing) or 'none'} asked for")
+    return {name: outputs[name].dim() for name in output_names}
+
+
+def _dynamic_axes(inputs: list[str], output_ranks: dict[str, int]) -> dict[str, dict[int, str]]:
+    text = "pixel_values" not in inputs
+    axes = {name: {0: "batch_size", 1: "sequence_length"} if text else {0: "batch_size"} for name in inputs}
+    for name, rank in output_ranks.items():
+        per_token = text and (rank > 2 or name in _PER_TOKEN_OUTPUTS)
+        axes[name] = {0: "batch_size", 1: "sequence_length"} if per_token else {0: "batch_size"}
+    return axes
+
+
+def _check_size(model: nn.Module) -> None:
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if size_bytes > _LARGEST_MODEL_BYTES:
+        raise ExportError(
+            f"expected at most {_LARGEST_MODEL_BYTES / 1e9:.1f} GB of weights (one ONNX file holds no more), "
+            f"found {size_bytes / 1e9:.1f} GB; choose a smaller model"
+        )
+
+
+def _check_positions(config: Any, seq_len: int) -> None:
+    positions = config.max_position_embeddings
+    if config.model_type in ("roberta", "xlm-roberta", "mpnet"):
+        positions -= 2 if config.model_type == "mpnet" else config.pad_token_id + 1
+    if seq_len > positions:
+        raise ExportError(f"expected seq_len <= {positions}, the model's positions, found {seq_len}; shorten it")
+
+
+def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,57 @@
+"""Does the ONNX file answer like the torch model?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+
+class ParityMismatch(ValueError):
+    """An ONNX file gives other answers than its torch model; ``difference`` is the largest absolute one."""
+
+    def __init__(self, message: str, difference: float) -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
+def check_parity(model: nn.Module, onnx_path: Path, inputs: Mapping[str, torch.Tensor], atol: float) -> float:
+    """Largest absolute difference over all outputs of the file, both run on ``inputs``.
+
+    Raises:
+        ParityMismatch: shapes differ, an output is not finite, or a difference is above ``atol``.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
+    feed = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
+    names = [item.name for item in session.get_outputs()]
+    found = dict(zip(names, session.run(names, feed), strict=True))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = model(**inputs)
+    model.train(was_training)
+    return max(_difference(name, outputs[name].numpy(), found[name], onnx_path, atol) for name in names)
+
+
+def _difference(name: str, expected: np.ndarray, found: np.ndarray, path: Path, atol: float) -> float:
+    if expected.shape != found.shape:
+        raise ParityMismatch(
+            f"expected {name} of shape {expected.shape} from {path}, found {found.shape}; export it again", float("inf")
+        )
+    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        raise ParityMismatch(f"expected finite {name} from {path}, found NaN or infinity", float("nan"))
+    difference = float(np.abs(expected - found).max(initial=0.0))
+    if difference > atol:
+        raise ParityMismatch(
+            f"expected {name} of {path} within {atol:g} of torch, found a difference of {difference:.3g}; "
+            "export it again, with another opset or static shapes",
+            difference,
+        )
+    return difference
