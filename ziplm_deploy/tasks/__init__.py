@@ -1,0 +1,40 @@
+"""Data, tokenisation, metric and search loss of every task."""
+
+from __future__ import annotations
+
+from ziplm_deploy.config import ModelConfig
+from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.tasks.answering import QuestionAnswering
+from ziplm_deploy.tasks.base import Run, Task, torch_run
+from ziplm_deploy.tasks.classification import TextClassification
+from ziplm_deploy.tasks.images import ImageClassification
+from ziplm_deploy.tasks.masking import FillMask
+from ziplm_deploy.tasks.similarity import SentenceSimilarity
+from ziplm_deploy.tasks.tokens import TokenClassification
+
+__all__ = ["TASKS", "Run", "Task", "get_task", "torch_run"]
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        SentenceSimilarity,
+        TextClassification,
+        QuestionAnswering,
+        TokenClassification,
+        FillMask,
+        ImageClassification,
+    )
+}
+
+
+def get_task(model: ModelConfig | str) -> Task:
+    """The task of a model; a plain name takes the model settings' defaults (mean pooling, normalised).
+
+    Raises:
+        RecipeError: no such task; lists those there are.
+    """
+    name = model if isinstance(model, str) else model.task
+    if name not in TASKS:
+        raise RecipeError(f"expected a task of {', '.join(TASKS)}, found {name!r}; correct model.task")
+    config = ModelConfig.model_validate({"path": "", "task": name}) if isinstance(model, str) else model
+    return TASKS[name](config)

@@ -1,0 +1,196 @@
+"""Extractive question answering (SQuAD 1.1), judged by exact match and F1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.text import squad
+
+from ziplm_deploy.config import DataConfig
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Batch, Run, Task, Which
+from ziplm_deploy.tasks.batching import (
+    Example,
+    as_float32,
+    encode_examples,
+    length_limit,
+    require_fast,
+    run_batches,
+    split_examples,
+    unpadded,
+)
+from ziplm_deploy.tasks.data import Row, cell
+
+MAX_ANSWER_TOKENS = 30  # as in the reference evaluation of BERT
+BEST = 20  # start and end positions considered a window
+MIN_LENGTH = 32  # tokens; below it question and special tokens leave no room for context
+
+
+@dataclass(frozen=True)
+class Window:
+    """A tokenised piece of one row's context."""
+
+    row: int
+    inputs: Example
+    spans: list[tuple[int, int] | None]  # characters of the context a token covers; None outside the context
+
+
+class QuestionAnswering(Task):
+    """Rows: ``{"question", "context", "answers": [str] (if the data have them)}``. Every question has an answer."""
+
+    name = "question-answering"
+    metric_name = "f1"
+    auto_class = "AutoModelForQuestionAnswering"
+    ort_class = "ORTModelForQuestionAnswering"
+    output_names = ("start_logits", "end_logits")
+    text_columns = (("question", "context"),)
+    label_columns = ("answers",)
+
+    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+        columns = self.columns(raw, data)
+        if len(columns) != 2:
+            raise DataError(f"expected question and context column, found data.text_columns {columns}; name both")
+        label = self.find_label_column(raw, data, which)
+        rows: list[Row] = []
+        for number, source in enumerate(raw, 1):
+            row: Row = {
+                "question": cell(source, columns[0], str, number, "a question").strip(),
+                "context": cell(source, columns[1], str, number, "a context"),
+            }
+            if label is not None:
+                answers = cell(source, label, (dict, list, str), number, 'answers as {"text": […]}')
+                row["answers"] = _answer_texts(answers, number, required=which == "evaluation")
+            rows.append(row)
+        return rows
+
+    def encode(
+        self,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        *,
+        pad_to: int | None = None,
+        sort: bool = True,
+    ) -> list[Batch]:
+        """One window a row: the beginning of a context that is longer than ``max_length`` allows."""
+        first: dict[int, Example] = {}
+        for window in make_windows(processor, rows, max_length):
+            first.setdefault(window.row, window.inputs)
+        return encode_examples(list(first.values()), processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def evaluate(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        windows = make_windows(processor, rows, max_length)
+        best: dict[int, tuple[float, str]] = {}
+        examples = [window.inputs for window in windows]
+        for indices, inputs in run_batches(examples, processor, batch_size, pad_to):
+            outputs = run(inputs)
+            starts, ends = as_float32(outputs["start_logits"]), as_float32(outputs["end_logits"])  # [batch, length]
+            for position, index in enumerate(indices):
+                window = windows[index]
+                tokens = unpadded(len(window.spans), starts.shape[1], processor)
+                score, characters = best_span(starts[position, tokens], ends[position, tokens], window.spans)
+                if window.row not in best or score > best[window.row][0]:
+                    context = rows[window.row]["context"]
+                    best[window.row] = (score, context[slice(*characters)] if characters else "")
+        scores = squad(
+            [{"prediction_text": best[index][1], "id": str(index)} for index in range(len(rows))],
+            [{"answers": _as_squad(row["answers"]), "id": str(index)} for index, row in enumerate(rows)],
+        )
+        return {"f1": float(scores["f1"]) / 100, "exact_match": float(scores["exact_match"]) / 100}
+
+    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Start and end logits [2, batch, length], padding at -10⁴ so that it takes no probability."""
+        logits = torch.stack([outputs["start_logits"], outputs["end_logits"]])
+        return logits.masked_fill(batch["attention_mask"] == 0, -1e4)
+
+    def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
+        """KL of the start plus KL of the end distribution, mean over examples."""
+        return 2.0 * super().divergence(candidate, dense)
+
+
+def make_windows(processor: Any, rows: list[Row], max_length: int) -> list[Window]:
+    """All windows of all rows, overlapping by a quarter of ``max_length`` so that no answer is cut in two."""
+    require_fast(processor, "question-answering")
+    limit = length_limit(processor, max_length)
+    if limit < MIN_LENGTH:
+        raise DataError(
+            f"expected a length of at least {MIN_LENGTH} tokens for question-answering, found {limit}; raise "
+            "environment.seq_len"
+        )
+    encoded = processor(
+        _shortened(processor, [row["question"] for row in rows], limit // 2),
+        [row["context"] for row in rows],
+        truncation="only_second",
+        max_length=limit,
+        stride=min(128, limit // 4),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        padding=False,
+        return_attention_mask=True,
+    )
+    windows: list[Window] = []
+    for index, inputs in enumerate(split_examples(encoded, processor)):
+        parts = encoded.sequence_ids(index)
+        offsets = encoded["offset_mapping"][index]
+        spans = [tuple(span) if part == 1 else None for span, part in zip(offsets, parts, strict=True)]
+        windows.append(Window(encoded["overflow_to_sample_mapping"][index], inputs, spans))
+    return windows
+
+
+def best_span(
+    start: np.ndarray, end: np.ndarray, spans: list[tuple[int, int] | None]
+) -> tuple[float, tuple[int, int] | None]:
+    """Highest start + end logit over valid spans of the context: (score, characters), or (-inf, None) if none is.
+
+    ``start`` and ``end`` are logits [length] of one window without padding.
+    """
+    inside = np.array([span is not None for span in spans])
+    start, end = (np.where(inside, logits, -np.inf) for logits in (start, end))
+    firsts, lasts = np.argsort(-start)[:BEST], np.argsort(-end)[:BEST]
+    size = lasts[None, :] - firsts[:, None]  # [starts, ends]
+    score = start[firsts][:, None] + end[lasts][None, :]
+    score = np.where((size >= 0) & (size < MAX_ANSWER_TOKENS), score, -np.inf)
+    row, column = np.unravel_index(int(score.argmax()), score.shape)
+    first, last = spans[firsts[row]], spans[lasts[column]]
+    if not np.isfinite(score[row, column]) or first is None or last is None:
+        return -np.inf, None
+    return float(score[row, column]), (first[0], last[1])
+
+
+def _shortened(processor: Any, questions: list[str], limit: int) -> list[str]:
+    """Questions cut to ``limit`` tokens, so that the context always has room."""
+    offsets = processor(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [
+        question[: spans[limit - 1][1]] if len(spans) > limit else question
+        for question, spans in zip(questions, offsets, strict=True)
+    ]
+
+
+def _answer_texts(answers: Any, number: int, *, required: bool) -> list[str]:
+    texts = answers.get("text", []) if isinstance(answers, dict) else answers
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"expected answers as text in row {number}, found {texts!r:.80}; correct that row")
+    if required and not texts:
+        raise DataError(
+            f"expected an answer in row {number}, found none; questions without answers (SQuAD 2.0) are not "
+            "supported, remove those rows"
+        )
+    return texts
+
+
+def _as_squad(texts: list[str]) -> dict[str, list[Any]]:
+    return {"text": texts, "answer_start": [0] * len(texts)}  # the metric reads the texts only

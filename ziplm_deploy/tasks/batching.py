@@ -1,0 +1,99 @@
+"""From tokenised examples to padded batches, dynamic for torch or of one fixed shape for static ONNX files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Arrays, Batch
+from ziplm_deploy.tasks.data import Row
+
+Example = dict[str, list[int]]  # input name -> token values, unpadded
+
+
+def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
+    """Truncated, unpadded inputs of rows with ``text`` and perhaps ``text_pair``, by the tokenizer's input names."""
+    texts = [row["text"] for row in rows]
+    pairs = [row["text_pair"] for row in rows] if rows and rows[0].get("text_pair") is not None else None
+    limit = length_limit(processor, max_length)
+    encoded = processor(texts, pairs, truncation=True, max_length=limit, padding=False, return_attention_mask=True)
+    return split_examples(encoded, processor)
+
+
+def length_limit(processor: Any, max_length: int) -> int:
+    """``max_length`` in tokens, but never more than the tokenizer says that the model takes."""
+    return min(max_length, int(processor.model_max_length))
+
+
+def split_examples(encoded: Any, processor: Any) -> list[Example]:
+    """One dictionary an example from a tokenizer's column-wise answer, with model inputs only."""
+    names = [name for name in processor.model_input_names if name in encoded]
+    return [{name: encoded[name][index] for name in names} for index in range(len(encoded["input_ids"]))]
+
+
+def require_fast(processor: Any, task: str) -> None:
+    """Raise :class:`DataError` unless the tokenizer can tell where in the text a token stood."""
+    if not getattr(processor, "is_fast", False):
+        raise DataError(
+            f"expected a fast tokenizer (tokenizer.json) for {task}, found {type(processor).__name__}; save the model "
+            "again with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+        )
+
+
+def batch_indices(lengths: list[int], batch_size: int, *, sort: bool) -> list[list[int]]:
+    """Positions of the examples of every batch; sorted by length (stable) or in the given order."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__) if sort else list(range(len(lengths)))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_batch(examples: list[Example], processor: Any, pad_to: int | None) -> Batch:
+    """Tensors [len(examples), longest or pad_to], int64, padded on the tokenizer's side."""
+    length = max(len(example["input_ids"]) for example in examples) if pad_to is None else pad_to
+    fillers = {"input_ids": processor.pad_token_id or 0, "token_type_ids": processor.pad_token_type_id}
+    batch: Batch = {}
+    for name in examples[0]:
+        padded = torch.full((len(examples), length), fillers.get(name, 0), dtype=torch.int64)  # [batch, length]
+        for row, example in enumerate(examples):
+            values = torch.tensor(example[name], dtype=torch.int64)
+            padded[row, unpadded(len(values), length, processor)] = values
+        batch[name] = padded
+    return batch
+
+
+def encode_examples(
+    examples: list[Example], processor: Any, batch_size: int, *, pad_to: int | None, sort: bool
+) -> list[Batch]:
+    """All examples as padded batches; the last may be smaller."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    groups = batch_indices(lengths, batch_size, sort=sort)
+    return [pad_batch([examples[index] for index in group], processor, pad_to) for group in groups]
+
+
+def run_batches(
+    examples: list[Example], processor: Any, batch_size: int, pad_to: int | None
+) -> Iterator[tuple[list[int], Arrays]]:
+    """(indices of the examples, numpy inputs) a batch, sorted by length.
+
+    With ``pad_to`` every batch has exactly ``batch_size`` rows: the last is filled up by repeating an example, and the
+    indices name only the rows that count.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    for group in batch_indices(lengths, batch_size, sort=True):
+        members = [examples[index] for index in group]
+        if pad_to is not None:
+            members += [members[-1]] * (batch_size - len(members))
+        padded = pad_batch(members, processor, pad_to)
+        yield group, {name: value.numpy() for name, value in padded.items()}
+
+
+def unpadded(size: int, length: int, processor: Any) -> slice:
+    """Where the ``size`` tokens of an example stand in a row padded to ``length``."""
+    return slice(length - size, length) if processor.padding_side == "left" else slice(0, size)
+
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, dtype=np.float32)

@@ -1,0 +1,125 @@
+"""Image classification, judged by accuracy."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ziplm_deploy.config import DataConfig
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Arrays, Batch, Run, Task, Which, class_logits
+from ziplm_deploy.tasks.classification import check_class_labels, class_numbers, classification_metrics
+from ziplm_deploy.tasks.data import Row, cell
+
+
+class ImageClassification(Task):
+    """Rows: ``{"image": file path, bytes or PIL image, "label" (if the data have one)}``; decoded batch by batch."""
+
+    name = "image-classification"
+    metric_name = "accuracy"
+    auto_class = "AutoModelForImageClassification"
+    ort_class = "ORTModelForImageClassification"
+    output_names = ("logits",)
+    input_kind = "image"
+    text_columns = (("image",), ("img",), ("image_path",), ("file_name",))
+    label_columns = ("label", "labels")
+
+    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+        (column, *more) = self.columns(raw, data)
+        if more:
+            raise DataError(f"expected one image column, found data.text_columns {data.text_columns}; name one")
+        source = data.calibration if which == "calibration" else data.evaluation
+        folder = Path(source or ".").parent
+        label = self.find_label_column(raw, data, which)
+        rows: list[Row] = []
+        for number, item in enumerate(raw, 1):
+            row: Row = {"image": _locate(cell(item, column, object, number, "an image"), folder, number)}
+            if label is not None:
+                row["label"] = cell(item, label, (int, float, str), number, "a label")
+            rows.append(row)
+        return rows
+
+    def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
+        return check_class_labels(rows, config)
+
+    def encode(
+        self,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        *,
+        pad_to: int | None = None,
+        sort: bool = True,
+    ) -> list[Batch]:
+        """``pixel_values`` [batch, channels, height, width]; lengths and ``sort`` mean nothing here."""
+        return [
+            {"pixel_values": _pixels(rows[start : start + batch_size], processor)}
+            for start in range(0, len(rows), batch_size)
+        ]
+
+    def evaluate(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        labels = class_numbers(rows)
+
+        def batches() -> Any:
+            for start in range(0, len(rows), batch_size):
+                members = rows[start : start + batch_size]
+                indices = list(range(start, start + len(members)))
+                if pad_to is not None:  # a fixed batch: repeat the last image, its extra answers are dropped
+                    members = members + [members[-1]] * (batch_size - len(members))
+                inputs: Arrays = {"pixel_values": _pixels(members, processor).numpy()}
+                yield indices, inputs
+
+        return classification_metrics(class_logits(run, batches(), len(rows)), labels)
+
+    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        return outputs["logits"]
+
+
+def _locate(value: Any, folder: Path, number: int) -> Any:
+    """Bytes, an existing path or a PIL image, from what data files and `datasets` hold."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        path = folder / value
+        if not path.is_file():
+            raise DataError(f"expected an image file at {path} (row {number}), found none; check the path")
+        return path
+    if isinstance(value, bytes) or hasattr(value, "convert"):
+        return value
+    raise DataError(
+        f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see README, 'Data'"
+    )
+
+
+def _pixels(rows: list[Row], processor: Any) -> Tensor:
+    images = [_decode(row["image"]) for row in rows]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    return torch.as_tensor(pixels, dtype=torch.float32)
+
+
+def _decode(value: Any) -> Any:
+    if hasattr(value, "convert"):
+        return value.convert("RGB")
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError("expected the package pillow for image data, found none; pip install pillow") from error
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        what = "bytes" if isinstance(value, bytes) else value
+        raise DataError(f"expected an image in {what}, found: {error}; replace or remove it") from error

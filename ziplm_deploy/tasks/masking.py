@@ -1,0 +1,119 @@
+"""Masked language modelling, judged by how often the hidden token is found."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ziplm_deploy.config import DataConfig, ModelConfig
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Batch, Run, Task, Which
+from ziplm_deploy.tasks.batching import Example, as_float32, encode_examples, run_batches, tokenize, unpadded
+from ziplm_deploy.tasks.data import Row, cell
+
+MASKED_FRACTION = 0.15  # as in pre-training of BERT
+FEATURES_PER_ROW = 8  # masked positions compared a sequence: vocabulary-wide logits are large
+SKIP = -100
+
+
+class FillMask(Task):
+    """Rows: ``{"text"}``. The same text is always masked at the same places (seeded by its token ids)."""
+
+    name = "fill-mask"
+    metric_name = "masked_accuracy"
+    auto_class = "AutoModelForMaskedLM"
+    ort_class = "ORTModelForMaskedLM"
+    output_names = ("logits",)
+    text_columns = (("text",), ("sentence",))
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self._mask_id: int | None = None  # of the tokenizer last encoded with; tells features() where to look
+
+    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+        columns = self.columns(raw, data)
+        if len(columns) != 1:
+            raise DataError(f"expected one text column, found data.text_columns {columns}; name one")
+        texts = [cell(row, columns[0], str, number, "text") for number, row in enumerate(raw, 1)]
+        rows: list[Row] = [{"text": text} for text in texts if text.strip()]
+        if not rows:
+            raise DataError(f"expected text in column {columns[0]!r}, found only blank rows; give another column")
+        return rows
+
+    def encode(
+        self,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        *,
+        pad_to: int | None = None,
+        sort: bool = True,
+    ) -> list[Batch]:
+        """Inputs with 15 % of the tokens replaced by the mask token, as the model is used."""
+        masked, _ = self._mask(tokenize(processor, rows, max_length), processor)
+        return encode_examples(masked, processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def evaluate(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        masked, targets = self._mask(tokenize(processor, rows, max_length), processor)
+        correct, log_likelihood, count = 0, 0.0, 0
+        for indices, inputs in run_batches(masked, processor, batch_size, pad_to):
+            logits = run(inputs)["logits"]
+            for position, index in enumerate(indices):
+                target = np.array(targets[index])
+                hidden = np.flatnonzero(target != SKIP)
+                if not len(hidden):
+                    continue
+                tokens = unpadded(len(target), logits.shape[1], processor)
+                wanted = torch.from_numpy(target[hidden])
+                chosen = torch.from_numpy(as_float32(logits[position, tokens][hidden]))  # [hidden, vocab]
+                scores = chosen.log_softmax(-1)
+                correct += int((scores.argmax(-1) == wanted).sum())
+                log_likelihood += float(scores.gather(1, wanted[:, None]).sum())
+                count += len(wanted)
+        if not count:
+            raise DataError("expected texts with tokens to mask, found none; give longer texts or a larger seq_len")
+        return {"masked_accuracy": correct / count, "masked_log_likelihood": log_likelihood / count}
+
+    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Logits [positions, vocabulary] at the first masked positions of each sequence."""
+        masked = batch["input_ids"].eq(self._require_mask_id())  # [batch, length]
+        chosen = masked & (masked.cumsum(1) <= FEATURES_PER_ROW)
+        return outputs["logits"][chosen]
+
+    def _require_mask_id(self) -> int:
+        if self._mask_id is None:
+            raise RuntimeError("FillMask.features needs batches that this object's encode() made; call encode() first")
+        return self._mask_id
+
+    def _mask(self, examples: list[Example], processor: Any) -> tuple[list[Example], list[list[int]]]:
+        """Examples with masked ids, and the hidden ids (SKIP elsewhere), both [examples][length]."""
+        if processor.mask_token_id is None:
+            raise DataError(
+                f"expected a tokenizer with a mask token for fill-mask, found {type(processor).__name__} without; use "
+                "the tokenizer that the model was pre-trained with"
+            )
+        self._mask_id = int(processor.mask_token_id)
+        special = set(processor.all_special_ids)
+        masked: list[Example] = []
+        targets: list[list[int]] = []
+        for example in examples:
+            ids = example["input_ids"]
+            candidates = [position for position, token in enumerate(ids) if token not in special]
+            count = min(len(candidates), max(1, round(MASKED_FRACTION * len(candidates))))
+            hidden = set(random.Random(str(ids)).sample(candidates, count))
+            masked.append({**example, "input_ids": [self._mask_id if p in hidden else t for p, t in enumerate(ids)]})
+            targets.append([token if position in hidden else SKIP for position, token in enumerate(ids)])
+        return masked, targets

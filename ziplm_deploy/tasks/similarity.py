@@ -1,0 +1,183 @@
+"""Sentence embeddings, judged by the rank correlation of their cosines with human similarity scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor, nn
+
+from ziplm_deploy.config import DataConfig
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Arrays, Batch, Run, Task, Which
+from ziplm_deploy.tasks.batching import as_float32, encode_examples, run_batches, tokenize
+from ziplm_deploy.tasks.data import Row, cell
+
+
+class SentenceSimilarity(Task):
+    """Calibration rows: distinct ``{"text"}``. Evaluation rows: ``{"text", "text_pair", "label": float}``."""
+
+    name = "sentence-similarity"
+    metric_name = "spearman"
+    auto_class = "AutoModel"
+    ort_class = "ORTModelForFeatureExtraction"
+    output_names = ("last_hidden_state", "sentence_embedding")
+    text_columns = (("sentence1", "sentence2"), ("text1", "text2"))
+    label_columns = ("label", "score", "similarity")
+
+    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+        if which == "calibration":
+            columns = self.columns(raw, data, (*self.text_columns, ("sentence",), ("text",)))
+            texts = (cell(row, name, str, n, "text") for n, row in enumerate(raw, 1) for name in columns)
+            return [{"text": text} for text in dict.fromkeys(texts) if text.strip()]
+        columns = self.columns(raw, data)
+        if len(columns) != 2:
+            raise DataError(
+                f"expected two text columns for pairs of sentences, found data.text_columns {columns}; name both"
+            )
+        label = self.find_label_column(raw, data, which)
+        assert label is not None  # evaluation data without one was refused
+        return [
+            {
+                "text": cell(row, columns[0], str, number, "text"),
+                "text_pair": cell(row, columns[1], str, number, "text"),
+                "label": _score(cell(row, label, (int, float, str), number, "a similarity score"), number),
+            }
+            for number, row in enumerate(raw, 1)
+        ]
+
+    def encode(
+        self,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        *,
+        pad_to: int | None = None,
+        sort: bool = True,
+    ) -> list[Batch]:
+        examples = tokenize(processor, flatten(rows), max_length)
+        return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def evaluate(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        distinct = flatten(rows)
+        embeddings = self.embed(run, distinct, processor, max_length, batch_size, pad_to)
+        position = {row["text"]: index for index, row in enumerate(distinct)}
+        left = embeddings[[position[row["text"]] for row in rows]]
+        right = embeddings[[position[row["text_pair"]] for row in rows]]
+        cosine = np.sum(_unit(left) * _unit(right), axis=1)
+        labels = np.array([row["label"] for row in rows], dtype=np.float64)
+        if len(rows) < 3 or np.ptp(labels) == 0:
+            raise DataError(
+                f"expected at least 3 evaluation pairs with differing scores, found {len(rows)} pairs with "
+                f"{len(set(labels.tolist()))} score(s); give more data"
+            )
+        if not np.isfinite(cosine).all() or np.ptp(cosine) == 0:
+            return {"spearman": 0.0, "pearson": 0.0}  # a collapsed model: no correlation is defined
+        return {"spearman": float(spearmanr(cosine, labels)[0]), "pearson": float(pearsonr(cosine, labels)[0])}
+
+    def embed(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> np.ndarray:
+        """Embeddings ``[len(rows), hidden]`` of the rows' ``text``, from ``sentence_embedding`` or by pooling here."""
+        examples = tokenize(processor, [{"text": row["text"]} for row in rows], max_length)
+        embeddings: dict[int, np.ndarray] = {}
+        for indices, inputs in run_batches(examples, processor, batch_size, pad_to):
+            outputs = run(inputs)
+            pooled = outputs.get("sentence_embedding")
+            pooled = self._pool_arrays(outputs["last_hidden_state"], inputs) if pooled is None else as_float32(pooled)
+            embeddings.update(zip(indices, pooled, strict=False))  # rows past the indices fill up a fixed batch
+        return np.stack([embeddings[index] for index in range(len(rows))])
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        outputs = super().forward(model, batch)
+        outputs["sentence_embedding"] = self._pool(outputs["last_hidden_state"], batch["attention_mask"])
+        return outputs
+
+    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        return outputs["sentence_embedding"]
+
+    def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
+        """Mean of 1 - cosine between embeddings ``[n, hidden]``."""
+        from torch.nn.functional import cosine_similarity
+
+        return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """[batch, length, hidden] → [batch, hidden]."""
+        from torch.nn.functional import normalize
+
+        if self.model.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.unsqueeze(-1).to(hidden.dtype)  # [batch, length, 1]
+            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return normalize(pooled, dim=-1) if self.model.normalize else pooled
+
+    def _pool_arrays(self, hidden: np.ndarray, inputs: Arrays) -> np.ndarray:
+        import torch
+
+        pooled = self._pool(torch.from_numpy(as_float32(hidden)), torch.from_numpy(inputs["attention_mask"]))
+        return pooled.numpy()
+
+
+def flatten(rows: list[Row]) -> list[Row]:
+    """The distinct texts of rows and pairs, in order of appearance, as rows ``{"text"}``."""
+    texts = (text for row in rows for text in (row["text"], row.get("text_pair")) if text is not None)
+    return [{"text": text} for text in dict.fromkeys(texts)]
+
+
+def fidelity(candidate: np.ndarray, dense: np.ndarray, neighbours: int = 10) -> dict[str, float]:
+    """How close embeddings ``[n, hidden]`` stay to the dense model's on the same texts.
+
+    Returns ``mean_cosine`` and ``neighbour_overlap``: the mean share of each text's nearest ``neighbours`` (by cosine,
+    itself left out) that both models agree on.
+    """
+    if candidate.shape[0] != dense.shape[0] or candidate.shape[0] <= neighbours:
+        raise DataError(
+            f"expected embeddings of the same texts, more than {neighbours}, found {candidate.shape[0]} and "
+            f"{dense.shape[0]}; give more texts"
+        )
+    a, b = _unit(candidate), _unit(dense)
+    near_a, near_b = (_nearest(vectors, neighbours) for vectors in (a, b))
+    shared = [len(set(one) & set(other)) for one, other in zip(near_a.tolist(), near_b.tolist(), strict=True)]
+    return {
+        "mean_cosine": float(np.sum(a * b, axis=1).mean()),
+        "neighbour_overlap": float(np.mean(shared)) / neighbours,
+    }
+
+
+def _nearest(unit_vectors: np.ndarray, neighbours: int) -> np.ndarray:
+    cosine = unit_vectors @ unit_vectors.T  # [n, n]
+    np.fill_diagonal(cosine, -np.inf)
+    return np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, dtype=np.float64)
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+
+
+def _score(value: float | str, number: int) -> float:
+    try:
+        score = float(value)
+    except ValueError:
+        score = float("nan")
+    if not np.isfinite(score):
+        raise DataError(f"expected a number as similarity score, found {value!r} in row {number}; correct that row")
+    return score

@@ -1,0 +1,157 @@
+"""Token classification (named entities), judged by entity F1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from seqeval.metrics import f1_score, precision_score, recall_score
+from torch import Tensor
+
+from ziplm_deploy.config import DataConfig
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Batch, Run, Task, Which, map_label
+from ziplm_deploy.tasks.batching import (
+    Example,
+    encode_examples,
+    length_limit,
+    require_fast,
+    run_batches,
+    split_examples,
+    unpadded,
+)
+from ziplm_deploy.tasks.data import Row, cell
+
+
+class TokenClassification(Task):
+    """Rows: ``{"words": [str], "label": [class] (if the data have it)}``; a word's class is read at its first token.
+
+    Words that truncation cuts off count as ``O``. After :meth:`check_labels` rows carry ``label`` as class numbers and
+    ``label_names``, the model's names by number.
+    """
+
+    name = "token-classification"
+    metric_name = "entity_f1"
+    auto_class = "AutoModelForTokenClassification"
+    ort_class = "ORTModelForTokenClassification"
+    output_names = ("logits",)
+    text_columns = (("tokens",), ("words",))
+    label_columns = ("ner_tags", "tags", "labels", "label")
+
+    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+        columns = self.columns(raw, data)
+        if len(columns) != 1:
+            raise DataError(f"expected one column with lists of words, found data.text_columns {columns}; name one")
+        label = self.find_label_column(raw, data, which)
+        rows: list[Row] = []
+        for number, source in enumerate(raw, 1):
+            row: Row = {"words": cell(source, columns[0], list, number, "a list of words (JSONL or Parquet, not CSV)")}
+            if not all(isinstance(word, str) for word in row["words"]):
+                raise DataError(f"expected words as text in row {number}, found {row['words']!r:.80}; correct that row")
+            if label is not None:
+                row["label"] = cell(source, label, list, number, "a list of tags, one a word")
+                if len(row["label"]) != len(row["words"]):
+                    raise DataError(
+                        f"expected one tag a word in row {number}, found {len(row['label'])} tags for "
+                        f"{len(row['words'])} words; correct that row"
+                    )
+            rows.append(row)
+        return rows
+
+    def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        return [
+            {**row, "label": [map_label(tag, config, number) for tag in row["label"]], "label_names": names}
+            if "label" in row
+            else row
+            for number, row in enumerate(rows, 1)
+        ]
+
+    def encode(
+        self,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        *,
+        pad_to: int | None = None,
+        sort: bool = True,
+    ) -> list[Batch]:
+        examples, _ = tokenize_words(processor, rows, max_length)
+        return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def evaluate(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        if not all("label_names" in row for row in rows):
+            raise DataError("expected rows with checked tags, found others; pass the rows that check_labels returned")
+        names: list[str] = rows[0]["label_names"]
+        examples, first_tokens = tokenize_words(processor, rows, max_length)
+        predicted = [["O"] * len(row["words"]) for row in rows]
+        for indices, inputs in run_batches(examples, processor, batch_size, pad_to):
+            classes = run(inputs)["logits"].argmax(axis=-1)  # [batch, length]
+            for position, index in enumerate(indices):
+                size = len(examples[index]["input_ids"])
+                tokens = classes[position, unpadded(size, classes.shape[1], processor)]
+                for word, token in first_tokens[index].items():
+                    predicted[index][word] = names[int(tokens[token])]
+        truth = [[names[tag] for tag in row["label"]] for row in rows]
+        return _entity_metrics(truth, predicted)
+
+    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Logits [tokens, classes] of every token that is no padding."""
+        return outputs["logits"][batch["attention_mask"].bool()]
+
+
+def _entity_metrics(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Entity F1, precision and recall where tags are B-/I-…; without such tags every word counts as an entity."""
+    if not any(tag.startswith(("B-", "I-")) for tags in truth for tag in tags):
+        truth = [[tag if tag == "O" else f"B-{tag}" for tag in tags] for tags in truth]
+        predicted = [[tag if tag == "O" else f"B-{tag}" for tag in tags] for tags in predicted]
+    hits = [one == other for a, b in zip(truth, predicted, strict=True) for one, other in zip(a, b, strict=True)]
+    return {
+        "entity_f1": float(f1_score(truth, predicted, zero_division=0)),
+        "entity_precision": float(precision_score(truth, predicted, zero_division=0)),
+        "entity_recall": float(recall_score(truth, predicted, zero_division=0)),
+        "token_accuracy": float(np.mean(hits)) if hits else 0.0,
+    }
+
+
+def tokenize_words(processor: Any, rows: list[Row], max_length: int) -> tuple[list[Example], list[dict[int, int]]]:
+    """Truncated inputs, and for each example the first token of each word, {word index: token index}.
+
+    The words are joined by spaces and found again by offsets: unlike ``is_split_into_words`` this also works with
+    byte-level tokenizers that were loaded without ``add_prefix_space``. The leading space makes the first word like
+    the others; tokenizers that strip spaces are not affected.
+    """
+    require_fast(processor, "token-classification")
+    texts = [" " + " ".join(row["words"]) for row in rows]
+    encoded = processor(
+        texts,
+        truncation=True,
+        max_length=length_limit(processor, max_length),
+        padding=False,
+        return_attention_mask=True,
+        return_offsets_mapping=True,
+    )
+    offsets = encoded["offset_mapping"]
+    firsts = [_first_tokens(row["words"], spans) for row, spans in zip(rows, offsets, strict=True)]
+    return split_examples(encoded, processor), firsts
+
+
+def _first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> dict[int, int]:
+    owner: list[int | None] = []  # word index of every character of the joined text
+    for index, text in enumerate(words):
+        owner += [None] + [index] * len(text)
+    firsts: dict[int, int] = {}
+    for token, (start, end) in enumerate(offsets):
+        word = owner[end - 1] if end > start else None  # the last character: a token may begin with the space
+        if word is not None:
+            firsts.setdefault(word, token)
+    return firsts
