@@ -144,7 +144,8 @@ def _output_ranks(model: nn.Module, inputs: dict[str, torch.Tensor], output_name
     model.train(was_training)
     missing = [name for name in output_names if outputs.get(name) is None]
     if missing or not output_names:
-        raise ExportError(f"expected outputs among {', '.join(outputs)}, found {', '.join(missing) or 'none'} asked for")
+        asked = ", ".join(missing) or "none"
+        raise ExportError(f"expected output names among {', '.join(outputs)}, found {asked}; correct output_names")
     return {name: outputs[name].dim() for name in output_names}
 
 

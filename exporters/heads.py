@@ -14,7 +14,7 @@ _SMALLEST_TOKEN_COUNT = 1e-9
 def pool(
     token_vectors: torch.Tensor, attention_mask: torch.Tensor, pooling: Literal["mean", "cls"], normalize: bool
 ) -> torch.Tensor:
-    """Sentence embedding ``[batch, hidden]`` of token vectors ``[batch, tokens, hidden]`` and mask ``[batch, tokens]``."""
+    """Embedding ``[batch, hidden]`` of token vectors ``[batch, tokens, hidden]`` with mask ``[batch, tokens]``."""
     if pooling == "cls":
         embedding = token_vectors[:, 0]  # [batch, hidden]
     else:

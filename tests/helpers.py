@@ -24,7 +24,14 @@ AUTO_CLASSES = {
     "fill-mask": "AutoModelForMaskedLM",
     "image-classification": "AutoModelForImageClassification",
 }
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a cat dog sat ran on under mat tree . , ? who".split()]
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", ".", ",", "?", "who"],
+]
 
 
 def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
@@ -38,6 +45,10 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
         common |= {"image_size": 16, "patch_size": 8, "num_channels": 3}
     else:
         common |= {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0}
+    if model_type in ("roberta", "xlm-roberta", "mpnet"):
+        common |= {"pad_token_id": 1}
+    if model_type in ("roberta", "xlm-roberta"):
+        common |= {"type_vocab_size": 1}
     if model_type == "electra":
         common |= {"embedding_size": 16}
     common |= {"attn_implementation": "eager"}

@@ -18,9 +18,9 @@ from ziplm_deploy.architectures import (
     Architecture,
     PrunableModule,
     architecture_of,
+    layers_of,
     output_linear,
     prunable_modules,
-    layers_of,
 )
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.pruning.levels import LevelWeights
@@ -169,7 +169,7 @@ def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableMo
         block._modules[name] = _keep_rows(block.get_submodule(name), rows)
     setattr(block, architecture.head_count, kept.numel())
     setattr(block, architecture.head_width, rows.numel())
-    if architecture.sliced_attention is not None:
+    if architecture.sliced_attention is not None and not torch.equal(kept, torch.arange(module.structures)):
         block.__class__ = architecture.sliced_attention
         block.register_buffer("kept_heads", kept.clone(), persistent=False)
 
