@@ -13,9 +13,10 @@ from torch import Tensor
 class LevelWeights:
     """The output linear of one module at one level.
 
-    ``kept``: int64 ``[k]``, ascending indices of the kept structures (heads or FFN columns) of the ORIGINAL dense model;
-    ``weight``: float32 ``[hidden, k * group_size]``, columns in the order of ``kept``; ``bias``: float32 ``[hidden]``;
-    ``relative_error``: output error over output power on the calibration tokens, 1.0 for a module dropped with its bias.
+    ``kept``: int64 ``[k]``, ascending indices of the kept structures (heads or FFN columns) of the ORIGINAL dense
+    model; ``weight``: float32 ``[hidden, k * group_size]``, columns in the order of ``kept``; ``bias``: float32
+    ``[hidden]``; ``relative_error``: output error over output power on the calibration tokens, 1.0 for a module that is
+    dropped together with its bias.
     """
 
     kept: Tensor
@@ -31,8 +32,9 @@ class LevelWeights:
                 f"expected weight [hidden, columns] and bias [hidden], "
                 f"found {tuple(self.weight.shape)} and {tuple(self.bias.shape)}"
             )
-        if self.size == 0 and self.weight.shape[1] or self.size and self.weight.shape[1] % self.size:
-            raise ValueError(f"expected a multiple of {self.size} columns, found {self.weight.shape[1]}")
+        columns = self.weight.shape[1]
+        if columns % self.size if self.size else columns:
+            raise ValueError(f"expected a multiple of {self.size} columns, found {columns}")
 
     @property
     def size(self) -> int:
@@ -41,7 +43,7 @@ class LevelWeights:
 
 
 def ffn_widths(width: int, ratio: float = 0.9, align: int = 1, min_fraction: float = 0.01) -> list[int]:
-    """FFN widths ``width * ratio**i`` down to ``min_fraction``, rounded to ``align``; descending, with full width and 0.
+    """FFN widths ``width * ratio**i`` down to ``min_fraction``, rounded to ``align``; descending, with full and 0.
 
     Raises:
         ValueError: width or align below 1, ratio or min_fraction outside (0, 1).

@@ -16,8 +16,8 @@ V       [p, d]           panel: (G_MM)⁻¹ G_{M,:}; the weights lose W_M V
 Q       [p, d]           panel: S_{M,:} − ½ S_MM V; S has lost VᵀQ + QᵀV since the last flush
 ======  ===============  ==========================================================================
 
-The order needs only G and S (ALGORITHM, OBS, third oracle). Rank-one changes are held back in a panel and applied by one
-matrix product, since applying each costs a pass through d² memory. Weights follow from the closed form
+The order needs only G and S (ALGORITHM, OBS, third oracle). Rank-one changes are held back in a panel and applied by
+one matrix product, since applying each costs a pass through d² memory. Weights follow from the closed form
 ``W_K = W H_{:,K} (H_KK)⁻¹``: kept sets are nested, so one Cholesky factor of the permuted H serves every level.
 """
 
@@ -237,5 +237,5 @@ def _inverse(H: Tensor) -> Tensor:
 def _check_factor(info: int) -> None:
     if info:
         raise NumericalError(
-            f"expected a positive definite matrix, found a failure at pivot {info}; raise prune.damping or use more data"
+            f"expected a positive definite matrix, found a failure at pivot {info}; raise prune.damping"
         )

@@ -1,0 +1,174 @@
+"""One pass of the model over calibration data: second moments and means of what enters every output linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ziplm_deploy.architectures import PrunableModule, output_linear
+from ziplm_deploy.errors import DataError, NumericalError, UsageError
+from ziplm_deploy.pruning.statistics import ModuleStats
+
+Batch = dict[str, Tensor]
+Progress = Callable[[int, int], None]
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    modules: Sequence[PrunableModule],
+    *,
+    memory_limit_bytes: int,
+    progress: Progress | None = None,
+) -> dict[str, ModuleStats]:
+    """Statistics of all modules at once, by name. They must fit into ``memory_limit_bytes`` together.
+
+    Raises:
+        UsageError: they do not fit; use :func:`iter_statistics` or a higher limit.
+        DataError: no tokens.  NumericalError: NaN or infinite activations; names the module.
+    """
+    needed = statistics_bytes(modules)
+    if needed > memory_limit_bytes:
+        raise UsageError(
+            f"expected statistics of {len(modules)} modules within prune.memory_limit_gb = "
+            f"{memory_limit_bytes / 2**30:.2f}, found that they take {needed / 2**30:.2f} GiB; raise the limit"
+        )
+    return dict(iter_statistics(model, batches, modules, memory_limit_bytes=memory_limit_bytes, progress=progress))
+
+
+def iter_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    modules: Sequence[PrunableModule],
+    *,
+    memory_limit_bytes: int,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, ModuleStats]]:
+    """Yield (module name, statistics), with as many modules in memory at once as the limit allows.
+
+    Every group of modules takes a pass over the data. Tokens with ``attention_mask`` 0 are not counted; without a mask
+    (images) all are.
+
+    Args:
+        batches: model inputs; consumed once, kept in memory.
+        memory_limit_bytes: for the moments of a group, see :func:`statistics_bytes`.
+        progress: called with (batches done, batches in all groups).
+
+    Raises:
+        UsageError: one module alone is above the limit.
+        DataError: no tokens.  NumericalError: NaN or infinite activations; names the module.
+    """
+    batches = list(batches)
+    groups = module_groups(modules, memory_limit_bytes)
+    for index, group in enumerate(groups):
+        moments = {module.name: _Moments(module) for module in group}
+        _run(model, batches, group, moments, progress, index * len(batches), len(groups) * len(batches))
+        for name in list(moments):
+            yield name, moments.pop(name).finish()
+
+
+def statistics_bytes(modules: Sequence[PrunableModule]) -> int:
+    """Peak bytes of collecting these modules in one pass: float64 sums, one float32 product, its float64 copy."""
+    widths = [module.structures * module.group_size for module in modules]
+    return sum(8 * d * d + 16 * d for d in widths) + 12 * max(widths, default=0) ** 2
+
+
+def module_groups(modules: Sequence[PrunableModule], memory_limit_bytes: int) -> list[list[PrunableModule]]:
+    """Split modules, in order, into groups that each fit; raises ``UsageError`` if a single module does not."""
+    groups: list[list[PrunableModule]] = []
+    for module in modules:
+        if statistics_bytes([module]) > memory_limit_bytes:
+            raise UsageError(
+                f"expected the statistics of {module.name} within prune.memory_limit_gb = "
+                f"{memory_limit_bytes / 2**30:.2f}, found that they take {statistics_bytes([module]) / 2**30:.2f} GiB; "
+                "raise the limit"
+            )
+        if groups and statistics_bytes([*groups[-1], module]) <= memory_limit_bytes:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+    return groups
+
+
+class _Moments:
+    """Running sums over tokens: float32 products a batch, carried in float64.
+
+    Inputs are shifted by the mean of the first batch before they are multiplied: float32 rounding then stays relative
+    to the spread of a column, not to its mean, and the centred Hessian keeps its digits.
+    """
+
+    def __init__(self, module: PrunableModule) -> None:
+        self.name = module.name
+        d = module.structures * module.group_size
+        self.products = torch.zeros(d, d, dtype=torch.float64)  # Σ (x−c)(x−c)ᵀ
+        self.sums = torch.zeros(d, dtype=torch.float64)  # Σ (x−c)
+        self.shift: Tensor | None = None  # c, float32 [d]
+        self.n_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x: float [N, d], tokens that count."""
+        if not len(x):
+            return
+        x = x.float()
+        if self.shift is None:
+            self.shift = x.mean(0)
+        x = x - self.shift  # [N, d]
+        sums = x.sum(0, dtype=torch.float64)
+        product = x.T @ x  # [d, d]
+        if not bool(torch.isfinite(sums).all()) or not bool(torch.isfinite(product.diagonal()).all()):
+            raise NumericalError(
+                f"expected finite inputs of {self.name}, found NaN or infinity; check the checkpoint and the data"
+            )
+        self.products += product
+        self.sums += sums
+        self.n_tokens += len(x)
+
+    def finish(self) -> ModuleStats:
+        """Undo the shift, in float64 and in place."""
+        if self.shift is None:
+            raise DataError("expected calibration tokens, found none: every token is padding, or there is no data")
+        shift = self.shift.double()
+        rest = self.sums / self.n_tokens  # E[x−c]
+        mean = shift + rest
+        # E[xxᵀ] = E[(x−c)(x−c)ᵀ] + c E[x−c]ᵀ + μ cᵀ
+        self.products.div_(self.n_tokens).addr_(shift, rest).addr_(mean, shift)
+        return ModuleStats(self.products, mean, self.n_tokens)
+
+
+@torch.inference_mode()
+def _run(
+    model: nn.Module,
+    batches: list[Batch],
+    group: list[PrunableModule],
+    moments: dict[str, _Moments],
+    progress: Progress | None,
+    done: int,
+    total: int,
+) -> None:
+    mask: Tensor | None = None
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()  # [B, S, d]
+            moments[name].add(x[mask] if mask is not None else x.reshape(-1, x.shape[-1]))
+
+        return hook
+
+    handles: list[RemovableHandle] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for module in group:
+            handles.append(output_linear(model, module).register_forward_pre_hook(hook_of(module.name)))
+        for index, batch in enumerate(batches):
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None  # [B, S]
+            model(**batch)
+            if progress is not None:
+                progress(done + index + 1, total)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
