@@ -12,6 +12,8 @@ from ziplm_deploy.artifacts import Timing
 Floats = npt.NDArray[np.float64]
 LEVEL = 0.95
 N_BOOTSTRAP = 1000
+DRIFT_WINDOW = 9  # neighbouring samples: well under a second, while machines change their speed for seconds
+DRIFT_PASSES = 4
 # Standard error of a median of n normal samples: 1.2533 · sd / √n; sd from the median absolute deviation: 1.4826 · MAD.
 MEDIAN_EFFICIENCY = 1.2533
 MAD_TO_SIGMA = 1.4826
@@ -73,3 +75,31 @@ def is_stable(samples: Sequence[float], window: int = 3, tolerance: float = 0.05
         return False
     before, after = np.median(samples[-2 * window : -window]), np.median(samples[-window:])
     return bool(abs(before / after - 1.0) <= tolerance)
+
+
+def remove_drift(
+    labels: Sequence[int] | npt.NDArray[np.int64], samples_ms: Sequence[float] | Floats, window: int = DRIFT_WINDOW
+) -> tuple[Floats, Floats]:
+    """Samples [n] in the order they were taken, without the machine's speed changes; and those speed factors [n].
+
+    Virtual machines switch between speeds that differ by a third and stay there for seconds, so that medians of models
+    that met different speeds do not compare. ``labels`` [n] says which model a sample belongs to. A sample is taken as
+    model x speed x noise; the speed is the running median over neighbours (of all models) of sample / model median, and
+    both are improved in turn. Random order makes a neighbourhood hold many models. Speeds have median 1.
+    """
+    model = np.unique(np.asarray(labels), return_inverse=True)[1]  # [n], values 0 … models - 1
+    logs = np.log(np.asarray(samples_ms, dtype=np.float64))  # [n]
+    n_models = int(model.max(initial=-1)) + 1
+    speed = np.zeros_like(logs)
+    for _ in range(DRIFT_PASSES if logs.size > window and n_models > 1 else 0):
+        level = np.array([np.median((logs - speed)[model == index]) for index in range(n_models)])  # [models]
+        speed = _running_median(logs - level[model], window)
+        speed -= np.median(speed)
+    return np.exp(logs - speed), np.exp(speed)
+
+
+def _running_median(values: Floats, window: int) -> Floats:
+    half = window // 2
+    padded = np.pad(values, half, mode="reflect")  # [n + 2 half]
+    views = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)  # [n, 2 half + 1]
+    return np.asarray(np.median(views, axis=1), dtype=np.float64)
