@@ -116,6 +116,19 @@ class Task(ABC):
     ) -> dict[str, float]:
         """Metrics on labelled rows, 1 is best. With ``pad_to`` every batch is exactly [batch_size, pad_to]."""
 
+    def fidelity(
+        self,
+        run: Run,
+        dense_run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        """How close the outputs stay to the dense model's, needing no labels; empty where the metric says enough."""
+        return {}
+
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Named outputs of a torch model; inputs that it does not take are left out."""
         accepted = _parameters(type(model).forward)

@@ -94,7 +94,7 @@ def _parse_csv(text: str, path: Path, delimiter: str) -> list[Row]:
             rows.append(row)
     except csv.Error as error:
         raise DataError(
-            f"expected {path} to be a table, found in line {reader.line_num}: {error}; double the quotation marks "
+            f"expected {path} to be a table, found in line {reader.reader.line_num}: {error}; double the quotes "
             "inside quoted texts, or use JSON lines"
         ) from error
     return rows

@@ -14,6 +14,8 @@ from ziplm_deploy.tasks.base import Arrays, Batch, Run, Task, Which
 from ziplm_deploy.tasks.batching import as_float32, encode_examples, run_batches, tokenize
 from ziplm_deploy.tasks.data import Row, cell
 
+NEIGHBOURS = 10
+
 
 class SentenceSimilarity(Task):
     """Calibration rows: distinct ``{"text"}``. Evaluation rows: ``{"text", "text_pair", "label": float}``."""
@@ -85,6 +87,25 @@ class SentenceSimilarity(Task):
             return {"spearman": 0.0, "pearson": 0.0}  # a collapsed model: no correlation is defined
         return {"spearman": float(spearmanr(cosine, labels)[0]), "pearson": float(pearsonr(cosine, labels)[0])}
 
+    def fidelity(
+        self,
+        run: Run,
+        dense_run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer."""
+        distinct = flatten(rows)
+        if len(distinct) <= NEIGHBOURS:
+            return {}
+        candidate, dense = (
+            self.embed(each, distinct, processor, max_length, batch_size, pad_to) for each in (run, dense_run)
+        )
+        return embedding_fidelity(candidate, dense)
+
     def embed(
         self,
         run: Run,
@@ -142,7 +163,7 @@ def flatten(rows: list[Row]) -> list[Row]:
     return [{"text": text} for text in dict.fromkeys(texts)]
 
 
-def fidelity(candidate: np.ndarray, dense: np.ndarray, neighbours: int = 10) -> dict[str, float]:
+def embedding_fidelity(candidate: np.ndarray, dense: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, float]:
     """How close embeddings ``[n, hidden]`` stay to the dense model's on the same texts.
 
     Returns ``mean_cosine`` and ``neighbour_overlap``: the mean share of each text's nearest ``neighbours`` (by cosine,
