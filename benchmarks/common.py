@@ -1,0 +1,132 @@
+"""What every benchmark program shares: figures, and the one shape of the result files.
+
+Run a program from the repository's root: ``python benchmarks/additivity.py``; it writes ``benchmarks/results/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # programs run from a checkout, installed or not
+    sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "onnxruntime", "transformers", "onnx", "numpy")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that an issue asks for: value, unit, goal such as ``<= 5``, sample count and spread (low, high)."""
+
+    value: float
+    unit: str
+    goal: str
+    n: int
+    spread: tuple[float, float] | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal holds; None where the goal is no comparison with a number."""
+        return goal_met(self.value, self.goal)
+
+    def as_json(self) -> dict[str, Any]:
+        spread = None if self.spread is None else list(self.spread)
+        return {"value": self.value, "unit": self.unit, "goal": self.goal, "n": self.n, "spread": spread}
+
+
+def goal_met(value: float, goal: str) -> bool | None:
+    """``goal_met(3.1, "<= 5")`` is True; None where ``goal`` is not ``<=``, ``<``, ``>=`` or ``>`` and a number."""
+    sign, _, limit_text = goal.strip().partition(" ")
+    try:
+        limit = float(limit_text)
+    except ValueError:
+        return None
+    comparisons = {"<=": value <= limit, "<": value < limit, ">=": value >= limit, ">": value > limit}
+    return comparisons.get(sign)
+
+
+def write_result(
+    name: str,
+    figures: Mapping[str, Figure],
+    rows: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    path: Path | None = None,
+) -> Path:
+    """Write ``benchmarks/results/NAME.json`` (or ``path``) atomically and print its figures; returns the path."""
+    from ziplm_deploy.artifacts import write_text
+    from ziplm_deploy.machine import machine_info
+
+    machine = machine_info()
+    result = {
+        "name": name,
+        "command": shlex.join(["python", _relative(Path(sys.argv[0])), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": {
+            "cpu": machine.cpu_model,
+            "isa": list(machine.isa_flags),
+            "cores": machine.usable_cores,
+            "memory_bytes": machine.memory_bytes,
+        },
+        "versions": versions(),
+        "settings": dict(settings),
+        "figures": {key: figure.as_json() for key, figure in figures.items()},
+        "rows": [dict(row) for row in rows],
+    }
+    path = path or RESULTS / f"{name}.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    for key, figure in figures.items():
+        print(f"{key}: {figure.value:.4g} {figure.unit} (goal {figure.goal}) {verdict(figure.met)}")
+    print(f"wrote {_relative(path)}")
+    return path
+
+
+def verdict(met: bool | None) -> str:
+    return {True: "met", False: "MISSED", None: ""}[met]
+
+
+def commit() -> str:
+    """Hash of the checkout, with ``+changes`` if tracked files differ from it; ``unknown`` outside a checkout."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}+changes" if changed else head
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a measurement depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def load_average() -> float:
+    """Processes that wanted a CPU over the last minute: a measurement on a busy machine must show it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _relative(path: Path) -> str:
+    resolved = path.resolve()
+    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else resolved.name

@@ -1,0 +1,64 @@
+"""One table of all figures in ``benchmarks/results`` against their goals.
+
+``python benchmarks/summary.py`` prints Markdown; it exits with 1 if a goal is missed or a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, goal_met, verdict
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result file of a folder, by name.
+
+    Raises:
+        ValueError: a file is not JSON or lacks ``name``, ``figures`` or ``commit``; names it.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            missing = [key for key in ("name", "figures", "commit", "date", "machine") if key not in result]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"expected a benchmark result in {path}, found: {error}; run its program again") from error
+        if missing:
+            raise ValueError(f"expected {', '.join(missing)} in {path}, found none; run its program again")
+        results.append(result)
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown table: program, figure, value, spread, goal, verdict, n, commit."""
+    lines = ["| program | figure | value | spread | goal | | n | commit |", "|---|---|---|---|---|---|---|---|"]
+    for result in results:
+        for name, figure in result["figures"].items():
+            spread = " to ".join(f"{bound:.4g}" for bound in figure["spread"]) if figure.get("spread") else ""
+            met = verdict(goal_met(figure["value"], figure["goal"]))
+            value = f"{figure['value']:.4g} {figure['unit']}".strip()
+            row = [result["name"], f"`{name}`", value, spread, figure["goal"], met, figure["n"], result["commit"][:10]]
+            lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with result files")
+    options = parser.parse_args()
+    try:
+        results = read_results(options.results)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(results))
+    figures = [figure for result in results for figure in result["figures"].values()]
+    return 1 if any(goal_met(figure["value"], figure["goal"]) is False for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
