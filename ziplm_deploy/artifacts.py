@@ -11,9 +11,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
 
 from ziplm_deploy.config import Environment
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
@@ -86,7 +87,8 @@ class Artifact(BaseModel):
             raise CorruptArtifactError(
                 f"expected a {what} in {path}, found: {error}; make it again with the stage that writes it"
             ) from error
-        kind, version = (raw.pop("kind", None), raw.pop("schema_version", None)) if isinstance(raw, dict) else (None,) * 2
+        raw = raw if isinstance(raw, dict) else {}
+        kind, version = raw.pop("kind", None), raw.pop("schema_version", None)
         if kind != cls.KIND or version != cls.SCHEMA_VERSION:
             raise CorruptArtifactError(
                 f"expected a {what} of schema {cls.SCHEMA_VERSION} in {path}, found kind {kind!r}, schema {version!r}; "
@@ -237,3 +239,52 @@ class BenchmarkRecord(Artifact):
 
     def variant(self, name: str) -> VariantResult:
         return next(result for result in self.variants if result.name == name)
+
+
+class MemberReport(BaseModel):
+    """One model of the family: what was asked, predicted and measured, and what it cost."""
+
+    name: str  # "dense", "2x" …
+    folder: str
+    speedup_target: float | None  # None for the dense model
+    predicted_speedup: float | None
+    measured_speedup: float
+    measured_low: float  # 95 % interval
+    measured_high: float
+    p50_ms: float
+    p99_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    parameters: int
+    onnx_bytes: int
+    accuracy: dict[str, float]  # of the ONNX file; the task's primary metric first; empty without evaluation data
+    sizes: dict[str, int]  # heads or columns per module
+    search_loss: float | None = None
+    seed_losses: dict[str, float] = Field(default_factory=dict)
+    corrections: int = 0  # how often the closed loop solved this target again
+    verdict: Literal["baseline", "reached", "missed", "faster than asked"]
+    reason: str = ""  # why a target was missed or overshot
+
+
+class FamilyReport(Artifact):
+    """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
+
+    KIND: ClassVar[str] = "family_report"
+
+    name: str
+    model: str
+    task: str
+    metric: str
+    method: str
+    machine: MachineInfo
+    engine: str
+    engine_version: str
+    environment: Environment
+    members: list[MemberReport]
+    aa_ratio: float
+    aa_low: float
+    aa_high: float
+    notes: list[str]  # warnings of the run, e.g. few calibration tokens
+    stage_seconds: dict[str, float]
+    versions: dict[str, str]
+    date: str

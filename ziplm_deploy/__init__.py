@@ -1,0 +1,64 @@
+"""Prune a Transformer encoder to measured speedups on this CPU and export the family as ONNX.
+
+Everything in ``__all__`` is imported when it is first asked for: importing the package loads no torch and no engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ziplm_deploy.api import benchmark, export, profile, prune, report, run_recipe
+    from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan
+    from ziplm_deploy.benchmarking import compare
+    from ziplm_deploy.checkpoints import load
+    from ziplm_deploy.config import Recipe, load_recipe
+    from ziplm_deploy.errors import ZipLMError
+    from ziplm_deploy.inspection import inspect_model
+    from ziplm_deploy.machine import machine_info
+
+__all__ = [
+    "BenchmarkRecord",
+    "FamilyReport",
+    "LatencyTable",
+    "PruningPlan",
+    "Recipe",
+    "ZipLMError",
+    "benchmark",
+    "compare",
+    "export",
+    "inspect_model",
+    "load",
+    "load_recipe",
+    "machine_info",
+    "profile",
+    "prune",
+    "report",
+    "run_recipe",
+]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": ("benchmark", "export", "profile", "prune", "report", "run_recipe"),
+    "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan"),
+    "benchmarking": ("compare",),
+    "checkpoints": ("load",),
+    "config": ("Recipe", "load_recipe"),
+    "errors": ("ZipLMError",),
+    "inspection": ("inspect_model",),
+    "machine": ("machine_info",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,294 @@
+"""Command line: parse, config, stage, artifact. Whatever is heavy is imported in the command that needs it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ziplm_deploy.config import BenchmarkConfig, Environment, Recipe, load_recipe, parse_recipe, recipe_reference
+from ziplm_deploy.errors import UsageError, ZipLMError
+
+if TYPE_CHECKING:
+    from ziplm_deploy.artifacts import FamilyReport
+    from ziplm_deploy.progress import Progress
+
+MISSED_TARGET = 3
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Edge(TyperGroup):
+    """The one place where errors become messages and exit codes. Unexpected exceptions keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZipLMError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\ninterrupted: nothing half-written is left; the same command continues where it was", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = f" for {error.filename}" if error.filename else ""
+            typer.echo(
+                f"error: expected free disk space{where}, found none; free some and run the same again", err=True
+            )
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Edge,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make a Transformer encoder as much faster as you need on this CPU, and measure that it is.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; fields: ziplm-deploy recipe-reference.")]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder for the run's folder.")]
+Speedups = Annotated[str | None, typer.Option(help="Targets instead of the recipe's, as in 1.5,2,3.")]
+Seed = Annotated[int | None, typer.Option(help="Seed instead of the recipe's.")]
+Threads = Annotated[int | None, typer.Option(help="environment.threads instead of the recipe's.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, progress on stderr.")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, package:NAME, or the folder of a family member.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what can be pruned in a model, layer by layer."""
+    from ziplm_deploy.inspection import inspect_model
+    from ziplm_deploy.reporting import console
+
+    rows = inspect_model(model)
+    console.print_json(rows) if as_json else console.print_rows(model, rows)
+
+
+@app.command()
+def profile(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the latency table of the recipe's model on this CPU."""
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    from ziplm_deploy import api
+
+    table = api.profile(resolved, _progress(quiet))
+    typer.echo(
+        f"{len(table.cells)} cells in {table.total_seconds:.0f} s, dense {table.dense.median_ms:.2f} ms, "
+        f"base {table.base.median_ms:.2f} ms: {resolved.run_dir / 'profile.json'}"
+    )
+
+
+@app.command()
+def prune(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Profile where needed, then plan and build a smaller torch model for every target."""
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    from ziplm_deploy import api
+
+    for name, plan in api.prune(resolved, _progress(quiet)).items():
+        typer.echo(f"{name}: predicted {plan.predicted_speedup:.2f}x: {resolved.run_dir / name}")
+
+
+@app.command()
+def export(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune where needed, then write model.onnx of the dense model and of every member."""
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    from ziplm_deploy import api
+
+    for name, path in api.export(resolved, _progress(quiet)).items():
+        typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB: {path}")
+
+
+@app.command()
+def benchmark(
+    inputs: Annotated[list[Path], typer.Argument(metavar="RECIPE | ONNX...", help="A recipe, or ONNX files.")],
+    batch_size: Annotated[int, typer.Option(help="ONNX files: requests in one call.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="ONNX files: tokens a request.")] = 128,
+    threads: Annotated[int | None, typer.Option(help="Intra-op threads (ONNX files: 1).")] = None,
+    rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
+    output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time all members of a recipe, or any ONNX files, against the first (the baseline), interleaved."""
+    from ziplm_deploy.reporting import console
+
+    if any(path.suffix == ".onnx" for path in inputs):
+        models = _onnx_files(inputs)
+        environment = _validated(Environment, batch_size=batch_size, seq_len=seq_len, threads=threads or 1)
+        settings = _validated(BenchmarkConfig, rounds=rounds)
+        from ziplm_deploy.benchmarking import compare
+
+        progress = _progress(quiet)
+        progress.stage(f"benchmark: {len(models)} ONNX file(s) and the baseline again, interleaved", 1, 1)
+        record = compare(models, environment, settings, next(iter(models)), progress.step)
+    elif len(inputs) == 1:
+        resolved = _recipe(inputs[0], None, None, None, threads)
+        from ziplm_deploy import api
+
+        record = api.benchmark(resolved, _progress(quiet))
+    else:
+        raise UsageError(
+            f"expected one recipe or ONNX files (*.onnx), found {len(inputs)} other files; name one recipe"
+        )
+    if output is not None:
+        record.save(output)
+    console.print_json(record.model_dump(mode="json")) if as_json else console.print_benchmark(record)
+
+
+@app.command()
+def report(recipe: RecipePath, output_dir: OutputDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Evaluate and report a benchmarked run again; measures no latency."""
+    resolved = _recipe(recipe, output_dir)
+    from ziplm_deploy import api
+
+    _finish(api.report(resolved, _progress(quiet)), resolved, as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """The whole way: profile, calibrate, prune, export, benchmark, evaluate, report."""
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    from ziplm_deploy import api
+
+    _finish(api.run_recipe(resolved, _progress(quiet)), resolved, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show CPU, granted cores, engines and how well this machine can time anything (an A/A run)."""
+    from ziplm_deploy import doctor as checks
+    from ziplm_deploy.reporting import console
+
+    findings = checks.examine()
+    console.print_json(findings) if as_json else console.print_findings(findings)
+
+
+@app.command("recipe-reference")
+def print_recipe_reference() -> None:
+    """Print every recipe field with default and meaning, as a Markdown table."""
+    typer.echo(recipe_reference())
+
+
+@app.command()
+def schema(kind: Annotated[str, typer.Argument(help="report, recipe, table, plan or benchmark.")]) -> None:
+    """Print the JSON schema of a file that this program reads or writes."""
+    from ziplm_deploy.reporting.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(kind), indent=1))
+
+
+def main() -> None:
+    """Entry point of ``ziplm-deploy``."""
+    app()
+
+
+def _recipe(
+    path: Path,
+    output_dir: Path | None = None,
+    speedups: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+) -> Recipe:
+    overrides: dict[str, Any] = {}
+    if output_dir is not None:
+        overrides["output_dir"] = str(output_dir)
+    if speedups is not None:
+        overrides["speedups"] = [part.strip() for part in speedups.split(",")]
+    if seed is not None:
+        overrides["seed"] = seed
+    if path.suffix in {".onnx", ".safetensors", ".bin", ".pt", ".json"}:
+        raise UsageError(f"expected a recipe (YAML), found {path}; see: ziplm-deploy recipe-reference")
+    recipe = load_recipe(path, overrides)
+    if threads is not None:
+        fields = recipe.model_dump(mode="json")
+        fields["environment"]["threads"] = threads
+        recipe = parse_recipe(fields, source="command line")
+    return recipe
+
+
+def _validated(section: type[Any], **values: Any) -> Any:
+    """A recipe section from options; wrong values are reported by the recipe's own checks."""
+    from pydantic import ValidationError
+
+    try:
+        return section(**values)
+    except ValidationError as error:
+        found = "; ".join(f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors())
+        raise UsageError(f"expected valid options, found {found}") from error
+
+
+def _onnx_files(paths: list[Path]) -> dict[str, Path]:
+    """Names for ONNX files, as short as they can be without becoming equal."""
+    for path in paths:
+        if path.suffix != ".onnx":
+            raise UsageError(f"expected only ONNX files (*.onnx) beside each other, found {path}; leave it out")
+        if not path.is_file():
+            raise UsageError(f"expected an ONNX file at {path}, found none; check the path")
+    candidates = (
+        [path.stem for path in paths],
+        [path.parent.name for path in paths],
+        [str(path) for path in paths],
+        [f"{index}: {path}" for index, path in enumerate(paths)],
+    )
+    names = next(names for names in candidates if len(set(names)) == len(paths) and all(names))
+    return dict(zip(names, paths, strict=True))
+
+
+def _progress(quiet: bool) -> Progress:
+    from ziplm_deploy.progress import ConsoleProgress
+    from ziplm_deploy.progress import Progress as Silent
+
+    return Silent() if quiet else ConsoleProgress()
+
+
+def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
+    from ziplm_deploy.reporting import console
+
+    if as_json:
+        console.print_json(
+            {"kind": report.KIND, "schema_version": report.SCHEMA_VERSION, **report.model_dump(mode="json")}
+        )
+    else:
+        console.print_family(report, recipe.run_dir)
+    missed = [member for member in report.members if member.verdict == "missed"]
+    for member in missed:
+        typer.echo(f"missed: {member.name} measured {member.measured_speedup:.2f}x: {member.reason}", err=True)
+    if missed:
+        raise typer.Exit(MISSED_TARGET)

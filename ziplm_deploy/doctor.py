@@ -1,0 +1,89 @@
+"""What ``ziplm-deploy doctor`` finds: machine, engines, and the noise floor of a comparison of one model with itself."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ziplm_deploy.benchmarking import compare
+from ziplm_deploy.config import BenchmarkConfig, Environment
+from ziplm_deploy.engines import ENGINES
+from ziplm_deploy.errors import EngineError
+from ziplm_deploy.machine import machine_info
+from ziplm_deploy.run_folder import versions
+
+ROUNDS = 40
+LAYERS, ROWS, WIDTH = 4, 128, 384  # a few milliseconds, like the models that are served
+NOISY = 0.02  # above the default tolerance of a target, timings cannot decide whether it was reached
+
+
+def examine(rounds: int = ROUNDS) -> dict[str, Any]:
+    """Findings as plain data: ``machine, versions, engines, noise``."""
+    return {
+        "machine": machine_info().model_dump(mode="json"),
+        "versions": versions(),
+        "engines": [_engine(name) for name in sorted(ENGINES)],
+        "noise": measure_noise(rounds),
+    }
+
+
+def _engine(name: str) -> dict[str, Any]:
+    try:
+        return {"name": name, "version": ENGINES[name]().version(), "missing": ""}
+    except EngineError as error:
+        return {"name": name, "version": None, "missing": str(error)}
+
+
+def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:
+    """A/A run: a small model against itself in two interleaved processes, one thread each.
+
+    ``half_width`` is half the 95 % interval of their ratio, plus its distance from 1: what a speedup must exceed.
+    """
+    with tempfile.TemporaryDirectory(prefix="ziplm-deploy-") as folder:
+        path = Path(folder) / "model.onnx"
+        write_probe(path)
+        settings = BenchmarkConfig(rounds=rounds, max_seconds=60)
+        try:
+            record = compare({"probe": path}, Environment(), settings, "probe")
+        except EngineError as error:
+            return {"error": str(error)}
+    floor = max(record.aa_high - 1.0, 1.0 - record.aa_low)
+    return {
+        "aa_ratio": record.aa_ratio,
+        "aa_low": record.aa_low,
+        "aa_high": record.aa_high,
+        "floor": floor,
+        "median_ms": record.variants[0].latency.median_ms,
+        "verdict": "noisy: close other programs" if floor > NOISY else "good",
+    }
+
+
+def write_probe(path: Path) -> None:
+    """A chain of matrix products as an ONNX file."""
+    generator = np.random.default_rng(0)
+    nodes, weights, current = [], [], "x"
+    for layer in range(LAYERS):
+        up, down = f"up{layer}", f"down{layer}"
+        for name, shape in ((up, (WIDTH, 4 * WIDTH)), (down, (4 * WIDTH, WIDTH))):
+            values = generator.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[0]))
+            weights.append(numpy_helper.from_array(values, name))
+        nodes += [
+            helper.make_node("MatMul", [current, up], [f"wide{layer}"]),  # [rows, width] -> [rows, 4 width]
+            helper.make_node("Relu", [f"wide{layer}"], [f"active{layer}"]),
+            helper.make_node("MatMul", [f"active{layer}", down], [f"out{layer}"]),  # -> [rows, width]
+        ]
+        current = f"out{layer}"
+    graph = helper.make_graph(
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [ROWS, WIDTH])],
+        [helper.make_tensor_value_info(current, TensorProto.FLOAT, [ROWS, WIDTH])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(path))

@@ -1,0 +1,1 @@
+"""From measurements to ``report.json``, ``report.md``, model cards and the table that a run ends with."""

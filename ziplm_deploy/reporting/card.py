@@ -1,0 +1,96 @@
+"""``README.md`` in a member's folder: the model card."""
+
+from __future__ import annotations
+
+import yaml
+
+from ziplm_deploy.artifacts import FamilyReport, MemberReport
+from ziplm_deploy.reporting.table import markdown_table, shows_no_speedup
+
+
+def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
+    """Card of one member: what was measured, where, and how to load it."""
+    dense = report.members[0]
+    title = f"{report.name}, {member.name}"
+    sections = [
+        f"---\n{yaml.safe_dump(_front_matter(report, member), sort_keys=False, allow_unicode=True)}---",
+        f"# {title}\n\n{_summary(report, member)}",
+        "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
+        _usage(member, ort_class),
+        "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "library_name": "optimum",
+        "pipeline_tag": report.task,
+        "tags": ["onnx", "ziplm-deploy", *([] if member.speedup_target is None else ["pruned"])],
+    }
+    if not report.model.startswith(("package:", "/", ".", "~")) and "\\" not in report.model:
+        facts["base_model"] = report.model
+    return facts
+
+
+def _summary(report: FamilyReport, member: MemberReport) -> str:
+    if member.speedup_target is None:
+        return f"{report.model}, unchanged: the dense baseline of this family."
+    heads = sum(size for name, size in member.sizes.items() if name.endswith("attention"))
+    columns = sum(size for name, size in member.sizes.items() if name.endswith("ffn"))
+    text = (
+        f"{report.model}, pruned by {report.method} for {member.speedup_target:g}x: {heads} attention heads and "
+        f"{columns} FFN columns are left, {member.parameters:,} parameters. Verdict: {member.verdict}."
+    )
+    if member.reason:
+        text += f" {member.reason[0].upper()}{member.reason[1:]}."
+    if shows_no_speedup(member):
+        text += " The interval of the measured speedup includes 1: it is not faster beyond noise."
+    return text
+
+
+def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -> list[str]:
+    def figure(value: float | None, pattern: str) -> str:
+        return "–" if value is None else pattern.format(value)
+
+    cells = [
+        ["speedup, measured", f"{member.measured_speedup:.3f}x", "1x"],
+        ["95 % interval", f"{member.measured_low:.3f} to {member.measured_high:.3f}", "–"],
+        ["speedup, predicted", figure(member.predicted_speedup, "{:.3f}x"), "–"],
+        ["p50 ms", f"{member.p50_ms:.3f}", f"{dense.p50_ms:.3f}"],
+        ["p99 ms", f"{member.p99_ms:.3f}", f"{dense.p99_ms:.3f}"],
+        ["requests per second", f"{member.throughput_per_second:.1f}", f"{dense.throughput_per_second:.1f}"],
+        ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
+        ["model.onnx bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
+        *([key, f"{value:.4f}", figure(dense.accuracy.get(key), "{:.4f}")] for key, value in member.accuracy.items()),
+    ]
+    return markdown_table(["", member.name, "dense, same run"], cells)
+
+
+def _conditions(report: FamilyReport) -> list[str]:
+    machine, environment = report.machine, report.environment
+    return [
+        f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), batch "
+        f"{environment.batch_size}, {environment.seq_len} tokens, {report.engine} {report.engine_version}, {report.date}. "
+        "On another CPU, shape or thread count the speedup is another one: measure it there.",
+    ]
+
+
+def _usage(member: MemberReport, ort_class: str) -> str:
+    return "\n".join(
+        [
+            "## Use",
+            "",
+            "```python",
+            f"from optimum.onnxruntime import {ort_class}",
+            "",
+            f'model = {ort_class}.from_pretrained("{member.folder}")  # this folder',
+            "```",
+            "",
+            "```python",
+            "import ziplm_deploy",
+            "",
+            f'model = ziplm_deploy.load("{member.folder}")  # the torch model; from_pretrained cannot rebuild its shapes',
+            "```",
+        ]
+    )

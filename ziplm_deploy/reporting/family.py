@@ -1,0 +1,177 @@
+"""Collect what the stages left in a run folder into one report."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ziplm_deploy.artifacts import (
+    BenchmarkRecord,
+    FamilyReport,
+    LatencyTable,
+    MemberReport,
+    PruningPlan,
+    VariantResult,
+    write_text,
+)
+from ziplm_deploy.config import BenchmarkConfig
+from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.evaluation import member_accuracy
+from ziplm_deploy.members import member_key
+from ziplm_deploy.reporting.card import model_card
+from ziplm_deploy.reporting.markdown import family_markdown
+from ziplm_deploy.run import DENSE, Run
+from ziplm_deploy.run_folder import versions
+
+
+def write_report(state: Run) -> FamilyReport:
+    """Write ``report.json``, ``report.md`` and ``README.md`` in every member's folder; returns the report.
+
+    Raises:
+        CorruptArtifactError: benchmark, plan or weights of a member are missing or damaged.
+        StorageError: a file cannot be written.
+    """
+    report = collect(state)
+    for member in report.members:
+        write_text(state.folder.member(member.name) / "README.md", model_card(report, member, state.task.ort_class))
+    write_text(state.folder.path / "report.md", family_markdown(report))
+    report.save(state.folder.path / "report.json")
+    return report
+
+
+def collect(state: Run) -> FamilyReport:
+    """Everything that is known about the members; measures and writes nothing."""
+    recipe = state.recipe
+    record = BenchmarkRecord.load(state.folder.benchmark)
+    members = [_dense(state, _variant(record, DENSE))]
+    members += [_member(state, target, record) for target in recipe.speedups]
+    return FamilyReport(
+        name=recipe.name,
+        model=recipe.model.path,
+        task=recipe.model.task,
+        metric=state.task.metric_name,
+        method=recipe.prune.method,
+        machine=record.machine,
+        engine=record.engine,
+        engine_version=record.engine_version,
+        environment=record.environment,
+        members=members,
+        aa_ratio=record.aa_ratio,
+        aa_low=record.aa_low,
+        aa_high=record.aa_high,
+        notes=list(state.notes),
+        stage_seconds=state.folder.seconds,
+        versions=versions(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def judge(
+    measured: float, target: float, settings: BenchmarkConfig, corrections: int, largest: float
+) -> tuple[str, str]:
+    """Verdict on a member and, if it is not "reached", the reason.
+
+    ``largest`` is the speedup that the table predicts with every module at its fastest.
+    """
+    if measured < target * (1 - settings.tolerance):
+        if target > largest:
+            return "missed", f"the largest speedup that the latency table allows is {largest:.2f}x"
+        return "missed", _why_not_closer(settings, corrections, "faster", f" (largest predicted: {largest:.2f}x)")
+    if measured > target * (1 + settings.overshoot):
+        return "faster than asked", _why_not_closer(settings, corrections, "slower", "")
+    return "reached", ""
+
+
+def _why_not_closer(settings: BenchmarkConfig, corrections: int, wanted: str, detail: str) -> str:
+    if corrections >= settings.max_corrections:
+        return f"all {settings.max_corrections} corrections of the closed loop were used{detail}"
+    return f"no {wanted} plan fits the corrected budget: the levels are too far apart{detail}"
+
+
+def parameter_count(path: Path) -> int:
+    """Parameters in a safetensors file, from its header.
+
+    Raises:
+        CorruptArtifactError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"expected safetensors weights in {path}, found: {error}; run ziplm-deploy prune again"
+        ) from error
+
+
+def largest_speedup(table: LatencyTable) -> float:
+    """Predicted speedup when every module is as fast as any measured size of its kind."""
+    fastest = {kind: min(table.latency_ms(kind, size) for size in table.sizes(kind)) for kind in ("attention", "ffn")}
+    return table.dense.median_ms / (table.base.median_ms + table.shape.n_layers * sum(fastest.values()))
+
+
+def _dense(state: Run, result: VariantResult) -> MemberReport:
+    shape = state.table.shape
+    sizes = {
+        f"{layer}.{kind}": size
+        for layer in range(shape.n_layers)
+        for kind, size in (("attention", shape.n_heads), ("ffn", shape.intermediate_size))
+    }
+    return _fill(state, DENSE, result, speedup_target=None, predicted_speedup=None, sizes=sizes, verdict="baseline")
+
+
+def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
+    name, settings = state.member_name(target), state.recipe.benchmark
+    plan = PruningPlan.load(state.folder.plan(name))
+    correction = state.folder.correction(name, member_key(state, target))
+    corrections = correction[1] if correction else 0
+    result = _variant(record, name)
+    verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table))
+    return _fill(
+        state,
+        name,
+        result,
+        speedup_target=target,
+        predicted_speedup=plan.predicted_speedup,
+        sizes=plan.sizes,
+        search_loss=plan.search_loss if math.isfinite(plan.search_loss) else None,
+        seed_losses={seed: loss for seed, loss in plan.seed_losses.items() if math.isfinite(loss)},
+        corrections=corrections,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _fill(state: Run, name: str, result: VariantResult, **facts: object) -> MemberReport:
+    folder = state.folder.member(name)
+    onnx_path = folder / "model.onnx"
+    if not onnx_path.exists():
+        raise CorruptArtifactError(
+            f"expected an exported model at {onnx_path}, found none; run ziplm-deploy export again"
+        )
+    common = {
+        "name": name,
+        "folder": name,
+        "measured_speedup": result.speedup,
+        "measured_low": result.speedup_low,
+        "measured_high": result.speedup_high,
+        "p50_ms": result.p50_ms,
+        "p99_ms": result.latency.p99_ms,
+        "throughput_per_second": result.throughput_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "parameters": parameter_count(folder / "pruned.safetensors"),
+        "onnx_bytes": onnx_path.stat().st_size,
+        "accuracy": member_accuracy(state, name),
+    }
+    return MemberReport.model_validate(common | facts)
+
+
+def _variant(record: BenchmarkRecord, name: str) -> VariantResult:
+    known = {variant.name: variant for variant in record.variants}
+    if name not in known:
+        raise CorruptArtifactError(
+            f"expected a timing of {name} in the benchmark, found {', '.join(known)}; run ziplm-deploy benchmark again"
+        )
+    return known[name]

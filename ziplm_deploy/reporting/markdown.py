@@ -1,0 +1,124 @@
+"""``report.md``: a family of models for people to read."""
+
+from __future__ import annotations
+
+from ziplm_deploy.artifacts import FamilyReport, MemberReport
+from ziplm_deploy.reporting.console import aa_line
+from ziplm_deploy.reporting.table import MISSING, header, markdown_table, rows, shows_no_speedup
+
+
+def family_markdown(report: FamilyReport) -> str:
+    """The whole document."""
+    sections = [
+        [f"# {report.name}", "", f"{report.model}, {report.task}, method {report.method}, {report.date}"],
+        ["## Members", "", *markdown_table(header(report), rows(report)), "", *_explanations(report)],
+        ["## Predicted and measured", "", *_deviations(report)],
+        ["## Sizes", "", *_sizes(report)],
+        *_search(report),
+        *_scores(report),
+        ["## Measured on", "", *_environment(report)],
+        *([["## Notes", "", *(f"- {note}" for note in report.notes)]] if report.notes else []),
+        [
+            "## Time",
+            "",
+            *markdown_table(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in report.stage_seconds.items()]),
+        ],
+    ]
+    return "\n\n".join("\n".join(section) for section in sections) + "\n"
+
+
+def _explanations(report: FamilyReport) -> list[str]:
+    lines = [
+        "Speedup is the median over interleaved rounds of dense latency / member latency, with its bootstrap 95 % interval.",
+        "Scores are those of the ONNX files themselves.",
+        "",
+        f"- {aa_line(report.aa_ratio, report.aa_low, report.aa_high)}",
+    ]
+    for member in report.members:
+        if member.reason:
+            lines.append(f"- {member.name} ({member.verdict}): {member.reason}")
+        if shows_no_speedup(member):
+            lines.append(f"- {member.name}: the interval includes 1, so no speedup is shown")
+    return lines
+
+
+def _deviations(report: FamilyReport) -> list[str]:
+    titles = ["model", "predicted", "measured", "deviation", "corrections", "requests/s", "peak MiB"]
+    return markdown_table(titles, [_deviation(member) for member in report.members])
+
+
+def _deviation(member: MemberReport) -> list[str]:
+    predicted = member.predicted_speedup
+    return [
+        member.name,
+        MISSING if predicted is None else f"{predicted:.3f}x",
+        f"{member.measured_speedup:.3f}x",
+        MISSING if predicted is None else f"{100 * (member.measured_speedup / predicted - 1):+.1f} %",
+        MISSING if predicted is None else str(member.corrections),
+        f"{member.throughput_per_second:.1f}",
+        f"{member.peak_memory_bytes / 2**20:.0f}",
+    ]
+
+
+def _sizes(report: FamilyReport) -> list[str]:
+    """Heads / FFN columns of every layer, one column a member."""
+    layers = sorted({int(name.split(".")[0]) for member in report.members for name in member.sizes})
+    cells = [
+        [
+            str(layer),
+            *(
+                f"{member.sizes.get(f'{layer}.attention', MISSING)} / {member.sizes.get(f'{layer}.ffn', MISSING)}"
+                for member in report.members
+            ),
+        ]
+        for layer in layers
+    ]
+    return [
+        "Attention heads / FFN columns of each layer; 0 is a dropped module.",
+        "",
+        *markdown_table(["layer", *(member.name for member in report.members)], cells),
+    ]
+
+
+def _search(report: FamilyReport) -> list[list[str]]:
+    """Distance to the dense model of the chosen plans and of those the search started from."""
+    searched = [member for member in report.members if member.search_loss is not None]
+    if not searched:
+        return []
+    seeds = list(dict.fromkeys(name for member in searched for name in member.seed_losses))
+    cells = [
+        [
+            member.name,
+            f"{member.search_loss:.4g}",
+            *(f"{member.seed_losses[name]:.4g}" if name in member.seed_losses else MISSING for name in seeds),
+        ]
+        for member in searched
+    ]
+    text = (
+        "Distance to the dense model on held-back calibration examples, smaller is better: the chosen plan beside the "
+        "plans that the search started from, all within the same latency budget. `uniform` prunes every layer alike; "
+        "`relative-error` is the plan without search."
+    )
+    return [["## Search", "", text, "", *markdown_table(["model", "chosen", *seeds], cells)]]
+
+
+def _scores(report: FamilyReport) -> list[list[str]]:
+    keys = list(dict.fromkeys(key for member in report.members for key in member.accuracy))
+    if not keys:
+        return []
+    cells = [
+        [member.name, *(f"{member.accuracy[key]:.4f}" if key in member.accuracy else MISSING for key in keys)]
+        for member in report.members
+    ]
+    return [["## Scores", "", *markdown_table(["model", *keys], cells)]]
+
+
+def _environment(report: FamilyReport) -> list[str]:
+    machine = report.machine
+    return [
+        f"- {report.environment.describe()} ({report.environment.scenario}), {report.engine} {report.engine_version}",
+        f"- {machine.cpu_model}; {' '.join(machine.isa_flags)}",
+        f"- {machine.usable_cores} of {machine.logical_cores} cores granted, "
+        f"{machine.memory_bytes / 2**30:.1f} GiB, {machine.operating_system}",
+        "- " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    ]

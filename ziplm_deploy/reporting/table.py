@@ -1,0 +1,58 @@
+"""The members of a family as rows of text: the same on the terminal, in ``report.md`` and in README."""
+
+from __future__ import annotations
+
+from ziplm_deploy.artifacts import FamilyReport, MemberReport
+
+FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
+MISSING = "–"
+
+
+def metric_columns(report: FamilyReport) -> dict[str, str]:
+    """Score key to column title: the primary metric, then fidelity to the dense model where it was measured."""
+    found = {key for member in report.members for key in member.accuracy}
+    primary = {report.metric: report.metric} if report.metric in found else {}
+    return primary | {key: title for key, title in FIDELITY.items() if key in found}
+
+
+def header(report: FamilyReport) -> list[str]:
+    fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", "ONNX MB", "p50 / p99 ms"]
+    return [*fixed, *metric_columns(report).values(), "verdict"]
+
+
+def rows(report: FamilyReport) -> list[list[str]]:
+    """One row a member, as long as :func:`header`."""
+    return [_row(member, list(metric_columns(report))) for member in report.members]
+
+
+def shows_no_speedup(member: MemberReport) -> bool:
+    """Whether the interval of the measured speedup includes 1: then it is not called a speedup."""
+    return member.speedup_target is not None and member.measured_low <= 1.0 <= member.measured_high
+
+
+def verdict(member: MemberReport) -> str:
+    if shows_no_speedup(member):
+        return f"{member.verdict}; not faster beyond noise"
+    return member.verdict
+
+
+def _row(member: MemberReport, scores: list[str]) -> list[str]:
+    dense = member.speedup_target is None
+    return [
+        member.name,
+        MISSING if dense else f"{member.speedup_target:g}x",
+        MISSING if member.predicted_speedup is None else f"{member.predicted_speedup:.2f}x",
+        "1x" if dense else f"{member.measured_speedup:.2f}x [{member.measured_low:.2f}, {member.measured_high:.2f}]",
+        f"{member.parameters / 1e6:.2f} M",
+        f"{member.onnx_bytes / 1e6:.1f}",
+        f"{member.p50_ms:.2f} / {member.p99_ms:.2f}",
+        *(f"{member.accuracy[key]:.4f}" if key in member.accuracy else MISSING for key in scores),
+        verdict(member),
+    ]
+
+
+def markdown_table(titles: list[str], cells: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [titles, *cells]]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return [lines[0], "|" + "---|" * len(titles), *lines[1:]]
