@@ -1,6 +1,7 @@
 """What every benchmark program shares: figures, and the one shape of the result files.
 
-Run a program from the repository's root: ``python benchmarks/additivity.py``; it writes ``benchmarks/results/NAME.json``.
+Run a program from the repository's root, ``python benchmarks/additivity.py``; it writes a file in
+``benchmarks/results``.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def compare(
 
     Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. In each round
     the workers take turns in random order: one untimed run, then ``runs_per_round`` timed ones. Speedup is the median
-    over rounds of the ratio within a round. ``shapes`` says how the files were exported, which decides the graph
-    optimisations that are left out.
+    over rounds of the ratio within a round; the baseline's side of it is the mean of its two processes, because where a
+    process lies in memory shifts its latency a little. ``shapes`` says how the files were exported, which decides the
+    graph optimisations that are left out.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -120,9 +121,15 @@ def _interleave(
 
 
 def _settled(rounds: Mapping[str, list[list[float]]], baseline: str) -> bool:
-    base_ms = np.asarray(_per_round(rounds[baseline]))
-    ratios = (base_ms / np.asarray(_per_round(rounds[name])) for name in rounds if name != baseline)
+    base_ms = np.asarray(_reference(rounds, baseline))
+    ratios = (base_ms / np.asarray(_per_round(rounds[name])) for name in rounds)
     return all(relative_standard_error(ratio) < EARLY_STOP_ERROR for ratio in ratios)
+
+
+def _reference(rounds: Mapping[str, list[list[float]]], baseline: str) -> list[float]:
+    """Baseline milliseconds a round: mean of its two processes."""
+    pairs = zip(_per_round(rounds[baseline]), _per_round(rounds[AA]), strict=True)
+    return [(first + second) / 2 for first, second in pairs]
 
 
 def _per_round(samples_ms: list[list[float]]) -> list[float]:
@@ -134,7 +141,9 @@ def _result(
 ) -> VariantResult:
     samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
     timing = summarize(samples_ms)
-    speedup, low, high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[name]))
+    own_ms = _per_round(rounds[name])
+    reference_ms = own_ms if name == baseline else _reference(rounds, baseline)  # a baseline's own speedup is 1
+    speedup, low, high = median_ratio(reference_ms, own_ms)
     return VariantResult(
         name=name,
         path=str(path),

@@ -1,0 +1,206 @@
+"""Does the latency table predict whole models? Random non-uniform models, predicted against measured speedup.
+
+For each case (shape and environment) a table is measured, models between 1.5x and 10x are drawn from its levels,
+exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + sum of cells).
+Figures: ``worst_deviation_percent`` and ``median_deviation_percent`` of |predicted / measured - 1| over all models;
+the spread of the first is the range of the cases' worst, that of the second of the cases' medians.
+The same with the sum of the dense cells instead of the dense latency is recorded beside it (``…_of_sums``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Figure, load_average, write_result
+from shapes import SHAPES, dense_model
+from torch import nn
+
+from exporters import ExportSettings, dummy_inputs, export_encoder
+from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable
+from ziplm_deploy.benchmarking import compare
+from ziplm_deploy.config import BenchmarkConfig, Environment, ExportConfig, ProfileConfig
+from ziplm_deploy.profiling import measure_table
+from ziplm_deploy.resizing import random_resized
+
+OUTPUTS = ["last_hidden_state"]
+SLOWEST, FASTEST = 1.5, 10.0
+# A drawn model is near enough to its target; what counts is its own prediction, not the target.
+NEAR = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shape: str
+    environment: Environment
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}, {self.environment.describe()}"
+
+
+CASES = {
+    "bert-base-latency": Case("bert-base", Environment(batch_size=1, seq_len=128, threads=1)),
+    "minilm-latency": Case("minilm-l6", Environment(batch_size=1, seq_len=128, threads=1)),
+    "minilm-throughput": Case("minilm-l6", Environment(batch_size=16, seq_len=128, threads=2)),
+    "tiny": Case("tiny", Environment(batch_size=1, seq_len=32, threads=1)),
+}
+DEFAULT_CASES = ["bert-base-latency", "minilm-latency", "minilm-throughput"]
+
+
+def draw_sizes(table: LatencyTable, speedup: float, generator: np.random.Generator) -> dict[str, int]:
+    """Random sizes whose predicted speedup is within 2 % of ``speedup``, or as near as single steps come.
+
+    Starts from random levels and moves one random module one level at a time.
+    """
+    levels = {kind: table.sizes(kind) for kind in ("attention", "ffn")}  # type: ignore[arg-type]
+    names = [f"{layer}.{kind}" for layer in range(table.shape.n_layers) for kind in levels]
+    places = {name: int(generator.integers(len(levels[name.split(".")[1]]))) for name in names}
+
+    def sizes() -> dict[str, int]:
+        return {name: levels[name.split(".")[1]][place] for name, place in places.items()}
+
+    for _ in range(20_000):
+        predicted = table.dense.median_ms / table.predict_ms(sizes())
+        if abs(predicted / speedup - 1) <= NEAR:
+            break
+        name = str(generator.choice(names))
+        step = -1 if predicted < speedup else 1
+        places[name] = int(np.clip(places[name] + step, 0, len(levels[name.split(".")[1]]) - 1))
+    return sizes()
+
+
+def export(model: nn.Module, path: Path, environment: Environment, config: ExportConfig) -> Path:
+    settings = ExportSettings(config.shapes, config.opset, environment.batch_size, environment.seq_len)
+    export_encoder(model, dummy_inputs(model, settings), OUTPUTS, path, settings)
+    return path
+
+
+def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows (one a model) and what else the case was."""
+    config, benchmark = ExportConfig(shapes=options.shapes), benchmark_config(options)
+    started, load_before = time.monotonic(), load_average()
+    dense = dense_model(SHAPES[case.shape])
+    table = measure_table(dense, case.environment, profile_config(options), config, output_names=OUTPUTS)
+    print(f"{case.name}: table in {table.total_seconds:.0f} s, noise {table.noise}", file=sys.stderr)
+    generator = np.random.default_rng(options.seed)
+    targets = np.geomspace(SLOWEST, FASTEST, options.models)
+    plans = {f"model {index}": draw_sizes(table, target, generator) for index, target in enumerate(targets)}
+    with tempfile.TemporaryDirectory(prefix="ziplm-additivity-") as folder:
+        paths = {"dense": export(dense, Path(folder) / "dense.onnx", case.environment, config)}
+        for name, sizes in plans.items():
+            model = random_resized(dense, sizes)
+            paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case.environment, config)
+        record = compare(paths, case.environment, benchmark, "dense", shapes=config.shapes)
+    rows = [
+        row(case, name, float(target), plans[name], table, record) for name, target in zip(plans, targets, strict=True)
+    ]
+    about = {
+        "case": case.name,
+        "load_average_before": load_before,
+        "table_seconds": table.total_seconds,
+        "table_noise": table.noise,
+        "table_dense_ms": table.dense.median_ms,
+        "benchmark_dense_ms": record.variant("dense").p50_ms,
+        "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
+        "benchmark_seconds": record.seconds,
+        "total_seconds": time.monotonic() - started,
+    }
+    return rows, about
+
+
+def row(
+    case: Case, name: str, target: float, sizes: dict[str, int], table: LatencyTable, record: BenchmarkRecord
+) -> dict[str, Any]:
+    measured = record.variant(name)
+    predicted = table.dense.median_ms / table.predict_ms(sizes)
+    predicted_of_sums = table.predict_dense_ms() / table.predict_ms(sizes)
+    return {
+        "case": case.name,
+        "model": name,
+        "drawn_for_speedup": target,
+        "predicted_speedup": predicted,
+        "predicted_speedup_of_sums": predicted_of_sums,
+        "measured_speedup": measured.speedup,
+        "measured_low": measured.speedup_low,
+        "measured_high": measured.speedup_high,
+        "deviation_percent": 100 * abs(predicted / measured.speedup - 1),
+        "deviation_percent_of_sums": 100 * abs(predicted_of_sums / measured.speedup - 1),
+        "predicted_ms": table.predict_ms(sizes),
+        "measured_ms": measured.p50_ms,
+        "n": measured.latency.n,
+        "sizes": sizes,
+    }
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, Figure]:
+    figures = {}
+    for suffix, key in (("", "deviation_percent"), ("_of_sums", "deviation_percent_of_sums")):
+        by_case: dict[str, list[float]] = {}
+        for entry in rows:
+            by_case.setdefault(entry["case"], []).append(entry[key])
+        everything = [deviation for deviations in by_case.values() for deviation in deviations]
+        for name, goal, summary in (("worst", "<= 5", np.max), ("median", "<= 2", np.median)):
+            per_case = [float(summary(deviations)) for deviations in by_case.values()]
+            spread = (min(per_case), max(per_case))
+            goal = "" if suffix else goal
+            value = float(summary(everything))
+            figures[f"{name}_deviation_percent{suffix}"] = Figure(value, "%", goal, len(everything), spread)
+    return figures
+
+
+def profile_config(options: argparse.Namespace) -> ProfileConfig:
+    return ProfileConfig(
+        precision=options.precision,
+        min_rounds=min(30, options.table_rounds),
+        max_rounds=options.table_rounds,
+        max_seconds=options.table_seconds,
+    )
+
+
+def benchmark_config(options: argparse.Namespace) -> BenchmarkConfig:
+    return BenchmarkConfig(
+        rounds=options.rounds, runs_per_round=options.runs_per_round, max_seconds=options.benchmark_seconds
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=DEFAULT_CASES)
+    parser.add_argument("--models", type=int, default=12, help="random models a case")
+    parser.add_argument("--shapes", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--precision", type=float, default=0.006, help="of the table's medians")
+    parser.add_argument("--table-rounds", type=int, default=100)
+    parser.add_argument("--table-seconds", type=float, default=150.0)
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--runs-per-round", type=int, default=1)
+    parser.add_argument("--benchmark-seconds", type=float, default=300.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/additivity.json")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    cases = []
+    for name in options.cases:
+        case_rows, about = run_case(CASES[name], options)
+        rows += case_rows
+        cases.append(about)
+        print(f"{name}: worst {max(entry['deviation_percent'] for entry in case_rows):.2f} %", file=sys.stderr)
+    settings = {
+        "cases": cases,
+        "models_per_case": options.models,
+        "export_shapes": options.shapes,
+        "profile": profile_config(options).model_dump(mode="json"),
+        "benchmark": benchmark_config(options).model_dump(),
+        "seed": options.seed,
+    }
+    write_result("additivity", figures_of(rows), rows, settings, options.output)
+
+
+if __name__ == "__main__":
+    main()
