@@ -186,11 +186,10 @@ def _obs_levels(
         return {}, damping
     power = baselines.output_power(W, b, stats)
     moment = stats.moment(centred)  # [d, d]
-    live = moment.diagonal() > 0
+    live = moment.diagonal() != 0
     mean_diagonal = float(moment.diagonal()[live].mean()) if bool(live.any()) else 1.0
     H, damping_used, _ = obs.damp(moment, damping)
     del moment  # as large as all weights together
-    H.diagonal()[~live] = 1.0
     W_live = W * live  # a dead column carries nothing that varies: its weight is dropped, its mean goes to the bias
     order, _ = obs.removal_order(H, W_live, m)
     levels: dict[int, LevelWeights] = {}

@@ -53,8 +53,8 @@ def damp(H: Tensor, relative: float) -> tuple[Tensor, float, list[float]]:
     """Add ``λI`` with λ = relative · mean diagonal, raised on :data:`DAMPING_FACTORS` until H factorises.
 
     Args:
-        H: [d, d] symmetric, not changed.
-        relative: damping over the mean diagonal of the live columns (diagonal > 0).
+        H: [d, d] symmetric, not changed. Dead columns (zero diagonal) get the diagonal 1: their weights must be zero.
+        relative: damping over the mean diagonal of the live columns.
 
     Returns:
         The damped copy, the λ used, and every λ tried in turn.
@@ -64,15 +64,14 @@ def damp(H: Tensor, relative: float) -> tuple[Tensor, float, list[float]]:
     """
     if not bool(torch.isfinite(H).all()):
         raise NumericalError("expected a finite Hessian, found NaN or infinity; check the calibration activations")
-    diagonal = H.diagonal()
-    live = diagonal > 0
-    mean = float(diagonal[live].mean()) if bool(live.any()) else 0.0
+    live = H.diagonal() != 0
+    mean = float(H.diagonal()[live].mean()) if bool(live.any()) else 0.0
     tried: list[float] = []
     for factor in DAMPING_FACTORS:
         damping = relative * factor * mean
         tried.append(damping)
         damped = H.clone()
-        damped.diagonal().add_(damping)
+        damped.diagonal().copy_(torch.where(live, H.diagonal() + damping, 1.0))
         if int(torch.linalg.cholesky_ex(damped).info) == 0:
             return damped, damping, tried
     raise NumericalError(

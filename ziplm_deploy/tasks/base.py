@@ -44,6 +44,8 @@ class Task(ABC):
     def load_rows(self, data: DataConfig, which: Which, seed: int) -> list[Row]:
         """Normalised rows of the calibration or evaluation set, sampled with ``seed``.
 
+        Calibration rows come in random order, so that their first n are a fair sample; evaluation rows in their own.
+
         Raises:
             DataError: nothing configured, missing, empty, fewer rows than asked for, or columns are missing.
         """
@@ -58,7 +60,7 @@ class Task(ABC):
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
         count = data.n_calibration if calibrating else data.n_evaluation
-        return sample_rows(rows, count, seed, field=f"n_{which}")
+        return sample_rows(rows, count, seed, field=f"n_{which}", shuffle=calibrating)
 
     @abstractmethod
     def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:

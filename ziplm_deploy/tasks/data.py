@@ -178,17 +178,19 @@ def cell(row: Mapping[str, Any], column: str, kind: type | tuple[type, ...], num
     return value
 
 
-def sample_rows(rows: list[Row], count: int | None, seed: int, *, field: str) -> list[Row]:
-    """``count`` rows drawn without replacement, in their original order; all rows for ``None``.
+def sample_rows(rows: list[Row], count: int | None, seed: int, *, field: str, shuffle: bool) -> list[Row]:
+    """``count`` rows drawn without replacement, all for ``None``; in their original order unless ``shuffle``.
+
+    Shuffled rows can be cut into parts that are all fair samples, even where a file is sorted by class or document.
 
     Raises:
         DataError: there are fewer rows than asked for.
     """
-    if count is None or count == len(rows):
-        return rows
+    count = len(rows) if count is None else count
     if count > len(rows):
         raise DataError(
             f"expected at least {count} examples for data.{field}, found {len(rows)}; give more data or lower "
             f"data.{field}"
         )
-    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
+    drawn = random.Random(seed).sample(range(len(rows)), count)
+    return [rows[index] for index in (drawn if shuffle else sorted(drawn))]

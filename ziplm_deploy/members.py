@@ -1,0 +1,109 @@
+"""One member of the family: its plan, its folder, its ONNX file."""
+
+from __future__ import annotations
+
+import shutil
+
+from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
+from exporters.heads import EmbeddingModel
+from exporters.parity import ParityMismatch, check_parity
+from torch import nn
+
+from ziplm_deploy.artifacts import PruningPlan
+from ziplm_deploy.checkpoints import load, save_member
+from ziplm_deploy.config import ExportConfig, ModelConfig
+from ziplm_deploy.errors import ParityError
+from ziplm_deploy.run import DENSE, Run
+from ziplm_deploy.run_folder import content_key
+from ziplm_deploy.tasks import Task
+
+
+def deployed_form(model: nn.Module, settings: ModelConfig, export: ExportConfig) -> nn.Module:
+    """The model with what else goes into the graph: pooling and normalisation of sentence embeddings."""
+    if settings.task == "sentence-similarity" and export.embed_in_graph:
+        return EmbeddingModel(model, settings.pooling, settings.normalize).eval()
+    return model
+
+
+def output_names(task: Task, export: ExportConfig) -> list[str]:
+    """Outputs of the graph, those of :func:`deployed_form`."""
+    return [name for name in task.output_names if name != "sentence_embedding" or export.embed_in_graph]
+
+
+def member_key(state: Run, target: float) -> str:
+    """Everything that the member of a target depends on, but for the closed loop's correction."""
+    recipe = state.recipe
+    return content_key(
+        database=state.database_key(),
+        table=state.table,
+        prune=recipe.prune,
+        seed=recipe.seed,
+        target=target,
+        tolerance=recipe.benchmark.model_dump(include={"tolerance", "overshoot", "max_corrections"}),
+    )
+
+
+def prune_member(state: Run, target: float) -> None:
+    """Plan and checkpoint of one target; as corrected by the closed loop, if it was before."""
+    name, key = state.member_name(target), member_key(state, target)
+    correction = state.folder.correction(name, key)
+    predicted_target = correction[0] if correction else target
+    folder, plan_path = state.folder.member(name), state.folder.plan(name)
+
+    def work() -> None:
+        previous = PruningPlan.load(plan_path).sizes if correction and plan_path.exists() else None
+        plan = state.planner.plan(target, predicted_target, warm=previous)
+        model = state.planner.build(plan)
+        _save(state, name, model)
+        plan.save(plan_path)
+        state.progress.note(f"{name}: predicted {plan.predicted_speedup:.2f}x after {plan.evaluations} evaluated plans")
+
+    full_key = content_key(key=key, predicted_target=predicted_target)
+    state.folder.stage(f"prune {name}", full_key, [plan_path, folder / "pruned.safetensors"], work)
+
+
+def _save(state: Run, name: str, model: nn.Module) -> None:
+    folder = state.folder.member(name)
+    if folder.exists():
+        shutil.rmtree(folder)  # an ONNX file of an earlier plan must not stay beside the new weights
+    save_member(folder, model, state.processor, state.recipe.model, {"member": name})
+
+
+def export_member(state: Run, name: str) -> None:
+    """``model.onnx`` in the member's folder; raises :class:`ParityError` if it does not answer like torch."""
+    folder = state.folder.member(name)
+    onnx_path = folder / "model.onnx"
+    if name == DENSE:
+        source = state.model_hash
+    else:
+        source = state.file_hash(folder / "pruned.safetensors")
+    key = content_key(
+        source=source,
+        model=state.recipe.model,
+        export=state.recipe.export,
+        environment=state.recipe.environment.model_dump(include={"batch_size", "seq_len"}),
+    )
+
+    def work() -> None:
+        if name == DENSE:
+            _save(state, name, state.dense)
+        export_checked(state, state.dense if name == DENSE else load(folder), name)
+
+    state.folder.stage(f"export {name}", key, [onnx_path], work)
+
+
+def export_checked(state: Run, model: nn.Module, name: str) -> None:
+    """Export ``model`` into a member's folder and compare it with torch on random inputs."""
+    recipe = state.recipe
+    environment, export = recipe.environment, recipe.export
+    settings = ExportSettings(export.shapes, export.opset, environment.batch_size, environment.seq_len)
+    model = deployed_form(model, recipe.model, recipe.export)
+    path = state.folder.member(name) / "model.onnx"
+    inputs = dummy_inputs(model, settings)
+    export_encoder(model, inputs, output_names(state.task, recipe.export), path, settings)
+    try:
+        difference = check_parity(model, path, inputs, recipe.benchmark.parity_atol)
+    except ParityMismatch as error:
+        path.unlink(missing_ok=True)
+        raise ParityError(str(error)) from error
+    state.progress.note(f"{name}: largest difference to torch {difference:.1e}")

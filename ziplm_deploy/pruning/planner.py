@@ -1,0 +1,196 @@
+"""From a latency table and a database to a pruned model for one target: budget, seeds, search, re-ranking, refit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from ziplm_deploy.architectures import prunable_modules
+from ziplm_deploy.artifacts import LatencyTable, ModuleKind, PruningPlan
+from ziplm_deploy.config import PruneConfig
+from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.pruning import baseline_plans, spdy
+from ziplm_deploy.pruning.database import OBS_METHODS, Database
+from ziplm_deploy.pruning.levels import pareto_levels
+from ziplm_deploy.pruning.reconstruction import reconstruct
+from ziplm_deploy.pruning.search import Plan, PlanSearch, SearchSpace, measure_sensitivities
+from ziplm_deploy.pruning.stitching import PlanLoss, StitchedModel
+from ziplm_deploy.resizing import resize
+from ziplm_deploy.tasks import Task
+
+Batch = dict[str, Tensor]
+CACHE_BYTES = 512 * 2**20
+RERANKED = 5
+
+
+def table_sizes(table: LatencyTable) -> dict[ModuleKind, list[int]]:
+    """Sizes worth having, descending: those of the table that are faster than every larger one."""
+    kinds: tuple[ModuleKind, ...] = ("attention", "ffn")
+    result = {}
+    for kind in kinds:
+        sizes = sorted(table.sizes(kind), reverse=True)
+        result[kind] = pareto_levels(sizes, {size: table.latency_ms(kind, size) for size in sizes})
+    return result
+
+
+def check_target(table: LatencyTable, speedup_target: float) -> None:
+    """Raise :class:`TargetUnreachableError`, naming the largest speedup, if the table rules the target out."""
+    sizes = table_sizes(table)
+    fastest = [np.array([min(table.latency_ms(kind, s) for s in sizes[kind])]) for kind in sizes]
+    largest = spdy.largest_speedup(table.dense.median_ms, table.base.median_ms, fastest * table.shape.n_layers)
+    if speedup_target > largest:
+        raise TargetUnreachableError(
+            f"expected a speedup that some plan can reach, found {speedup_target:g}x; with every layer dropped this "
+            f"model reaches {largest:.2f}x in {table.environment.describe()}: ask for less",
+            largest,
+        )
+
+
+def search_space(table: LatencyTable, database: Database) -> SearchSpace:
+    """Levels that stand in the database, with the table's milliseconds and the database's relative errors."""
+    modules = tuple(database.modules)
+    sizes = tuple(tuple(sorted(database.modules[name], reverse=True)) for name in modules)
+    kinds: list[ModuleKind] = ["attention" if name.endswith("attention") else "ffn" for name in modules]
+    latency = tuple(
+        np.array([table.latency_ms(kind, size) for size in levels]) for kind, levels in zip(kinds, sizes, strict=True)
+    )
+    errors = tuple(
+        np.maximum.accumulate([database.modules[name][size].relative_error for size in levels])
+        for name, levels in zip(modules, sizes, strict=True)
+    )
+    return SearchSpace(modules, sizes, latency, errors)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Encoded examples for the three uses of calibration data."""
+
+    hessian: list[Batch]
+    search: list[Batch]
+    rerank: list[Batch]
+
+
+class Planner:
+    """Solves targets one after the other from the same table, database and measured sensitivities."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        task: Task,
+        table: LatencyTable,
+        database: Database,
+        calibration: Calibration,
+        prune: PruneConfig,
+        seed: int,
+    ) -> None:
+        self.dense, self.task, self.table, self.database = dense, task, table, database
+        self.calibration, self.prune, self.seed = calibration, prune, seed
+        self.space = search_space(table, database)
+        self._curves: list[spdy.Array] | None = None
+        self._losses: tuple[PlanLoss, PlanLoss] | None = None
+
+    def plan(self, target: float, predicted_target: float | None = None, warm: dict[str, int] | None = None) -> PruningPlan:
+        """The plan for ``target``; ``predicted_target`` is what the table must predict for it (closed loop).
+
+        Raises:
+            TargetUnreachableError: no plan fits; names the largest predicted speedup.
+        """
+        budget_ms = self.budget_ms(predicted_target or target)
+        if self.prune.method == "ziplm":
+            chosen, loss, seeds, evaluations = self._search(budget_ms, warm)
+        else:
+            chosen, loss, seeds, evaluations = self._baseline(budget_ms)
+        predicted_ms = self.table.predict_ms(chosen)
+        return PruningPlan(
+            speedup_target=target,
+            budget_ms=budget_ms,
+            method=self.prune.method,
+            sizes=chosen,
+            predicted_ms=predicted_ms,
+            predicted_speedup=self.table.dense.median_ms / predicted_ms,
+            search_loss=loss,
+            seed_losses=seeds,
+            evaluations=evaluations,
+        )
+
+    def budget_ms(self, predicted_target: float) -> float:
+        """Milliseconds for all modules; raises :class:`TargetUnreachableError` if no plan of this space fits."""
+        dense_ms, base_ms = self.table.dense.median_ms, self.table.base.median_ms
+        largest = spdy.largest_speedup(dense_ms, base_ms, self.space.latency_ms)
+        if predicted_target > largest:
+            raise TargetUnreachableError(
+                f"expected a plan that is predicted {predicted_target:.3g}x faster, found that the fastest one "
+                f"reaches {largest:.2f}x; ask for less",
+                largest,
+            )
+        return spdy.budget_ms(dense_ms, base_ms, predicted_target)
+
+    def changes(self, plan: PruningPlan, predicted_target: float) -> bool:
+        """Whether a budget for ``predicted_target`` forces, or lets, a plan become another one."""
+        slack = self.budget_ms(predicted_target) - self.space.plan_ms(self.space.from_sizes(plan.sizes))
+        growths = [
+            latency[level - 1] - latency[level]
+            for latency, level in zip(self.space.latency_ms, self.space.from_sizes(plan.sizes), strict=True)
+            if level > 0
+        ]
+        return slack < 0 or any(extra <= slack for extra in growths)
+
+    def build(self, plan: PruningPlan, progress: Callable[[int, int], None] | None = None) -> nn.Module:
+        """The physically smaller model of a plan, refitted if the recipe says so."""
+        model = resize(self.dense, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
+        if self.prune.reconstruct and self.prune.method in OBS_METHODS:
+            reconstruct(self.dense, model, self.calibration.hessian, progress)
+        return model
+
+    def losses(self) -> tuple[PlanLoss, PlanLoss]:
+        """Loss on the search examples and on the re-ranking examples, sharing one stitched model."""
+        if self._losses is None:
+            stitched = StitchedModel(self.dense, self.task, self.database, self.space, CACHE_BYTES)
+            search = PlanLoss(stitched, self.calibration.search)
+            self._losses = search, PlanLoss(stitched, self.calibration.rerank, first_index=len(self.calibration.search))
+        return self._losses
+
+    def _search(
+        self, budget_ms: float, warm: dict[str, int] | None
+    ) -> tuple[dict[str, int], float, dict[str, float], int]:
+        """Sizes, re-ranked loss, re-ranked losses of the seeds, evaluations."""
+        search_loss, rerank_loss = self.losses()
+        if self._curves is None:
+            self._curves = measure_sensitivities(self.space, search_loss, self.prune.search.sensitivity_levels)
+        search = PlanSearch(self.space, search_loss, budget_ms, self.seed)
+        seeds = self._seeds(search, self._curves)
+        if warm is not None and search.fits(self.space.from_sizes(warm)):
+            seeds["previous"] = self.space.from_sizes(warm)
+        result = search.run(seeds, self._curves, self.prune.search)
+        scores: dict[Plan, float] = {}
+        for plan in dict.fromkeys([*result.plans[:RERANKED], *seeds.values()]):
+            scores[plan] = rerank_loss(plan)
+        winner = min(scores, key=scores.__getitem__)
+        seed_losses = {name: scores[plan] for name, plan in seeds.items()}
+        return self.space.as_sizes(winner), scores[winner], seed_losses, result.evaluations
+
+    def _seeds(self, search: PlanSearch, curves: list[spdy.Array]) -> dict[str, Plan]:
+        seeds = {"relative error": search.solve(self.space.errors), "measured": search.solve(curves)}
+        try:
+            seeds["uniform"] = baseline_plans.uniform_plan(self.space, search.budget_ms)
+        except spdy.InfeasibleBudgetError:  # only plans that drop modules unevenly are fast enough
+            pass
+        return seeds
+
+    def _baseline(self, budget_ms: float) -> tuple[dict[str, int], float, dict[str, float], int]:
+        try:
+            plan = baseline_plans.baseline_plan(
+                self.prune.method, self.space, budget_ms, self.database.scores, self.seed
+            )
+        except spdy.InfeasibleBudgetError as error:
+            raise TargetUnreachableError(str(error), float("nan")) from error
+        return self.space.as_sizes(plan), self.losses()[1](plan), {}, 0
+
+
+def database_sizes(dense: nn.Module, table: LatencyTable) -> dict[str, list[int]]:
+    """Levels to compute for every module."""
+    sizes = table_sizes(table)
+    return {module.name: sizes[module.kind] for module in prunable_modules(dense)}

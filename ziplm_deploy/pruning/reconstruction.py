@@ -1,0 +1,233 @@
+"""Refit the kept weights of a pruned model to the dense model's residual stream, layer by layer, in closed form.
+
+OBS weights are best for the *dense* model's inputs. In a pruned model every module sees inputs that already drifted. Going
+from the first layer to the last, each output linear is therefore solved again by ridge regression towards its OBS weights:
+
+    min over Δ, b:   Σ ‖ (Ŵ + Δ) x̃ + b + r̃ − (r + W x + b₀) ‖²  +  λ ‖Δ‖²
+
+with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module corrects
+the drift of everything before it too. λ is chosen on held-out batches; "no change" is among the choices, so a
+calibration set that is too small leaves the weights as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ziplm_deploy.architectures import PrunableModule, output_module, prunable_modules, residual_module, layers_of
+from ziplm_deploy.errors import NumericalError
+from ziplm_deploy.pruning.stitching import layer_input
+
+Batch = dict[str, Tensor]
+RIDGES = (0.003, 0.03, 0.3, 3.0)  # relative to the mean diagonal of the inputs' covariance
+HELD_OUT_EVERY = 5
+
+
+@dataclass
+class _LayerCall:
+    """Arguments of a layer beside its hidden states, and the tokens that count."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None  # [B, S] bool
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        output = layer(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """[B, S, d] → [N, d] without padding."""
+        return states[self.mask] if self.mask is not None else states.flatten(0, 1)
+
+
+class _Moments:
+    """Second moments of inputs x̃ and errors y, float64."""
+
+    def __init__(self, d: int, r: int) -> None:
+        self.xx = torch.zeros(d, d, dtype=torch.float64)
+        self.yx = torch.zeros(r, d, dtype=torch.float64)
+        self.x = torch.zeros(d, dtype=torch.float64)
+        self.y = torch.zeros(r, dtype=torch.float64)
+        self.yy, self.n = 0.0, 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x [N, d], y [N, r]."""
+        self.xx += (x.T @ x).double()  # [d, d]
+        self.yx += (y.T @ x).double()  # [r, d]
+        self.x += x.sum(0, dtype=torch.float64)
+        self.y += y.sum(0, dtype=torch.float64)
+        self.yy += float((y.double() ** 2).sum())
+        self.n += len(x)
+
+    def __add__(self, other: _Moments) -> _Moments:
+        total = _Moments(*reversed(self.yx.shape))
+        for name in ("xx", "yx", "x", "y", "yy", "n"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Δ [r, d] and the bias shift [r] that take y away; ridge is relative to the mean diagonal."""
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        covariance = self.xx / self.n - torch.outer(mean_x, mean_x)  # [d, d]
+        cross = self.yx / self.n - torch.outer(mean_y, mean_x)  # [r, d]
+        damping = ridge * float(covariance.diagonal().mean()) + 1e-12
+        covariance.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if int(failed):
+            raise NumericalError(
+                f"expected a positive definite covariance at ridge {ridge}, found failure at pivot {int(failed)}; "
+                "use more calibration data or prune.reconstruct: false"
+            )
+        delta = torch.cholesky_solve(cross.T, factor).T  # [r, d]
+        return delta, mean_y - delta @ mean_x
+
+    def error(self, delta: Tensor, shift: Tensor) -> float:
+        """Σ ‖y − Δ x − shift‖² on these moments."""
+        value = self.yy + float((delta @ self.xx * delta).sum()) + self.n * float(shift @ shift)
+        value += -2 * float((delta * self.yx).sum()) - 2 * float(shift @ self.y) + 2 * float(shift @ (delta @ self.x))
+        return value
+
+
+def reconstruct(
+    dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Refit every output linear (and every dropped module's bias) of ``pruned`` in place.
+
+    Args:
+        dense: the model that was pruned; not changed.
+        pruned: a resized copy of it, changed in place.
+        batches: calibration inputs; every fifth is held out to choose the ridge.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        NumericalError: activations are not finite.
+    """
+    modules = prunable_modules(dense)
+    with torch.inference_mode():
+        calls, dense_hidden = _capture(dense, batches)
+        pruned_hidden = list(dense_hidden)  # embeddings are not pruned
+        for layer_index, (dense_layer, pruned_layer) in enumerate(
+            zip(layers_of(dense), layers_of(pruned), strict=True)
+        ):
+            pair = [m for m in modules if m.layer == layer_index]
+            targets, dense_hidden = _dense_sums(dense, dense_layer, pair, calls, dense_hidden)
+            for module in pair:
+                _refit(pruned, pruned_layer, module, calls, pruned_hidden, targets[module.kind])
+                if progress is not None:
+                    progress(modules.index(module) + 1, len(modules))
+            pruned_hidden = [call.run(pruned_layer, h) for call, h in zip(calls, pruned_hidden, strict=True)]
+
+
+def _capture(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[_LayerCall], list[Tensor]]:
+    """How the model calls its first layer, for every batch: the other arguments, and the hidden states."""
+    calls: list[_LayerCall] = []
+    hidden: list[Tensor] = []
+    batch_mask: Tensor | None = None
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(layer_input(args, kwargs))
+        rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "x")}
+        calls.append(_LayerCall(args[1:], rest, batch_mask))
+
+    handle = layers_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        for batch in batches:
+            batch_mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            model(**{k: v for k, v in batch.items() if k != "labels"})
+    finally:
+        handle.remove()
+    return calls, hidden
+
+
+class _Tap:
+    """Records input and output of a module's output linear and the residual it is added to, in one layer call."""
+
+    def __init__(self, model: nn.Module, module: PrunableModule) -> None:
+        self.x = self.y = self.residual = torch.empty(0)
+        self._handles = [
+            output_module(model, module).register_forward_hook(self._linear),
+            residual_module(model, module).register_forward_pre_hook(self._stream, with_kwargs=True),
+        ]
+
+    def _linear(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.y = output[0] if isinstance(output, tuple) else output
+        if args:
+            self.x = args[0]
+
+    def _stream(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.residual = layer_input(args, kwargs)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _dense_sums(
+    dense: nn.Module, layer: nn.Module, pair: list[PrunableModule], calls: list[_LayerCall], hidden: list[Tensor]
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """Residual plus module output of the dense model [N, r], per kind and batch; and the layer's outputs."""
+    taps = {module.kind: _Tap(dense, module) for module in pair}
+    sums: dict[str, list[Tensor]] = {module.kind: [] for module in pair}
+    outputs = []
+    try:
+        for call, states in zip(calls, hidden, strict=True):
+            outputs.append(call.run(layer, states))
+            for kind, tap in taps.items():
+                sums[kind].append(call.tokens(tap.residual + tap.y))
+    finally:
+        for tap in taps.values():
+            tap.close()
+    return sums, outputs
+
+
+def _refit(
+    pruned: nn.Module,
+    layer: nn.Module,
+    module: PrunableModule,
+    calls: list[_LayerCall],
+    hidden: list[Tensor],
+    targets: list[Tensor],
+) -> None:
+    linear = output_module(pruned, module)
+    weight, bias = getattr(linear, "weight", None), linear.bias
+    assert isinstance(bias, Tensor)
+    d = weight.shape[1] if isinstance(weight, Tensor) else 0
+    fit, held_out = _Moments(d, len(bias)), _Moments(d, len(bias))
+    tap = _Tap(pruned, module)
+    try:
+        for index, (call, states, target) in enumerate(zip(calls, hidden, targets, strict=True)):
+            call.run(layer, states)
+            residual = call.tokens(tap.residual)  # [N, r]
+            output = call.tokens(tap.y.expand_as(tap.residual))  # [N, r]
+            x = call.tokens(tap.x) if d else residual[:, :0]  # [N, d]
+            last = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            (held_out if last else fit).add(x, target - residual - output)
+    finally:
+        tap.close()
+    delta, shift = _choose(fit, held_out, module.name)
+    if isinstance(weight, Tensor):
+        weight.add_(delta.to(weight.dtype))
+    bias.add_(shift.to(bias.dtype))
+
+
+def _choose(fit: _Moments, held_out: _Moments, name: str) -> tuple[Tensor, Tensor]:
+    """The correction with the least held-out error, solved again on all tokens; none when none helps."""
+    r, d = fit.yx.shape
+    unchanged = torch.zeros(r, d, dtype=torch.float64), torch.zeros(r, dtype=torch.float64)
+    if not math.isfinite(fit.yy + held_out.yy):
+        raise NumericalError(f"expected finite activations in {name}, found NaN or infinity; check the pruned model")
+    if not held_out.n:
+        return unchanged
+    ridges = RIDGES if d else (0.0,)
+    errors = {ridge: held_out.error(*fit.solve(ridge)) if d else held_out.error(unchanged[0], fit.y / fit.n) for ridge in ridges}
+    best = min(errors, key=errors.__getitem__)
+    if errors[best] >= held_out.yy:
+        return unchanged
+    everything = fit + held_out
+    return everything.solve(best) if d else (unchanged[0], everything.y / everything.n)

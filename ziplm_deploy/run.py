@@ -1,0 +1,176 @@
+"""The state of one run: recipe, folder, and what several stages need, made once and when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ziplm_deploy.architectures import model_shape, prunable_modules
+from ziplm_deploy.artifacts import LatencyTable, ModelShape
+from ziplm_deploy.calibration import iter_statistics
+from ziplm_deploy.checkpoints import load_dense, resolve_model_path
+from ziplm_deploy.config import Recipe
+from ziplm_deploy.machine import machine_info, usable_cores
+from ziplm_deploy.progress import Progress
+from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
+from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
+from ziplm_deploy.run_folder import RunFolder, content_key, file_hash, source_hash
+from ziplm_deploy.tasks import Task, get_task
+
+DENSE = "dense"
+STAGES = ("profile", "calibrate", "prune", "export", "benchmark", "evaluate", "report")
+Batch = dict[str, Tensor]
+BATCH_SIZE = 32
+
+
+class Run:
+    """What the stages share. Attributes are computed on first use, so a resumed run loads only what it needs."""
+
+    def __init__(self, recipe: Recipe, progress: Progress | None = None) -> None:
+        torch.set_num_threads(usable_cores())
+        self.recipe = recipe
+        self.progress = progress or Progress()
+        self.folder = RunFolder(recipe)
+        self.task: Task = get_task(recipe.model)
+        self.model_hash = source_hash(resolve_model_path(recipe.model.path))
+        self.calibration_hash = source_hash(recipe.data.calibration)
+        self.evaluation_hash = source_hash(recipe.data.evaluation)
+        self.folder.record(
+            model_hash=self.model_hash,
+            calibration_hash=self.calibration_hash,
+            evaluation_hash=self.evaluation_hash,
+            machine=machine_info().model_dump(mode="json"),
+        )
+        self.notes: list[str] = []
+
+    def begin(self, stage: str, what: str) -> None:
+        self.progress.stage(f"{stage}: {what}", STAGES.index(stage) + 1, len(STAGES))
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self.progress.note(text)
+
+    @staticmethod
+    def member_name(target: float) -> str:
+        return f"{target:g}x"
+
+    @property
+    def names(self) -> list[str]:
+        """The dense model first, then the members by target."""
+        return [DENSE, *map(self.member_name, self.recipe.speedups)]
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[nn.Module, Any]:
+        return load_dense(self.recipe.model)
+
+    @property
+    def dense(self) -> nn.Module:
+        return self._loaded[0]
+
+    @property
+    def processor(self) -> Any:
+        """Tokenizer or image processor."""
+        return self._loaded[1]
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        return model_shape(self.dense.config)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def table(self) -> LatencyTable:
+        return LatencyTable.load(self.folder.profile)
+
+    @functools.cached_property
+    def calibration_rows(self) -> list[dict[str, Any]]:
+        return self.task.load_rows(self.recipe.data, "calibration", self.recipe.seed)
+
+    @functools.cached_property
+    def evaluation_rows(self) -> list[dict[str, Any]]:
+        rows = self.task.load_rows(self.recipe.data, "evaluation", self.recipe.seed)
+        return self.task.check_labels(rows, self.dense.config)
+
+    def check_data(self) -> None:
+        """Read both data sets before any long work, so that bad data ends the run in its first second."""
+        if not self.folder.database.exists():
+            self.calibration_rows  # noqa: B018
+        if self.recipe.data.evaluation is not None:
+            self.evaluation_rows  # noqa: B018
+
+    def encode(self, rows: list[dict[str, Any]]) -> list[Batch]:
+        return self.task.encode(rows, self.processor, self.recipe.environment.seq_len, BATCH_SIZE)
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """Calibration examples for Hessians, for the search and for re-ranking; the latter two are parts of the first."""
+        rows, search = self.calibration_rows, self.recipe.prune.search
+        return Calibration(
+            hessian=self.encode(rows),
+            search=self.encode(rows[: search.n_sequences]),
+            rerank=self.encode(rows[-search.n_rerank :]),
+        )
+
+    def database_key(self) -> str:
+        recipe = self.recipe
+        return content_key(
+            model=self.model_hash,
+            data=self.calibration_hash,
+            columns=recipe.data.model_dump(exclude={"evaluation", "evaluation_split", "n_evaluation"}),
+            task=recipe.model,
+            seq_len=recipe.environment.seq_len,
+            seed=recipe.seed,
+            prune=recipe.prune.model_dump(include={"method", "damping", "centred"}),
+            sizes=database_sizes(self.dense, self.table),
+        )
+
+    def build_database(self) -> None:
+        """Collect statistics in one pass and write the database; notes when there are fewer tokens than wanted."""
+        recipe = self.recipe
+        modules = prunable_modules(self.dense)
+        sizes = database_sizes(self.dense, self.table)
+        needed = estimate_bytes(modules, sizes, self.shape.hidden_size)
+        self.progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model (limit for Hessians in the recipe)")
+        n_tokens = self._count_tokens()
+        wanted = 4 * self.shape.intermediate_size
+        if n_tokens < wanted:
+            self.note(
+                f"calibration has {n_tokens} tokens; {wanted} (4 x the FFN width) are wanted: more data may prune better"
+            )
+        statistics = iter_statistics(
+            self.dense,
+            self.calibration.hessian,
+            modules,
+            memory_limit_bytes=int(recipe.prune.memory_limit_gb * 2**30),
+        )
+        database = build_database(
+            self.dense, statistics, sizes, recipe.prune, seed=recipe.seed, progress=self.progress.step
+        )
+        database.save(self.folder.database)
+
+    def _count_tokens(self) -> int:
+        """Tokens that count; an image gives one for each of its patches."""
+        batches = self.calibration.hessian
+        if "attention_mask" in batches[0]:
+            return sum(int(batch["attention_mask"].sum()) for batch in batches)
+        config = self.dense.config
+        patches = (config.image_size // config.patch_size) ** 2 + 1  # type: ignore[union-attr, operator]
+        return sum(len(batch["pixel_values"]) for batch in batches) * patches
+
+    @functools.cached_property
+    def planner(self) -> Planner:
+        return Planner(
+            self.dense,
+            self.task,
+            self.table,
+            Database.load(self.folder.database),
+            self.calibration,
+            self.recipe.prune,
+            self.recipe.seed,
+        )
+
+    def file_hash(self, path: Path) -> str:
+        return file_hash(path)

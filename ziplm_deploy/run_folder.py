@@ -1,0 +1,129 @@
+"""The folder of one run: resolved recipe, manifest, and stages that are skipped when their inputs did not change."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.config import Recipe
+from ziplm_deploy.errors import CorruptArtifactError
+
+VERSIONED = ("ziplm-deploy", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+CODE_VERSION = 1  # raise it when a stage computes something else from the same inputs
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def source_hash(source: str | None) -> str:
+    """Hash of a file, or of the weights and configuration in a folder; a hub or data set name stands for itself."""
+    if source is None:
+        return ""
+    path = Path(source)
+    if path.is_file():
+        return file_hash(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".txt", ".model"})
+        return hashlib.sha256("".join(p.name + file_hash(p) for p in files).encode()).hexdigest()
+    return source
+
+
+def content_key(**inputs: Any) -> str:
+    """Hash of everything that a stage depends on."""
+
+    def plain(value: Any) -> Any:
+        return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+    text = json.dumps({"code": CODE_VERSION, **inputs}, sort_keys=True, default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RunFolder:
+    """Paths of a run and the manifest that remembers which stage was run with which inputs."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.path = recipe.run_dir
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        self._manifest_path = self.path / "manifest.json"
+        self._manifest: dict[str, Any] = {"stages": {}, "seconds": {}, "corrections": {}}
+        if self._manifest_path.exists():
+            try:
+                self._manifest.update(json.loads(self._manifest_path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise CorruptArtifactError(
+                    f"expected JSON in {self._manifest_path}, found: {error}; delete the file to run every stage again"
+                ) from error
+        self._manifest.update(
+            versions=versions(), argv=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=recipe.seed, name=recipe.name
+        )
+
+    profile = property(lambda self: self.path / "profile.json")
+    database = property(lambda self: self.path / "pruning" / "database.safetensors")
+    benchmark = property(lambda self: self.path / "benchmark.json")
+
+    def member(self, name: str) -> Path:
+        return self.path / name
+
+    def plan(self, name: str) -> Path:
+        return self.path / "pruning" / f"{name}.json"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of every stage, when it last ran."""
+        return dict(self._manifest["seconds"])
+
+    def record(self, **facts: Any) -> None:
+        """Keep facts (data hashes, CPU) in the manifest."""
+        self._manifest.update(facts)
+        self._save()
+
+    def correction(self, name: str, key: str) -> tuple[float, int] | None:
+        """Predicted speedup that the closed loop last asked for, and how often it corrected, if inputs are the same."""
+        entry = self._manifest["corrections"].get(name)
+        return (entry["predicted_target"], entry["count"]) if entry and entry["key"] == key else None
+
+    def set_correction(self, name: str, key: str, predicted_target: float, count: int) -> None:
+        self._manifest["corrections"][name] = {"key": key, "predicted_target": predicted_target, "count": count}
+        self._save()
+
+    def stage(self, name: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
+        """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran."""
+        if self._manifest["stages"].get(name) == key and all(path.exists() for path in outputs):
+            return False
+        self._manifest["stages"].pop(name, None)
+        began = time.monotonic()
+        work()
+        self._manifest["stages"][name] = key
+        self._manifest["seconds"][name] = round(time.monotonic() - began, 2)
+        self._save()
+        return True
+
+    def _save(self) -> None:
+        write_text(self._manifest_path, json.dumps(self._manifest, indent=1) + "\n")
