@@ -1,4 +1,4 @@
-"""What ``ziplm-deploy doctor`` finds: machine, engines, and the noise floor of a comparison of one model with itself."""
+"""What ``ziplm-deploy doctor`` finds: machine, engines, and the noise floor: one model against itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ziplm_deploy.machine import machine_info
 from ziplm_deploy.run_folder import versions
 
 ROUNDS = 40
-LAYERS, ROWS, WIDTH = 4, 128, 384  # a few milliseconds, like the models that are served
+LAYERS, SHAPE, WIDTH = 4, (1, 128, 384), 384  # a few milliseconds, like the models that are served
 NOISY = 0.02  # above the default tolerance of a target, timings cannot decide whether it was reached
 
 
@@ -42,7 +42,7 @@ def _engine(name: str) -> dict[str, Any]:
 def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:
     """A/A run: a small model against itself in two interleaved processes, one thread each.
 
-    ``half_width`` is half the 95 % interval of their ratio, plus its distance from 1: what a speedup must exceed.
+    ``floor`` is how far the 95 % interval of their ratio reaches from 1: smaller differences mean nothing.
     """
     with tempfile.TemporaryDirectory(prefix="ziplm-deploy-") as folder:
         path = Path(folder) / "model.onnx"
@@ -73,16 +73,16 @@ def write_probe(path: Path) -> None:
             values = generator.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[0]))
             weights.append(numpy_helper.from_array(values, name))
         nodes += [
-            helper.make_node("MatMul", [current, up], [f"wide{layer}"]),  # [rows, width] -> [rows, 4 width]
+            helper.make_node("MatMul", [current, up], [f"wide{layer}"]),  # [1, tokens, width] -> [1, tokens, 4 width]
             helper.make_node("Relu", [f"wide{layer}"], [f"active{layer}"]),
-            helper.make_node("MatMul", [f"active{layer}", down], [f"out{layer}"]),  # -> [rows, width]
+            helper.make_node("MatMul", [f"active{layer}", down], [f"out{layer}"]),  # -> [1, tokens, width]
         ]
         current = f"out{layer}"
     graph = helper.make_graph(
         nodes,
         "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [ROWS, WIDTH])],
-        [helper.make_tensor_value_info(current, TensorProto.FLOAT, [ROWS, WIDTH])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, SHAPE)],
+        [helper.make_tensor_value_info(current, TensorProto.FLOAT, SHAPE)],
         weights,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

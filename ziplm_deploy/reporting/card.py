@@ -71,8 +71,8 @@ def _conditions(report: FamilyReport) -> list[str]:
     machine, environment = report.machine, report.environment
     return [
         f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), batch "
-        f"{environment.batch_size}, {environment.seq_len} tokens, {report.engine} {report.engine_version}, {report.date}. "
-        "On another CPU, shape or thread count the speedup is another one: measure it there.",
+        f"{environment.batch_size}, {environment.seq_len} tokens, {report.engine} {report.engine_version}, "
+        f"{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
     ]
 
 
@@ -90,7 +90,7 @@ def _usage(member: MemberReport, ort_class: str) -> str:
             "```python",
             "import ziplm_deploy",
             "",
-            f'model = ziplm_deploy.load("{member.folder}")  # the torch model; from_pretrained cannot rebuild its shapes',
+            f'model = ziplm_deploy.load("{member.folder}")  # torch; from_pretrained cannot rebuild it',
             "```",
         ]
     )

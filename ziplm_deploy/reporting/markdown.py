@@ -29,7 +29,7 @@ def family_markdown(report: FamilyReport) -> str:
 
 def _explanations(report: FamilyReport) -> list[str]:
     lines = [
-        "Speedup is the median over interleaved rounds of dense latency / member latency, with its bootstrap 95 % interval.",
+        "Speedup is the median over interleaved rounds of dense latency / member latency, with its 95 % interval.",
         "Scores are those of the ONNX files themselves.",
         "",
         f"- {aa_line(report.aa_ratio, report.aa_low, report.aa_high)}",
