@@ -109,14 +109,17 @@ def test_an_unreachable_data_set_is_a_data_error(monkeypatch: pytest.MonkeyPatch
         read_rows("no-such-set", split="dev")
 
 
-def test_sampling_is_seeded_and_keeps_the_order() -> None:
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_sampling_is_seeded_and_draws_each_row_once(shuffle: bool) -> None:
     rows = [{"n": number} for number in range(50)]
-    drawn = sample_rows(rows, 20, seed=3, field="n_calibration")
-    assert drawn == sample_rows(rows, 20, seed=3, field="n_calibration") != sample_rows(rows, 20, 4, field="n")
-    numbers = [row["n"] for row in drawn]
-    assert numbers == sorted(set(numbers))
-    assert len(numbers) == 20
-    assert sample_rows(rows, None, seed=0, field="n_evaluation") == rows
+
+    def draw(count: int | None, seed: int) -> list[int]:
+        return [row["n"] for row in sample_rows(rows, count, seed, field="n_calibration", shuffle=shuffle)]
+
+    assert draw(20, 3) == draw(20, 3) != draw(20, 4)
+    assert len(set(draw(20, 3))) == 20
+    assert sorted(draw(None, 0)) == list(range(50))
+    assert (draw(None, 0) == sorted(draw(None, 0))) is not shuffle
 
 
 def test_too_few_rows_are_an_error(tmp_path: Path) -> None:
