@@ -27,7 +27,11 @@ def print_family(report: FamilyReport, folder: Path) -> None:
     console = _console()
     console.print()
     console.print(
-        _table(f"{report.name}: {report.environment.describe()}", members.header(report), members.rows(report))
+        _table(
+            f"{report.name}: {report.environment.describe()}",
+            members.header(report.members, report.metric),
+            members.rows(report.members, report.metric),
+        )
     )
     line(console, aa_line(report.aa_ratio, report.aa_low, report.aa_high))
     for member in report.members:

@@ -11,7 +11,13 @@ def family_markdown(report: FamilyReport) -> str:
     """The whole document."""
     sections = [
         [f"# {report.name}", "", f"{report.model}, {report.task}, method {report.method}, {report.date}"],
-        ["## Members", "", *markdown_table(header(report), rows(report)), "", *_explanations(report)],
+        [
+            "## Members",
+            "",
+            *markdown_table(header(report.members, report.metric), rows(report.members, report.metric)),
+            "",
+            *_explanations(report),
+        ],
         ["## Predicted and measured", "", *_deviations(report)],
         ["## Sizes", "", *_sizes(report)],
         *_search(report),

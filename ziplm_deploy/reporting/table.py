@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from ziplm_deploy.artifacts import FamilyReport, MemberReport
+from collections.abc import Sequence
+
+from ziplm_deploy.artifacts import MemberReport
 
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
 
 
-def metric_columns(report: FamilyReport) -> dict[str, str]:
+def metric_columns(members: Sequence[MemberReport], metric: str) -> dict[str, str]:
     """Score key to column title: the primary metric, then fidelity to the dense model where it was measured."""
-    found = {key for member in report.members for key in member.accuracy}
-    primary = {report.metric: report.metric} if report.metric in found else {}
+    found = {key for member in members for key in member.accuracy}
+    primary = {metric: metric} if metric in found else {}
     return primary | {key: title for key, title in FIDELITY.items() if key in found}
 
 
-def header(report: FamilyReport) -> list[str]:
+def header(members: Sequence[MemberReport], metric: str) -> list[str]:
+    """Column titles."""
     fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", "ONNX MB", "p50 / p99 ms"]
-    return [*fixed, *metric_columns(report).values(), "verdict"]
+    return [*fixed, *metric_columns(members, metric).values(), "verdict"]
 
 
-def rows(report: FamilyReport) -> list[list[str]]:
+def rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
     """One row a member, as long as :func:`header`."""
-    return [_row(member, list(metric_columns(report))) for member in report.members]
+    return [_row(member, list(metric_columns(members, metric))) for member in members]
 
 
 def shows_no_speedup(member: MemberReport) -> bool:

@@ -1,0 +1,62 @@
+"""The quickstart's own run, timed from nothing to the report, and its members as README shows them.
+
+``python benchmarks/quickstart.py`` runs ``benchmarks/quickstart.yaml`` in a fresh folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, Figure, load_average, write_result
+
+from ziplm_deploy.api import run_recipe
+from ziplm_deploy.artifacts import FamilyReport
+from ziplm_deploy.config import load_recipe
+from ziplm_deploy.progress import ConsoleProgress
+
+
+def figures(report: FamilyReport, seconds: float) -> dict[str, Figure]:
+    """Wall time, how close members come to their targets, and how far predictions are off."""
+    dense, *members = report.members
+    reached = [member.measured_speedup / (member.speedup_target or 1.0) for member in members]
+    off = [100 * abs(m.measured_speedup / (m.predicted_speedup or 1.0) - 1.0) for m in members]
+    found = {
+        "total_seconds": Figure(seconds, "s", "<= 900", 1),
+        "worst_measured_over_target": Figure(min(reached), "", ">= 0.98", len(members), (min(reached), max(reached))),
+        "worst_prediction_percent": Figure(max(off), "%", "<= 5", len(members), (min(off), max(off))),
+    }
+    if report.metric in dense.accuracy:
+        kept = [member.accuracy[report.metric] / dense.accuracy[report.metric] for member in members]
+        found["worst_score_over_dense"] = Figure(min(kept), "", ">= 0.97", len(members), (min(kept), max(kept)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", type=Path, default=ROOT / "benchmarks" / "quickstart.yaml")
+    options = parser.parse_args()
+    load = load_average()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(options.recipe, {"output_dir": folder})
+        began = time.monotonic()
+        report = run_recipe(recipe, ConsoleProgress())
+        seconds = time.monotonic() - began
+    settings = {
+        "model": report.model,
+        "task": report.task,
+        "metric": report.metric,
+        "method": report.method,
+        "environment": report.environment.describe(),
+        "aa": [report.aa_ratio, report.aa_low, report.aa_high],
+        "stage_seconds": report.stage_seconds,
+        "load_average_before": load,
+    }
+    rows = [member.model_dump(mode="json") for member in report.members]
+    write_result("quickstart", figures(report, seconds), rows, settings)
+
+
+if __name__ == "__main__":
+    main()

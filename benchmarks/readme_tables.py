@@ -1,0 +1,88 @@
+"""Regenerate the tables between markers in README.md: ``python benchmarks/readme_tables.py``.
+
+``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``quickstart`` and ``figures`` come from ``benchmarks/results``,
+``recipe`` from the recipe's own field descriptions. With ``--check`` nothing is written; exit code 1 says it is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common import RESULTS, ROOT
+from summary import read_results
+from summary import table as figures_table
+
+from ziplm_deploy.artifacts import MemberReport, write_text
+from ziplm_deploy.config import recipe_reference
+from ziplm_deploy.reporting.table import header, markdown_table, rows
+
+README = ROOT / "README.md"
+PENDING = "No result is committed yet."
+
+
+def quickstart_table() -> str:
+    """Members of the committed quickstart run, and where it was measured."""
+    path = RESULTS / "quickstart.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    members = [MemberReport.model_validate(row) for row in result["rows"]]
+    settings, metric = result["settings"], result["settings"]["metric"]
+    ratio, low, high = settings["aa"]
+    caption = (
+        f"{settings['environment']}, {result['machine']['cpu']}, onnxruntime {result['versions']['onnxruntime']}, "
+        f"{result['date'][:10]}; the dense model against itself in the same run: {ratio:.3f} [{low:.3f}, {high:.3f}]. "
+        f"The run took {result['figures']['total_seconds']['value'] / 60:.1f} minutes."
+    )
+    return "\n".join([*markdown_table(header(members, metric), rows(members, metric)), "", caption])
+
+
+def all_figures() -> str:
+    """Every figure of every committed result against its goal."""
+    results = read_results(RESULTS)
+    return figures_table(results) if results else PENDING
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_table,
+    "figures": all_figures,
+    "recipe": recipe_reference,
+}
+
+
+def fill(text: str) -> str:
+    """``text`` with every marked table made anew.
+
+    Raises:
+        ValueError: a marker has no end, or names no table.
+    """
+    for name in re.findall(r"<!-- table:(\S+) -->", text):
+        if name not in TABLES or f"<!-- end:{name} -->" not in text:
+            raise ValueError(f"expected a known table with an end marker, found {name!r}; known: {', '.join(TABLES)}")
+        begin, end = f"<!-- table:{name} -->", f"<!-- end:{name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is stale")
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args()
+    text = options.readme.read_text(encoding="utf-8")
+    filled = fill(text)
+    if options.check:
+        print("README is current" if filled == text else "README is stale: run python benchmarks/readme_tables.py")
+        return int(filled != text)
+    write_text(options.readme, filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
