@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from exporters.heads import EmbeddingModel
+from exporters.heads import EmbeddingModel, evaluation_mode
 
 # protobuf cannot hold more in one file; the margin is for the graph itself.
 _LARGEST_MODEL_BYTES = 2**31 - 2**25
@@ -113,10 +113,9 @@ def export_encoder(
     _check_size(model)
     ranks = _output_ranks(model, {name: inputs[name] for name in names}, output_names)
     dynamic_axes = _dynamic_axes(names, ranks) if settings.shapes == "dynamic" else None
-    was_training = model.training
-    wrapped = _Positional(model, names, output_names).eval()
+    wrapped = _Positional(model, names, output_names)
     try:
-        with _atomic(path) as temporary, warnings.catch_warnings():
+        with evaluation_mode(wrapped), _atomic(path) as temporary, warnings.catch_warnings():
             # Tracer warnings tell about Python branches on shapes; parity is checked on other shapes afterwards.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -132,16 +131,11 @@ def export_encoder(
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(f"expected a model that opset {settings.opset} can express, found: {error}") from error
-    finally:
-        model.train(was_training)
 
 
 def _output_ranks(model: nn.Module, inputs: dict[str, torch.Tensor], output_names: list[str]) -> dict[str, int]:
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         outputs = model(**inputs)
-    model.train(was_training)
     missing = [name for name in output_names if outputs.get(name) is None]
     if missing or not output_names:
         asked = ", ".join(missing) or "none"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,18 @@ def pool(
     return nn.functional.normalize(embedding, p=2.0, dim=1) if normalize else embedding
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for the block; afterwards every sub-module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class EmbeddingModel(nn.Module):
     """A token encoder that also returns ``sentence_embedding``; ``last_hidden_state`` stays the first output,
     so that optimum's ``ORTModelForFeatureExtraction`` and sentence-transformers accept the exported file.
@@ -39,6 +53,7 @@ class EmbeddingModel(nn.Module):
         self.model = model
         self.pooling: Literal["mean", "cls"] = pooling
         self.normalize = normalize
+        self.training = model.training
 
     @property
     def config(self) -> Any:

@@ -10,6 +10,8 @@ import onnxruntime
 import torch
 from torch import nn
 
+from exporters.heads import evaluation_mode
+
 
 class ParityMismatch(ValueError):
     """An ONNX file gives other answers than its torch model; ``difference`` is the largest absolute one."""
@@ -32,11 +34,8 @@ def check_parity(model: nn.Module, onnx_path: Path, inputs: Mapping[str, torch.T
     feed = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
     found = dict(zip(names, session.run(names, feed), strict=True))
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         outputs = model(**inputs)
-    model.train(was_training)
     return max(_difference(name, outputs[name].numpy(), found[name], onnx_path, atol) for name in names)
 
 

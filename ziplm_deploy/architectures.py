@@ -18,7 +18,7 @@ from ziplm_deploy.artifacts import ModelShape, ModuleKind
 from ziplm_deploy.errors import UnsupportedModelError
 
 
-class HeadSlicedMPNetAttention(MPNetSelfAttention):  # type: ignore[misc, no-any-unimported]
+class HeadSlicedMPNetAttention(MPNetSelfAttention):
     """MPNet attention with fewer heads: the shared position bias ``[1, heads, q, k]`` is cut to the kept heads."""
 
     kept_heads: torch.Tensor  # int64 [k], buffer
@@ -34,7 +34,7 @@ class HeadSlicedMPNetAttention(MPNetSelfAttention):  # type: ignore[misc, no-any
     ) -> tuple[torch.Tensor, ...]:
         if position_bias is not None:
             position_bias = position_bias.index_select(1, self.kept_heads)  # [1, k, q, k_len]
-        outputs: tuple[torch.Tensor, ...] = super().forward(
+        outputs: tuple[torch.Tensor, ...] = super().forward(  # type: ignore[no-untyped-call]
             hidden_states, attention_mask, head_mask, position_bias, output_attentions, **kwargs
         )
         return outputs
@@ -57,6 +57,8 @@ class Architecture:
     ffn_input: str = "dense"  # relative to `ffn`
     ffn_output: str = "output.dense"
     ffn_residual: str = "intermediate"  # its first input is what the FFN's output is added to
+    attention_norm: str | None = None  # LayerNorm before the block (pre-LN): nobody reads it if the block is dropped
+    ffn_norm: str | None = None
     config_layers: str = "num_hidden_layers"
     config_ffn_width: str = "intermediate_size"
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
@@ -68,6 +70,10 @@ class Architecture:
     def output(self, kind: ModuleKind) -> str:
         """Path of the linear whose columns are pruned: attention output projection or second FFN linear."""
         return self.attention_output if kind == "attention" else self.ffn_output
+
+    def norm(self, kind: ModuleKind) -> str | None:
+        """Path of the LayerNorm that only this kind of module reads; ``None`` in post-LN models."""
+        return self.attention_norm if kind == "attention" else self.ffn_norm
 
     def output_in_block(self, kind: ModuleKind) -> str | None:
         """Path of the output linear relative to the block, or ``None`` if it lies outside of it."""
@@ -107,7 +113,13 @@ _ENTRIES = (
         attention_output="attention.attn.o",
         sliced_attention=HeadSlicedMPNetAttention,
     ),
-    Architecture("vit", attention="attention.attention", ffn_residual="layernorm_after"),
+    Architecture(
+        "vit",
+        attention="attention.attention",
+        ffn_residual="layernorm_after",
+        attention_norm="layernorm_before",
+        ffn_norm="layernorm_after",
+    ),
 )
 _BY_TYPE = {entry.model_type: entry for entry in _ENTRIES}
 SUPPORTED: tuple[str, ...] = tuple(_BY_TYPE)
@@ -176,7 +188,7 @@ def prunable_modules(model: nn.Module) -> list[PrunableModule]:
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layer list of a model, with or without a task head."""
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
-    layers = model.base_model.get_submodule(architecture.layers)  # type: ignore[union-attr, operator]
+    layers = model.base_model.get_submodule(architecture.layers)  # type: ignore[union-attr]
     assert isinstance(layers, nn.ModuleList)
     return layers
 

@@ -26,7 +26,13 @@ from torch import nn
 from ziplm_deploy.architectures import architecture_of, model_shape, output_linear, prunable_modules
 from ziplm_deploy.artifacts import Artifact, ModelShape, write_bytes_with, write_text
 from ziplm_deploy.config import ModelConfig, TaskName
-from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, StorageError, UnsupportedModelError
+from ziplm_deploy.errors import (
+    CorruptArtifactError,
+    EnvironmentMismatchError,
+    StorageError,
+    UnsupportedModelError,
+    UsageError,
+)
 from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.resizing import build_replacement, install, kept_structures, set_kept
 from ziplm_deploy.tasks import TASKS
@@ -173,10 +179,9 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
 
 
 def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
+    loader: Any = transformers.AutoImageProcessor if input_kind == "image" else transformers.AutoTokenizer
     try:
-        if input_kind == "image":
-            return transformers.AutoImageProcessor.from_pretrained(path, use_fast=False, **source)
-        return transformers.AutoTokenizer.from_pretrained(path, **source)
+        return loader.from_pretrained(path, **({"use_fast": False} if input_kind == "image" else {}), **source)
     except ImportError as error:
         raise EnvironmentMismatchError(f"expected the packages for inputs of {path}, found: {error}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -278,7 +283,7 @@ def load(folder: Path | str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = _build(config, member)
         load_model(model, str(weights))
-    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError, UsageError) as error:
         raise CorruptArtifactError(
             f"expected config.json, {MEMBER_FILE} and {WEIGHTS_FILE} of one model in {folder}, found: {error}; "
             "copy the folder again"
@@ -344,12 +349,13 @@ def _write_sentence_modules(folder: Path, model_config: ModelConfig, hidden_size
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    logging: Any = transformers.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
 
 
 def _pooler_is_optional(model_class: Any, auto_class: str) -> bool:

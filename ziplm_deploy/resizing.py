@@ -61,7 +61,7 @@ class DroppedAttention(BiasOnly):
 def build_replacement(dense: nn.Module, module: PrunableModule, entry: LevelWeights) -> Replacement:
     """New sub-modules of ``module`` at the level ``entry``; ``dense`` is not changed.
 
-    Untouched parts (dropout, activation) are shared with ``dense``; every linear is new.
+    Untouched parts (dropout, activation, LayerNorm) are shared with ``dense``; every linear is new.
 
     Raises:
         UsageError: the entry's shapes or indices do not belong to this module.
@@ -77,11 +77,15 @@ def build_replacement(dense: nn.Module, module: PrunableModule, entry: LevelWeig
     else:
         block._modules[architecture.ffn_input] = _keep_rows(block.get_submodule(architecture.ffn_input), entry.kept)
     output = _linear(entry.weight, entry.bias, like=output_linear(dense, module).weight)
-    inside = architecture.output_in_block(module.kind)
+    replacement: Replacement = {architecture.block(module.kind): block}
+    inside, norm = architecture.output_in_block(module.kind), architecture.norm(module.kind)
     if inside is None:
-        return {architecture.block(module.kind): block, architecture.output(module.kind): output}
-    block._modules[inside] = output
-    return {architecture.block(module.kind): block}
+        replacement[architecture.output(module.kind)] = output
+    else:
+        block._modules[inside] = output
+    if norm is not None:
+        replacement[norm] = layer.get_submodule(norm)
+    return replacement
 
 
 def install(model: nn.Module, layer: int, replacement: Replacement) -> None:
@@ -160,7 +164,12 @@ def _dropped(architecture: Architecture, module: PrunableModule, entry: LevelWei
     block, output = architecture.block(module.kind), architecture.output(module.kind)
     if architecture.output_in_block(module.kind) is not None:
         return {block: DroppedAttention(entry.bias) if module.kind == "attention" else BiasOnly(entry.bias)}
-    return {block: DroppedBlock(returns_tuple=module.kind == "attention"), output: BiasOnly(entry.bias)}
+    norm = architecture.norm(module.kind)
+    return {
+        block: DroppedBlock(returns_tuple=module.kind == "attention"),
+        output: BiasOnly(entry.bias),
+        **({norm: nn.Identity()} if norm is not None else {}),
+    }
 
 
 def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableModule, kept: torch.Tensor) -> None:
@@ -226,7 +235,7 @@ def _check_entry(dense: nn.Module, module: PrunableModule, entry: LevelWeights) 
             f"expected weight {expected} and bias ({hidden},) for {module.name}, found {tuple(entry.weight.shape)} "
             f"and {tuple(entry.bias.shape)}; the level belongs to another model"
         )
-    if kept.numel() and (kept.min() < 0 or kept.max() >= module.structures or kept.unique().numel() != kept.numel()):
+    if kept.numel() and (kept.min() < 0 or kept.max() >= module.structures or len(set(kept.tolist())) != kept.numel()):
         raise UsageError(
             f"expected distinct structures in 0..{module.structures - 1} for {module.name}, found {kept.tolist()}; "
             "the level belongs to another model"
