@@ -1,7 +1,7 @@
 """Does the latency table predict whole models? Random non-uniform models, predicted against measured speedup.
 
 For each case (shape and environment) a table is measured, models between 1.5x and 10x are drawn from its levels,
-exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + sum of cells).
+exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + all cells).
 Figures: ``worst_deviation_percent`` and ``median_deviation_percent`` of |predicted / measured - 1| over all models;
 the spread of the first is the range of the cases' worst, that of the second of the cases' medians.
 The same with the sum of the dense cells instead of the dense latency is recorded beside it (``…_of_sums``).

@@ -51,6 +51,7 @@ TINY_VOCABULARY = 64  # a stack needs no real vocabulary, and its export would b
 # A cell is also sure enough when its error, in every layer of the model, is this fraction of the dense latency.
 NEGLIGIBLE = 0.0005
 REMEASURE_ROUNDS = 10
+REMEASURE_SHARE = 0.2  # of the time limit, kept back for suspicious cells
 MIN_ANCHORS = 8
 LEAST_MS = 1e-4
 
@@ -261,9 +262,10 @@ def _measure(
     sizes = cell_sizes(shape, profile)
     ids = [DENSE, BASE, NONE, *dict.fromkeys(_cell_id(kind, size) for kind in sizes for size in sizes[kind])]
     samples = _Samples()
-    started = time.monotonic()
+    deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
     _warm_up(worker, ids)
-    while samples.rounds < profile.max_rounds and time.monotonic() - started < profile.max_seconds:
+    # Three rounds at least: a median of fewer is none.
+    while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
         _round(worker, ids, samples, generator)
         samples.rounds += 1
         report(samples.rounds)
@@ -303,7 +305,10 @@ def _remeasure(worker: WorkerHandle, samples: _Samples, shape: ModelShape, profi
         return
     generator = np.random.default_rng([seed, 1])
     sure = [model_id for model_id in samples.ms if model_id not in suspects]
+    deadline = time.monotonic() + REMEASURE_SHARE * profile.max_seconds
     for _ in range(REMEASURE_ROUNDS):
+        if time.monotonic() > deadline:
+            break
         # Models that are sure tell how fast the machine is now.
         anchors = generator.permutation(sure)[: max(len(suspects), MIN_ANCHORS)].tolist()
         _round(worker, [*suspects, *anchors], samples, generator)

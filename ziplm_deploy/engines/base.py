@@ -105,21 +105,30 @@ class WorkerHandle:
         self._pending = b""
         self._folder = tempfile.TemporaryDirectory(prefix="ziplm-worker-")
         self._log = Path(self._folder.name) / "stderr.txt"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [interpreter, str(WORKER), *self._arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(options.threads)},
-                start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers in order
-            )
+        self._process = self._spawn()
         _LIVE.add(self)
         try:
             self.version: str = self._request("hello")["version"]
         except BaseException:
             self.close()
             raise
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        try:
+            with self._log.open("wb") as log:
+                return subprocess.Popen(
+                    [self._interpreter, str(WORKER), *self._arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, "OMP_NUM_THREADS": str(self.options.threads)},
+                    start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers in order
+                )
+        except OSError as error:
+            self._folder.cleanup()
+            raise EngineError(
+                f"expected a Python interpreter with the engine at {self._interpreter}, found: {error}; install one"
+            ) from error
 
     def load(self, model_id: str, path: Path) -> ModelSignature:
         """Make a session for the ONNX file ``path`` under ``model_id``.

@@ -1,0 +1,61 @@
+"""Small ONNX files made by hand: fast to write, with known answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+
+def write_mlp(
+    path: Path, width: int, *, batch: int | str = "batch", tokens: int | str = "tokens", seed: int = 0
+) -> Path:
+    """``output = relu(E[ids] W) V · mask`` with ``width`` hidden columns; latency grows with it."""
+    generator = np.random.default_rng(seed)
+    weights = {
+        "E": generator.standard_normal((32, 64), dtype=np.float32),
+        "W": generator.standard_normal((64, width), dtype=np.float32),
+        "V": generator.standard_normal((width, 64), dtype=np.float32),
+        "axes": np.array([2]),
+    }
+    nodes = [
+        helper.make_node("Gather", ["E", "input_ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "W"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "V"], ["y"]),
+        helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["m", "axes"], ["mask"]),
+        helper.make_node("Mul", ["y", "mask"], ["output"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, [batch, tokens])
+        for name in ("input_ids", "attention_mask")
+    ]
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, tokens, 64])]
+    return write(path, nodes, inputs, outputs, weights)
+
+
+def write_identity(path: Path, element_type: int, shape: list[int | str | None], name: str = "x") -> Path:
+    """``output = input``: for the inputs that a worker makes."""
+    return write(
+        path,
+        [helper.make_node("Identity", [name], ["output"])],
+        [helper.make_tensor_value_info(name, element_type, shape)],
+        [helper.make_tensor_value_info("output", element_type, shape)],
+        {},
+    )
+
+
+def write(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    weights: dict[str, np.ndarray],
+) -> Path:
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "small", inputs, outputs, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path

@@ -1,0 +1,152 @@
+"""The benchmark loop: order, ratios, the A/A line, limits, and models that fail."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_models import write_mlp
+
+from ziplm_deploy import benchmarking
+from ziplm_deploy.artifacts import BenchmarkRecord
+from ziplm_deploy.benchmarking import AA, compare
+from ziplm_deploy.config import BenchmarkConfig, Environment
+from ziplm_deploy.engines import WorkerHandle
+from ziplm_deploy.errors import EngineError, UsageError
+
+ENVIRONMENT = Environment(batch_size=2, seq_len=32)
+QUICK = BenchmarkConfig(rounds=8, runs_per_round=2)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    return {
+        name: write_mlp(tmp_path / f"{name}.onnx", width) for name, width in (("dense", 8192), ("3x", 1024), ("9x", 64))
+    }
+
+
+def test_record_is_complete_and_survives_the_disk(models: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    record = compare(models, ENVIRONMENT, QUICK, "dense", lambda done, total: seen.append((done, total)))
+    assert [variant.name for variant in record.variants] == ["dense", "3x", "9x"]
+    assert seen[0] == (1, 8)
+    dense, faster, fastest = record.variants
+    assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
+    assert 1.5 < faster.speedup < fastest.speedup
+    assert 0.3 < record.aa_low <= record.aa_ratio <= record.aa_high < 3
+    for variant in record.variants:
+        assert variant.latency.n == len(variant.samples_ms) == 2 * len(seen)
+        assert variant.speedup_low <= variant.speedup <= variant.speedup_high
+        assert variant.p50_ms == np.median(variant.samples_ms)
+        assert variant.throughput_per_second == pytest.approx(2000 / variant.p50_ms)
+        assert variant.latency.p90_ms <= variant.latency.p99_ms
+        assert variant.peak_memory_bytes > 2**24
+    assert record.engine_version
+    assert record.seconds > 0
+    record.save(tmp_path / "record.json")
+    assert BenchmarkRecord.load(tmp_path / "record.json") == record
+
+
+def test_baseline_may_be_any_model_and_alone(models: dict[str, Path]) -> None:
+    record = compare({"9x": models["9x"]}, ENVIRONMENT, QUICK, "9x")
+    assert [variant.name for variant in record.variants] == ["9x"]
+
+
+class ScriptedWorker:
+    """Answers with the milliseconds of a formula, and notes who was asked when."""
+
+    def __init__(self, name: str, milliseconds: float, calls: list[str], clock: dict[str, float]) -> None:
+        self.name, self.milliseconds, self.calls, self.clock = name, milliseconds, calls, clock
+
+    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
+        assert warmup == 1
+        self.calls.append(self.name)
+        return [self.milliseconds * self.clock.setdefault("speed", 1.0)] * n
+
+
+def scripted(calls: list[str], clock: dict[str, float] | None = None) -> dict[str, WorkerHandle]:
+    clock = {} if clock is None else clock
+    latencies = {"dense": 10.0, "2x": 5.0, AA: 10.0}
+    return {name: ScriptedWorker(name, ms, calls, clock) for name, ms in latencies.items()}  # type: ignore[misc]
+
+
+def test_rounds_visit_everybody_once_in_changing_order() -> None:
+    calls: list[str] = []
+    rounds = benchmarking._interleave(scripted(calls), "dense", BenchmarkConfig(rounds=40), None, seed=0)
+    visits = [tuple(calls[start : start + 3]) for start in range(0, len(calls), 3)]
+    assert all(sorted(visit) == sorted(rounds) for visit in visits)
+    assert len(set(visits)) > 3
+
+
+def test_early_stop_only_after_half_of_the_rounds() -> None:
+    rounds = benchmarking._interleave(scripted([]), "dense", BenchmarkConfig(rounds=40), None, seed=0)
+    assert {len(samples) for samples in rounds.values()} == {20}
+
+
+def test_time_limit_ends_after_a_few_whole_rounds() -> None:
+    config = BenchmarkConfig(rounds=1000, max_seconds=1e-9)
+    rounds = benchmarking._interleave(scripted([]), "dense", config, None, seed=0)
+    assert {len(samples) for samples in rounds.values()} == {3}
+
+
+def test_machine_drift_does_not_reach_the_speedup() -> None:
+    clock: dict[str, float] = {}
+
+    def slower_every_round(done: int, total: int) -> None:
+        clock["speed"] = 1.0 + 0.1 * done
+
+    rounds = benchmarking._interleave(
+        scripted([], clock), "dense", BenchmarkConfig(rounds=12), slower_every_round, seed=0
+    )
+    result = benchmarking._result("2x", Path("2x.onnx"), rounds, "dense", 1, 1)
+    assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
+    assert result.latency.median_ms > 5.0
+
+
+def test_unknown_baseline_and_no_models(models: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="found 'denser'"):
+        compare(models, ENVIRONMENT, QUICK, "denser")
+    with pytest.raises(UsageError, match="no models"):
+        compare({}, ENVIRONMENT, QUICK, "dense")
+
+
+def test_rejected_model_is_named_and_no_worker_is_left(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[int] = []
+    load = WorkerHandle.load
+
+    def noting(self: WorkerHandle, model_id: str, path: Path) -> object:
+        pids.append(self._process.pid)
+        return load(self, model_id, path)
+
+    monkeypatch.setattr(WorkerHandle, "load", noting)
+    models["3x"].write_bytes(b"broken")
+    with pytest.raises(EngineError, match=r"3x\.onnx"):
+        compare(models, ENVIRONMENT, QUICK, "dense")
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_interrupt_leaves_no_worker(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: list[int] = []
+    time_runs = WorkerHandle.time
+
+    def noting(self: WorkerHandle, model_id: str, n: int, warmup: int = 1) -> list[float]:
+        pids.append(self._process.pid)
+        return time_runs(self, model_id, n, warmup)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkerHandle, "time", noting)
+    with pytest.raises(KeyboardInterrupt):
+        compare(models, ENVIRONMENT, QUICK, "dense", interrupt)
+    assert len(set(pids)) == 4
+    for pid in set(pids):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
