@@ -153,7 +153,7 @@ def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
     setattr(config, architecture_of(config).config_layers, depth)
     if hasattr(config, "vocab_size"):
         config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
-    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")
+    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
     return model.eval()
 
 
