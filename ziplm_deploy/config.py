@@ -205,8 +205,12 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = [f"{source}: {error.error_count()} field(s) are wrong:"]
-    for item in error.errors():
+    items = error.errors()
+    # A list with a wrong item is called too short, too, as if the item were not there.
+    inner = {item["loc"][:-1] for item in items}
+    items = [item for item in items if not (item["type"] == "too_short" and item["loc"] in inner)]
+    lines = [f"{source}: {len(items)} field(s) are wrong:"]
+    for item in items:
         location = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"  {location}: unknown field; valid here: {', '.join(_siblings(item['loc']))}")

@@ -36,7 +36,7 @@ def _open(path: str) -> Any:
     local = {"local_files_only": True} if Path(resolved).is_dir() else {}
     try:
         return transformers.AutoConfig.from_pretrained(resolved, trust_remote_code=False, **local)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any shape of JSON may be in there
         raise UnsupportedModelError(
             f"expected a folder with config.json or a reachable hub id, found {path!r}: {error}; check the path"
         ) from error

@@ -1,0 +1,145 @@
+"""Files between stages: whole or not at all, and checked when they are read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import benchmark_record, family_report, latency_table, plan
+
+from ziplm_deploy.artifacts import (
+    Artifact,
+    BenchmarkRecord,
+    FamilyReport,
+    LatencyTable,
+    PruningPlan,
+    atomic_path,
+    write_bytes_with,
+    write_text,
+)
+from ziplm_deploy.errors import CorruptArtifactError, StorageError
+
+ARTIFACTS: list[Artifact] = [latency_table(), plan(2.0), benchmark_record(**{"2x": 2.0}), family_report()]
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: artifact.KIND)
+def test_saved_and_loaded_are_equal(tmp_path: Path, artifact: Artifact) -> None:
+    path = tmp_path / "new" / "a.json"
+    artifact.save(path)
+    assert type(artifact).load(path) == artifact
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: artifact.KIND)
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_truncated_files_are_refused(tmp_path: Path, artifact: Artifact, keep: float) -> None:
+    path = tmp_path / "a.json"
+    artifact.save(path)
+    content = path.read_bytes().rstrip()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(CorruptArtifactError, match=r"a\.json"):
+        type(artifact).load(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "7", '"text"', "{}", '{"kind": "latency_table"}'])
+def test_json_of_another_shape_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match="make it again"):
+        LatencyTable.load(path)
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    plan(2.0).save(tmp_path / "a.json")
+    with pytest.raises(CorruptArtifactError, match="kind 'pruning_plan'"):
+        LatencyTable.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"schema_version": 99}, {"schema_version": None}, {"kind": None}, {"extra": 1}, {"cells": 3}]
+)
+def test_changed_fields_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "a.json"
+    latency_table().save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError):
+        LatencyTable.load(path)
+
+
+def test_missing_file_folder_and_pickle_are_refused(tmp_path: Path) -> None:
+    pickled = tmp_path / "a.json"
+    pickled.write_bytes(pickle.dumps({"kind": "latency_table"}))
+    for path in (pickled, tmp_path / "none.json", tmp_path):
+        with pytest.raises(CorruptArtifactError):
+            LatencyTable.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half", encoding="utf-8")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_bytes_with(path, fail)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt"):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", ["write_text", "replace"])
+def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, failing, full)
+    with pytest.raises(StorageError, match="No space left on device; free disk space"):
+        plan(2.0).save(tmp_path / "a.json")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_way_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("", encoding="utf-8")
+    with pytest.raises(StorageError, match="choose another output_dir"):
+        plan(2.0).save(tmp_path / "runs" / "a.json")
+
+
+def test_predictions_are_sums_of_cells() -> None:
+    table = latency_table()
+    assert table.predict_ms({"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 16}) == pytest.approx(7.2)
+    assert table.predict_dense_ms() == pytest.approx(10.0)
+    assert table.sizes("ffn") == [0, 8, 16]
+    with pytest.raises(KeyError):
+        table.latency_ms("ffn", 9)
+
+
+def test_fingerprints_differ_with_cpu_and_flags() -> None:
+    here = latency_table().machine
+    assert here.fingerprint == here.model_copy(update={"memory_bytes": 1, "operating_system": "x"}).fingerprint
+    assert here.fingerprint != here.model_copy(update={"isa_flags": ("avx",)}).fingerprint
+    assert here.fingerprint != here.model_copy(update={"cpu_model": "B"}).fingerprint
+
+
+def test_variants_are_found_by_name() -> None:
+    record: BenchmarkRecord = benchmark_record(**{"2x": 2.0})
+    assert record.variant("2x").speedup == 2.0
+    with pytest.raises(StopIteration):
+        record.variant("3x")
+
+
+def test_kinds_are_distinct() -> None:
+    kinds = [kind.KIND for kind in (BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan)]
+    assert len(set(kinds)) == len(kinds)

@@ -1,0 +1,67 @@
+"""The package's surface, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import ziplm_deploy
+
+EXPECTED = [
+    "BenchmarkRecord",
+    "FamilyReport",
+    "LatencyTable",
+    "PruningPlan",
+    "Recipe",
+    "ZipLMError",
+    "benchmark",
+    "compare",
+    "export",
+    "inspect_model",
+    "load",
+    "load_recipe",
+    "machine_info",
+    "profile",
+    "prune",
+    "report",
+    "run_recipe",
+]
+
+
+def test_the_surface_is_exact_and_sorted() -> None:
+    assert ziplm_deploy.__all__ == EXPECTED == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_name_resolves_to_something_documented(name: str) -> None:
+    value = getattr(ziplm_deploy, name)
+    assert value.__name__ == name
+    assert value.__doc__
+    assert name in dir(ziplm_deploy)
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'frobnicate'"):
+        ziplm_deploy.frobnicate  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["ziplm_deploy", "ziplm_deploy.cli", "ziplm_deploy.artifacts"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'scipy', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_stay_functions_after_their_modules_are_imported() -> None:
+    code = (
+        "import ziplm_deploy.run, ziplm_deploy.api, ziplm_deploy.reporting.family, ziplm_deploy as z\n"
+        "assert all(callable(getattr(z, name)) for name in z.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,235 @@
+"""Reports: verdicts, tables, model cards, and the published schema."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import yaml
+from reports import benchmark_record, family_report, latency_table, member, plan
+from safetensors.numpy import save_file
+
+from ziplm_deploy.artifacts import FamilyReport
+from ziplm_deploy.config import BenchmarkConfig, parse_recipe
+from ziplm_deploy.errors import CorruptArtifactError, UsageError
+from ziplm_deploy.members import member_key
+from ziplm_deploy.reporting import console, family
+from ziplm_deploy.reporting.card import model_card
+from ziplm_deploy.reporting.markdown import family_markdown
+from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
+from ziplm_deploy.reporting.table import header, markdown_table, rows, shows_no_speedup
+from ziplm_deploy.run_folder import RunFolder
+
+SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
+
+
+@pytest.mark.parametrize(
+    ("measured", "corrections", "verdict", "reason"),
+    [
+        (2.0, 0, "reached", ""),
+        (1.961, 0, "reached", ""),
+        (2.2, 0, "reached", ""),
+        (1.95, 1, "missed", "no faster plan fits"),
+        (1.95, 3, "missed", "all 3 corrections"),
+        (2.21, 1, "faster than asked", "no slower plan fits"),
+        (2.21, 3, "faster than asked", "all 3 corrections"),
+    ],
+)
+def test_verdicts(measured: float, corrections: int, verdict: str, reason: str) -> None:
+    found, why = family.judge(measured, 2.0, SETTINGS, corrections, largest=4.0)
+    assert found == verdict
+    assert why.startswith(reason)
+    assert bool(why) == bool(reason)
+
+
+def test_a_target_above_the_largest_speedup_says_so() -> None:
+    verdict, reason = family.judge(3.0, 5.0, SETTINGS, 0, largest=4.1667)
+    assert verdict == "missed"
+    assert "4.17x" in reason
+
+
+def test_largest_speedup_is_everything_dropped() -> None:
+    assert family.largest_speedup(latency_table()) == pytest.approx(10.0 / 2.4)
+
+
+def test_parameters_are_counted_from_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "pruned.safetensors"
+    save_file(
+        {"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float32), "c": np.zeros((0, 7), np.float32)}, path
+    )
+    assert family.parameter_count(path) == 17
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4, struct.pack("<Q", 1 << 40), b"not a safetensors file at all"])
+def test_damaged_weights_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pruned.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match=r"pruned\.safetensors"):
+        family.parameter_count(path)
+    with pytest.raises(CorruptArtifactError):
+        family.parameter_count(tmp_path / "none.safetensors")
+
+
+class State(SimpleNamespace):
+    """What reporting reads of a run."""
+
+    @staticmethod
+    def member_name(target: float) -> str:
+        return f"{target:g}x"
+
+    def database_key(self) -> str:
+        return "database"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    """A finished run of two targets, by hand: 2x reached, 4x missed after three corrections."""
+    recipe = parse_recipe(
+        {
+            "name": "demo",
+            "output_dir": tmp_path,
+            "model": {"path": "some/model", "task": "sentence-similarity"},
+            "speedups": [2, 4],
+        }
+    )
+    folder = RunFolder(recipe)
+    task = SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction")
+    made = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"])
+    benchmark_record(**{"2x": 2.01, "4x": 3.5}).save(folder.benchmark)
+    for name, accuracy in (("dense", 0.88), ("2x", 0.87), ("4x", 0.8)):
+        weights = np.zeros((2, 8), np.float32)
+        folder.member(name).mkdir()
+        save_file({"w": weights}, folder.member(name) / "pruned.safetensors")
+        (folder.member(name) / "model.onnx").write_bytes(b"x" * 100)
+        (folder.member(name) / "accuracy.json").write_text(json.dumps({"spearman": accuracy}), encoding="utf-8")
+    plan(2.0).save(folder.plan("2x"))
+    plan(4.0, search_loss=float("nan"), seed_losses={}).save(folder.plan("4x"))
+    folder.set_correction("4x", member_key(made, 4.0), 4.2, 3)
+    return made
+
+
+def test_a_report_is_collected_written_and_read_back(state: State) -> None:
+    report = family.write_report(state)
+    assert FamilyReport.load(state.folder.path / "report.json") == report
+    assert [item.name for item in report.members] == ["dense", "2x", "4x"]
+    assert [item.verdict for item in report.members] == ["baseline", "reached", "missed"]
+    dense, _, missed = report.members
+    assert dense.sizes == {"0.attention": 2, "0.ffn": 16, "1.attention": 2, "1.ffn": 16}
+    assert (missed.corrections, missed.search_loss, missed.reason[:5]) == (3, None, "all 3")
+    assert {item.parameters for item in report.members} == {16}
+    assert {item.onnx_bytes for item in report.members} == {100}
+    assert report.notes == ["a note"]
+    for name in ("dense", "2x", "4x"):
+        assert (state.folder.member(name) / "README.md").read_text(encoding="utf-8").startswith("---\n")
+    jsonschema.validate(
+        json.loads((state.folder.path / "report.json").read_text(encoding="utf-8")), json_schema("report")
+    )
+
+
+def test_a_run_without_evaluation_still_has_a_report(state: State) -> None:
+    for name in ("dense", "2x", "4x"):
+        (state.folder.member(name) / "accuracy.json").unlink()
+    report = family.write_report(state)
+    assert all(item.accuracy == {} for item in report.members)
+    assert "## Scores" not in (state.folder.path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("missing", ["benchmark.json", "pruning/2x.json", "2x/model.onnx", "4x/pruned.safetensors"])
+def test_missing_files_are_named_and_no_report_is_written(state: State, missing: str) -> None:
+    (state.folder.path / missing).unlink()
+    with pytest.raises(CorruptArtifactError, match=Path(missing).name.replace(".", r"\.")):
+        family.write_report(state)
+    assert not (state.folder.path / "report.json").exists()
+
+
+def test_a_benchmark_that_lacks_a_member_is_refused(state: State) -> None:
+    benchmark_record(**{"2x": 2.0}).save(state.folder.benchmark)
+    with pytest.raises(CorruptArtifactError, match="timing of 4x"):
+        family.write_report(state)
+
+
+@pytest.mark.parametrize("kind", sorted(ARTIFACTS))
+def test_saved_artifacts_fit_their_schema(tmp_path: Path, kind: str) -> None:
+    examples: dict[str, Any] = {
+        "benchmark": benchmark_record(**{"2x": 2.0}),
+        "plan": plan(2.0),
+        "report": family_report(),
+        "table": latency_table(),
+    }
+    examples[kind].save(tmp_path / "a.json")
+    saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    jsonschema.validate(saved, json_schema(kind))
+    for wrong in ({**saved, "kind": "other"}, {**saved, "schema_version": 0}, {**saved, "surplus": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, json_schema(kind))
+
+
+def test_recipe_schema_knows_required_and_unknown_fields() -> None:
+    good = {"name": "a", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
+    jsonschema.validate(good, json_schema("recipe"))
+    for wrong in ({**good, "speedups": [1]}, {**good, "surplus": 1}, {"name": "a"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, json_schema("recipe"))
+
+
+def test_unknown_schema_names_the_known() -> None:
+    with pytest.raises(UsageError, match="benchmark, plan, recipe, report, table"):
+        json_schema("html")
+
+
+def test_a_speedup_whose_interval_includes_one_is_not_called_one() -> None:
+    noise = member("1.02x", measured_low=0.99, measured_high=1.05)
+    assert shows_no_speedup(noise)
+    assert not shows_no_speedup(member("2x"))
+    assert not shows_no_speedup(member("dense"))
+    report = family_report(member("dense"), noise)
+    assert "no speedup is shown" in family_markdown(report)
+    assert "not faster beyond noise" in model_card(report, noise, "ORTModel")
+
+
+def test_tables_have_one_cell_a_title() -> None:
+    for members in ([member("dense"), member("2x")], [member("dense", accuracy={})]):
+        titles = header(members, "spearman")
+        assert all(len(row) == len(titles) for row in rows(members, "spearman"))
+    assert "cosine to dense" in header([member("2x")], "spearman")
+    assert "spearman" not in header([member("dense", accuracy={})], "spearman")
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    lines = markdown_table(["a"], [["x | y\nz"]])
+    assert lines[2] == "| x \\| y z |"
+
+
+def test_markdown_says_predicted_measured_and_reasons() -> None:
+    missed = member("3x", measured_speedup=2.7, verdict="missed", reason="all 3 corrections were used")
+    text = family_markdown(family_report(member("dense"), member("2x"), missed))
+    for wanted in ("2.020x", "-1.0 %", "all 3 corrections were used", "calibration has few tokens", "A | CPU", "0 / 8"):
+        assert wanted in text
+
+
+def test_card_front_matter_is_yaml_and_hides_local_paths() -> None:
+    for path, known in (("some/model", True), ("/home/me/model", False), ("package:name", False), ("./m", False)):
+        card = model_card(family_report(model=path), member("2x"), "ORTModelForFeatureExtraction")
+        facts = yaml.safe_load(card.split("---\n")[1])
+        assert ("base_model" in facts) is known
+        assert facts["tags"] == ["onnx", "ziplm-deploy", "pruned"]
+        assert 'ORTModelForFeatureExtraction.from_pretrained("2x")' in card
+
+
+def test_console_prints_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    report = family_report(member("dense"), member("2x", reason="[bold]not markup[/bold]"), notes=["[/] :smile:"])
+    console.print_family(report, Path("runs/demo"))
+    printed = capsys.readouterr().out
+    for wanted in ("[bold]not markup[/bold]", "[/] :smile:", "runs/demo/report.md", "2.00x [1.99, 2.01]", "0.995x"):
+        assert wanted in printed.replace("[0.995, ", "0.995x ")
+
+
+def test_aa_line_tells_noise() -> None:
+    assert "as it should be" in console.aa_line(1.0, 0.99, 1.01)
+    assert "trust no difference" in console.aa_line(1.05, 1.03, 1.07)
