@@ -57,7 +57,7 @@ class DataConfig(Frozen):
     )
     label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
     n_calibration: int = Field(
-        512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (one_shot benchmark)."
+        512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."
     )
     n_evaluation: int | None = Field(None, ge=1, description="Evaluation examples; default: all of them.")
 
@@ -100,7 +100,7 @@ class SearchConfig(Frozen):
         4, ge=1, le=16, description="Levels a module at which the loss is measured before the search."
     )
     coefficient_steps: int = Field(30, ge=0, description="Random coefficient steps of the SPDY search.")
-    swap_evaluations: int = Field(150, ge=0, description="Plans tried by level swaps: where most of the gain comes from.")
+    swap_evaluations: int = Field(150, ge=0, description="Plans tried by level swaps, where most gain comes from.")
 
 
 class PruneConfig(Frozen):
@@ -110,7 +110,7 @@ class PruneConfig(Frozen):
     reconstruct: bool = Field(
         True, description="After the search, refit kept weights to the dense residual stream, layer by layer."
     )
-    memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers are streamed under it.")
+    memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers stream under it.")
     search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")
 
 
