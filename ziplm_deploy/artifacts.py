@@ -200,7 +200,7 @@ class PruningPlan(Artifact):
     sizes: dict[str, int]
     predicted_ms: float
     predicted_speedup: float
-    search_loss: float  # distance to the dense model on the re-ranking examples
+    search_loss: float | None = None  # distance to the dense model on the re-ranking examples; None: not searched
     seed_losses: dict[str, float] = Field(default_factory=dict)  # plan without search, uniform, … same examples
     evaluations: int = 0
 

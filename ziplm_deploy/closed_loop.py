@@ -27,7 +27,7 @@ def reach_targets(state: Run, measure: Callable[[Run], BenchmarkRecord]) -> Benc
 
 
 def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
-    """Set a new predicted target for a member outside its tolerance; False when it is inside or nothing is left to try."""
+    """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
     settings = state.recipe.benchmark
     name = state.member_name(target)
     measured = record.variant(name).speedup

@@ -99,8 +99,8 @@ class SearchConfig(Frozen):
     sensitivity_levels: int = Field(
         4, ge=1, le=16, description="Levels a module at which the loss is measured before the search."
     )
-    coefficient_steps: int = Field(30, ge=0, description="Random coefficient steps of the SPDY search.")
-    swap_evaluations: int = Field(150, ge=0, description="Plans tried by level swaps, where most gain comes from.")
+    coefficient_steps: int = Field(20, ge=0, description="Random coefficient steps of the SPDY search.")
+    swap_evaluations: int = Field(100, ge=0, description="Plans tried by level swaps, where most gain comes from.")
 
 
 class PruneConfig(Frozen):

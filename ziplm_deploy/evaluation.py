@@ -30,7 +30,9 @@ def onnx_runner(path: Path) -> Runner:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own that share no public base
-        raise EngineError(f"expected a model that ONNX Runtime runs in {path}, found: {error}; export it again") from error
+        raise EngineError(
+            f"expected a model that ONNX Runtime runs in {path}, found: {error}; export it again"
+        ) from error
     wanted = {item.name for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
 

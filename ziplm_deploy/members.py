@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 
+from torch import nn
+
 from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
 from exporters.heads import EmbeddingModel
 from exporters.parity import ParityMismatch, check_parity
-from torch import nn
-
 from ziplm_deploy.artifacts import PruningPlan
 from ziplm_deploy.checkpoints import load, save_member
 from ziplm_deploy.config import ExportConfig, ModelConfig
@@ -52,7 +52,7 @@ def prune_member(state: Run, target: float) -> None:
 
     def work() -> None:
         previous = PruningPlan.load(plan_path).sizes if correction and plan_path.exists() else None
-        plan = state.planner.plan(target, predicted_target, warm=previous)
+        plan = state.planner.plan(target, predicted_target, previous, state.progress.step)
         model = state.planner.build(plan)
         _save(state, name, model)
         plan.save(plan_path)
@@ -73,10 +73,7 @@ def export_member(state: Run, name: str) -> None:
     """``model.onnx`` in the member's folder; raises :class:`ParityError` if it does not answer like torch."""
     folder = state.folder.member(name)
     onnx_path = folder / "model.onnx"
-    if name == DENSE:
-        source = state.model_hash
-    else:
-        source = state.file_hash(folder / "pruned.safetensors")
+    source = state.model_hash if name == DENSE else state.file_hash(folder / "pruned.safetensors")
     key = content_key(
         source=source,
         model=state.recipe.model,

@@ -18,8 +18,6 @@ from ziplm_deploy.reporting import family
 from ziplm_deploy.run import DENSE, Run
 from ziplm_deploy.run_folder import content_key
 
-STAGES = ("profile", "calibrate", "prune", "export", "benchmark", "evaluate", "report")
-
 
 def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
     """A checkpoint goes in, a family of measured ONNX models comes out.
@@ -152,4 +150,3 @@ def report(state: Run) -> FamilyReport:
     """``report.json``, ``report.md`` and a model card in every member's folder."""
     state.begin("report", "report and model cards")
     return family.write_report(state)
-

@@ -29,15 +29,20 @@ class ConsoleProgress(Progress):
         self._interval_s = interval_s if interval_s is not None else (0.2 if self._live else 10.0)
         self._title, self._began, self._shown = "", time.monotonic(), 0.0
         self._open_line = False
+        self._done = 0
 
     def stage(self, name: str, index: int, total: int) -> None:
         self._end_line()
         self._title = f"[{index}/{total}] {name}"
         self._began = self._shown = time.monotonic()
+        self._done = 0
         print(self._title, file=self._stream, flush=True)
 
     def step(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if done < self._done:  # another round of units begins: its own pace gives the time left
+            self._began = now
+        self._done = done
         if total <= 0 or (now - self._shown < self._interval_s and done < total):
             return
         self._shown = now

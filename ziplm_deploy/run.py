@@ -106,7 +106,7 @@ class Run:
 
     @functools.cached_property
     def calibration(self) -> Calibration:
-        """Calibration examples for Hessians, for the search and for re-ranking; the latter two are parts of the first."""
+        """Calibration examples for Hessians, search and re-ranking; the latter two are parts of the first."""
         rows, search = self.calibration_rows, self.recipe.prune.search
         return Calibration(
             hessian=self.encode(rows),
@@ -138,7 +138,7 @@ class Run:
         wanted = 4 * self.shape.intermediate_size
         if n_tokens < wanted:
             self.note(
-                f"calibration has {n_tokens} tokens; {wanted} (4 x the FFN width) are wanted: more data may prune better"
+                f"calibration has {n_tokens} tokens, {wanted} (4 x the FFN width) are wanted: more data may prune better"
             )
         statistics = iter_statistics(
             self.dense,
@@ -157,7 +157,7 @@ class Run:
         if "attention_mask" in batches[0]:
             return sum(int(batch["attention_mask"].sum()) for batch in batches)
         config = self.dense.config
-        patches = (config.image_size // config.patch_size) ** 2 + 1  # type: ignore[union-attr, operator]
+        patches: int = (config.image_size // config.patch_size) ** 2 + 1  # type: ignore[union-attr, operator, assignment]
         return sum(len(batch["pixel_values"]) for batch in batches) * patches
 
     @functools.cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,17 +94,27 @@ class Planner:
         self._curves: list[spdy.Array] | None = None
         self._losses: tuple[PlanLoss, PlanLoss] | None = None
 
-    def plan(self, target: float, predicted_target: float | None = None, warm: dict[str, int] | None = None) -> PruningPlan:
+    def plan(
+        self,
+        target: float,
+        predicted_target: float | None = None,
+        warm: dict[str, int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PruningPlan:
         """The plan for ``target``; ``predicted_target`` is what the table must predict for it (closed loop).
+
+        ``warm``: sizes of an earlier plan to start from as well; ``progress``: called with (plans tried, plans to try).
 
         Raises:
             TargetUnreachableError: no plan fits; names the largest predicted speedup.
         """
         budget_ms = self.budget_ms(predicted_target or target)
+        loss: float | None
         if self.prune.method == "ziplm":
-            chosen, loss, seeds, evaluations = self._search(budget_ms, warm)
+            chosen, loss, seeds, evaluations = self._search(budget_ms, warm, progress)
         else:
-            chosen, loss, seeds, evaluations = self._baseline(budget_ms)
+            chosen = self._baseline(budget_ms)
+            loss, seeds, evaluations = None, {}, 0
         predicted_ms = self.table.predict_ms(chosen)
         return PruningPlan(
             speedup_target=target,
@@ -115,6 +127,12 @@ class Planner:
             seed_losses=seeds,
             evaluations=evaluations,
         )
+
+    def with_settings(self, prune: PruneConfig) -> Planner:
+        """The same table and database under other settings; what was measured already is kept."""
+        other = copy.copy(self)
+        other.prune = prune
+        return other
 
     def budget_ms(self, predicted_target: float) -> float:
         """Milliseconds for all modules; raises :class:`TargetUnreachableError` if no plan of this space fits."""
@@ -154,7 +172,7 @@ class Planner:
         return self._losses
 
     def _search(
-        self, budget_ms: float, warm: dict[str, int] | None
+        self, budget_ms: float, warm: dict[str, int] | None, progress: Callable[[int, int], None] | None
     ) -> tuple[dict[str, int], float, dict[str, float], int]:
         """Sizes, re-ranked loss, re-ranked losses of the seeds, evaluations."""
         search_loss, rerank_loss = self.losses()
@@ -164,7 +182,7 @@ class Planner:
         seeds = self._seeds(search, self._curves)
         if warm is not None and search.fits(self.space.from_sizes(warm)):
             seeds["previous"] = self.space.from_sizes(warm)
-        result = search.run(seeds, self._curves, self.prune.search)
+        result = search.run(seeds, self._curves, self.prune.search, progress)
         scores: dict[Plan, float] = {}
         for plan in dict.fromkeys([*result.plans[:RERANKED], *seeds.values()]):
             scores[plan] = rerank_loss(plan)
@@ -174,20 +192,18 @@ class Planner:
 
     def _seeds(self, search: PlanSearch, curves: list[spdy.Array]) -> dict[str, Plan]:
         seeds = {"relative error": search.solve(self.space.errors), "measured": search.solve(curves)}
-        try:
+        with contextlib.suppress(spdy.InfeasibleBudgetError):  # only uneven plans may be fast enough
             seeds["uniform"] = baseline_plans.uniform_plan(self.space, search.budget_ms)
-        except spdy.InfeasibleBudgetError:  # only plans that drop modules unevenly are fast enough
-            pass
         return seeds
 
-    def _baseline(self, budget_ms: float) -> tuple[dict[str, int], float, dict[str, float], int]:
+    def _baseline(self, budget_ms: float) -> dict[str, int]:
         try:
             plan = baseline_plans.baseline_plan(
                 self.prune.method, self.space, budget_ms, self.database.scores, self.seed
             )
         except spdy.InfeasibleBudgetError as error:
             raise TargetUnreachableError(str(error), float("nan")) from error
-        return self.space.as_sizes(plan), self.losses()[1](plan), {}, 0
+        return self.space.as_sizes(plan)
 
 
 def database_sizes(dense: nn.Module, table: LatencyTable) -> dict[str, list[int]]:

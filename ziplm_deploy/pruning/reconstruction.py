@@ -1,12 +1,13 @@
 """Refit the kept weights of a pruned model to the dense model's residual stream, layer by layer, in closed form.
 
-OBS weights are best for the *dense* model's inputs. In a pruned model every module sees inputs that already drifted. Going
-from the first layer to the last, each output linear is therefore solved again by ridge regression towards its OBS weights:
+OBS weights are best for the *dense* model's inputs. In a pruned model every module sees inputs that already drifted.
+Going from the first layer to the last, each output linear is therefore solved again by ridge regression towards its
+OBS weights:
 
     min over Δ, b:   Σ ‖ (Ŵ + Δ) x̃ + b + r̃ − (r + W x + b₀) ‖²  +  λ ‖Δ‖²
 
-with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module corrects
-the drift of everything before it too. λ is chosen on held-out batches; "no change" is among the choices, so a
+with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module
+corrects the drift of everything before it too. λ is chosen on held-out batches; "no change" is among the choices, so a
 calibration set that is too small leaves the weights as they are.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import PrunableModule, output_module, prunable_modules, residual_module, layers_of
+from ziplm_deploy.architectures import PrunableModule, layers_of, output_module, prunable_modules, residual_module
 from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.pruning.stitching import layer_input
 
@@ -39,7 +40,8 @@ class _LayerCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     def tokens(self, states: Tensor) -> Tensor:
         """[B, S, d] → [N, d] without padding."""
@@ -225,7 +227,10 @@ def _choose(fit: _Moments, held_out: _Moments, name: str) -> tuple[Tensor, Tenso
     if not held_out.n:
         return unchanged
     ridges = RIDGES if d else (0.0,)
-    errors = {ridge: held_out.error(*fit.solve(ridge)) if d else held_out.error(unchanged[0], fit.y / fit.n) for ridge in ridges}
+    errors = {
+        ridge: held_out.error(*fit.solve(ridge)) if d else held_out.error(unchanged[0], fit.y / fit.n)
+        for ridge in ridges
+    }
     best = min(errors, key=errors.__getitem__)
     if errors[best] >= held_out.yy:
         return unchanged

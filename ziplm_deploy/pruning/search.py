@@ -176,29 +176,39 @@ class PlanSearch:
             for i in down:
                 levels[i] = min(levels[i] + int(self._rng.geometric(0.4)), len(self.space.sizes[i]) - 1)
             others = {i for i in range(n_modules) if i not in down}
-            favoured = set(self._rng.choice(sorted(others), size=max(1, len(others) // 3), replace=False)) if others else set()
+            favoured = (
+                set(self._rng.choice(sorted(others), size=max(1, len(others) // 3), replace=False)) if others else set()
+            )
             grown = self.grow(self.grow(tuple(levels), surrogate, favoured), surrogate, others)
             if grown not in self.losses and self.fits(grown):
                 candidates.append((surrogate.predict(grown), grown))
         return min(candidates)[1] if candidates else None
 
-    def run(self, seeds: dict[str, Plan], curves: Sequence[Array], config: SearchConfig) -> SearchResult:
+    def run(
+        self,
+        seeds: dict[str, Plan],
+        curves: Sequence[Array],
+        config: SearchConfig,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SearchResult:
         """Evaluate the seeds, then alternate surrogate proposals and swaps around the best plan."""
         surrogate = Surrogate(curves)
         for plan in seeds.values():
             self.evaluate(self.grow(plan, surrogate))
             self.evaluate(plan)
-        total = config.coefficient_steps + config.swap_evaluations
-        share = config.coefficient_steps / max(total, 1)
+        total = self.evaluations + config.coefficient_steps + config.swap_evaluations
+        share = config.coefficient_steps / max(config.coefficient_steps + config.swap_evaluations, 1)
         failures = 0
-        while self.evaluations < total + 2 * len(seeds) and failures < 40:
+        while self.evaluations < total and failures < 40:
+            if progress is not None:
+                progress(self.evaluations, total)
             surrogate.fit(self.losses)
-            plan = self._proposal(surrogate, share)
-            if plan is None or plan in self.losses:
+            proposal = self._proposal(surrogate, share)
+            if proposal is None or proposal in self.losses:
                 failures += 1
                 continue
             failures = 0
-            self.evaluate(plan, above=1.5 * self.best[1])
+            self.evaluate(proposal, above=1.5 * self.best[1])
         ranked = sorted((p for p in self.losses if self.fits(p)), key=self.losses.__getitem__)
         return SearchResult(ranked, dict(self.losses), seeds, self.evaluations)
 
