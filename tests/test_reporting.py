@@ -109,7 +109,7 @@ def state(tmp_path: Path) -> State:
         (folder.member(name) / "model.onnx").write_bytes(b"x" * 100)
         (folder.member(name) / "accuracy.json").write_text(json.dumps({"spearman": accuracy}), encoding="utf-8")
     plan(2.0).save(folder.plan("2x"))
-    plan(4.0, search_loss=float("nan"), seed_losses={}).save(folder.plan("4x"))
+    plan(4.0, search_loss=None, seed_losses={}).save(folder.plan("4x"))
     folder.set_correction("4x", member_key(made, 4.0), 4.2, 3)
     return made
 

@@ -122,6 +122,10 @@ def load_dense(model_config: ModelConfig) -> tuple[nn.Module, Any]:
 def _load_config(path: str, source: dict[str, Any]) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(path, **source)
+    except (TypeError, AttributeError) as error:  # JSON, but no mapping
+        raise CorruptArtifactError(
+            f"expected a mapping of settings in config.json of {path}, found: {error}; copy the folder again"
+        ) from error
     except ValueError as error:  # unknown model_type, or a field of the wrong type
         raise UnsupportedModelError(
             f"expected the configuration of a supported model in {path}, found: {error}"

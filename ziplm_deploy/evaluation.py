@@ -51,8 +51,8 @@ def evaluate_member(state: Run, name: str) -> None:
         file=state.file_hash(folder / "model.onnx"),
         dense=state.file_hash(dense_path),
         data=state.evaluation_hash,
-        columns=recipe.data.model_dump(exclude={"calibration", "calibration_split", "n_calibration"}),
-        model=recipe.model,
+        columns=recipe.data.model_dump(exclude={"calibration", "evaluation", "calibration_split", "n_calibration"}),
+        model=state.model_settings,
     )
 
     def work() -> None:

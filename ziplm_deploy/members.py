@@ -6,13 +6,13 @@ import shutil
 
 from torch import nn
 
-from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
+from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder
 from exporters.heads import EmbeddingModel
 from exporters.parity import ParityMismatch, check_parity
 from ziplm_deploy.artifacts import PruningPlan
 from ziplm_deploy.checkpoints import load, save_member
 from ziplm_deploy.config import ExportConfig, ModelConfig
-from ziplm_deploy.errors import ParityError
+from ziplm_deploy.errors import ParityError, StorageError, UsageError
 from ziplm_deploy.run import DENSE, Run
 from ziplm_deploy.run_folder import content_key
 from ziplm_deploy.tasks import Task
@@ -76,7 +76,7 @@ def export_member(state: Run, name: str) -> None:
     source = state.model_hash if name == DENSE else state.file_hash(folder / "pruned.safetensors")
     key = content_key(
         source=source,
-        model=state.recipe.model,
+        model=state.model_settings,
         export=state.recipe.export,
         environment=state.recipe.environment.model_dump(include={"batch_size", "seq_len"}),
     )
@@ -96,8 +96,15 @@ def export_checked(state: Run, model: nn.Module, name: str) -> None:
     settings = ExportSettings(export.shapes, export.opset, environment.batch_size, environment.seq_len)
     model = deployed_form(model, recipe.model, recipe.export)
     path = state.folder.member(name) / "model.onnx"
-    inputs = dummy_inputs(model, settings)
-    export_encoder(model, inputs, output_names(state.task, recipe.export), path, settings)
+    try:
+        inputs = dummy_inputs(model, settings)
+        export_encoder(model, inputs, output_names(state.task, recipe.export), path, settings)
+    except ExportError as error:
+        raise UsageError(f"{name}: {error}") from error
+    except OSError as error:
+        raise StorageError(
+            f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
+        ) from error
     try:
         difference = check_parity(model, path, inputs, recipe.benchmark.parity_atol)
     except ParityMismatch as error:

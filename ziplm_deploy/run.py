@@ -45,15 +45,14 @@ class Run:
             evaluation_hash=self.evaluation_hash,
             machine=machine_info().model_dump(mode="json"),
         )
-        self.notes: list[str] = []
 
     def begin(self, stage: str, what: str) -> None:
         self.progress.stage(f"{stage}: {what}", STAGES.index(stage) + 1, len(STAGES))
 
-    def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-            self.progress.note(text)
+    @property
+    def notes(self) -> list[str]:
+        """Warnings of this run, kept in the manifest so that a resumed run still reports them."""
+        return self.folder.notes
 
     @staticmethod
     def member_name(target: float) -> str:
@@ -63,6 +62,11 @@ class Run:
     def names(self) -> list[str]:
         """The dense model first, then the members by target."""
         return [DENSE, *map(self.member_name, self.recipe.speedups)]
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Model section without where the model lies: its content has a hash of its own."""
+        return self.recipe.model.model_dump(exclude={"path", "revision"})
 
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, Any]:
@@ -96,6 +100,7 @@ class Run:
 
     def check_data(self) -> None:
         """Read both data sets before any long work, so that bad data ends the run in its first second."""
+        self.task.check_labels([], self.dense.config)  # refuses heads that the task cannot compare
         if not self.folder.database.exists():
             self.calibration_rows  # noqa: B018
         if self.recipe.data.evaluation is not None:
@@ -119,8 +124,8 @@ class Run:
         return content_key(
             model=self.model_hash,
             data=self.calibration_hash,
-            columns=recipe.data.model_dump(exclude={"evaluation", "evaluation_split", "n_evaluation"}),
-            task=recipe.model,
+            columns=recipe.data.model_dump(exclude={"calibration", "evaluation", "evaluation_split", "n_evaluation"}),
+            task=self.model_settings,
             seq_len=recipe.environment.seq_len,
             seed=recipe.seed,
             prune=recipe.prune.model_dump(include={"method", "damping", "centred"}),
@@ -136,10 +141,10 @@ class Run:
         self.progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model (limit for Hessians in the recipe)")
         n_tokens = self._count_tokens()
         wanted = 4 * self.shape.intermediate_size
+        text = f"calibration has {n_tokens} tokens, {wanted} (4 x the FFN width) are wanted: more data may prune better"
+        self.folder.set_note("calibration tokens", text if n_tokens < wanted else None)
         if n_tokens < wanted:
-            self.note(
-                f"calibration has {n_tokens} tokens, {wanted} (4 x the FFN width) are wanted: more data may prune better"
-            )
+            self.progress.note(text)
         statistics = iter_statistics(
             self.dense,
             self.calibration.hessian,

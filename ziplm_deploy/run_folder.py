@@ -72,7 +72,7 @@ class RunFolder:
         self.path = recipe.run_dir
         write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         self._manifest_path = self.path / "manifest.json"
-        self._manifest: dict[str, Any] = {"stages": {}, "seconds": {}, "corrections": {}}
+        self._manifest: dict[str, Any] = {"stages": {}, "seconds": {}, "corrections": {}, "notes": {}}
         if self._manifest_path.exists():
             try:
                 self._manifest.update(json.loads(self._manifest_path.read_text(encoding="utf-8")))
@@ -102,6 +102,18 @@ class RunFolder:
     def record(self, **facts: Any) -> None:
         """Keep facts (data hashes, CPU) in the manifest."""
         self._manifest.update(facts)
+        self._save()
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings that the report repeats."""
+        return list(self._manifest["notes"].values())
+
+    def set_note(self, topic: str, text: str | None) -> None:
+        """Replace the warning about a topic; None takes it back."""
+        self._manifest["notes"].pop(topic, None)
+        if text is not None:
+            self._manifest["notes"][topic] = text
         self._save()
 
     def correction(self, name: str, key: str) -> tuple[float, int] | None:

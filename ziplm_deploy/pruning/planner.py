@@ -171,18 +171,23 @@ class Planner:
             self._losses = search, PlanLoss(stitched, self.calibration.rerank, first_index=len(self.calibration.search))
         return self._losses
 
+    def sensitivities(self) -> list[spdy.Array]:
+        """Loss of every module alone at every level, measured once for all targets; L × [S_l]."""
+        if self._curves is None:
+            self._curves = measure_sensitivities(self.space, self.losses()[0], self.prune.search.sensitivity_levels)
+        return self._curves
+
     def _search(
         self, budget_ms: float, warm: dict[str, int] | None, progress: Callable[[int, int], None] | None
     ) -> tuple[dict[str, int], float, dict[str, float], int]:
         """Sizes, re-ranked loss, re-ranked losses of the seeds, evaluations."""
         search_loss, rerank_loss = self.losses()
-        if self._curves is None:
-            self._curves = measure_sensitivities(self.space, search_loss, self.prune.search.sensitivity_levels)
+        curves = self.sensitivities()
         search = PlanSearch(self.space, search_loss, budget_ms, self.seed)
-        seeds = self._seeds(search, self._curves)
+        seeds = self._seeds(search, curves)
         if warm is not None and search.fits(self.space.from_sizes(warm)):
             seeds["previous"] = self.space.from_sizes(warm)
-        result = search.run(seeds, self._curves, self.prune.search, progress)
+        result = search.run(seeds, curves, self.prune.search, progress)
         scores: dict[Plan, float] = {}
         for plan in dict.fromkeys([*result.plans[:RERANKED], *seeds.values()]):
             scores[plan] = rerank_loss(plan)

@@ -1,0 +1,84 @@
+"""The closed loop against a simulated machine whose speed differs from the table's promise."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ziplm_deploy import closed_loop
+from ziplm_deploy.config import BenchmarkConfig
+from ziplm_deploy.errors import TargetUnreachableError
+
+
+class Machine:
+    """Members are plans with any predicted speedup; the measured one is ``bias`` times it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: tuple[float, ...], bias: float, limit: float = 100.0):
+        self.bias, self.limit = bias, limit
+        self.predicted = {f"{target:g}x": target for target in targets}
+        self.corrections: dict[str, tuple[float, int]] = {}
+        self.measurements = 0
+        self.recipe = SimpleNamespace(speedups=targets, benchmark=BenchmarkConfig())
+        self.progress = SimpleNamespace(note=lambda text: None)
+        self.folder = SimpleNamespace(
+            plan=lambda name: name,
+            correction=lambda name, key: self.corrections.get(name),
+            set_correction=lambda name, key, aim, count: self.corrections.__setitem__(name, (aim, count)),
+        )
+        self.planner = SimpleNamespace(changes=self._changes)
+        monkeypatch.setattr(closed_loop, "member_key", lambda state, target: "key")
+        monkeypatch.setattr(closed_loop, "prune_member", self._prune)
+        monkeypatch.setattr(closed_loop, "export_member", lambda state, name: None)
+        load = SimpleNamespace(load=lambda name: SimpleNamespace(predicted_speedup=self.predicted[name], sizes={}))
+        monkeypatch.setattr(closed_loop, "PruningPlan", load)
+
+    @staticmethod
+    def member_name(target: float) -> str:
+        return f"{target:g}x"
+
+    def _changes(self, plan: Any, predicted_target: float) -> bool:
+        if predicted_target > self.limit:
+            raise TargetUnreachableError("expected less", self.limit)
+        return True
+
+    def _prune(self, state: Any, target: float) -> None:
+        name = self.member_name(target)
+        self.predicted[name] = self.corrections[name][0]
+
+    def measure(self, state: Any) -> Any:
+        self.measurements += 1
+        return SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=self.bias * self.predicted[name]))
+
+    def run(self) -> Any:
+        return closed_loop.reach_targets(self, self.measure)  # type: ignore[arg-type]
+
+
+def test_members_inside_the_tolerance_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (1.5, 2.0), bias=0.99)
+    machine.run()
+    assert (machine.measurements, machine.corrections) == (1, {})
+
+
+@pytest.mark.parametrize("bias", [0.7, 0.9, 1.2, 1.6])
+def test_a_biased_table_is_corrected_until_the_target_is_measured(monkeypatch: pytest.MonkeyPatch, bias: float) -> None:
+    machine = Machine(monkeypatch, (1.5, 2.0, 4.0), bias=bias)
+    record = machine.run()
+    for target in (1.5, 2.0, 4.0):
+        assert 0.98 * target <= record.variant(f"{target:g}x").speedup <= 1.1 * target
+    assert machine.measurements == 2
+
+
+def test_a_target_beyond_reach_is_given_up_and_the_others_are_still_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (2.0, 8.0), bias=0.8, limit=9.0)
+    record = machine.run()
+    assert record.variant("2x").speedup >= 1.96
+    assert "8x" not in machine.corrections
+
+
+def test_corrections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (2.0,), bias=0.5)
+    monkeypatch.setattr(closed_loop, "prune_member", lambda state, target: None)  # nothing ever helps
+    machine.run()
+    assert machine.corrections["2x"][1] == machine.recipe.benchmark.max_corrections
