@@ -97,10 +97,10 @@ class SearchConfig(Frozen):
     n_sequences: int = Field(96, ge=8, description="Calibration examples on which candidate plans are compared.")
     n_rerank: int = Field(256, ge=8, description="Examples on which the best candidates are compared again.")
     sensitivity_levels: int = Field(
-        4, ge=1, le=16, description="Levels a module at which the loss is measured before the search."
+        4, ge=1, le=16, description="Levels a module at which the loss is measured before the search; decides most."
     )
-    coefficient_steps: int = Field(20, ge=0, description="Random coefficient steps of the SPDY search.")
-    swap_evaluations: int = Field(100, ge=0, description="Plans tried by level swaps, where most gain comes from.")
+    coefficient_steps: int = Field(20, ge=0, description="Plans proposed by the learned surrogate, with random weights.")
+    swap_evaluations: int = Field(100, ge=0, description="Plans tried by swaps of levels around the best plan.")
 
 
 class PruneConfig(Frozen):
