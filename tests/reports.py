@@ -48,6 +48,7 @@ def latency_table(**changes: Any) -> LatencyTable:
         "engine": "onnxruntime",
         "engine_version": "1.0",
         "environment": Environment(),
+        "graph": "BertModel",
         "shape": ModelShape(
             model_type="bert", n_layers=2, hidden_size=32, n_heads=2, head_dim=16, intermediate_size=16
         ),

@@ -10,6 +10,7 @@ import pytest
 from ziplm_deploy import closed_loop
 from ziplm_deploy.config import BenchmarkConfig
 from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.run_folder import Correction
 
 
 class Machine:
@@ -18,14 +19,14 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: tuple[float, ...], bias: float, limit: float = 100.0):
         self.bias, self.limit = bias, limit
         self.predicted = {f"{target:g}x": target for target in targets}
-        self.corrections: dict[str, tuple[float, int]] = {}
+        self.corrections: dict[str, Correction] = {}
         self.measurements = 0
         self.recipe = SimpleNamespace(speedups=targets, benchmark=BenchmarkConfig())
         self.progress = SimpleNamespace(note=lambda text: None)
         self.folder = SimpleNamespace(
             plan=lambda name: name,
             correction=lambda name, key: self.corrections.get(name),
-            set_correction=lambda name, key, aim, count: self.corrections.__setitem__(name, (aim, count)),
+            set_correction=lambda name, key, correction: self.corrections.__setitem__(name, correction),
         )
         self.planner = SimpleNamespace(changes=self._changes)
         monkeypatch.setattr(closed_loop, "member_key", lambda state, target: "key")
@@ -45,7 +46,7 @@ class Machine:
 
     def _prune(self, state: Any, target: float) -> None:
         name = self.member_name(target)
-        self.predicted[name] = self.corrections[name][0]
+        self.predicted[name] = self.corrections[name].predicted_target
 
     def measure(self, state: Any) -> Any:
         self.measurements += 1
@@ -81,4 +82,15 @@ def test_corrections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, (2.0,), bias=0.5)
     monkeypatch.setattr(closed_loop, "prune_member", lambda state, target: None)  # nothing ever helps
     machine.run()
-    assert machine.corrections["2x"][1] == machine.recipe.benchmark.max_corrections
+    assert machine.corrections["2x"].count == machine.recipe.benchmark.max_corrections
+
+
+def test_a_member_that_was_fast_enough_is_not_given_up_for_a_missed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (2.0,), bias=1.0)
+    machine.predicted["2x"] = 3.0
+    # aims below 2.6 fall off a cliff: the loop's own proportional corrections always miss
+    machine.measure = lambda state: SimpleNamespace(  # type: ignore[method-assign]
+        variant=lambda name: SimpleNamespace(speedup=3.0 if machine.predicted[name] >= 2.6 else 1.5)
+    )
+    machine.corrections["2x"] = Correction(3.0)
+    assert machine.run().variant("2x").speedup == 3.0

@@ -191,6 +191,7 @@ def arguments(table: LatencyTable) -> dict[str, Any]:
         "engine_version": table.engine_version,
         "environment": table.environment,
         "shape": table.shape,
+        "graph": table.graph,
         "shapes": table.shapes,
         "opset": table.opset,
     }
@@ -205,6 +206,7 @@ def test_own_table_is_accepted(table: LatencyTable) -> None:
     [
         ("engine", "deepsparse", "engine: expected deepsparse, found onnxruntime"),
         ("environment", Environment(batch_size=3, seq_len=12), "environment: expected onnxruntime, batch 3"),
+        ("graph", "BertForMaskedLM", "graph: expected BertForMaskedLM, found BertModel"),
         ("variant", "int8", "variant: expected int8, found fp32"),
         ("shapes", "static", "export shapes: expected static, found dynamic"),
         ("opset", 18, "opset: expected 18, found 17"),

@@ -60,6 +60,11 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
             f"expected a benchmarked run, found no {path}; run: ziplm-deploy benchmark RECIPE (or run RECIPE) first"
         )
     state = Run(recipe, progress)
+    if not state.folder.is_current("benchmark", pipeline.benchmark_key(state)):
+        raise CorruptArtifactError(
+            f"expected a benchmark of the models and settings of this recipe in {path}, found one of others; run: "
+            "ziplm-deploy run RECIPE"
+        )
     pipeline.evaluate(state)
     return pipeline.report(state)
 

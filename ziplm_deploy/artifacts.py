@@ -85,7 +85,7 @@ class Artifact(BaseModel):
             raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CorruptArtifactError(
-                f"expected a {what} in {path}, found: {error}; make it again with the stage that writes it"
+                f"expected a {what} in {path}, found: {error}; delete it and run the same command again"
             ) from error
         raw = raw if isinstance(raw, dict) else {}
         kind, version = raw.pop("kind", None), raw.pop("schema_version", None)
@@ -155,6 +155,7 @@ class LatencyTable(Artifact):
     engine_version: str
     environment: Environment
     shape: ModelShape
+    graph: str  # what else is in the graph: model class, activation, vocabulary or image size, outputs
     variant: Variant = "fp32"
     shapes: Literal["dynamic", "static"]
     opset: int

@@ -29,6 +29,7 @@ from ziplm_deploy.config import ModelConfig, TaskName
 from ziplm_deploy.errors import (
     CorruptArtifactError,
     EnvironmentMismatchError,
+    RecipeError,
     StorageError,
     UnsupportedModelError,
     UsageError,
@@ -104,6 +105,7 @@ def load_dense(model_config: ModelConfig) -> tuple[nn.Module, Any]:
     Raises:
         UnsupportedModelError: architecture, weight format or task do not fit, or the head's weights are missing.
         CorruptArtifactError: config or weights are damaged.
+        RecipeError: the model's own settings ask for another pooling.
         EnvironmentMismatchError: a package that the model or its processor needs is missing.
     """
     path = resolve_model_path(model_config.path)
@@ -111,12 +113,28 @@ def load_dense(model_config: ModelConfig) -> tuple[nn.Module, Any]:
     if Path(path).is_dir():
         source["local_files_only"] = True
         _check_files(Path(path), TASKS[model_config.task].auto_class)
+        _check_pooling(path, model_config)
     elif model_config.revision is not None:
         source["revision"] = model_config.revision
     config = _load_config(path, source)
     architecture_of(config)
     model = _load_weights(path, config, TASKS[model_config.task].auto_class, source)
     return model, _load_processor(path, TASKS[model_config.task].input_kind, source)
+
+
+def _check_pooling(path: str, settings: ModelConfig) -> None:
+    """Refuse a recipe whose pooling is not the one that the model was trained with (sentence-transformers' folder)."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if settings.task != "sentence-similarity" or not file.is_file():
+        return
+    try:
+        modes = json.loads(file.read_text(encoding="utf-8"))
+        own = {"cls": modes.get("pooling_mode_cls_token"), "mean": modes.get("pooling_mode_mean_tokens")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptArtifactError(f"expected the pooling settings in {file}, found: {error}; copy it again") from error
+    if not own[settings.pooling]:
+        wanted = [name for name, used in own.items() if used] or ["another pooling, which is not supported"]
+        raise RecipeError(f"expected model.pooling: {wanted[0]}, as {file} says, found {settings.pooling}")
 
 
 def _load_config(path: str, source: dict[str, Any]) -> Any:
@@ -233,6 +251,13 @@ def _check_safetensors(path: Path) -> None:
         ) from error
 
 
+def _save_weights(model: nn.Module, path: Path) -> None:
+    try:
+        save_model(model, str(path))
+    except SafetensorError as error:  # a full disk arrives as this
+        raise OSError(str(error)) from error
+
+
 def save_member(
     folder: Path, model: nn.Module, processor: Any, model_config: ModelConfig, extra: dict[str, Any]
 ) -> None:
@@ -255,7 +280,7 @@ def save_member(
     write_text(folder / "config.json", _config_json(model, kept, shape))
     if model_config.task == "sentence-similarity":
         _write_sentence_modules(folder, model_config, shape.hidden_size)
-    write_bytes_with(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path)))
+    write_bytes_with(folder / WEIGHTS_FILE, lambda path: _save_weights(model, path))
     MemberConfig(
         model_class=type(model).__name__,
         pooling_layer=getattr(model, "pooler", None) is not None,

@@ -141,6 +141,7 @@ def benchmark(
     """Time all members of a recipe, or any ONNX files, against the first (the baseline), interleaved."""
     from ziplm_deploy.reporting import console
 
+    missed: list[str] = []
     if any(path.suffix == ".onnx" for path in inputs):
         models = _onnx_files(inputs)
         environment = _validated(Environment, batch_size=batch_size, seq_len=seq_len, threads=threads or 1)
@@ -155,6 +156,11 @@ def benchmark(
         from ziplm_deploy import api
 
         record = api.benchmark(resolved, _progress(quiet))
+        missed = [
+            f"{target:g}x"
+            for target in resolved.speedups
+            if record.variant(f"{target:g}x").speedup < target * (1 - resolved.benchmark.tolerance)
+        ]
     else:
         raise UsageError(
             f"expected one recipe or ONNX files (*.onnx), found {len(inputs)} other files; name one recipe"
@@ -162,12 +168,23 @@ def benchmark(
     if output is not None:
         record.save(output)
     console.print_json(record.model_dump(mode="json")) if as_json else console.print_benchmark(record)
+    if missed:
+        typer.echo(f"missed: {', '.join(missed)}", err=True)
+        raise typer.Exit(MISSED_TARGET)
 
 
 @app.command()
-def report(recipe: RecipePath, output_dir: OutputDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def report(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
     """Evaluate and report a benchmarked run again; measures no latency."""
-    resolved = _recipe(recipe, output_dir)
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     _finish(api.report(resolved, _progress(quiet)), resolved, as_json)

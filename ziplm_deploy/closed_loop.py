@@ -8,6 +8,7 @@ from ziplm_deploy.artifacts import BenchmarkRecord, PruningPlan
 from ziplm_deploy.errors import TargetUnreachableError
 from ziplm_deploy.members import export_member, member_key, prune_member
 from ziplm_deploy.run import Run
+from ziplm_deploy.run_folder import Correction
 
 MARGIN = 1.005  # aim this much above the target when correcting, so that noise does not undo the correction
 
@@ -26,27 +27,38 @@ def reach_targets(state: Run, measure: Callable[[Run], BenchmarkRecord]) -> Benc
             export_member(state, state.member_name(target))
 
 
+def _best_aim(history: list[tuple[float, float]], target: float, tolerance: float) -> float | None:
+    """The aim whose member was fast enough with the least to spare."""
+    fast_enough = [(measured, aim) for aim, measured in history if measured >= target * (1 - tolerance)]
+    return min(fast_enough)[1] if fast_enough else None
+
+
 def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
     """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
     settings = state.recipe.benchmark
-    name = state.member_name(target)
+    name, key = state.member_name(target), member_key(state, target)
     measured = record.variant(name).speedup
+    correction = state.folder.correction(name, key) or Correction(predicted_target=target)
     if target * (1 - settings.tolerance) <= measured <= target * (1 + settings.overshoot):
         return False
     plan = PruningPlan.load(state.folder.plan(name))
-    key = member_key(state, target)
-    correction = state.folder.correction(name, key)
-    count = correction[1] if correction else 0
-    if count >= settings.max_corrections:
-        return False
-    # what the table promised for this plan against what was measured, applied to the target
-    predicted_target = target * MARGIN * plan.predicted_speedup / measured
-    if measured > target and predicted_target >= plan.predicted_speedup:
+    aim = correction.predicted_target
+    history = [*correction.history, (aim, measured)]
+    if correction.count < settings.max_corrections:
+        # what the table promised for this plan against what was measured, applied to the target
+        wanted = target * MARGIN * plan.predicted_speedup / measured
+    elif correction.count == settings.max_corrections and measured < target:
+        # the last correction missed; an earlier, faster member may still be had
+        best = _best_aim(history, target, settings.tolerance)
+        if best is None or best == aim:
+            return False
+        wanted = best
+    else:
         return False
     try:
-        if not state.planner.changes(plan, predicted_target):
+        if not state.planner.changes(plan, wanted):
             return False
     except TargetUnreachableError:
         return False
-    state.folder.set_correction(name, key, predicted_target, count + 1)
+    state.folder.set_correction(name, key, Correction(wanted, correction.count + 1, history))
     return True

@@ -99,7 +99,7 @@ class SearchConfig(Frozen):
     sensitivity_levels: int = Field(
         4, ge=1, le=16, description="Levels a module at which the loss is measured before the search; decides most."
     )
-    coefficient_steps: int = Field(20, ge=0, description="Plans proposed by the learned surrogate, with random weights.")
+    coefficient_steps: int = Field(20, ge=0, description="Plans proposed by the surrogate, its weights perturbed.")
     swap_evaluations: int = Field(100, ge=0, description="Plans tried by swaps of levels around the best plan.")
 
 

@@ -53,6 +53,8 @@ def evaluate_member(state: Run, name: str) -> None:
         data=state.evaluation_hash,
         columns=recipe.data.model_dump(exclude={"calibration", "evaluation", "calibration_split", "n_calibration"}),
         model=state.model_settings,
+        seed=recipe.seed,
+        seq_len=recipe.environment.seq_len,
     )
 
     def work() -> None:
@@ -72,5 +74,7 @@ def evaluate_member(state: Run, name: str) -> None:
 def member_accuracy(state: Run, name: str) -> dict[str, float]:
     """Scores of a member, the primary metric first; empty when they were not evaluated."""
     path = state.folder.member(name) / ACCURACY_FILE
-    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if state.recipe.data.evaluation is None or not path.exists():
+        return {}
+    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return scores

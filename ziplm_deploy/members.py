@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 from torch import nn
 
@@ -36,10 +37,9 @@ def member_key(state: Run, target: float) -> str:
     return content_key(
         database=state.database_key(),
         table=state.table,
-        prune=recipe.prune,
+        prune=recipe.prune.model_dump(exclude={"memory_limit_gb"}),
         seed=recipe.seed,
         target=target,
-        tolerance=recipe.benchmark.model_dump(include={"tolerance", "overshoot", "max_corrections"}),
     )
 
 
@@ -47,13 +47,13 @@ def prune_member(state: Run, target: float) -> None:
     """Plan and checkpoint of one target; as corrected by the closed loop, if it was before."""
     name, key = state.member_name(target), member_key(state, target)
     correction = state.folder.correction(name, key)
-    predicted_target = correction[0] if correction else target
+    predicted_target = correction.predicted_target if correction else target
     folder, plan_path = state.folder.member(name), state.folder.plan(name)
 
     def work() -> None:
         previous = PruningPlan.load(plan_path).sizes if correction and plan_path.exists() else None
         plan = state.planner.plan(target, predicted_target, previous, state.progress.step)
-        model = state.planner.build(plan)
+        model = state.planner.build(plan, state.progress.step)
         _save(state, name, model)
         plan.save(plan_path)
         state.progress.note(f"{name}: predicted {plan.predicted_speedup:.2f}x after {plan.evaluations} evaluated plans")
@@ -64,9 +64,15 @@ def prune_member(state: Run, target: float) -> None:
 
 def _save(state: Run, name: str, model: nn.Module) -> None:
     folder = state.folder.member(name)
-    if folder.exists():
-        shutil.rmtree(folder)  # an ONNX file of an earlier plan must not stay beside the new weights
-    save_member(folder, model, state.processor, state.recipe.model, {"member": name})
+    making = folder.with_name(f".{name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
+    try:
+        save_member(making, model, state.processor, state.recipe.model, {"member": name})
+        if folder.exists():
+            shutil.rmtree(folder)  # an ONNX file of an earlier plan must not stay beside the new weights
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def export_member(state: Run, name: str) -> None:
@@ -105,8 +111,9 @@ def export_checked(state: Run, model: nn.Module, name: str) -> None:
         raise StorageError(
             f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
         ) from error
+    served = dummy_inputs(model, replace(settings, shapes="static"))  # the shape that it will serve
     try:
-        difference = check_parity(model, path, inputs, recipe.benchmark.parity_atol)
+        difference = max(check_parity(model, path, each, recipe.benchmark.parity_atol) for each in (inputs, served))
     except ParityMismatch as error:
         path.unlink(missing_ok=True)
         raise ParityError(str(error)) from error

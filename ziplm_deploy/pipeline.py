@@ -16,7 +16,7 @@ from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.planner import check_target
 from ziplm_deploy.reporting import family
 from ziplm_deploy.run import DENSE, Run
-from ziplm_deploy.run_folder import content_key
+from ziplm_deploy.run_folder import content_key, source_hash
 
 
 def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -47,9 +47,10 @@ def profile(state: Run) -> LatencyTable:
         machine=machine_info().fingerprint,
         engine=get_engine(recipe.environment.engine).version(),
         environment=recipe.environment,
-        profile=recipe.profile,
+        profile=recipe.profile.model_dump(exclude={"table", "allow_foreign_table"}) if given is None else None,
+        graph=profiling.graph_of(state.dense, members.output_names(state.task, recipe.export)),
         export=recipe.export.model_dump(include={"shapes", "opset"}),
-        given=given and given.read_text(encoding="utf-8") if given and given.exists() else str(given),
+        given=source_hash(str(given)) if given else None,
     )
     state.folder.stage("profile", key, [state.folder.profile], lambda: _profile(state))
     table = LatencyTable.load(state.folder.profile)
@@ -72,6 +73,7 @@ def _profile(state: Run) -> None:
             shape=state.shape,
             shapes=recipe.export.shapes,
             opset=recipe.export.opset,
+            graph=profiling.graph_of(state.dense, members.output_names(state.task, recipe.export)),
             allow_foreign=recipe.profile.allow_foreign_table,
         )
     else:
@@ -116,14 +118,7 @@ def benchmark(state: Run) -> BenchmarkRecord:
 
 def _measure(state: Run) -> BenchmarkRecord:
     recipe = state.recipe
-    files = {name: state.folder.member(name) / "model.onnx" for name in state.names}
-    key = content_key(
-        files={name: state.file_hash(path) for name, path in files.items()},
-        environment=recipe.environment,
-        benchmark=recipe.benchmark,
-        machine=machine_info().fingerprint,
-    )
-    folder = state.folder
+    files, folder = state.onnx_files, state.folder
 
     def work() -> None:
         record = compare(
@@ -131,8 +126,20 @@ def _measure(state: Run) -> BenchmarkRecord:
         )
         record.save(folder.benchmark)
 
-    folder.stage("benchmark", key, [folder.benchmark], work)
+    folder.stage("benchmark", benchmark_key(state), [folder.benchmark], work)
     return BenchmarkRecord.load(folder.benchmark)
+
+
+def benchmark_key(state: Run) -> str:
+    """What a benchmark depends on: the files themselves, where they run and how they are timed."""
+    recipe = state.recipe
+    return content_key(
+        files={name: state.file_hash(path) for name, path in state.onnx_files.items()},
+        environment=recipe.environment,
+        benchmark=recipe.benchmark.model_dump(include={"rounds", "runs_per_round", "max_seconds"}),
+        machine=machine_info().fingerprint,
+        engine=get_engine(recipe.environment.engine).version(),
+    )
 
 
 def evaluate(state: Run) -> None:

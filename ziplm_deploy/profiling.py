@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -125,6 +126,7 @@ def measure_table(
         engine_version=engine.version(),
         environment=environment,
         shape=shape,
+        graph=graph_of(dense, output_names),
         shapes=export.shapes,
         opset=export.opset,
         stack_depth=profile.stack_depth,
@@ -138,6 +140,17 @@ def measure_table(
     )
     table.noise["sum_of_parts_over_dense"] = table.predict_dense_ms() / table.dense.median_ms
     return table
+
+
+def graph_of(dense: nn.Module, output_names: Sequence[str]) -> str:
+    """What a graph holds beside the prunable shapes, in words; tables of models that differ in it are not shared."""
+    config: Any = dense.config
+    parts = [type(dense).__name__, str(getattr(config, "hidden_act", getattr(config, "activation", "")))]
+    if hasattr(config, "image_size"):
+        parts.append(f"images of {config.image_size} in patches of {config.patch_size}")
+    else:
+        parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
+    return ", ".join([*parts, f"outputs {' '.join(output_names)}"])
 
 
 def without_layers(dense: nn.Module) -> nn.Module:
@@ -173,6 +186,7 @@ def check_table(
     engine_version: str,
     environment: Environment,
     shape: ModelShape,
+    graph: str,
     shapes: str,
     opset: int,
     variant: Variant = "fp32",
@@ -189,6 +203,7 @@ def check_table(
         ("engine", engine, table.engine),
         ("environment", environment.describe(), table.environment.describe()),
         ("model shape", shape.model_dump(), table.shape.model_dump()),
+        ("graph", graph, table.graph),
         ("variant", variant, table.variant),
         ("export shapes", shapes, table.shapes),
         ("opset", opset, table.opset),

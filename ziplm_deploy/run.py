@@ -14,6 +14,7 @@ from ziplm_deploy.artifacts import LatencyTable, ModelShape
 from ziplm_deploy.calibration import iter_statistics
 from ziplm_deploy.checkpoints import load_dense, resolve_model_path
 from ziplm_deploy.config import Recipe
+from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.machine import machine_info, usable_cores
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
@@ -36,7 +37,8 @@ class Run:
         self.progress = progress or Progress()
         self.folder = RunFolder(recipe)
         self.task: Task = get_task(recipe.model)
-        self.model_hash = source_hash(resolve_model_path(recipe.model.path))
+        revision = f"@{recipe.model.revision}" if recipe.model.revision else ""
+        self.model_hash = source_hash(resolve_model_path(recipe.model.path)) + revision
         self.calibration_hash = source_hash(recipe.data.calibration)
         self.evaluation_hash = source_hash(recipe.data.evaluation)
         self.folder.record(
@@ -138,7 +140,8 @@ class Run:
         modules = prunable_modules(self.dense)
         sizes = database_sizes(self.dense, self.table)
         needed = estimate_bytes(modules, sizes, self.shape.hidden_size)
-        self.progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model (limit for Hessians in the recipe)")
+        limit = f"Hessians at most {recipe.prune.memory_limit_gb:g} GiB at a time"
+        self.progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
         n_tokens = self._count_tokens()
         wanted = 4 * self.shape.intermediate_size
         text = f"calibration has {n_tokens} tokens, {wanted} (4 x the FFN width) are wanted: more data may prune better"
@@ -177,5 +180,16 @@ class Run:
             self.recipe.seed,
         )
 
+    @property
+    def onnx_files(self) -> dict[str, Path]:
+        return {name: self.folder.member(name) / "model.onnx" for name in self.names}
+
     def file_hash(self, path: Path) -> str:
+        """Hash of an output of an earlier stage.
+
+        Raises:
+            CorruptArtifactError: it is missing.
+        """
+        if not path.is_file():
+            raise CorruptArtifactError(f"expected {path} from an earlier stage, found none; run all stages again")
         return file_hash(path)

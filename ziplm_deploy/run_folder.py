@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,16 @@ def file_hash(path: Path) -> str:
 
 
 def source_hash(source: str | None) -> str:
-    """Hash of a file, or of the weights and configuration in a folder; a hub or data set name stands for itself."""
+    """Hash of a file, or of all files in a folder; a hub or data set name stands for itself."""
     if source is None:
         return ""
     path = Path(source)
     if path.is_file():
         return file_hash(path)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".txt", ".model"})
-        return hashlib.sha256("".join(p.name + file_hash(p) for p in files).encode()).hexdigest()
+        files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        listing = "".join(f"{p.relative_to(path)} {file_hash(p)}\n" for p in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
     return source
 
 
@@ -65,12 +67,21 @@ def content_key(**inputs: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Correction:
+    """State of the closed loop for one member: the predicted speedup to aim for, and what earlier aims measured."""
+
+    predicted_target: float
+    count: int = 0
+    history: list[tuple[float, float]] = field(default_factory=list)  # (aim, measured speedup)
+
+
 class RunFolder:
     """Paths of a run and the manifest that remembers which stage was run with which inputs."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.path = recipe.run_dir
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        self._recipe = recipe
         self._manifest_path = self.path / "manifest.json"
         self._manifest: dict[str, Any] = {"stages": {}, "seconds": {}, "corrections": {}, "notes": {}}
         if self._manifest_path.exists():
@@ -100,9 +111,8 @@ class RunFolder:
         return dict(self._manifest["seconds"])
 
     def record(self, **facts: Any) -> None:
-        """Keep facts (data hashes, CPU) in the manifest."""
+        """Keep facts (data hashes, CPU) in the manifest; on disk when the first stage begins."""
         self._manifest.update(facts)
-        self._save()
 
     @property
     def notes(self) -> list[str]:
@@ -116,20 +126,28 @@ class RunFolder:
             self._manifest["notes"][topic] = text
         self._save()
 
-    def correction(self, name: str, key: str) -> tuple[float, int] | None:
-        """Predicted speedup that the closed loop last asked for, and how often it corrected, if inputs are the same."""
+    def correction(self, name: str, key: str) -> Correction | None:
+        """What the closed loop last asked for, if the member's inputs are still the same."""
         entry = self._manifest["corrections"].get(name)
-        return (entry["predicted_target"], entry["count"]) if entry and entry["key"] == key else None
+        if not entry or entry["key"] != key:
+            return None
+        history = [(float(aim), float(measured)) for aim, measured in entry["history"]]
+        return Correction(entry["predicted_target"], entry["count"], history)
 
-    def set_correction(self, name: str, key: str, predicted_target: float, count: int) -> None:
-        self._manifest["corrections"][name] = {"key": key, "predicted_target": predicted_target, "count": count}
+    def set_correction(self, name: str, key: str, correction: Correction) -> None:
+        self._manifest["corrections"][name] = {"key": key, **asdict(correction)}
         self._save()
+
+    def is_current(self, name: str, key: str) -> bool:
+        """Whether a stage ran to its end with these inputs."""
+        return bool(self._manifest["stages"].get(name) == key)
 
     def stage(self, name: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
         """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran."""
-        if self._manifest["stages"].get(name) == key and all(path.exists() for path in outputs):
+        if self.is_current(name, key) and all(path.exists() for path in outputs):
             return False
-        self._manifest["stages"].pop(name, None)
+        if self._manifest["stages"].pop(name, None) is not None:
+            self._save()  # from here on the outputs are in doubt, also for a run that is killed
         began = time.monotonic()
         work()
         self._manifest["stages"][name] = key
@@ -138,4 +156,6 @@ class RunFolder:
         return True
 
     def _save(self) -> None:
+        recipe = self._recipe.model_dump(mode="json")
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         write_text(self._manifest_path, json.dumps(self._manifest, indent=1) + "\n")

@@ -171,10 +171,11 @@ class Planner:
             self._losses = search, PlanLoss(stitched, self.calibration.rerank, first_index=len(self.calibration.search))
         return self._losses
 
-    def sensitivities(self) -> list[spdy.Array]:
+    def sensitivities(self, progress: Callable[[int, int], None] | None = None) -> list[spdy.Array]:
         """Loss of every module alone at every level, measured once for all targets; L × [S_l]."""
         if self._curves is None:
-            self._curves = measure_sensitivities(self.space, self.losses()[0], self.prune.search.sensitivity_levels)
+            n_levels = self.prune.search.sensitivity_levels
+            self._curves = measure_sensitivities(self.space, self.losses()[0], n_levels, progress)
         return self._curves
 
     def _search(
@@ -182,7 +183,7 @@ class Planner:
     ) -> tuple[dict[str, int], float, dict[str, float], int]:
         """Sizes, re-ranked loss, re-ranked losses of the seeds, evaluations."""
         search_loss, rerank_loss = self.losses()
-        curves = self.sensitivities()
+        curves = self.sensitivities(progress)
         search = PlanSearch(self.space, search_loss, budget_ms, self.seed)
         seeds = self._seeds(search, curves)
         if warm is not None and search.fits(self.space.from_sizes(warm)):
@@ -207,7 +208,8 @@ class Planner:
                 self.prune.method, self.space, budget_ms, self.database.scores, self.seed
             )
         except spdy.InfeasibleBudgetError as error:
-            raise TargetUnreachableError(str(error), float("nan")) from error
+            largest = spdy.largest_speedup(self.table.dense.median_ms, self.table.base.median_ms, self.space.latency_ms)
+            raise TargetUnreachableError(str(error), largest) from error
         return self.space.as_sizes(plan)
 
 

@@ -7,7 +7,7 @@ OBS weights:
     min over Δ, b:   Σ ‖ (Ŵ + Δ) x̃ + b + r̃ − (r + W x + b₀) ‖²  +  λ ‖Δ‖²
 
 with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module
-corrects the drift of everything before it too. λ is chosen on held-out batches; "no change" is among the choices, so a
+corrects the drift of everything before it too. λ is chosen on held-out examples; "no change" is among the choices, so a
 calibration set that is too small leaves the weights as they are.
 """
 
@@ -36,7 +36,8 @@ class _LayerCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    mask: Tensor | None  # [B, S] bool
+    mask: Tensor  # [B, S] bool
+    held_out: Tensor  # [N] bool, of the tokens that count
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         output = layer(hidden, *self.args, **self.kwargs)
@@ -45,7 +46,7 @@ class _LayerCall:
 
     def tokens(self, states: Tensor) -> Tensor:
         """[B, S, d] → [N, d] without padding."""
-        return states[self.mask] if self.mask is not None else states.flatten(0, 1)
+        return states[self.mask]
 
 
 class _Moments:
@@ -104,7 +105,7 @@ def reconstruct(
     Args:
         dense: the model that was pruned; not changed.
         pruned: a resized copy of it, changed in place.
-        batches: calibration inputs; every fifth is held out to choose the ridge.
+        batches: calibration inputs; every fifth example is held out to choose the ridge, then used as well.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -135,7 +136,11 @@ def _capture(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[_LayerCal
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(layer_input(args, kwargs))
         rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "x")}
-        calls.append(_LayerCall(args[1:], rest, batch_mask))
+        B, S = hidden[-1].shape[:2]
+        mask = torch.ones(B, S, dtype=torch.bool) if batch_mask is None else batch_mask  # [B, S]
+        seen = sum(len(states) for states in hidden[:-1])
+        held_out = (torch.arange(seen, seen + B) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)[:, None]  # [B, 1]
+        calls.append(_LayerCall(args[1:], rest, mask, held_out.expand(B, S)[mask]))
 
     handle = layers_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -203,13 +208,14 @@ def _refit(
     fit, held_out = _Moments(d, len(bias)), _Moments(d, len(bias))
     tap = _Tap(pruned, module)
     try:
-        for index, (call, states, target) in enumerate(zip(calls, hidden, targets, strict=True)):
+        for call, states, target in zip(calls, hidden, targets, strict=True):
             call.run(layer, states)
             residual = call.tokens(tap.residual)  # [N, r]
             output = call.tokens(tap.y.expand_as(tap.residual))  # [N, r]
             x = call.tokens(tap.x) if d else residual[:, :0]  # [N, d]
-            last = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            (held_out if last else fit).add(x, target - residual - output)
+            error = target - residual - output  # [N, r]
+            fit.add(x[~call.held_out], error[~call.held_out])
+            held_out.add(x[call.held_out], error[call.held_out])
     finally:
         tap.close()
     delta, shift = _choose(fit, held_out, module.name)

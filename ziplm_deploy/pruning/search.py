@@ -55,7 +55,9 @@ class SearchResult:
     evaluations: int = 0
 
 
-def measure_sensitivities(space: SearchSpace, loss: Loss, n_levels: int) -> list[Array]:
+def measure_sensitivities(
+    space: SearchSpace, loss: Loss, n_levels: int, progress: Callable[[int, int], None] | None = None
+) -> list[Array]:
     """Loss with one module at a level and the rest dense, for every level: measured at ``n_levels``, log-interpolated.
 
     Between measured levels the logarithm of the loss is interpolated over the logarithm of the relative error, which
@@ -71,6 +73,8 @@ def measure_sensitivities(space: SearchSpace, loss: Loss, n_levels: int) -> list
             plan[module] = level
             measured.append(max(loss(tuple(plan), np.inf), 1e-12))
         curves.append(_interpolate(errors, points, measured))
+        if progress is not None:
+            progress(module + 1, len(space.modules))
     return curves
 
 
@@ -140,7 +144,14 @@ class PlanSearch:
         return self.losses[plan]
 
     def solve(self, costs: Sequence[Array]) -> Plan:
-        return tuple(spdy.solve(self.space.latency_ms, costs, self.budget_ms))
+        """The DP's plan; where only rounding to buckets makes the budget infeasible, the fastest plan."""
+        try:
+            return tuple(spdy.solve(self.space.latency_ms, costs, self.budget_ms))
+        except spdy.InfeasibleBudgetError:
+            fastest = tuple(int(np.argmin(levels)) for levels in self.space.latency_ms)
+            if not self.fits(fastest):
+                raise
+            return fastest
 
     @property
     def best(self) -> tuple[Plan, float]:

@@ -90,7 +90,7 @@ def _usage(member: MemberReport, ort_class: str) -> str:
             "```python",
             "import ziplm_deploy",
             "",
-            f'model = ziplm_deploy.load("{member.folder}")  # torch; from_pretrained cannot rebuild it',
+            f'model = ziplm_deploy.load("{member.folder}")  # torch',
             "```",
         ]
     )

@@ -86,6 +86,8 @@ def judge(
 
 
 def _why_not_closer(settings: BenchmarkConfig, corrections: int, wanted: str, detail: str) -> str:
+    if settings.max_corrections == 0:
+        return f"the recipe allows no corrections (benchmark.max_corrections: 0){detail}"
     if corrections >= settings.max_corrections:
         return f"all {settings.max_corrections} corrections of the closed loop were used{detail}"
     return f"no {wanted} plan fits the corrected budget: the levels are too far apart{detail}"
@@ -126,7 +128,7 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     name, settings = state.member_name(target), state.recipe.benchmark
     plan = PruningPlan.load(state.folder.plan(name))
     correction = state.folder.correction(name, member_key(state, target))
-    corrections = correction[1] if correction else 0
+    corrections = correction.count if correction else 0
     result = _variant(record, name)
     verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table))
     return _fill(

@@ -101,9 +101,9 @@ def _search(report: FamilyReport) -> list[list[str]]:
         for member in searched
     ]
     text = (
-        "Distance to the dense model on held-back calibration examples, smaller is better: the chosen plan beside the "
+        "Distance to the dense model on calibration examples, smaller is better: the chosen plan beside the "
         "plans that the search started from, all within the same latency budget. `uniform` prunes every layer alike; "
-        "`relative-error` is the plan without search."
+        "`relative error` is the plan without search."
     )
     return [["## Search", "", text, "", *markdown_table(["model", "chosen", *seeds], cells)]]
 
