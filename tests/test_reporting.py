@@ -24,7 +24,7 @@ from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
 from ziplm_deploy.reporting.table import header, markdown_table, rows, shows_no_speedup
-from ziplm_deploy.run_folder import RunFolder
+from ziplm_deploy.run_folder import Correction, RunFolder
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
 
@@ -110,7 +110,7 @@ def state(tmp_path: Path) -> State:
         (folder.member(name) / "accuracy.json").write_text(json.dumps({"spearman": accuracy}), encoding="utf-8")
     plan(2.0).save(folder.plan("2x"))
     plan(4.0, search_loss=None, seed_losses={}).save(folder.plan("4x"))
-    folder.set_correction("4x", member_key(made, 4.0), 4.2, 3)
+    folder.set_correction("4x", member_key(made, 4.0), Correction(4.2, 3))
     return made
 
 

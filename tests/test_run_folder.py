@@ -11,7 +11,7 @@ import yaml
 
 from ziplm_deploy.config import Environment, Recipe, parse_recipe
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
-from ziplm_deploy.run_folder import RunFolder, content_key, file_hash, source_hash, versions
+from ziplm_deploy.run_folder import Correction, RunFolder, content_key, file_hash, source_hash, versions
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -33,11 +33,14 @@ class Work:
 def test_the_resolved_recipe_is_kept(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     folder = RunFolder(recipe)
+    assert not folder.path.exists()  # bad data must leave nothing behind
+    folder.save()
     assert parse_recipe(yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8"))) == recipe
 
 
 def test_a_stage_runs_once_also_in_the_next_process(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
+    folder.save()
     work = Work(folder.path / "out")
     assert folder.stage("s", "key", [work.path], work) is True
     assert folder.stage("s", "key", [work.path], work) is False
@@ -48,6 +51,7 @@ def test_a_stage_runs_once_also_in_the_next_process(tmp_path: Path) -> None:
 
 def test_a_stage_runs_again_when_its_key_changes_or_its_output_is_gone(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
+    folder.save()
     work = Work(folder.path / "out")
     folder.stage("s", "key", [work.path], work)
     assert folder.stage("s", "other", [work.path], work) is True
@@ -59,6 +63,7 @@ def test_a_stage_runs_again_when_its_key_changes_or_its_output_is_gone(tmp_path:
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_stage_that_failed_runs_again(tmp_path: Path, failure: type[BaseException]) -> None:
     folder = RunFolder(_recipe(tmp_path))
+    folder.save()
     work = Work(folder.path / "out")
     folder.stage("s", "old", [work.path], work)
 
@@ -72,6 +77,7 @@ def test_a_stage_that_failed_runs_again(tmp_path: Path, failure: type[BaseExcept
 
 def test_a_later_failure_keeps_what_is_done(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
+    folder.save()
     work = Work(folder.path / "out")
     folder.stage("first", "key", [work.path], work)
     with pytest.raises(ZeroDivisionError):
@@ -82,8 +88,9 @@ def test_a_later_failure_keeps_what_is_done(tmp_path: Path) -> None:
 def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     assert folder.correction("2x", "key") is None
-    folder.set_correction("2x", "key", 2.1, 1)
-    assert RunFolder(_recipe(tmp_path)).correction("2x", "key") == (2.1, 1)
+    correction = Correction(2.1, 1, [(2.0, 1.9)])
+    folder.set_correction("2x", "key", correction)
+    assert RunFolder(_recipe(tmp_path)).correction("2x", "key") == correction
     assert folder.correction("2x", "other") is None
     assert folder.correction("3x", "key") is None
 
@@ -91,6 +98,7 @@ def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", '{"stages": '])
 def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     folder = RunFolder(_recipe(tmp_path))
+    folder.save()
     (folder.path / "manifest.json").write_text(content, encoding="utf-8")
     with pytest.raises(CorruptArtifactError, match=r"manifest\.json.*delete the file"):
         RunFolder(_recipe(tmp_path))
@@ -99,12 +107,13 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("", encoding="utf-8")
     with pytest.raises(StorageError):
-        RunFolder(_recipe(tmp_path))
+        RunFolder(_recipe(tmp_path)).save()
 
 
 def test_manifest_tells_what_was_used(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path, seed=7))
     folder.record(model_hash="abc")
+    folder.save()
     manifest = json.loads((folder.path / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["seed"], manifest["name"], manifest["model_hash"]) == (7, "demo", "abc")
     assert manifest["versions"] == versions()

@@ -156,4 +156,5 @@ def evaluate(state: Run) -> None:
 def report(state: Run) -> FamilyReport:
     """``report.json``, ``report.md`` and a model card in every member's folder."""
     state.begin("report", "report and model cards")
+    state.folder.save()  # also when every stage was skipped: the recipe may differ in what only the report reads
     return family.write_report(state)

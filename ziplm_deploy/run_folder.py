@@ -20,6 +20,7 @@ from ziplm_deploy.config import Recipe
 from ziplm_deploy.errors import CorruptArtifactError
 
 VERSIONED = ("ziplm-deploy", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+IGNORED = {".md", ".pyc"}  # files in a model's or data set's folder that no stage reads
 CODE_VERSION = 1  # raise it when a stage computes something else from the same inputs
 
 
@@ -51,7 +52,7 @@ def source_hash(source: str | None) -> str:
     if path.is_file():
         return file_hash(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix not in IGNORED)
         listing = "".join(f"{p.relative_to(path)} {file_hash(p)}\n" for p in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     return source
@@ -124,7 +125,7 @@ class RunFolder:
         self._manifest["notes"].pop(topic, None)
         if text is not None:
             self._manifest["notes"][topic] = text
-        self._save()
+        self.save()
 
     def correction(self, name: str, key: str) -> Correction | None:
         """What the closed loop last asked for, if the member's inputs are still the same."""
@@ -136,7 +137,7 @@ class RunFolder:
 
     def set_correction(self, name: str, key: str, correction: Correction) -> None:
         self._manifest["corrections"][name] = {"key": key, **asdict(correction)}
-        self._save()
+        self.save()
 
     def is_current(self, name: str, key: str) -> bool:
         """Whether a stage ran to its end with these inputs."""
@@ -146,16 +147,17 @@ class RunFolder:
         """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran."""
         if self.is_current(name, key) and all(path.exists() for path in outputs):
             return False
-        if self._manifest["stages"].pop(name, None) is not None:
-            self._save()  # from here on the outputs are in doubt, also for a run that is killed
+        self._manifest["stages"].pop(name, None)
+        self.save()  # from here on the outputs are in doubt, also for a run that is killed
         began = time.monotonic()
         work()
         self._manifest["stages"][name] = key
         self._manifest["seconds"][name] = round(time.monotonic() - began, 2)
-        self._save()
+        self.save()
         return True
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the manifest and the recipe as resolved; nothing is on disk before the first stage begins."""
         recipe = self._recipe.model_dump(mode="json")
         write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         write_text(self._manifest_path, json.dumps(self._manifest, indent=1) + "\n")
