@@ -105,7 +105,9 @@ class SearchConfig(Frozen):
 
 class PruneConfig(Frozen):
     method: MethodName = Field("ziplm", description="`ziplm`, or a baseline behind the same interface.")
-    damping: float = Field(0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal.")
+    damping: float = Field(
+        0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal; more when tokens are few."
+    )
     centred: bool = Field(True, description="Centred Hessian: weights and bias are compensated jointly.")
     reconstruct: bool = Field(
         True, description="After the search, refit kept weights to the dense residual stream, layer by layer."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ class Run:
             self.evaluation_rows  # noqa: B018
 
     def encode(self, rows: list[dict[str, Any]]) -> list[Batch]:
-        return self.task.encode(rows, self.processor, self.recipe.environment.seq_len, BATCH_SIZE)
+        """Model inputs; what the tokenizer gives and the model does not take is left out."""
+        accepted = inspect.signature(self.dense.forward).parameters
+        batches = self.task.encode(rows, self.processor, self.recipe.environment.seq_len, BATCH_SIZE)
+        return [{name: value for name, value in batch.items() if name in accepted} for batch in batches]
 
     @functools.cached_property
     def calibration(self) -> Calibration:

@@ -23,6 +23,9 @@ from ziplm_deploy.pruning.statistics import ModuleStats
 
 KIND = "level_database"
 SCHEMA_VERSION = 1
+# Few tokens leave most directions of a Hessian unseen: with 500 tokens for 1,536 columns a damping of 0.01 lost two to
+# three points of STS-B Spearman against 0.1. From 3 d tokens on this adds nothing to the default.
+SMALL_SAMPLE_DAMPING = 0.03
 OBS_METHODS = ("ziplm", "uniform")  # `uniform` differs from `ziplm` only in its plan
 
 
@@ -184,6 +187,7 @@ def _obs_levels(
     """Levels strictly between none and all by OBS, and the relative damping that was used."""
     if not sizes:
         return {}, damping
+    damping = max(damping, SMALL_SAMPLE_DAMPING * W.shape[1] / stats.n_tokens)
     power = baselines.output_power(W, b, stats)
     moment = stats.moment(centred)  # [d, d]
     live = moment.diagonal() != 0
