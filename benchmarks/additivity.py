@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Figure, load_average, write_result
+from common import RESULTS, Figure, load_average, write_result
 from shapes import SHAPES, dense_model
 from torch import nn
 
@@ -170,6 +171,14 @@ def benchmark_config(options: argparse.Namespace) -> BenchmarkConfig:
     )
 
 
+def kept(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and descriptions of the cases in the result file that are not measured now: each was a run of its own."""
+    result = json.loads((options.output or RESULTS / "additivity.json").read_text(encoding="utf-8"))
+    again = {CASES[name].name for name in options.cases}
+    rows = [entry for entry in result["rows"] if entry["case"] not in again]
+    return rows, [about for about in result["settings"]["cases"] if about["case"] not in again]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=DEFAULT_CASES)
@@ -183,9 +192,9 @@ def main() -> None:
     parser.add_argument("--benchmark-seconds", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/additivity.json")
+    parser.add_argument("--keep", action="store_true", help="keep the other cases of the result file that is there")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    cases = []
+    rows, cases = kept(options) if options.keep else ([], [])
     for name in options.cases:
         case_rows, about = run_case(CASES[name], options)
         rows += case_rows

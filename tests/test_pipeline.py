@@ -56,7 +56,7 @@ def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         },
         "environment": {"seq_len": 32},
         "speedups": [1.3],
-        "profile": {"width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
+        "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
         "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "coefficient_steps": 3, "swap_evaluations": 6}},
         # these models take microseconds: the loop's job is tested in test_closed_loop, here it may miss
         "benchmark": {"rounds": 5, "runs_per_round": 1, "max_seconds": 10, "max_corrections": 0},

@@ -85,7 +85,7 @@ def test_a_family_is_made_and_stock_optimum_serves_it(model_type: str, task: str
                 },
                 "environment": {"seq_len": 32},
                 "speedups": [1.2],
-                "profile": {"width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
+                "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
                 "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "swap_evaluations": 6}},
                 "export": {"shapes": shapes},
                 "benchmark": {"rounds": 5, "runs_per_round": 1, "max_corrections": 0},

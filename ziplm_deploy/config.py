@@ -88,9 +88,9 @@ class ProfileConfig(Frozen):
     min_rounds: int = Field(15, ge=3, description="Interleaved rounds before any cell may be called stable.")
     max_rounds: int = Field(120, ge=3, description="Interleaved rounds after which measuring stops.")
     precision: float = Field(
-        0.015, gt=0, lt=0.5, description="Stop when every cell's standard error of the median is below this fraction."
+        0.01, gt=0, lt=0.5, description="Stop when every cell's standard error of the median is below this fraction."
     )
-    max_seconds: float = Field(240.0, gt=0, description="Time limit of the measuring loop (export not included).")
+    max_seconds: float = Field(180.0, gt=0, description="Time limit of the measuring loop (export not included).")
 
 
 class SearchConfig(Frozen):
