@@ -20,7 +20,7 @@ from ziplm_deploy.calibration import collect_statistics, iter_statistics
 from ziplm_deploy.config import MethodName, PruneConfig
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError, StorageError
 from ziplm_deploy.pruning import obs
-from ziplm_deploy.pruning.database import Database, build_database, build_levels, estimate_bytes
+from ziplm_deploy.pruning.database import SMALL_SAMPLE_DAMPING, Database, build_database, build_levels, estimate_bytes
 from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.pruning.statistics import ModuleStats
 
@@ -199,7 +199,13 @@ def test_database_of_a_model_streamed_or_not() -> None:
     streamed = build_database(model, stream, sizes, PruneConfig())
     assert list(whole.modules) == [m.name for m in modules]
     assert seen == [(i + 1, len(modules)) for i in range(len(modules))]
-    assert whole.damping == {m.name: pytest.approx(0.01) for m in modules}
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for module in modules:  # few tokens for a module's columns raise the damping
+        columns = module.structures * module.group_size
+        expected = max(0.01, SMALL_SAMPLE_DAMPING * columns / n_tokens)
+        assert whole.damping[module.name] == pytest.approx(expected)
+    assert whole.damping["0.ffn"] > 0.01
+    assert whole.damping["0.attention"] == pytest.approx(0.01)
     for module in modules:
         level = whole.modules[module.name][module.structures]
         torch.testing.assert_close(level.weight, output_linear(model, module).weight.detach(), rtol=0, atol=0)
