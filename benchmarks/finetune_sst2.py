@@ -20,9 +20,9 @@ from common import ROOT
 from torch.utils.data import Dataset
 
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.checkpoints import resolve_model_path
 from ziplm_deploy.config import DataConfig
 from ziplm_deploy.machine import usable_cores
+from ziplm_deploy.sources import resolve_model_path
 from ziplm_deploy.tasks import get_task, torch_run
 from ziplm_deploy.tasks.batching import Example, pad_batch, tokenize
 

@@ -26,7 +26,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ziplm_deploy.checkpoints import MEMBER_FILE, WEIGHTS_FILE, load, load_dense, resolve_model_path, save_member
+from ziplm_deploy.checkpoints import MEMBER_FILE, WEIGHTS_FILE, load, load_dense, save_member
 from ziplm_deploy.config import ModelConfig
 from ziplm_deploy.errors import (
     CorruptArtifactError,
@@ -36,11 +36,13 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.resizing import kept_structures, resize
+from ziplm_deploy.sources import resolve_model_path
 
 SIZES = {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attention": 3}
 FRESH_PROCESS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
+from ziplm_deploy.sources import resolve_model_path
 from ziplm_deploy.checkpoints import load
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.resizing import build_replacement, install, kept_structures, set_kept
+from ziplm_deploy.sources import resolve_model_path
 from ziplm_deploy.tasks import TASKS
 
 MEMBER_FILE = "ziplm_config.json"
@@ -62,39 +62,6 @@ class MemberConfig(Artifact):
         # Compact: with indentation every one of the thousands of kept columns would get a line.
         head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
         write_text(path, json.dumps({**head, **self.model_dump(mode="json")}) + "\n")
-
-
-def resolve_model_path(path: str) -> str:
-    """Folder of ``package:NAME`` or of a local path, or the hub id as it is.
-
-    Raises:
-        EnvironmentMismatchError: the package is not installed.
-        UnsupportedModelError: the package holds no model, or the path is no folder and cannot be a hub id.
-    """
-    if path.startswith("package:"):
-        return str(_package_folder(path.removeprefix("package:")))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UnsupportedModelError(f"expected a model folder at {path}, found no folder; check model.path")
-    return path
-
-
-def _package_folder(name: str) -> Path:
-    module = name.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None:
-        raise EnvironmentMismatchError(
-            f"expected the installed package {name}, found none; run: pip install {name.replace('_', '-')}"
-        )
-    for root in spec.submodule_search_locations or ():
-        for config in sorted(Path(root).rglob("config.json")):
-            if any(config.parent.glob("*.safetensors")):
-                return config.parent
-    raise UnsupportedModelError(
-        f"expected a folder with config.json and *.safetensors in the package {name}, found none; name another package"
-    )
 
 
 def load_dense(model_config: ModelConfig) -> tuple[nn.Module, Any]:

@@ -9,8 +9,9 @@ import transformers
 from torch import nn
 
 from ziplm_deploy import architectures
-from ziplm_deploy.checkpoints import MEMBER_FILE, load, resolve_model_path
+from ziplm_deploy.checkpoints import MEMBER_FILE, load
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.sources import resolve_model_path
 
 
 def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:

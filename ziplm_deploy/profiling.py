@@ -29,7 +29,7 @@ from exporters import ExportError, ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.architectures import architecture_of, layers_of, model_shape
 from ziplm_deploy.artifacts import Cell, LatencyTable, MachineInfo, ModelShape, ModuleKind, Timing, Variant
 from ziplm_deploy.config import Environment, ExportConfig, ProfileConfig
-from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.engines import Engine, WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import IncompatibleArtifactError, UnsupportedModelError
 from ziplm_deploy.machine import machine_info
 from ziplm_deploy.pruning.levels import ffn_widths, head_counts
@@ -102,13 +102,7 @@ def measure_table(
     started = time.monotonic()
     shape = model_shape(dense.config)  # type: ignore[arg-type]
     engine = get_engine(environment.engine)
-    options = WorkerOptions(
-        threads=environment.threads,
-        batch_size=environment.batch_size,
-        seq_len=environment.seq_len,
-        disabled_optimizers=engine.disabled_optimizers(export.shapes),
-        shared_arena=True,
-    )
+    options = _worker_options(engine, environment, export)
     models = list(_models(dense, shape, profile, wrap or (lambda model: model), list(output_names)))
     steps = len(models) + profile.max_rounds
     report = progress or (lambda done, total: None)
@@ -142,6 +136,16 @@ def measure_table(
     )
     table.noise["sum_of_parts_over_dense"] = table.predict_dense_ms() / table.dense.median_ms
     return table
+
+
+def _worker_options(engine: Engine, environment: Environment, export: ExportConfig) -> WorkerOptions:
+    return WorkerOptions(
+        threads=environment.threads,
+        batch_size=environment.batch_size,
+        seq_len=environment.seq_len,
+        disabled_optimizers=engine.disabled_optimizers(export.shapes),
+        shared_arena=True,  # sixty sessions with an arena each would take gigabytes
+    )
 
 
 def graph_of(dense: nn.Module, output_names: Sequence[str]) -> str:

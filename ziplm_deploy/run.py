@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ziplm_deploy.architectures import model_shape, prunable_modules
 from ziplm_deploy.artifacts import LatencyTable, ModelShape
 from ziplm_deploy.calibration import iter_statistics
-from ziplm_deploy.checkpoints import load_dense, resolve_model_path
+from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.machine import machine_info, usable_cores
@@ -21,6 +21,7 @@ from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.run_folder import RunFolder, content_key, file_hash, source_hash
+from ziplm_deploy.sources import resolve_model_path
 from ziplm_deploy.tasks import Task, get_task
 
 DENSE = "dense"

@@ -1,0 +1,41 @@
+"""Where a model lies: a local folder, a hub id, or a folder inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+
+
+def resolve_model_path(path: str) -> str:
+    """Folder of ``package:NAME`` or of a local path, or the hub id as it is.
+
+    Raises:
+        EnvironmentMismatchError: the package is not installed.
+        UnsupportedModelError: the package holds no model, or the path is no folder and cannot be a hub id.
+    """
+    if path.startswith("package:"):
+        return str(_package_folder(path.removeprefix("package:")))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UnsupportedModelError(f"expected a model folder at {path}, found no folder; check model.path")
+    return path
+
+
+def _package_folder(name: str) -> Path:
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None:
+        raise EnvironmentMismatchError(
+            f"expected the installed package {name}, found none; run: pip install {name.replace('_', '-')}"
+        )
+    for root in spec.submodule_search_locations or ():
+        for config in sorted(Path(root).rglob("config.json")):
+            if any(config.parent.glob("*.safetensors")):
+                return config.parent
+    raise UnsupportedModelError(
+        f"expected a folder with config.json and *.safetensors in the package {name}, found none; name another package"
+    )
