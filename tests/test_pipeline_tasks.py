@@ -84,7 +84,7 @@ def test_a_family_is_made_and_stock_optimum_serves_it(model_type: str, task: str
                     "n_calibration": 48,
                 },
                 "environment": {"seq_len": 32},
-                "speedups": [1.2],
+                "speedups": [2],
                 "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
                 "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "swap_evaluations": 6}},
                 "export": {"shapes": shapes},
@@ -96,7 +96,7 @@ def test_a_family_is_made_and_stock_optimum_serves_it(model_type: str, task: str
     assert member.accuracy
     assert all(np.isfinite(value) for value in member.accuracy.values())
     assert member.parameters < report.members[0].parameters
-    folder = tmp_path / "runs" / "case" / "1.2x"
+    folder = tmp_path / "runs" / "case" / "2x"
     assert FamilyReport.load(folder.parent / "report.json") == report
     served = getattr(optimum.onnxruntime, get_task(task).ort_class).from_pretrained(folder)
     if task == "image-classification":
