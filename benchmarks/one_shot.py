@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, Figure, write_result
+from common import ROOT, Figure, commit, write_result
 from torch import nn
 
 from ziplm_deploy.architectures import prunable_modules
@@ -206,6 +206,14 @@ def merge(paths: list[Path], table: LatencyTable) -> None:
     settings = {
         "targets": TARGETS_OF,
         "seeds": SEEDS,
+        "parts": [
+            {
+                "task": part["task"],
+                "n_calibration": sorted({row["n_calibration"] for row in part["rows"]}),
+                "commit": part["commit"],  # of the run; the file's own commit is that of merging
+            }
+            for part in parts
+        ],
         "calibration_sizes": SIZES,
         "dense_scores": dense,
         "environment": table.environment.describe(),
@@ -241,7 +249,7 @@ def main() -> None:
         merge(sorted(arguments.work.glob("*.json")), LatencyTable.load(arguments.table))
         return
     torch.set_num_threads(arguments.threads)
-    bench = Bench(arguments.task, arguments)
+    bench, at_commit = Bench(arguments.task, arguments), commit()
     print(f"{arguments.task}: dense {bench.dense_score:.4f}", flush=True)
     rows: list[dict[str, Any]] = []
     for size in arguments.sizes:
@@ -252,7 +260,7 @@ def main() -> None:
                     k: row.get(k) for k in ("target", "n_calibration", "seed", "method", "score", "percent_of_dense")
                 }
                 print(shown, flush=True)
-                part = {"task": arguments.task, "dense_score": bench.dense_score, "rows": rows}
+                part = {"task": arguments.task, "dense_score": bench.dense_score, "commit": at_commit, "rows": rows}
                 write_text(arguments.work / f"{arguments.task}.json", json.dumps(part) + "\n")
 
 
