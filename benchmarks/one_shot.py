@@ -37,8 +37,6 @@ from ziplm_deploy.tasks import Run, Task, get_task, torch_run
 TARGETS = (1.25, 1.5, 2.0, 3.0)
 SEEDS = (0, 1, 2)
 SIZES = (512, 32, 2048)
-# accuracy is settled at the default size; the others show what more or less data changes where pruning bites
-TARGETS_OF = {512: TARGETS, 32: (2.0, 3.0), 2048: (2.0, 3.0)}
 BASELINES: tuple[MethodName, ...] = ("uniform", "magnitude", "random", "layer-drop", "flap")
 OURS = "ziplm"
 SEQ_LEN, BATCH_SIZE = 128, 32
@@ -204,7 +202,7 @@ def merge(paths: list[Path], table: LatencyTable) -> None:
                     float(np.mean(ours)), "%", f">= {goal}", len(ours), (min(ours), max(ours))
                 )
     settings = {
-        "targets": TARGETS_OF,
+        "targets": TARGETS,
         "seeds": SEEDS,
         "parts": [
             {
@@ -254,7 +252,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for size in arguments.sizes:
         for seed in arguments.seeds:
-            for row in bench.run(size, seed, TARGETS_OF[size]):
+            for row in bench.run(size, seed, TARGETS):
                 rows.append(row)
                 shown = {
                     k: row.get(k) for k in ("target", "n_calibration", "seed", "method", "score", "percent_of_dense")
