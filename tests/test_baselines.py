@@ -147,6 +147,46 @@ def test_layer_drop_takes_whole_layers_from_the_top() -> None:
     assert sizes == {"0.attention": 4, "0.ffn": 64, "1.attention": 0, "1.ffn": 0, "2.attention": 0, "2.ffn": 0}
 
 
+def shrunk_space() -> SearchSpace:
+    """Layer 1 of three is gone, layer 0 lost its FFN, layer 2 has fewer structures."""
+    space = make_space()
+    now = {"0.ffn": 0, "1.attention": 0, "1.ffn": 0, "2.attention": 2, "2.ffn": 32}
+    start = [space.sizes[i].index(now.get(name, space.sizes[i][0])) for i, name in enumerate(space.modules)]
+    sizes = tuple(levels[s:] for levels, s in zip(space.sizes, start, strict=True))
+    latency = tuple(levels[s:] for levels, s in zip(space.latency_ms, start, strict=True))
+    return SearchSpace(space.modules, sizes, latency, tuple(np.linspace(0, 1, len(levels)) for levels in sizes))
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_plans_of_a_shrunk_model_fit_and_keep_all_if_they_may(method: MethodName) -> None:
+    space = shrunk_space()
+    scores = {name: s for name, s in make_scores(space).items() if len(s)}  # none for dropped modules
+    for budget_ms in np.linspace(fastest(space) + 1e-9, slowest(space) + 1e-9, 11):
+        plan = baseline_plans.baseline_plan(method, space, budget_ms, scores)
+        assert space.plan_ms(plan) <= budget_ms
+        assert space.from_sizes(space.as_sizes(plan)) == plan
+    assert plan == (0,) * 6
+    with pytest.raises(InfeasibleBudgetError):
+        baseline_plans.baseline_plan(method, space, fastest(space) - 1e-6, scores)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_model_with_nothing_left_has_one_plan(method: MethodName) -> None:
+    space = SearchSpace(("0.attention", "0.ffn"), ((0,), (0,)), (np.full(1, 0.1),) * 2, (np.zeros(1),) * 2)
+    assert baseline_plans.baseline_plan(method, space, 0.3, {}) == (0, 0)
+    with pytest.raises(InfeasibleBudgetError):
+        baseline_plans.baseline_plan(method, space, 0.1, {})
+
+
+def test_layer_drop_counts_only_the_layers_that_are_left() -> None:
+    space = shrunk_space()
+    without_last = space.as_sizes((0,) * 6) | {"2.attention": 0, "2.ffn": 0}
+    budget_ms = space.plan_ms(space.from_sizes(without_last)) + 1e-9
+    assert space.as_sizes(baseline_plans.layer_drop_plan(space, budget_ms)) == without_last
+    nothing = space.as_sizes(baseline_plans.layer_drop_plan(space, budget_ms - 1e-6))
+    assert set(nothing.values()) == {0}
+
+
 def test_threshold_plan_is_the_lowest_threshold_that_fits() -> None:
     space = make_space(2)
     scores = make_scores(space)

@@ -82,6 +82,24 @@ def test_reloaded_in_a_fresh_process_is_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_member_pruned_twice_is_reloaded_and_pruned_on(model_type: str, tmp_path: Path) -> None:
+    task = "image-classification" if model_type == "vit" else "fill-mask"
+    once, folder = make_member(tmp_path, model_type, task)
+    twice = resize(once, random_entries(once, {"0.ffn": 10, "2.attention": 2, "2.ffn": 50}, seed=3))
+    save_member(folder, twice, load_dense(settings(tmp_path / "dense", task))[1], settings(folder, task), {})
+    loaded, inputs = load(folder), tiny_inputs(twice)
+    expected = output_tensors(twice, inputs)
+    assert all(torch.equal(found, expected[name]) for name, found in output_tensors(loaded, inputs).items())
+    assert kept_structures(loaded) == kept_structures(twice)
+    width = "hidden_dim" if model_type == "distilbert" else "intermediate_size"
+    changed = json.loads((folder / "config.json").read_text())["per_layer_config"]
+    assert changed["2"] == {"num_attention_heads": 2, width: 50}
+    third = random_entries(twice, {"1.attention": 1, "2.attention": 1, "2.ffn": 7})
+    outputs = output_tensors(resize(twice, third), inputs), output_tensors(resize(loaded, third), inputs)
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_transformers_refuses_a_member(model_type: str, tmp_path: Path) -> None:
     task = "image-classification" if model_type == "vit" else "text-classification"
     _, folder = make_member(tmp_path, model_type, task)

@@ -10,6 +10,7 @@ import pytest
 from ziplm_deploy import closed_loop
 from ziplm_deploy.config import BenchmarkConfig
 from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.run import Step
 from ziplm_deploy.run_folder import Correction
 
 
@@ -25,13 +26,15 @@ class Machine:
         self.progress = SimpleNamespace(note=lambda text: None)
         self.folder = SimpleNamespace(
             plan=lambda name: name,
+            pruned=lambda name: name,
             correction=lambda name, key: self.corrections.get(name),
             set_correction=lambda name, key, correction: self.corrections.__setitem__(name, correction),
         )
-        self.planner = SimpleNamespace(changes=self._changes)
+        self.trains = False
+        self.parent_of = lambda target: SimpleNamespace(planner=SimpleNamespace(changes=self._changes))
         monkeypatch.setattr(closed_loop, "member_key", lambda state, target: "key")
         monkeypatch.setattr(closed_loop, "prune_member", self._prune)
-        monkeypatch.setattr(closed_loop, "export_member", lambda state, name: None)
+        monkeypatch.setattr(closed_loop, "export_member", lambda state, name, folder: None)
         load = SimpleNamespace(load=lambda name: SimpleNamespace(predicted_speedup=self.predicted[name], sizes={}))
         monkeypatch.setattr(closed_loop, "PruningPlan", load)
 
@@ -48,18 +51,28 @@ class Machine:
         name = self.member_name(target)
         self.predicted[name] = self.corrections[name].predicted_target
 
-    def measure(self, state: Any) -> Any:
+    def measure(self) -> Any:
         self.measurements += 1
         return SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=self.bias * self.predicted[name]))
 
     def run(self) -> Any:
-        return closed_loop.reach_targets(self, self.measure)  # type: ignore[arg-type]
+        step = Step("dense", self.recipe.speedups)
+        return closed_loop.reach_targets(self, step, self.measure)  # type: ignore[arg-type]
 
 
 def test_members_inside_the_tolerance_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, (1.5, 2.0), bias=0.99)
     machine.run()
     assert (machine.measurements, machine.corrections) == (1, {})
+
+
+def test_before_training_half_of_the_tolerance_is_kept_for_the_final_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(monkeypatch, (2.0,), bias=0.985)
+    machine.trains = True
+    assert machine.run().variant("2x").speedup >= 0.99 * 2.0
+    assert machine.measurements == 2
 
 
 @pytest.mark.parametrize("bias", [0.7, 0.9, 1.2, 1.6])
@@ -89,7 +102,7 @@ def test_a_member_that_was_fast_enough_is_not_given_up_for_a_missed_one(monkeypa
     machine = Machine(monkeypatch, (2.0,), bias=1.0)
     machine.predicted["2x"] = 3.0
     # aims below 2.6 fall off a cliff: the loop's own proportional corrections always miss
-    machine.measure = lambda state: SimpleNamespace(  # type: ignore[method-assign]
+    machine.measure = lambda: SimpleNamespace(  # type: ignore[method-assign]
         variant=lambda name: SimpleNamespace(speedup=3.0 if machine.predicted[name] >= 2.6 else 1.5)
     )
     machine.corrections["2x"] = Correction(3.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_inputs, tiny_model
+from helpers import random_entries, tiny_inputs, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +23,7 @@ from ziplm_deploy.pruning import obs
 from ziplm_deploy.pruning.database import SMALL_SAMPLE_DAMPING, Database, build_database, build_levels, estimate_bytes
 from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.pruning.statistics import ModuleStats
+from ziplm_deploy.resizing import resize
 
 METHODS: tuple[MethodName, ...] = ("ziplm", "uniform", "magnitude", "random", "flap", "layer-drop")
 
@@ -211,6 +212,63 @@ def test_database_of_a_model_streamed_or_not() -> None:
         torch.testing.assert_close(level.weight, output_linear(model, module).weight.detach(), rtol=0, atol=0)
         assert whole.errors(module.name) == streamed.errors(module.name)
     assert whole.size_bytes < estimate_bytes(modules, sizes, 32)
+
+
+def test_levels_of_a_shrunk_ffn_are_those_of_the_sub_matrix() -> None:
+    dense = tiny_model("bert")
+    batches = [tiny_inputs(dense, 16, 9, seed) for seed in range(4)]
+    entry = random_entries(dense, {"0.ffn": 24})["0.ffn"]
+    model = resize(dense, {"0.ffn": entry})
+    module = prunable_modules(dense)[1]
+    whole = collect_statistics(dense, batches, [module], memory_limit_bytes=2**30)["0.ffn"]
+    part = ModuleStats(whole.hessian[entry.kept][:, entry.kept], whole.mean[entry.kept], whole.n_tokens)
+    expected = build_levels(entry.weight, entry.bias, part, 1, [24, 15, 6, 0])
+    modules = prunable_modules(model)
+    stats = collect_statistics(model, batches, modules, memory_limit_bytes=2**30)
+    sizes = {m.name: [m.structures] for m in modules} | {"0.ffn": [24, 15, 6, 0]}
+    found = build_database(model, stats, sizes, PruneConfig()).modules["0.ffn"]
+    assert list(found) == list(expected)
+    assert torch.equal(found[24].weight, entry.weight)
+    assert found[24].relative_error == 0.0
+    for size, level in expected.items():
+        assert torch.equal(found[size].kept, level.kept)
+        torch.testing.assert_close(found[size].weight, level.weight, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found[size].bias, level.bias, atol=1e-4, rtol=1e-3)
+        assert found[size].relative_error == pytest.approx(level.relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropped_modules_need_no_statistics_and_keep_their_only_level(method: MethodName, tmp_path: Path) -> None:
+    dense = tiny_model("bert")
+    entries = random_entries(dense, {"0.attention": 3, "0.ffn": 0, "1.attention": 0, "2.ffn": 20})
+    model = resize(dense, entries)
+    modules = prunable_modules(model)
+    stats = collect_statistics(model, [tiny_inputs(model, 8, 9)], modules, memory_limit_bytes=2**30)
+    assert list(stats) == ["0.attention", "1.ffn", "2.attention", "2.ffn"]
+    sizes = {m.name: sorted({m.structures, m.structures // 2, 0}, reverse=True) for m in modules}
+    database = build_database(model, stats, sizes, PruneConfig(method=method))
+    assert list(database.modules) == [m.name for m in modules]  # also the order of plans
+    database.save(tmp_path / "database.safetensors")
+    for each in (database, Database.load(tmp_path / "database.safetensors")):
+        for name in ("0.ffn", "1.attention"):
+            (level,) = each.modules[name].values()
+            assert (level.size, level.relative_error, name in each.scores) == (0, 0.0, False)
+            assert torch.equal(level.bias, entries[name].bias)
+    assert {name: max(levels) for name, levels in database.modules.items()} == {m.name: m.structures for m in modules}
+    assert (
+        database.size_bytes
+        < estimate_bytes(modules, sizes, 32)
+        < estimate_bytes(prunable_modules(dense), {m.name: [m.structures, 0] for m in prunable_modules(dense)}, 32)
+    )
+
+
+def test_a_model_without_any_layer_left_has_a_database() -> None:
+    dense = tiny_model("bert")
+    model = resize(dense, random_entries(dense, {m.name: 0 for m in prunable_modules(dense)}))
+    modules = prunable_modules(model)
+    stats = iter_statistics(model, [tiny_inputs(model)], modules, memory_limit_bytes=2**30)
+    database = build_database(model, stats, {m.name: [0] for m in modules}, PruneConfig())
+    assert [list(levels) for levels in database.modules.values()] == [[0]] * 6
 
 
 def test_missing_statistics_and_failures_name_the_module() -> None:

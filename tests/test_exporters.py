@@ -35,6 +35,7 @@ SIZES = {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attenti
 OUTPUTS = {
     "sentence-similarity": ["last_hidden_state"],
     "text-classification": ["logits"],
+    "text-regression": ["logits"],
     "question-answering": ["start_logits", "end_logits"],
     "token-classification": ["logits"],
     "fill-mask": ["logits"],
@@ -43,6 +44,7 @@ OUTPUTS = {
 ORT_CLASSES = {
     "sentence-similarity": "ORTModelForFeatureExtraction",
     "text-classification": "ORTModelForSequenceClassification",
+    "text-regression": "ORTModelForSequenceClassification",
     "question-answering": "ORTModelForQuestionAnswering",
     "token-classification": "ORTModelForTokenClassification",
     "fill-mask": "ORTModelForMaskedLM",

@@ -26,6 +26,7 @@ CASES = [
     ("xlm-roberta", "token-classification", "dynamic"),
     ("distilbert", "question-answering", "dynamic"),
     ("electra", "text-classification", "static"),
+    ("distilbert", "text-regression", "dynamic"),
     ("mpnet", "sentence-similarity", "dynamic"),
     ("mpnet", "sentence-similarity", "static"),
     ("vit", "image-classification", "dynamic"),
@@ -42,6 +43,8 @@ def row(task: str, rng: np.random.Generator, folder: Path, number: int) -> dict[
         return {"sentence1": " ".join(words), "sentence2": " ".join(sentence(rng)), "label": float(rng.uniform(0, 5))}
     if task == "text-classification":
         return {"text": " ".join(words), "label": int(rng.integers(3))}
+    if task == "text-regression":
+        return {"sentence1": " ".join(words), "sentence2": " ".join(sentence(rng)), "score": float(rng.uniform(0, 5))}
     if task == "token-classification":
         return {"tokens": words, "ner_tags": [int(tag) for tag in rng.integers(0, 3, len(words))]}
     if task == "question-answering":

@@ -15,6 +15,7 @@ EXPECTED = [
     "LatencyTable",
     "PruningPlan",
     "Recipe",
+    "TrainingRecord",
     "ZipLMError",
     "benchmark",
     "compare",
@@ -25,6 +26,7 @@ EXPECTED = [
     "machine_info",
     "profile",
     "prune",
+    "recover",
     "report",
     "run_recipe",
 ]

@@ -58,8 +58,17 @@ def test_every_recipe_in_readme_and_benchmarks_is_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)]
     blocks.append(yaml.safe_load((ROOT / "benchmarks" / "quickstart.yaml").read_text(encoding="utf-8")))
     assert len(blocks) >= 2
+    whole = blocks[0]
     for block in blocks:
-        parse_recipe(block)
+        parse_recipe(
+            {
+                **whole,
+                **{
+                    key: {**whole.get(key, {}), **value} if isinstance(value, dict) else value
+                    for key, value in block.items()
+                },
+            }
+        )
 
 
 def test_files_that_readme_names_exist() -> None:

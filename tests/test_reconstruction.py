@@ -51,6 +51,19 @@ def test_the_refit_brings_the_outputs_closer_on_new_data(model_type: str) -> Non
     assert after < 0.8 * before
 
 
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+def test_a_shrunk_model_can_be_the_reference(model_type: str) -> None:
+    model = pruned(tiny_model(model_type), {"0.attention": 0, "0.ffn": 40, "1.ffn": 0, "2.attention": 3})
+    modules = {module.name: module for module in prunable_modules(model)}
+    smaller = resize(model, {n: random_level(model, modules[n], s) for n, s in {"0.ffn": 20, "2.attention": 1}.items()})
+    new = [tiny_inputs(model, batch_size=8, seed=100 + seed) for seed in range(5)]
+    target = last_states(model, new)
+    before = (last_states(smaller, new) - target).square().mean()
+    reconstruct(model, smaller, batches(model))
+    assert (last_states(smaller, new) - target).square().mean() < 0.9 * before
+    assert torch.equal(last_states(model, new), target)
+
+
 def test_a_dense_model_stays_as_it_is() -> None:
     dense = tiny_model("bert")
     model = copy.deepcopy(dense)

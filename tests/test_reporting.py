@@ -83,8 +83,9 @@ class State(SimpleNamespace):
     def member_name(target: float) -> str:
         return f"{target:g}x"
 
-    def database_key(self) -> str:
-        return "database"
+    @staticmethod
+    def parent_of(target: float) -> SimpleNamespace:
+        return SimpleNamespace(key=lambda: "database")
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def state(tmp_path: Path) -> State:
     )
     folder = RunFolder(recipe)
     task = SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction")
-    made = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"])
+    made = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"], trains=False)
     benchmark_record(**{"2x": 2.01, "4x": 3.5}).save(folder.benchmark)
     for name, accuracy in (("dense", 0.88), ("2x", 0.87), ("4x", 0.8)):
         weights = np.zeros((2, 8), np.float32)

@@ -13,8 +13,11 @@ from torch import nn
 
 from ziplm_deploy.architectures import inspect_model, output_linear, prunable_modules
 from ziplm_deploy.errors import UnsupportedModelError, UsageError
+from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.resizing import (
     build_replacement,
+    dropped_as_is,
+    first_structures,
     install,
     kept_structures,
     masked,
@@ -32,6 +35,23 @@ PLANS = {
     "mixed": {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attention": 4, "2.ffn": 64},
     "all dropped": {f"{layer}.{kind}": 0 for layer in range(3) for kind in ("attention", "ffn")},
 }
+STEPS = {  # sizes of one resize and of the next
+    "heads": ({"0.attention": 3, "1.attention": 3, "2.attention": 2}, {"0.attention": 2, "1.attention": 3}),
+    "columns": ({"0.ffn": 40, "1.ffn": 17}, {"0.ffn": 24, "1.ffn": 1, "2.ffn": 63}),
+    "dropped later": ({"0.attention": 3, "1.ffn": 17}, {"0.attention": 0, "1.ffn": 0, "2.ffn": 0}),
+    "dropped before": ({"0.attention": 0, "1.ffn": 0, "2.attention": 0, "2.ffn": 0}, {"0.ffn": 30, "1.attention": 2}),
+    "only others": ({"0.attention": 2, "0.ffn": 8}, {"1.attention": 3, "2.ffn": 8}),
+    "mixed": (PLANS["mixed"], {"0.ffn": 9, "2.attention": 3, "2.ffn": 11}),
+}
+
+
+def composed(first: dict[str, LevelWeights], second: dict[str, LevelWeights]) -> dict[str, LevelWeights]:
+    """The levels of the dense model that ``first`` and then ``second`` amount to."""
+    then = {
+        name: dataclasses.replace(entry, kept=first[name].kept[entry.kept]) if name in first else entry
+        for name, entry in second.items()
+    }
+    return first | then
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -65,6 +85,76 @@ def test_masked_equals_resized_for_any_plan(data: st.DataObject) -> None:
     inputs = tiny_inputs(dense)
     expected, found = output_tensors(masked(dense, entries), inputs), output_tensors(resize(dense, entries), inputs)
     assert largest_difference(expected, found) < 1e-5
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_resized_twice_equals_masked_once(model_type: str, steps: tuple[dict[str, int], dict[str, int]]) -> None:
+    dense = tiny_model(model_type)
+    inputs = tiny_inputs(dense)
+    first = random_entries(dense, steps[0], seed=1)
+    once = resize(dense, first)
+    before, kept_before = output_tensors(once, inputs), kept_structures(once)
+    second = random_entries(once, steps[1], seed=2)
+    both = composed(first, second)
+    twice = resize(once, second)
+    assert largest_difference(output_tensors(masked(dense, both), inputs), output_tensors(twice, inputs)) < 1e-5
+    assert kept_structures(twice) == kept_structures(dense) | {name: e.kept.tolist() for name, e in both.items()}
+    assert {m.name: m.structures for m in prunable_modules(twice)} == {
+        name: len(kept) for name, kept in kept_structures(twice).items()
+    }
+    assert not {p.data_ptr() for p in twice.parameters()} & {p.data_ptr() for p in once.parameters()}
+    assert largest_difference(before, output_tensors(once, inputs)) == 0.0
+    assert kept_structures(once) == kept_before
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_any_chain_of_resizes_equals_masked_once(data: st.DataObject) -> None:
+    dense = tiny_model(data.draw(st.sampled_from(MODEL_TYPES)))
+    model, entries = dense, dict[str, LevelWeights]()
+    for step in range(3):
+        sizes = {
+            module.name: data.draw(st.integers(0, module.structures))
+            for module in prunable_modules(model)
+            if module.structures and data.draw(st.booleans())
+        }
+        level = random_entries(model, sizes, seed=data.draw(st.integers(0, 1000)) + step)
+        model, entries = resize(model, level), composed(entries, level)
+    inputs = tiny_inputs(dense)
+    assert largest_difference(output_tensors(masked(dense, entries), inputs), output_tensors(model, inputs)) < 1e-5
+
+
+def test_mpnet_keeps_its_place_in_the_position_bias_when_all_heads_left_are_kept() -> None:
+    dense = tiny_model("mpnet")
+    module = prunable_modules(dense)[0]
+    for first in (torch.tensor([0, 1, 2]), torch.tensor([1, 3]), torch.tensor([3, 2, 1, 0])):
+        entry = dataclasses.replace(random_level(dense, module, len(first)), kept=first)
+        once = resize(dense, {"0.attention": entry})
+        twice = random_resized(once, {"0.attention": len(first)})
+        inputs = tiny_inputs(dense)
+        assert largest_difference(output_tensors(once, inputs), output_tensors(twice, inputs)) == 0.0
+        assert kept_structures(twice)["0.attention"] == first.tolist()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_dropped_module_stays_dropped(model_type: str) -> None:
+    dense = tiny_model(model_type)
+    once = resize(dense, random_entries(dense, {"0.attention": 0, "1.ffn": 0}))
+    modules = {module.name: module for module in prunable_modules(once)}
+    assert [modules[name].structures for name in ("0.attention", "0.ffn", "1.ffn")] == [0, 64, 0]
+    entries = {name: dropped_as_is(once, modules[name]) for name in ("0.attention", "1.ffn")}
+    inputs = tiny_inputs(dense)
+    expected = output_tensors(once, inputs)
+    for again in (resize(once, entries), random_resized(once, {"0.attention": 0, "1.ffn": 0})):
+        assert largest_difference(expected, output_tensors(again, inputs)) == 0.0
+        assert kept_structures(again) == kept_structures(once)
+    with pytest.raises(UnsupportedModelError, match=r"1\.ffn.*dropped"):
+        random_resized(once, {"1.ffn": 3})
+    for name, module in {module.name: module for module in prunable_modules(dense)}.items():
+        if name in entries:
+            with pytest.raises(UsageError, match=rf"{name}, which was dropped, found \[0, 1\].*size 0"):
+                resize(once, {name: first_structures(dense, module, 2)})
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -174,6 +264,9 @@ def test_bad_entries_are_refused() -> None:
         random_resized(dense, {"0.fnn": 3})
     with pytest.raises(UsageError, match=r"distinct structures in 0\.\.3"):
         resize(dense, {"0.attention": dataclasses.replace(entry, kept=torch.tensor([1, 4]))})
+    shrunk = resize(dense, {"0.attention": entry})  # a module cannot grow again
+    with pytest.raises(UsageError, match=r"distinct structures in 0\.\.1"):
+        resize(shrunk, {"0.attention": random_level(dense, module, 3)})
     with pytest.raises(UsageError, match="distinct structures"):
         masked(dense, {"0.attention": dataclasses.replace(entry, kept=torch.tensor([1, 1]))})
     with pytest.raises(UsageError, match=r"expected weight \(32, 2\)"):

@@ -121,6 +121,43 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     assert first.plans == second.plans
 
 
+def partly_dropped(n_modules: int = 6) -> SearchSpace:
+    """Two modules of it were dropped before: their only level is 0."""
+    of = space(n_modules)
+    gone = (1, 4)
+
+    def cut(levels: tuple, last: tuple) -> tuple:
+        return tuple(last if i in gone else of_module for i, of_module in enumerate(levels))
+
+    nothing = np.zeros(1)
+    latency = cut(of.latency_ms, np.full(1, 0.1))
+    return SearchSpace(of.modules, cut(of.sizes, (0,)), latency, cut(of.errors, nothing))
+
+
+def test_modules_with_a_single_level_are_neither_measured_nor_moved() -> None:
+    of = partly_dropped()
+    loss = SensitivityLoss(of)
+    curves = measure_sensitivities(of, loss, n_levels=2)
+    assert loss.calls == 2 * 4
+    assert [curves[i].tolist() for i in (1, 4)] == [[0.0], [0.0]]
+    budget_ms = 0.5 * of.plan_ms((0,) * 6)
+    result, seeds = search(of, loss, budget_ms, SearchConfig(coefficient_steps=10, swap_evaluations=40))
+    assert loss(result.plans[0]) <= min(loss(plan) for plan in seeds.values()) + 1e-12
+    assert all(plan[1] == plan[4] == 0 for plan in result.losses)
+    assert of.plan_ms(result.plans[0]) <= budget_ms * (1 + 1e-9)
+
+
+def test_a_space_of_one_plan_has_that_plan() -> None:
+    of = SearchSpace(("0.attention", "0.ffn"), ((0,), (0,)), (np.full(1, 0.1),) * 2, (np.zeros(1),) * 2)
+    result, _ = search(of, SensitivityLoss(of), 1.0, SearchConfig(coefficient_steps=3, swap_evaluations=3))
+    assert result.plans == [(0, 0)]
+
+
+def test_sizes_of_a_larger_model_become_what_is_there() -> None:
+    of = partly_dropped()
+    assert of.from_sizes({name: 64 for name in of.modules}) == (0,) * 6
+
+
 def test_sizes_and_plans_convert_both_ways() -> None:
     of = space(4)
     plan = (0, 1, 2, 4)

@@ -9,46 +9,78 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import random_level, tiny_inputs, tiny_model
+from tests.helpers import random_entries, random_level, tiny_inputs, tiny_model
 from ziplm_deploy.architectures import prunable_modules
 from ziplm_deploy.pruning.database import Database
+from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.pruning.search import SearchSpace
-from ziplm_deploy.pruning.stitching import PlanLoss, StitchedModel
+from ziplm_deploy.pruning.stitching import PlanLoss, StitchedModel, _ByteCache
 from ziplm_deploy.resizing import first_structures, resize
 from ziplm_deploy.tasks import Task, get_task
 
 SIZES = {"attention": (4, 2, 1, 0), "ffn": (64, 24, 8, 0)}
 
 
-def make(model_type: str) -> tuple[nn.Module, Task, Database, SearchSpace]:
-    dense = tiny_model(model_type)
+SHRUNK = {"0.attention": 3, "0.ffn": 0, "1.attention": 0, "1.ffn": 20, "2.attention": 2}
+
+
+def make(model_type: str, shrunk: bool = False) -> tuple[nn.Module, Task, Database, SearchSpace]:
+    model = tiny_model(model_type)
+    if shrunk:
+        model = resize(model, random_entries(model, SHRUNK, seed=5))
     task = get_task("image-classification" if model_type == "vit" else "sentence-similarity")
-    modules = prunable_modules(dense)
-    levels_of = {m.name: {size: random_level(dense, m, size) for size in SIZES[m.kind][1:]} for m in modules}
-    for module in modules:  # the largest level is the dense module, as in a real database
-        levels_of[module.name][module.structures] = first_structures(dense, module, module.structures)
-    database = Database(levels_of)
-    names = tuple(m.name for m in modules)
-    levels = tuple(SIZES[m.kind] for m in modules)
-    costs = tuple(np.linspace(1.0, 0.1, 4) for _ in modules)
-    return dense, task, database, SearchSpace(names, levels, costs, tuple(np.linspace(0, 1, 4) for _ in modules))
+    levels: dict[str, dict[int, LevelWeights]] = {}
+    for module in prunable_modules(model):
+        now = module.structures  # the largest level is the module as it is, as in a real database
+        levels[module.name] = {now: first_structures(model, module, now)}
+        levels[module.name] |= {size: random_level(model, module, size) for size in SIZES[module.kind] if size < now}
+    counts = [len(of_module) for of_module in levels.values()]
+    costs, errors = (tuple(np.linspace(*ends, n) for n in counts) for ends in ((1.0, 0.1), (0.0, 1.0)))
+    return model, task, Database(levels), SearchSpace(tuple(levels), tuple(map(tuple, levels.values())), costs, errors)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
 @pytest.mark.parametrize("cache_bytes", [0, 2**24])
-def test_features_equal_those_of_the_resized_model(model_type: str, cache_bytes: int) -> None:
-    dense, task, database, space = make(model_type)
-    stitched = StitchedModel(dense, task, database, space, cache_bytes)
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_features_equal_those_of_the_resized_model(model_type: str, cache_bytes: int, shrunk: bool) -> None:
+    dense, task, database, space = make(model_type, shrunk)
+    stitched = StitchedModel(dense, task, database, space, cache_bytes, replacement_bytes=cache_bytes)
     batches = [tiny_inputs(dense, seed=seed) for seed in range(2)]
     generator = random.Random(0)
     for _ in range(12):
-        plan = tuple(generator.randrange(4) for _ in space.modules)
+        plan = tuple(generator.randrange(len(levels)) for levels in space.sizes)
         sizes = space.as_sizes(plan)
         resized = resize(dense, {name: database.modules[name][size] for name, size in sizes.items()})
         for index, batch in enumerate(batches):
             with torch.inference_mode():
                 expected = task.features(task.forward(resized, batch), batch)
             torch.testing.assert_close(stitched.features(plan, batch, index), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_both_caches_stay_within_their_limits() -> None:
+    dense, task, database, space = make("bert")
+    reference = StitchedModel(dense, task, database, space, 2**30, 2**30)
+    limited = StitchedModel(dense, task, database, space, cache_bytes=10_000, replacement_bytes=50_000)
+    generator = random.Random(1)
+    for _ in range(30):
+        plan = tuple(generator.randrange(4) for _ in space.modules)
+        batch = tiny_inputs(dense)
+        torch.testing.assert_close(limited.features(plan, batch, 0), reference.features(plan, batch, 0))
+        assert 0 < limited._replacements.held_bytes <= 50_000
+        assert limited._hidden.held_bytes <= 10_000
+    assert reference._replacements.held_bytes > 50_000
+
+
+def test_what_was_unused_for_longest_goes_first() -> None:
+    cache: _ByteCache[str] = _ByteCache(10)
+    cache.put("a", "A", 4)
+    cache.put("b", "B", 4)
+    assert cache.get("a") == "A"
+    cache.put("c", "C", 4)
+    assert [key in cache for key in "abc"] == [True, False, True]
+    assert (cache.get("b"), cache.held_bytes) == (None, 8)
+    cache.put("too large", "D", 11)
+    assert cache.held_bytes == 0
 
 
 def test_the_dense_model_is_not_touched() -> None:

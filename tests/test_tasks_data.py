@@ -155,6 +155,56 @@ def test_nothing_configured_is_an_error() -> None:
         get_task("fill-mask").load_rows(DataConfig(), "calibration", 0)
 
 
+def test_training_rows_have_their_own_source_or_that_of_calibration(tmp_path: Path) -> None:
+    texts = [{"text": f"text {number}", "label": number % 2} for number in range(20)]
+    train, calibration = (
+        str(write_rows(tmp_path / name, part)) for name, part in (("t.jsonl", texts[:12]), ("c.jsonl", texts[12:]))
+    )
+    task = get_task("text-classification")
+    config = DataConfig(calibration=calibration, train=train, n_calibration=8)
+
+    def drawn(config: DataConfig, seed: int = 0) -> list[str]:
+        return [row["text"] for row in task.load_rows(config, "train", seed)]
+
+    everything = [row["text"] for row in texts]
+    assert sorted(drawn(config)) == sorted(everything[:12])
+    assert drawn(config) == drawn(config) != drawn(config, 1) != sorted(drawn(config, 1))
+    assert sorted(drawn(config.model_copy(update={"train": None}))) == sorted(everything[12:])
+    assert len(drawn(config.model_copy(update={"n_train": 5}))) == 5
+    with pytest.raises(DataError, match=r"at least 13 examples for data.n_train, found 12"):
+        drawn(config.model_copy(update={"n_train": 13}))
+    with pytest.raises(DataError, match=r"expected data.train or data.calibration in the recipe, found none"):
+        drawn(DataConfig())
+
+
+def test_the_train_split_is_asked_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits: list[str] = []
+
+    def load(*_: Any, split: str) -> list[dict[str, Any]]:
+        splits.append(split)
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    both = DataConfig(calibration="glue", calibration_split="c", train="glue", train_split="t", config_name="sst2")
+    for config in (both, both.model_copy(update={"train": None})):
+        get_task("text-classification").load_rows(config, "train", 0)
+    assert splits == ["t", "c"]
+
+
+@pytest.mark.parametrize("name", ["text-classification", "text-regression", "token-classification"])
+def test_training_rows_need_no_labels(name: str) -> None:
+    raw = [{"tokens": ["a"]}] if name == "token-classification" else [{"text": "a"}]
+    (row,) = get_task(name).normalise_rows(raw, DataConfig(), "train")
+    assert "label" not in row
+
+
+def test_training_sentences_come_from_pairs_once_each() -> None:
+    raw = [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "b", "sentence2": " ", "label": 0}]
+    rows = get_task("sentence-similarity").normalise_rows(raw, DataConfig(), "train")
+    assert rows == [{"text": "a"}, {"text": "b"}]
+
+
 def test_an_unknown_task_lists_the_known() -> None:
     with pytest.raises(RecipeError, match=r"sentence-similarity.*found 'translation'"):
         get_task("translation")

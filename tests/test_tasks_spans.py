@@ -15,7 +15,7 @@ from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.tasks import get_task, torch_run
 from ziplm_deploy.tasks.answering import best_span, make_windows
-from ziplm_deploy.tasks.base import Arrays
+from ziplm_deploy.tasks.batching import Arrays
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_fill_mask_bad_input(tokenizer: Any) -> None:
         task.normalise_rows([{"text": " "}], DataConfig(), "calibration")
     with pytest.raises(DataError, match="tokens to mask"):
         task.evaluate(lambda inputs: {"logits": np.zeros((1, 2, 60))}, [{"text": ""}], tokenizer, 36, 2)
-    with pytest.raises(RuntimeError, match="call encode"):
+    with pytest.raises(RuntimeError, match="call one first"):
         get_task("fill-mask").features({"logits": torch.zeros(1, 2, 3)}, {"input_ids": torch.zeros(1, 2)})
 
 

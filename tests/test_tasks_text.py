@@ -10,51 +10,18 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers import AUTO_CLASSES, tiny_model, tiny_tokenizer
+from tests.helpers import TEXT_TASKS, labelled_rows, sentences, tiny_model, tiny_tokenizer
 from ziplm_deploy.config import DataConfig, ModelConfig
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.tasks import get_task, torch_run
-from ziplm_deploy.tasks.base import Arrays, kl_divergence
+from ziplm_deploy.tasks.batching import Arrays
+from ziplm_deploy.tasks.losses import kl_divergence
 from ziplm_deploy.tasks.similarity import embedding_fidelity
-
-WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def sentences(count: int, seed: int = 0) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, size=generator.integers(2, 14))) for _ in range(count)]
-
-
-def labelled_rows(name: str, count: int) -> list[dict[str, Any]]:
-    """Normalised rows of a task, as load_rows and check_labels return them."""
-    texts, pairs = sentences(count, 1), sentences(count, 2)
-    generator = np.random.default_rng(3)
-    if name == "sentence-similarity":
-        scores = generator.uniform(0, 5, count).tolist()
-        return [{"text": a, "text_pair": b, "label": c} for a, b, c in zip(texts, pairs, scores, strict=True)]
-    if name == "text-classification":
-        return [
-            {"text": a, "text_pair": b, "label": int(c)}
-            for a, b, c in zip(texts, pairs, generator.integers(0, 3, count), strict=True)
-        ]
-    if name == "question-answering":
-        contexts = [" ".join(sentences(6, seed)) for seed in range(count)]
-        return [{"question": "who sat ?", "context": c, "answers": [" ".join(c.split()[2:4])]} for c in contexts]
-    if name == "token-classification":
-        names = ["O", "B-ANIMAL", "I-ANIMAL"]
-        return [
-            {"words": text.split(), "label": generator.integers(0, 3, len(text.split())).tolist(), "label_names": names}
-            for text in texts
-        ]
-    return [{"text": text} for text in texts]
-
-
-TEXT_TASKS = [name for name in AUTO_CLASSES if name != "image-classification"]
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -213,7 +180,7 @@ def test_labels_that_do_not_fit_the_head(label: Any) -> None:
 
 
 def test_regression_heads_are_refused() -> None:
-    with pytest.raises(DataError, match=r"1 \(regression\)"):
+    with pytest.raises(DataError, match=r"1 \(regression\).*text-regression"):
         get_task("text-classification").check_labels([], SimpleNamespace(num_labels=1, label2id={"LABEL_0": 0}))
 
 

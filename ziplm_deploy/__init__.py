@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ziplm_deploy.api import benchmark, export, profile, prune, report, run_recipe
-    from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan
+    from ziplm_deploy.api import benchmark, export, profile, prune, recover, report, run_recipe
+    from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
     from ziplm_deploy.benchmarking import compare
     from ziplm_deploy.checkpoints import load
     from ziplm_deploy.config import Recipe, load_recipe
@@ -24,6 +24,7 @@ __all__ = [
     "LatencyTable",
     "PruningPlan",
     "Recipe",
+    "TrainingRecord",
     "ZipLMError",
     "benchmark",
     "compare",
@@ -34,14 +35,15 @@ __all__ = [
     "machine_info",
     "profile",
     "prune",
+    "recover",
     "report",
     "run_recipe",
 ]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("benchmark", "export", "profile", "prune", "report", "run_recipe"),
-    "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan"),
+    "api": ("benchmark", "export", "profile", "prune", "recover", "report", "run_recipe"),
+    "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan", "TrainingRecord"),
     "benchmarking": ("compare",),
     "checkpoints": ("load",),
     "config": ("Recipe", "load_recipe"),

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ziplm_deploy import pipeline
-from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan
+from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
 from ziplm_deploy.config import Recipe
-from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UsageError
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.run import Run
 
@@ -30,21 +30,52 @@ def profile(recipe: Recipe, progress: Progress | None = None) -> LatencyTable:
 
 
 def prune(recipe: Recipe, progress: Progress | None = None) -> dict[str, PruningPlan]:
-    """Plan of every member by its name; the smaller torch models are in the members' folders."""
+    """Plan of every member by its name; the smaller torch models are in the members' folders.
+
+    Raises:
+        UsageError: ``recover.mode`` is ``gradual``: there each member is pruned from a trained one.
+    """
+    if recipe.recover.mode == "gradual":
+        raise UsageError(
+            "expected recover.mode none or one-shot for pruning alone, found gradual, where each target is pruned from "
+            "the member trained before it; run: ziplm-deploy recover RECIPE"
+        )
     return _plans(_pruned(recipe, progress))
 
 
+def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, TrainingRecord]:
+    """Members trained after pruning, by name, with what their training took; torch and ONNX are in their folders.
+
+    Raises:
+        RecipeError: ``recover.mode`` is ``none``.
+    """
+    if recipe.recover.mode == "none":
+        raise RecipeError("expected recover.mode one-shot or gradual, found none; set it in the recipe")
+    state = Run(recipe, progress)
+    pipeline.build(state)
+    names = map(state.member_name, recipe.speedups)
+    return {name: TrainingRecord.load(state.folder.member(name) / "training.json") for name in names}
+
+
 def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
-    """``model.onnx`` of the dense model and of every member, by name, as planned from the table: not yet measured."""
-    state = _pruned(recipe, progress)
-    pipeline.export(state)
-    return {name: state.folder.member(name) / "model.onnx" for name in state.names}
+    """``model.onnx`` of the dense model and of every member, by name.
+
+    Without training they are as planned from the table, not yet measured; with it, measured before they were trained.
+    """
+    if recipe.recover.mode == "none":
+        state = _pruned(recipe, progress)
+        for step in state.steps:
+            pipeline.export_pruned(state, step)
+    else:
+        state = Run(recipe, progress)
+        pipeline.build(state)
+    return state.onnx_files(recipe.speedups, pruned=False)
 
 
 def benchmark(recipe: Recipe, progress: Progress | None = None) -> BenchmarkRecord:
     """All members against the dense model; members that miss their target are solved again, as the recipe allows."""
-    state = _pruned(recipe, progress)
-    pipeline.export(state)
+    state = Run(recipe, progress)
+    pipeline.build(state)
     return pipeline.benchmark(state)
 
 
@@ -60,7 +91,7 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
             f"expected a benchmarked run, found no {path}; run: ziplm-deploy benchmark RECIPE (or run RECIPE) first"
         )
     state = Run(recipe, progress)
-    if not state.folder.is_current("benchmark", pipeline.benchmark_key(state)):
+    if not state.folder.is_current("benchmark", _final_key(state)):
         raise CorruptArtifactError(
             f"expected a benchmark of the models and settings of this recipe in {path}, found one of others; run: "
             "ziplm-deploy run RECIPE"
@@ -69,11 +100,17 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
     return pipeline.report(state)
 
 
+def _final_key(state: Run) -> str:
+    return pipeline.benchmark_key(state, state.onnx_files(state.recipe.speedups, pruned=False))
+
+
 def _pruned(recipe: Recipe, progress: Progress | None) -> Run:
     state = Run(recipe, progress)
     pipeline.profile(state)
-    pipeline.calibrate(state)
-    pipeline.prune(state)
+    pipeline.train_dense(state)
+    for step in state.steps:
+        pipeline.calibrate(state, step)
+        pipeline.prune(state, step)
     return state
 
 

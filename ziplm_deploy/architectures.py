@@ -6,7 +6,7 @@ FFN block and their output linears are. ``ffn`` is the smallest block that owns 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -163,11 +163,11 @@ def _why_not(config: PretrainedConfig) -> str | None:
 
 @dataclass(frozen=True)
 class PrunableModule:
-    """Attention (structures: heads) or FFN (structures: columns) of one layer of the dense model."""
+    """Attention (structures: heads) or FFN (structures: columns) of one layer."""
 
     layer: int
     kind: ModuleKind
-    structures: int
+    structures: int  # 0: the module was dropped
     group_size: int  # columns of the output linear that leave with one structure: head_dim, or 1
 
     @property
@@ -176,7 +176,19 @@ class PrunableModule:
 
 
 def prunable_modules(model: nn.Module) -> list[PrunableModule]:
-    """Every prunable module of a dense model, in the order ``0.attention, 0.ffn, 1.attention, …``."""
+    """Every prunable module of a model as it is now, in the order ``0.attention, 0.ffn, 1.attention, …``.
+
+    A resized model's modules have as many structures as were kept; a dropped one stays in the list with none.
+    """
+    kept: dict[str, list[int]] = getattr(model, "ziplm_kept", {})
+    return [
+        replace(module, structures=len(kept[module.name])) if module.name in kept else module
+        for module in dense_modules(model)
+    ]
+
+
+def dense_modules(model: nn.Module) -> list[PrunableModule]:
+    """The modules that a model had before anything was removed; same order as :func:`prunable_modules`."""
     shape = model_shape(model.config)  # type: ignore[arg-type]
     modules: list[PrunableModule] = []
     for layer in range(shape.n_layers):
@@ -194,7 +206,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
-    """The linear whose input columns are pruned, ``[hidden, structures * group_size]`` in the dense model.
+    """The linear whose input columns are pruned, ``[hidden, structures * group_size]``.
 
     Raises:
         UnsupportedModelError: the module was dropped, so it has no linear.

@@ -206,6 +206,19 @@ class PruningPlan(Artifact):
     evaluations: int = 0
 
 
+class TrainingRecord(Artifact):
+    """What one training took, and how its loss fell."""
+
+    KIND: ClassVar[str] = "training_record"
+
+    device: str
+    steps: int
+    examples_per_step: int  # of all processes together
+    seconds: float  # of the steps that the last process ran: less than all where a killed training was resumed
+    samples_per_second: float
+    losses: list[tuple[int, float]]  # (step, mean training loss since the entry before)
+
+
 class VariantResult(BaseModel):
     """One ONNX file in an interleaved benchmark."""
 
@@ -259,6 +272,8 @@ class MemberReport(BaseModel):
     parameters: int
     onnx_bytes: int
     accuracy: dict[str, float]  # of the ONNX file; the task's primary metric first; empty without evaluation data
+    accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
+    training: TrainingRecord | None = None
     sizes: dict[str, int]  # heads or columns per module
     search_loss: float | None = None
     seed_losses: dict[str, float] = Field(default_factory=dict)
@@ -277,6 +292,7 @@ class FamilyReport(Artifact):
     task: str
     metric: str
     method: str
+    recovery: str = "none"  # mode of the training after pruning
     machine: MachineInfo
     engine: str
     engine_version: str

@@ -50,7 +50,7 @@ def iter_statistics(
     """Yield (module name, statistics), with as many modules in memory at once as the limit allows.
 
     Every group of modules takes a pass over the data. Tokens with ``attention_mask`` 0 are not counted; without a mask
-    (images) all are.
+    (images) all are. Modules that were dropped before have no inputs and are left out.
 
     Args:
         batches: model inputs; consumed once, kept in memory.
@@ -62,7 +62,7 @@ def iter_statistics(
         DataError: no tokens.  NumericalError: NaN or infinite activations; names the module.
     """
     batches = list(batches)
-    groups = module_groups(modules, memory_limit_bytes)
+    groups = module_groups([module for module in modules if module.structures], memory_limit_bytes)
     for index, group in enumerate(groups):
         moments = {module.name: _Moments(module) for module in group}
         _run(model, batches, group, moments, progress, index * len(batches), len(groups) * len(batches))

@@ -64,10 +64,14 @@ class MemberConfig(Artifact):
         write_text(path, json.dumps({**head, **self.model_dump(mode="json")}) + "\n")
 
 
-def load_dense(model_config: ModelConfig) -> tuple[nn.Module, Any]:
+def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None) -> tuple[nn.Module, Any]:
     """The dense model (eval mode, float32, eager attention) and its tokenizer or image processor.
 
     A local folder is read without the network. No pickle is opened and no remote code is run.
+
+    Args:
+        new_head: settings of the configuration (``num_labels``, …) for a model that is about to be fine-tuned: a head
+            that is missing, or of another size, starts at random.
 
     Raises:
         UnsupportedModelError: architecture, weight format or task do not fit, or the head's weights are missing.
@@ -85,7 +89,9 @@ def load_dense(model_config: ModelConfig) -> tuple[nn.Module, Any]:
         source["revision"] = model_config.revision
     config = _load_config(path, source)
     architecture_of(config)
-    model = _load_weights(path, config, TASKS[model_config.task].auto_class, source)
+    for name, value in (new_head or {}).items():
+        setattr(config, name, value)
+    model = _load_weights(path, config, TASKS[model_config.task].auto_class, source, may_lack_head=new_head is not None)
     return model, _load_processor(path, TASKS[model_config.task].input_kind, source)
 
 
@@ -128,7 +134,7 @@ def _load_config(path: str, source: dict[str, Any]) -> Any:
     return config
 
 
-def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any]) -> nn.Module:
+def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any], may_lack_head: bool) -> nn.Module:
     loader = getattr(transformers, auto_class)
     try:
         model_class = loader._model_mapping[type(config)]
@@ -146,6 +152,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=may_lack_head,
                 **({"add_pooling_layer": False} if _pooler_is_optional(model_class, auto_class) else {}),
                 **source,
             )
@@ -158,6 +165,9 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected safetensors weights in {path}, found: {error}; {_conversion(path, auto_class)}"
         ) from error
     missing = sorted(report["missing_keys"])
+    if may_lack_head:
+        inside = f"{model_class.base_model_prefix}."
+        missing = [name for name in missing if name.startswith(inside) and ".pooler." not in name]
     if missing:
         raise UnsupportedModelError(
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "

@@ -111,6 +111,26 @@ def prune(
 
 
 @app.command()
+def recover(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune to measured targets, then train each member towards the dense model's answers."""
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    from ziplm_deploy import api
+
+    for name, record in api.recover(resolved, _progress(quiet)).items():
+        typer.echo(
+            f"{name}: {record.steps} steps in {record.seconds:.0f} s on {record.device}, "
+            f"{record.samples_per_second:.0f} examples/s: {resolved.run_dir / name}"
+        )
+
+
+@app.command()
 def export(
     recipe: RecipePath,
     output_dir: OutputDir = None,
@@ -200,7 +220,7 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The whole way: profile, calibrate, prune, export, benchmark, evaluate, report."""
+    """The whole way: profile, calibrate, prune, export, benchmark, recover, evaluate, report."""
     resolved = _recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
@@ -289,15 +309,19 @@ def _onnx_files(paths: list[Path]) -> dict[str, Path]:
 
 
 def _progress(quiet: bool) -> Progress:
+    from ziplm_deploy import distributed
     from ziplm_deploy.progress import ConsoleProgress
     from ziplm_deploy.progress import Progress as Silent
 
-    return Silent() if quiet else ConsoleProgress()
+    return Silent() if quiet or not distributed.is_first() else ConsoleProgress()
 
 
 def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
+    from ziplm_deploy import distributed
     from ziplm_deploy.reporting import console
 
+    if not distributed.is_first():
+        return
     if as_json:
         console.print_json(
             {"kind": report.KIND, "schema_version": report.SCHEMA_VERSION, **report.model_dump(mode="json")}

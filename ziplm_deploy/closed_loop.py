@@ -7,24 +7,29 @@ from collections.abc import Callable
 from ziplm_deploy.artifacts import BenchmarkRecord, PruningPlan
 from ziplm_deploy.errors import TargetUnreachableError
 from ziplm_deploy.members import export_member, member_key, prune_member
-from ziplm_deploy.run import Run
+from ziplm_deploy.run import Run, Step
 from ziplm_deploy.run_folder import Correction
 
 MARGIN = 1.005  # aim this much above the target when correcting, so that noise does not undo the correction
 
 
-def reach_targets(state: Run, measure: Callable[[Run], BenchmarkRecord]) -> BenchmarkRecord:
-    """Benchmark all members; while one misses its target (or overshoots it for no reason), correct it and repeat."""
+def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]) -> BenchmarkRecord:
+    """Benchmark the members of a step; while one misses its target (or overshoots it for no reason), correct it.
+
+    Latency does not depend on weights, so this is done before members are trained; half of the tolerance is then
+    left for the final measurement.
+    """
     while True:
-        record = measure(state)
-        corrected = [target for target in state.recipe.speedups if _correct(state, target, record)]
+        record = measure()
+        corrected = [target for target in step.targets if _correct(state, target, record)]
         if not corrected:
             return record
         names = ", ".join(map(state.member_name, corrected))
         state.progress.note(f"solved again with a corrected budget: {names}")
         for target in corrected:
+            name = state.member_name(target)
             prune_member(state, target)
-            export_member(state, state.member_name(target))
+            export_member(state, name, state.folder.pruned(name))
 
 
 def _best_aim(history: list[tuple[float, float]], target: float, tolerance: float) -> float | None:
@@ -36,10 +41,11 @@ def _best_aim(history: list[tuple[float, float]], target: float, tolerance: floa
 def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
     """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
     settings = state.recipe.benchmark
+    tolerance = settings.tolerance / 2 if state.trains else settings.tolerance
     name, key = state.member_name(target), member_key(state, target)
     measured = record.variant(name).speedup
     correction = state.folder.correction(name, key) or Correction(predicted_target=target)
-    if target * (1 - settings.tolerance) <= measured <= target * (1 + settings.overshoot):
+    if target * (1 - tolerance) <= measured <= target * (1 + settings.overshoot):
         return False
     plan = PruningPlan.load(state.folder.plan(name))
     aim = correction.predicted_target
@@ -49,14 +55,14 @@ def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
         wanted = target * MARGIN * plan.predicted_speedup / measured
     elif correction.count == settings.max_corrections and measured < target:
         # the last correction missed; an earlier, faster member may still be had
-        best = _best_aim(history, target, settings.tolerance)
+        best = _best_aim(history, target, tolerance)
         if best is None or best == aim:
             return False
         wanted = best
     else:
         return False
     try:
-        if not state.planner.changes(plan, wanted):
+        if not state.parent_of(target).planner.changes(plan, wanted):
             return False
     except TargetUnreachableError:
         return False

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ziplm_deploy.errors import RecipeError
 
 TaskName = Literal[
     "sentence-similarity",
     "text-classification",
+    "text-regression",
     "question-answering",
     "token-classification",
     "fill-mask",
@@ -49,7 +50,11 @@ class DataConfig(Frozen):
     evaluation: str | None = Field(
         None, description="Labelled data for the metric of the ONNX files; without it accuracy is not reported."
     )
+    train: str | None = Field(
+        None, description="Training data of `recover` and `dense`; may be unlabelled text. Default: `calibration`."
+    )
     calibration_split: str = Field("train", description="Split, when `calibration` is a `datasets` name.")
+    train_split: str = Field("train", description="Split, when `train` is a `datasets` name.")
     evaluation_split: str = Field("validation", description="Split, when `evaluation` is a `datasets` name.")
     config_name: str | None = Field(None, description="Configuration of a `datasets` name, e.g. `sst2` of `glue`.")
     text_columns: tuple[str, ...] | None = Field(
@@ -60,6 +65,7 @@ class DataConfig(Frozen):
         512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."
     )
     n_evaluation: int | None = Field(None, ge=1, description="Evaluation examples; default: all of them.")
+    n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")
 
 
 class Environment(Frozen):
@@ -116,6 +122,63 @@ class PruneConfig(Frozen):
     search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")
 
 
+class TrainConfig(Frozen):
+    """What every training has in common; between two targets the learning rate falls linearly to 0."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the training data, for each member.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps for each member, instead of `epochs`.")
+    batch_size: int = Field(32, ge=1, description="Examples a step and process.")
+    learning_rate: float = Field(
+        2e-4, gt=0, le=1.0, description="Peak of AdamW's learning rate; small models take more: MiniLM 5e-4."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Mixed precision; bf16 pays on CPUs with AMX or AVX-512 BF16, fp16 needs a GPU."
+    )
+    save_steps: int = Field(200, ge=1, description="Steps between checkpoints; a killed run goes on from the last.")
+
+
+class DenseConfig(TrainConfig):
+    train: bool = Field(
+        False, description="Fine-tune `model.path` for the task first, with a new head if it has none; needs labels."
+    )
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps, instead of `epochs`.")
+
+
+class RecoverConfig(TrainConfig):
+    mode: Literal["none", "one-shot", "gradual"] = Field(
+        "none",
+        description="`one-shot`: prune each target from dense, then train; `gradual`: from the one trained before.",
+    )
+    task_weight: float = Field(0.0, ge=0, description="Weight of the task's own loss; needs labels.")
+    logit_weight: float = Field(0.5, ge=0, description="Weight of the distance to the teacher's outputs (KL, cosine).")
+    token_weight: float = Field(
+        0.5, ge=0, description="Weight of the layer-wise distance to the teacher's hidden states, over real tokens."
+    )
+    temperature: float = Field(2.0, gt=0, description="Softens both sides of the KL; as published.")
+    teacher: str | None = Field(
+        None, description="Checkpoint with the same hidden size, layers and vocabulary. Default: the dense model."
+    )
+    dropout: bool = Field(False, description="The student's own dropout; it blurs what it should imitate.")
+    rebuild_hessians: bool = Field(
+        True, description="Gradual: collect Hessians anew from the model trained before, not from the dense one."
+    )
+    freeze_embeddings: bool = Field(
+        True, description="Embeddings are never pruned; left as they are, a step is faster and takes less memory."
+    )
+    teacher_cache_gb: float = Field(
+        2.0, ge=0, description="Teacher outputs are kept (fp16) and serve every epoch and member if they fit in this."
+    )
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> RecoverConfig:
+        if self.task_weight + self.logit_weight + self.token_weight == 0:
+            raise ValueError("one of task_weight, logit_weight and token_weight must be above 0")
+        return self
+
+
 class ExportConfig(Frozen):
     shapes: Literal["dynamic", "static"] = Field(
         "dynamic", description="`dynamic` accepts any batch and length; `static` fixes those of the environment."
@@ -149,8 +212,10 @@ class Recipe(Frozen):
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration and evaluation data.")
     environment: Environment = Field(default_factory=Environment, description="Where it will serve.")
     speedups: tuple[Speedup, ...] = Field(min_length=1, description="Targets over the dense model, each > 1.")
+    dense: DenseConfig = Field(default_factory=DenseConfig, description="Training of the dense model, if it is a base.")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Latency table.")
     prune: PruneConfig = Field(default_factory=PruneConfig, description="OBS and search.")
+    recover: RecoverConfig = Field(default_factory=RecoverConfig, description="Training after pruning.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="ONNX files.")
     benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig, description="Measurement and closed loop.")
 
@@ -195,7 +260,12 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    for section, keys in (("model", ("path",)), ("data", ("calibration", "evaluation")), ("profile", ("table",))):
+    for section, keys in (
+        ("model", ("path",)),
+        ("data", ("calibration", "evaluation", "train")),
+        ("recover", ("teacher",)),
+        ("profile", ("table",)),
+    ):
         fields = raw.get(section)
         if not isinstance(fields, dict):
             continue

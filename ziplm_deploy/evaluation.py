@@ -11,7 +11,8 @@ import onnxruntime
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import usable_cores
-from ziplm_deploy.run import BATCH_SIZE, DENSE, Run
+from ziplm_deploy.parents import DENSE
+from ziplm_deploy.run import BATCH_SIZE, Run
 from ziplm_deploy.run_folder import content_key
 from ziplm_deploy.tasks import Run as Runner
 
@@ -43,15 +44,17 @@ def onnx_runner(path: Path) -> Runner:
     return run
 
 
-def evaluate_member(state: Run, name: str) -> None:
-    """Write ``accuracy.json`` into the member's folder; fidelity to the dense file too, where the task has it."""
-    folder, recipe = state.folder.member(name), state.recipe
+def evaluate_member(state: Run, name: str, folder: Path) -> None:
+    """Write ``accuracy.json`` into a member's folder; fidelity to the dense file too, where the task has it."""
+    recipe = state.recipe
     dense_path = state.folder.member(DENSE) / "model.onnx"
     key = content_key(
         file=state.file_hash(folder / "model.onnx"),
         dense=state.file_hash(dense_path),
         data=state.evaluation_hash,
-        columns=recipe.data.model_dump(exclude={"calibration", "evaluation", "calibration_split", "n_calibration"}),
+        columns=recipe.data.model_dump(
+            include={"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
+        ),
         model=state.model_settings,
         seed=recipe.seed,
         seq_len=recipe.environment.seq_len,
@@ -68,12 +71,13 @@ def evaluate_member(state: Run, name: str) -> None:
             scores |= state.task.fidelity(run, onnx_runner(dense_path), *arguments)
         write_text(folder / ACCURACY_FILE, json.dumps(scores, indent=1) + "\n")
 
-    state.folder.stage(f"evaluate {name}", key, [folder / ACCURACY_FILE], work)
+    stage = f"evaluate {name}" if folder == state.folder.member(name) else f"evaluate pruned {name}"
+    state.folder.stage(stage, key, [folder / ACCURACY_FILE], work)
 
 
-def member_accuracy(state: Run, name: str) -> dict[str, float]:
-    """Scores of a member, the primary metric first; empty when they were not evaluated."""
-    path = state.folder.member(name) / ACCURACY_FILE
+def accuracy_in(state: Run, folder: Path) -> dict[str, float]:
+    """Scores of the ONNX file in a folder, the primary metric first; empty when they were not evaluated."""
+    path = folder / ACCURACY_FILE
     if state.recipe.data.evaluation is None or not path.exists():
         return {}
     scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +16,8 @@ from ziplm_deploy.artifacts import PruningPlan
 from ziplm_deploy.checkpoints import load, save_member
 from ziplm_deploy.config import ExportConfig, ModelConfig
 from ziplm_deploy.errors import ParityError, StorageError, UsageError
-from ziplm_deploy.run import DENSE, Run
+from ziplm_deploy.parents import DENSE
+from ziplm_deploy.run import Run
 from ziplm_deploy.run_folder import content_key
 from ziplm_deploy.tasks import Task
 
@@ -32,10 +35,10 @@ def output_names(task: Task, export: ExportConfig) -> list[str]:
 
 
 def member_key(state: Run, target: float) -> str:
-    """Everything that the member of a target depends on, but for the closed loop's correction."""
+    """Everything that the pruned member of a target depends on, but for the closed loop's correction."""
     recipe = state.recipe
     return content_key(
-        database=state.database_key(),
+        database=state.parent_of(target).key(),
         table=state.table,
         prune=recipe.prune.model_dump(exclude={"memory_limit_gb"}),
         seed=recipe.seed,
@@ -48,13 +51,14 @@ def prune_member(state: Run, target: float) -> None:
     name, key = state.member_name(target), member_key(state, target)
     correction = state.folder.correction(name, key)
     predicted_target = correction.predicted_target if correction else target
-    folder, plan_path = state.folder.member(name), state.folder.plan(name)
+    folder, plan_path = state.folder.pruned(name), state.folder.plan(name)
 
     def work() -> None:
+        planner = state.parent_of(target).planner
         previous = PruningPlan.load(plan_path).sizes if correction and plan_path.exists() else None
-        plan = state.planner.plan(target, predicted_target, previous, state.progress.step)
-        model = state.planner.build(plan, state.progress.step)
-        _save(state, name, model)
+        plan = planner.plan(target, predicted_target, previous, state.progress.step)
+        model = planner.build(plan, state.progress.step)
+        save_checkpoint(state, folder, model, {"member": name})
         plan.save(plan_path)
         state.progress.note(f"{name}: predicted {plan.predicted_speedup:.2f}x after {plan.evaluations} evaluated plans")
 
@@ -62,12 +66,12 @@ def prune_member(state: Run, target: float) -> None:
     state.folder.stage(f"prune {name}", full_key, [plan_path, folder / "pruned.safetensors"], work)
 
 
-def _save(state: Run, name: str, model: nn.Module) -> None:
-    folder = state.folder.member(name)
-    making = folder.with_name(f".{name}.tmp")
+def save_checkpoint(state: Run, folder: Path, model: nn.Module, extra: dict[str, Any]) -> None:
+    """Replace a folder by one with this model, whole or not at all."""
+    making = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
     try:
-        save_member(making, model, state.processor, state.recipe.model, {"member": name})
+        save_member(making, model, state.processor, state.recipe.model, extra)
         if folder.exists():
             shutil.rmtree(folder)  # an ONNX file of an earlier plan must not stay beside the new weights
         making.rename(folder)
@@ -75,33 +79,41 @@ def _save(state: Run, name: str, model: nn.Module) -> None:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def export_member(state: Run, name: str) -> None:
-    """``model.onnx`` in the member's folder; raises :class:`ParityError` if it does not answer like torch."""
-    folder = state.folder.member(name)
-    onnx_path = folder / "model.onnx"
-    source = state.model_hash if name == DENSE else state.file_hash(folder / "pruned.safetensors")
-    key = content_key(
+def export_dense(state: Run) -> None:
+    """Checkpoint and ``model.onnx`` of the dense model."""
+    folder = state.folder.member(DENSE)
+
+    def work() -> None:
+        save_checkpoint(state, folder, state.dense, {"member": DENSE})
+        export_checked(state, state.dense, folder, DENSE)
+
+    key = _export_key(state, state.model_hash)
+    state.folder.stage(f"export {DENSE}", key, [folder / "model.onnx", folder / "pruned.safetensors"], work)
+
+
+def export_member(state: Run, name: str, folder: Path) -> None:
+    """``model.onnx`` beside a member's weights; raises :class:`ParityError` if it does not answer like torch."""
+    key = _export_key(state, state.file_hash(folder / "pruned.safetensors"))
+    stage = f"export {name}" if folder == state.folder.member(name) else f"export pruned {name}"
+    state.folder.stage(stage, key, [folder / "model.onnx"], lambda: export_checked(state, load(folder), folder, name))
+
+
+def _export_key(state: Run, source: str) -> str:
+    return content_key(
         source=source,
         model=state.model_settings,
         export=state.recipe.export,
         environment=state.recipe.environment.model_dump(include={"batch_size", "seq_len"}),
     )
 
-    def work() -> None:
-        if name == DENSE:
-            _save(state, name, state.dense)
-        export_checked(state, state.dense if name == DENSE else load(folder), name)
 
-    state.folder.stage(f"export {name}", key, [onnx_path], work)
-
-
-def export_checked(state: Run, model: nn.Module, name: str) -> None:
-    """Export ``model`` into a member's folder and compare it with torch on random inputs."""
+def export_checked(state: Run, model: nn.Module, folder: Path, name: str) -> None:
+    """Export ``model`` into a folder and compare it with torch on random inputs."""
     recipe = state.recipe
     environment, export = recipe.environment, recipe.export
     settings = ExportSettings(export.shapes, export.opset, environment.batch_size, environment.seq_len)
     model = deployed_form(model, recipe.model, recipe.export)
-    path = state.folder.member(name) / "model.onnx"
+    path = folder / "model.onnx"
     try:
         inputs = dummy_inputs(model, settings)
         export_encoder(model, inputs, output_names(state.task, recipe.export), path, settings)

@@ -6,16 +6,19 @@ skipped when nothing it depends on has changed, so a killed run goes on where it
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ziplm_deploy import closed_loop, evaluation, members, profiling
 from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable
 from ziplm_deploy.benchmarking import compare
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.machine import check_threads, machine_info
+from ziplm_deploy.parents import DENSE
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.planner import check_target
 from ziplm_deploy.reporting import family
-from ziplm_deploy.run import DENSE, Run
+from ziplm_deploy.run import Run, Step
 from ziplm_deploy.run_folder import content_key, source_hash
 
 
@@ -26,13 +29,23 @@ def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
         ZipLMError: see :mod:`ziplm_deploy.errors`; nothing half-written is left behind.
     """
     state = Run(recipe, progress)
-    profile(state)
-    calibrate(state)
-    prune(state)
-    export(state)
+    build(state)
     benchmark(state)
     evaluate(state)
     return report(state)
+
+
+def build(state: Run) -> None:
+    """Every member as it will serve: planned, fast enough, trained if the recipe says so, exported."""
+    profile(state)
+    train_dense(state)
+    for step in state.steps:  # one for all targets; one for each where a member is pruned from the one before
+        calibrate(state, step)
+        prune(state, step)
+        export_pruned(state, step)
+        reach_targets(state, step)
+        recover(state, step)
+    export(state)
 
 
 def profile(state: Run) -> LatencyTable:
@@ -90,51 +103,93 @@ def _profile(state: Run) -> None:
     table.save(state.folder.profile)
 
 
-def calibrate(state: Run) -> None:
-    """One Hessian pass and the database of levels that serve every target."""
-    state.begin("calibrate", "Hessians and the database of OBS levels")
-    state.folder.stage("calibrate", state.database_key(), [state.folder.database], state.build_database)
+def train_dense(state: Run) -> None:
+    """Fine-tune the recipe's base checkpoint for its task, where ``dense.train`` asks for it."""
+    if state.recipe.dense.train:
+        from ziplm_deploy.recovery.dense import train_dense as train
+
+        state.begin("train dense", f"{state.recipe.model.path} for {state.recipe.model.task}")
+        train(state)
 
 
-def prune(state: Run) -> None:
+def calibrate(state: Run, step: Step) -> None:
+    """One Hessian pass over a parent and the database of levels that serves all targets pruned from it."""
+    state.begin("calibrate", f"Hessians of {step.parent} and the database of OBS levels")
+    parent = state.parent(step.parent)
+    stage = "calibrate" if step.parent == DENSE else f"calibrate {step.parent}"
+    state.folder.stage(stage, parent.key(), [parent.database_path], parent.build_database)
+
+
+def prune(state: Run, step: Step) -> None:
     """A plan and a physically smaller model for every target."""
-    state.begin("prune", f"plans for {', '.join(map(state.member_name, state.recipe.speedups))}")
-    for target in state.recipe.speedups:
+    state.begin("prune", f"plans for {', '.join(map(state.member_name, step.targets))}")
+    for target in step.targets:
         members.prune_member(state, target)
 
 
-def export(state: Run) -> None:
-    """``model.onnx`` of the dense model and of every member, checked against torch."""
+def export_pruned(state: Run, step: Step) -> None:
+    """``model.onnx`` of the dense model and of the pruned ones, checked against torch."""
     state.begin("export", "ONNX files, checked against torch")
-    for name in state.names:
-        members.export_member(state, name)
+    members.export_dense(state)
+    for name in map(state.member_name, step.targets):
+        members.export_member(state, name, state.folder.pruned(name))
+
+
+def reach_targets(state: Run, step: Step) -> BenchmarkRecord:
+    """Measure the pruned models against the dense one; solve again those that miss their target."""
+    state.begin("benchmark", "the dense model and the pruned ones, interleaved")
+    path = state.folder.step_benchmark(step.parent)
+    stage = "benchmark" if path == state.folder.benchmark else f"benchmark of {step.parent}"
+
+    def measure() -> BenchmarkRecord:
+        return _measure(state, stage, path, state.onnx_files(step.targets, pruned=True))
+
+    return closed_loop.reach_targets(state, step, measure)
+
+
+def recover(state: Run, step: Step) -> None:
+    """Train the pruned models towards the teacher's answers, where the recipe asks for it."""
+    if not state.trains:
+        return
+    from ziplm_deploy.recovery.recover import recover_member
+
+    state.begin("recover", f"distillation into {', '.join(map(state.member_name, step.targets))}")
+    for target in step.targets:
+        recover_member(state, state.member_name(target))
+
+
+def export(state: Run) -> None:
+    """``model.onnx`` of every trained member; the others have theirs already."""
+    if not state.trains:
+        return
+    state.begin("export", "the trained models as ONNX files, checked against torch")
+    for name in map(state.member_name, state.recipe.speedups):
+        members.export_member(state, name, state.folder.member(name))
 
 
 def benchmark(state: Run) -> BenchmarkRecord:
-    """Measure all members against the dense model; solve again those that miss their target."""
-    state.begin("benchmark", "all members and the dense model, interleaved")
-    return closed_loop.reach_targets(state, _measure)
+    """All members as they will serve against the dense model, in one run."""
+    if state.trains:  # without training the closed loop has measured these very files
+        state.begin("benchmark", "all members and the dense model, interleaved")
+    return _measure(state, "benchmark", state.folder.benchmark, state.onnx_files(state.recipe.speedups, pruned=False))
 
 
-def _measure(state: Run) -> BenchmarkRecord:
+def _measure(state: Run, stage: str, path: Path, files: dict[str, Path]) -> BenchmarkRecord:
     recipe = state.recipe
-    files, folder = state.onnx_files, state.folder
 
     def work() -> None:
-        record = compare(
-            files, recipe.environment, recipe.benchmark, DENSE, state.progress.step, shapes=recipe.export.shapes
-        )
-        record.save(folder.benchmark)
+        shapes, step = recipe.export.shapes, state.progress.step
+        compare(files, recipe.environment, recipe.benchmark, DENSE, step, shapes=shapes).save(path)
 
-    folder.stage("benchmark", benchmark_key(state), [folder.benchmark], work)
-    return BenchmarkRecord.load(folder.benchmark)
+    state.folder.stage(stage, benchmark_key(state, files), [path], work)
+    return BenchmarkRecord.load(path)
 
 
-def benchmark_key(state: Run) -> str:
+def benchmark_key(state: Run, files: dict[str, Path]) -> str:
     """What a benchmark depends on: the files themselves, where they run and how they are timed."""
     recipe = state.recipe
     return content_key(
-        files={name: state.file_hash(path) for name, path in state.onnx_files.items()},
+        files={name: state.file_hash(path) for name, path in files.items()},
         environment=recipe.environment,
         benchmark=recipe.benchmark.model_dump(include={"rounds", "runs_per_round", "max_seconds"}),
         machine=machine_info().fingerprint,
@@ -148,9 +203,12 @@ def evaluate(state: Run) -> None:
     if state.recipe.data.evaluation is None:
         state.progress.note("no data.evaluation in the recipe: accuracy is not reported")
         return
-    for index, name in enumerate(state.names):
-        evaluation.evaluate_member(state, name)
-        state.progress.step(index + 1, len(state.names))
+    folders = [(name, state.folder.member(name)) for name in state.names]
+    if state.trains:
+        folders += [(name, state.folder.pruned(name)) for name in state.names if name != DENSE]
+    for index, (name, folder) in enumerate(folders):
+        evaluation.evaluate_member(state, name, folder)
+        state.progress.step(index + 1, len(folders))
 
 
 def report(state: Run) -> FamilyReport:

@@ -4,6 +4,9 @@ A shrunk module is a :data:`Replacement`: a few new sub-modules and the paths in
 paths those are depends only on the architecture and the kind, so one replacement undoes another and the search can
 swap them hundreds of times. A dropped module keeps its residual connection (and the LayerNorm after it in post-LN
 models) and adds its bias vector ``[hidden]``, which broadcasts over batch and tokens.
+
+A model that was resized can be resized again: a level's ``kept`` counts the structures that the model has *now*, while
+``ziplm_kept`` on the result always counts those of the original dense model.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from ziplm_deploy.architectures import (
     Architecture,
     PrunableModule,
     architecture_of,
+    dense_modules,
     layers_of,
     output_linear,
+    output_module,
     prunable_modules,
 )
 from ziplm_deploy.errors import UsageError
@@ -58,25 +63,25 @@ class DroppedAttention(BiasOnly):
         return (self.bias, None) if output_attentions else (self.bias,)
 
 
-def build_replacement(dense: nn.Module, module: PrunableModule, entry: LevelWeights) -> Replacement:
-    """New sub-modules of ``module`` at the level ``entry``; ``dense`` is not changed.
+def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeights) -> Replacement:
+    """New sub-modules of ``module`` at the level ``entry``; ``model``, dense or resized, is not changed.
 
-    Untouched parts (dropout, activation, LayerNorm) are shared with ``dense``; every linear is new.
+    Untouched parts (dropout, activation, LayerNorm) are shared with ``model``; every linear is new.
 
     Raises:
-        UsageError: the entry's shapes or indices do not belong to this module.
+        UsageError: the entry's shapes or indices do not belong to this module, or it was dropped and the entry is not.
     """
-    _check_entry(dense, module, entry)
-    architecture = architecture_of(dense.config)  # type: ignore[arg-type]
+    _check_entry(model, module, entry)
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
     if entry.kept.numel() == 0:
         return _dropped(architecture, module, entry)
-    layer = layers_of(dense)[module.layer]
+    layer = layers_of(model)[module.layer]
     block = _shell(layer.get_submodule(architecture.block(module.kind)))
     if module.kind == "attention":
         _keep_heads(architecture, block, module, entry.kept)
     else:
         block._modules[architecture.ffn_input] = _keep_rows(block.get_submodule(architecture.ffn_input), entry.kept)
-    output = _linear(entry.weight, entry.bias, like=output_linear(dense, module).weight)
+    output = _linear(entry.weight, entry.bias, like=output_linear(model, module).weight)
     replacement: Replacement = {architecture.block(module.kind): block}
     inside, norm = architecture.output_in_block(module.kind), architecture.norm(module.kind)
     if inside is None:
@@ -102,24 +107,29 @@ def shared_copy(model: _Module) -> _Module:
     return copy.deepcopy(model, dict(shared))
 
 
-def resize(dense: _Module, entries: dict[str, LevelWeights]) -> _Module:
-    """A smaller model with every entry installed; modules without an entry stay whole. Shares nothing with ``dense``.
+def resize(model: _Module, entries: dict[str, LevelWeights]) -> _Module:
+    """A smaller model with every entry installed; modules without an entry stay. Shares nothing with ``model``.
 
-    The kept indices are on the result as ``ziplm_kept: dict[str, list[int]]``, for all modules.
+    The kept indices are on the result as ``ziplm_kept: dict[str, list[int]]``, for all modules; they are those of the
+    original dense model, also if ``model`` was resized before.
+
+    Raises:
+        UsageError: an entry does not belong to this model, or would bring a dropped module back.
     """
-    stitched = shared_copy(dense)
-    modules = {module.name: module for module in prunable_modules(dense)}
+    stitched = shared_copy(model)
+    modules = {module.name: module for module in prunable_modules(model)}
     _check_names(entries, modules)
     for name, entry in entries.items():
-        install(stitched, modules[name].layer, build_replacement(dense, modules[name], entry))
+        install(stitched, modules[name].layer, build_replacement(model, modules[name], entry))
     resized = copy.deepcopy(stitched)
-    set_kept(resized, {name: entry.kept.tolist() for name, entry in entries.items()})
+    kept = kept_structures(model)
+    set_kept(resized, kept | {name: [kept[name][i] for i in entry.kept.tolist()] for name, entry in entries.items()})
     return resized
 
 
 def set_kept(model: nn.Module, kept: dict[str, list[int]]) -> None:
-    """Note the kept structures of every module on the model as ``ziplm_kept``."""
-    full = {module.name: list(range(module.structures)) for module in prunable_modules(model)}
+    """Note the kept structures of every module, of the original dense model, on the model as ``ziplm_kept``."""
+    full = {module.name: list(range(module.structures)) for module in dense_modules(model)}
     model.ziplm_kept = full | kept  # type: ignore[assignment]
 
 
@@ -128,7 +138,7 @@ def kept_structures(model: nn.Module) -> dict[str, list[int]]:
     kept: dict[str, list[int]] | None = getattr(model, "ziplm_kept", None)
     if kept is not None:
         return kept
-    return {module.name: list(range(module.structures)) for module in prunable_modules(model)}
+    return {module.name: list(range(module.structures)) for module in dense_modules(model)}
 
 
 def random_resized(model: _Module, sizes: dict[str, int]) -> _Module:
@@ -139,10 +149,20 @@ def random_resized(model: _Module, sizes: dict[str, int]) -> _Module:
 
 
 def first_structures(model: nn.Module, module: PrunableModule, size: int) -> LevelWeights:
-    """The level that keeps the first ``size`` structures with their dense weights and bias."""
+    """The level that keeps the first ``size`` structures with their current weights and bias."""
+    if size == module.structures == 0:
+        return dropped_as_is(model, module)
     linear = output_linear(model, module)
     weight = linear.weight.detach()[:, : size * module.group_size]  # [hidden, size * group]
     return LevelWeights(kept=torch.arange(size), weight=weight, bias=_bias(linear), relative_error=float("nan"))
+
+
+def dropped_as_is(model: nn.Module, module: PrunableModule) -> LevelWeights:
+    """The only level of a module that was dropped before: nothing kept, the bias that it has now, error 0."""
+    bias = output_module(model, module).bias
+    assert isinstance(bias, torch.Tensor)
+    kept, weight = torch.zeros(0, dtype=torch.int64), torch.zeros(len(bias), 0)
+    return LevelWeights(kept, weight, bias.detach().float().clone(), 0.0)
 
 
 def masked(dense: _Module, entries: dict[str, LevelWeights]) -> _Module:
@@ -179,8 +199,9 @@ def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableMo
     setattr(block, architecture.head_count, kept.numel())
     setattr(block, architecture.head_width, rows.numel())
     if architecture.sliced_attention is not None and not torch.equal(kept, torch.arange(module.structures)):
+        earlier = block._buffers.get("kept_heads")  # of the original heads: the position bias still has them all
         block.__class__ = architecture.sliced_attention
-        block.register_buffer("kept_heads", kept.clone(), persistent=False)
+        block.register_buffer("kept_heads", kept.clone() if earlier is None else earlier[kept], persistent=False)
 
 
 def _shell(module: nn.Module) -> nn.Module:
@@ -226,9 +247,14 @@ def _check_names(names: dict[str, Any], modules: dict[str, PrunableModule]) -> N
         )
 
 
-def _check_entry(dense: nn.Module, module: PrunableModule, entry: LevelWeights) -> None:
+def _check_entry(model: nn.Module, module: PrunableModule, entry: LevelWeights) -> None:
     kept = entry.kept
-    hidden: int = dense.config.hidden_size  # type: ignore[union-attr, assignment]
+    if kept.numel() and not module.structures:
+        raise UsageError(
+            f"expected no structures for {module.name}, which was dropped, found {kept.tolist()}; "
+            "it cannot come back: give it size 0, or start from the dense model"
+        )
+    hidden: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
     expected = (hidden, kept.numel() * module.group_size)
     if tuple(entry.weight.shape) != expected or tuple(entry.bias.shape) != (hidden,):
         raise UsageError(

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import model_shape, prunable_modules
+from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.artifacts import LatencyTable, ModelShape
-from ziplm_deploy.calibration import iter_statistics
 from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.machine import machine_info, usable_cores
+from ziplm_deploy.parents import DENSE, Parent
 from ziplm_deploy.progress import Progress
-from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
-from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
+from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.run_folder import RunFolder, content_key, file_hash, source_hash
 from ziplm_deploy.sources import resolve_model_path
 from ziplm_deploy.tasks import Task, get_task
 
-DENSE = "dense"
-STAGES = ("profile", "calibrate", "prune", "export", "benchmark", "evaluate", "report")
+if TYPE_CHECKING:
+    from ziplm_deploy.recovery.teacher import Teacher
+    from ziplm_deploy.recovery.training import Examples
+
 Batch = dict[str, Tensor]
 BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """Targets that are pruned from one parent, measured and trained before the next step begins."""
+
+    parent: str  # "dense", or the member that a gradual run prunes further
+    targets: tuple[float, ...]
 
 
 class Run:
@@ -40,18 +50,51 @@ class Run:
         self.folder = RunFolder(recipe)
         self.task: Task = get_task(recipe.model)
         revision = f"@{recipe.model.revision}" if recipe.model.revision else ""
-        self.model_hash = source_hash(resolve_model_path(recipe.model.path)) + revision
+        self.base_hash = source_hash(resolve_model_path(recipe.model.path)) + revision
         self.calibration_hash = source_hash(recipe.data.calibration)
         self.evaluation_hash = source_hash(recipe.data.evaluation)
+        self.train_hash = source_hash(recipe.data.train or recipe.data.calibration)
+        self._parent: Parent | None = None
+        self._begun = 0
         self.folder.record(
-            model_hash=self.model_hash,
+            model_hash=self.base_hash,
             calibration_hash=self.calibration_hash,
             evaluation_hash=self.evaluation_hash,
+            train_hash=self.train_hash if self.trains else "",
             machine=machine_info().model_dump(mode="json"),
         )
 
     def begin(self, stage: str, what: str) -> None:
-        self.progress.stage(f"{stage}: {what}", STAGES.index(stage) + 1, len(STAGES))
+        """Announce a stage; how many there are depends on the recipe."""
+        self._begun += 1
+        of_step, once = (5, 5) if self.trains else (4, 3)  # see pipeline.py
+        total = once + of_step * len(self.steps) + self.recipe.dense.train
+        self.progress.stage(f"{stage}: {what}", self._begun, max(total, self._begun))
+
+    @property
+    def trains(self) -> bool:
+        """Whether members are trained after pruning."""
+        return self.recipe.recover.mode != "none"
+
+    @functools.cached_property
+    def steps(self) -> list[Step]:
+        """The schedule: all targets from the dense model, or each from the member trained before it."""
+        targets = self.recipe.speedups
+        if self.recipe.recover.mode != "gradual":
+            return [Step(DENSE, targets)]
+        parents = [DENSE, *map(self.member_name, targets[:-1])]
+        return [Step(parent, (target,)) for parent, target in zip(parents, targets, strict=True)]
+
+    def parent_of(self, target: float) -> Parent:
+        """What the member of a target is pruned from; only the last one asked for stays in memory."""
+        name = next(step.parent for step in self.steps if target in step.targets)
+        return self.parent(name)
+
+    def parent(self, name: str) -> Parent:
+        """A parent by its name; only the last one asked for stays in memory."""
+        if self._parent is None or self._parent.name != name:
+            self._parent = Parent(self, name)
+        return self._parent
 
     @property
     def notes(self) -> list[str]:
@@ -74,7 +117,41 @@ class Run:
 
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, Any]:
-        return load_dense(self.recipe.model)
+        if not self.recipe.dense.train:
+            return load_dense(self.recipe.model)
+        if self.folder.is_current("train dense", self.dense_key()) and self.folder.dense_checkpoint.is_dir():
+            trained = self.recipe.model.model_copy(update={"path": str(self.folder.dense_checkpoint), "revision": None})
+            return load_dense(trained)
+        return load_dense(self.recipe.model, self.task.head_settings(self.raw_train_rows))
+
+    def dense_key(self) -> str:
+        """Everything that a dense model trained by this run depends on."""
+        recipe = self.recipe
+        return content_key(
+            base=self.base_hash,
+            data=self.train_hash,
+            columns=self.train_columns,
+            dense=recipe.dense.model_dump(exclude={"save_steps"}),
+            task=self.model_settings,
+            seq_len=recipe.environment.seq_len,
+            seed=recipe.seed,
+        )
+
+    @property
+    def model_hash(self) -> str:
+        """Stands for the dense model's weights."""
+        return self.dense_key() if self.recipe.dense.train else self.base_hash
+
+    @property
+    def teacher_hash(self) -> str:
+        teacher = self.recipe.recover.teacher
+        return self.model_hash if teacher is None else source_hash(teacher)
+
+    @property
+    def train_columns(self) -> dict[str, Any]:
+        """Settings that decide which training examples there are."""
+        names = {"train_split", "config_name", "text_columns", "label_column", "n_train"}
+        return self.recipe.data.model_dump(include=names)
 
     @property
     def dense(self) -> nn.Module:
@@ -102,13 +179,26 @@ class Run:
         rows = self.task.load_rows(self.recipe.data, "evaluation", self.recipe.seed)
         return self.task.check_labels(rows, self.dense.config)
 
+    @functools.cached_property
+    def raw_train_rows(self) -> list[dict[str, Any]]:
+        """Training rows with labels as the data have them."""
+        return self.task.load_rows(self.recipe.data, "train", self.recipe.seed)
+
+    @functools.cached_property
+    def train_rows(self) -> list[dict[str, Any]]:
+        return self.task.check_labels(self.raw_train_rows, self.dense.config)
+
     def check_data(self) -> None:
-        """Read both data sets before any long work, so that bad data ends the run in its first second."""
+        """Read all data sets before any long work, so that bad data ends the run in its first second."""
         self.task.check_labels([], self.dense.config)  # refuses heads that the task cannot compare
-        if not self.folder.database.exists():
+        if not self.folder.database(DENSE).exists():
             self.calibration_rows  # noqa: B018
         if self.recipe.data.evaluation is not None:
             self.evaluation_rows  # noqa: B018
+        if self.trains or self.recipe.dense.train:
+            from ziplm_deploy.recovery.checks import check_training
+
+            check_training(self)
 
     def encode(self, rows: list[dict[str, Any]]) -> list[Batch]:
         """Model inputs; what the tokenizer gives and the model does not take is left out."""
@@ -126,45 +216,7 @@ class Run:
             rerank=self.encode(rows[-search.n_rerank :]),
         )
 
-    def database_key(self) -> str:
-        recipe = self.recipe
-        return content_key(
-            model=self.model_hash,
-            data=self.calibration_hash,
-            columns=recipe.data.model_dump(exclude={"calibration", "evaluation", "evaluation_split", "n_evaluation"}),
-            task=self.model_settings,
-            seq_len=recipe.environment.seq_len,
-            seed=recipe.seed,
-            prune=recipe.prune.model_dump(include={"method", "damping", "centred"}),
-            sizes=database_sizes(self.dense, self.table),
-        )
-
-    def build_database(self) -> None:
-        """Collect statistics in one pass and write the database; notes when there are fewer tokens than wanted."""
-        recipe = self.recipe
-        modules = prunable_modules(self.dense)
-        sizes = database_sizes(self.dense, self.table)
-        needed = estimate_bytes(modules, sizes, self.shape.hidden_size)
-        limit = f"Hessians at most {recipe.prune.memory_limit_gb:g} GiB at a time"
-        self.progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
-        n_tokens = self._count_tokens()
-        wanted = 4 * self.shape.intermediate_size
-        text = f"calibration has {n_tokens} tokens, {wanted} (4 x the FFN width) are wanted: more data may prune better"
-        self.folder.set_note("calibration tokens", text if n_tokens < wanted else None)
-        if n_tokens < wanted:
-            self.progress.note(text)
-        statistics = iter_statistics(
-            self.dense,
-            self.calibration.hessian,
-            modules,
-            memory_limit_bytes=int(recipe.prune.memory_limit_gb * 2**30),
-        )
-        database = build_database(
-            self.dense, statistics, sizes, recipe.prune, seed=recipe.seed, progress=self.progress.step
-        )
-        database.save(self.folder.database)
-
-    def _count_tokens(self) -> int:
+    def count_tokens(self) -> int:
         """Tokens that count; an image gives one for each of its patches."""
         batches = self.calibration.hessian
         if "attention_mask" in batches[0]:
@@ -174,20 +226,26 @@ class Run:
         return sum(len(batch["pixel_values"]) for batch in batches) * patches
 
     @functools.cached_property
-    def planner(self) -> Planner:
-        return Planner(
-            self.dense,
-            self.task,
-            self.table,
-            Database.load(self.folder.database),
-            self.calibration,
-            self.recipe.prune,
-            self.recipe.seed,
-        )
+    def examples(self) -> Examples:
+        """Training examples, encoded once for all members."""
+        from ziplm_deploy.recovery.training import Examples
 
-    @property
-    def onnx_files(self) -> dict[str, Path]:
-        return {name: self.folder.member(name) / "model.onnx" for name in self.names}
+        rows = self.task.examples(self.train_rows, self.processor, self.recipe.environment.seq_len)
+        return Examples(rows, self.task, self.processor)
+
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        """The teacher with what it has answered already, one for all members."""
+        from ziplm_deploy.recovery.checks import load_teacher
+        from ziplm_deploy.recovery.teacher import make_teacher
+
+        return make_teacher(load_teacher(self), self.task, self.examples, self.recipe.recover)
+
+    def onnx_files(self, targets: tuple[float, ...], *, pruned: bool) -> dict[str, Path]:
+        """The dense model's file first, then those of the members, as pruned or as they are in the end."""
+        place = self.folder.pruned if pruned else self.folder.member
+        folders = {DENSE: self.folder.member(DENSE)} | {name: place(name) for name in map(self.member_name, targets)}
+        return {name: folder / "model.onnx" for name, folder in folders.items()}
 
     def file_hash(self, path: Path) -> str:
         """Hash of an output of an earlier stage.

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.errors import CorruptArtifactError
@@ -85,23 +86,41 @@ class RunFolder:
         self._recipe = recipe
         self._manifest_path = self.path / "manifest.json"
         self._manifest: dict[str, Any] = {"stages": {}, "seconds": {}, "corrections": {}, "notes": {}}
-        if self._manifest_path.exists():
-            try:
-                self._manifest.update(json.loads(self._manifest_path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise CorruptArtifactError(
-                    f"expected JSON in {self._manifest_path}, found: {error}; delete the file to run every stage again"
-                ) from error
+        self._read()
         self._manifest.update(
             versions=versions(), argv=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=recipe.seed, name=recipe.name
         )
 
+    def _read(self) -> None:
+        if not self._manifest_path.exists():
+            return
+        try:
+            self._manifest.update(json.loads(self._manifest_path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CorruptArtifactError(
+                f"expected JSON in {self._manifest_path}, found: {error}; delete the file to run every stage again"
+            ) from error
+
     profile = property(lambda self: self.path / "profile.json")
-    database = property(lambda self: self.path / "pruning" / "database.safetensors")
     benchmark = property(lambda self: self.path / "benchmark.json")
+    dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
 
     def member(self, name: str) -> Path:
         return self.path / name
+
+    def pruned(self, name: str) -> Path:
+        """Where a member lies before it is trained; the member's own folder if it never is."""
+        return self.member(name) if self._recipe.recover.mode == "none" else self.path / "pruning" / name
+
+    def database(self, parent: str) -> Path:
+        """Levels of the model that members are pruned from."""
+        name = "database" if parent == "dense" else f"database-of-{parent}"
+        return self.path / "pruning" / f"{name}.safetensors"
+
+    def step_benchmark(self, parent: str) -> Path:
+        """Timings of the models pruned from ``parent``; the final ones if no training follows."""
+        before_training = self.path / "pruning" / f"benchmark-of-{parent}.json"
+        return self.benchmark if self._recipe.recover.mode == "none" else before_training
 
     def plan(self, name: str) -> Path:
         return self.path / "pruning" / f"{name}.json"
@@ -143,8 +162,26 @@ class RunFolder:
         """Whether a stage ran to its end with these inputs."""
         return bool(self._manifest["stages"].get(name) == key)
 
-    def stage(self, name: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
-        """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran."""
+    def stage(
+        self, name: str, key: str, outputs: list[Path], work: Callable[[], None], *, together: bool = False
+    ) -> bool:
+        """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran.
+
+        Of several processes only the first works, and the others take what it wrote; ``together``: all of them work.
+        """
+        if distributed.n_processes() == 1:
+            return self._stage(name, key, outputs, work)
+        if together:
+            distributed.wait()  # nobody may find the outputs that another one has just written
+            ran = self._stage(name, key, outputs, work)
+            distributed.wait()
+            return ran
+        with distributed.first_alone():
+            if not distributed.is_first():
+                self._read()
+            return self._stage(name, key, outputs, work)
+
+    def _stage(self, name: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
         if self.is_current(name, key) and all(path.exists() for path in outputs):
             return False
         self._manifest["stages"].pop(name, None)
@@ -158,6 +195,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write the manifest and the recipe as resolved; nothing is on disk before the first stage begins."""
+        if not distributed.is_first():
+            return
         recipe = self._recipe.model_dump(mode="json")
         write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         write_text(self._manifest_path, json.dumps(self._manifest, indent=1) + "\n")

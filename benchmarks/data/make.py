@@ -9,7 +9,6 @@ import sys
 import unicodedata
 from pathlib import Path
 
-N_CALIBRATION = 1500
 COLUMNS = ("sentence1", "sentence2")
 
 
@@ -29,7 +28,7 @@ def damaged(sentence: str) -> bool:
     return any(unicodedata.category(letter) == "Cc" or letter == "\ufffd" for letter in sentence)
 
 
-def calibration_sentences(train: list[dict[str, object]], validation: list[dict[str, object]]) -> list[str]:
+def training_sentences(train: list[dict[str, object]], validation: list[dict[str, object]]) -> list[str]:
     """Distinct training sentences, seeded; none is in the validation set, whatever its case."""
     held_out = {str(row[column]).strip().casefold() for row in validation for column in COLUMNS}
     distinct: dict[str, str] = {}
@@ -38,12 +37,12 @@ def calibration_sentences(train: list[dict[str, object]], validation: list[dict[
             sentence = str(row[column])
             distinct.setdefault(sentence.strip().casefold(), sentence)
     sentences = sorted(text for key, text in distinct.items() if key and key not in held_out and not damaged(text))
-    return random.Random(0).sample(sentences, N_CALIBRATION)
+    return random.Random(0).sample(sentences, len(sentences))  # shuffled: neighbours in the set are much alike
 
 
 def main(source: Path, target: Path) -> None:
     train, validation = read(source / "train.jsonl.gz"), read(source / "validation.jsonl.gz")
-    write(target / "stsb_calibration.jsonl.gz", [{"text": text} for text in calibration_sentences(train, validation)])
+    write(target / "stsb_sentences.jsonl.gz", [{"text": text} for text in training_sentences(train, validation)])
     write(target / "stsb_validation.jsonl.gz", [{key: row[key] for key in (*COLUMNS, "label")} for row in validation])
 
 

@@ -33,18 +33,18 @@ def baseline_plan(
 
 
 def uniform_plan(space: SearchSpace, budget_ms: float) -> Plan:
-    """Keep the same fraction of every module, the largest fraction that fits; sizes are rounded down to a level."""
-    fractions = {size / levels[0] for levels in space.sizes for size in levels}
+    """Keep the same fraction of what every module has, the largest that fits; sizes are rounded down to a level."""
+    fractions = {1.0, *(size / levels[0] for levels in space.sizes if levels[0] for size in levels)}
     return _first_fitting(space, budget_ms, (_keep_fraction(space, f) for f in sorted(fractions, reverse=True)))
 
 
 def layer_drop_plan(space: SearchSpace, budget_ms: float) -> Plan:
-    """Drop whole layers from the top, as few as fit; the other layers stay dense."""
+    """Drop whole layers from the top, as few as fit; the other layers stay as they are."""
     layers = [int(name.split(".")[0]) for name in space.modules]
-    depth = max(layers) + 1
+    there = sorted({layer for layer, levels in zip(layers, space.sizes, strict=True) if levels[0]})
     candidates = (
-        tuple(0 if layer < depth - n else len(levels) - 1 for layer, levels in zip(layers, space.sizes, strict=True))
-        for n in range(depth + 1)
+        tuple(0 if layer in there[:n] else len(levels) - 1 for layer, levels in zip(layers, space.sizes, strict=True))
+        for n in range(len(there), -1, -1)
     )
     return _first_fitting(space, budget_ms, candidates)
 
@@ -68,10 +68,13 @@ def random_plan(space: SearchSpace, budget_ms: float, seed: int = 0) -> Plan:
 def threshold_plan(space: SearchSpace, budget_ms: float, scores: Mapping[str, Tensor]) -> Plan:
     """Standardise scores within each module, then keep what lies above one global threshold (FLAP's allocation).
 
-    ``scores``: importance of every structure [n], by module. The threshold is the lowest that fits; sizes are rounded
-    down to a level.
+    ``scores``: importance of every structure [n], by module; not needed for modules that were dropped before. The
+    threshold is the lowest that fits; sizes are rounded down to a level.
     """
-    standard = [_standardised(scores[name]) for name in space.modules]  # L × [n], ascending
+    standard = [  # L × [n], ascending
+        _standardised(scores[name]) if levels[0] else torch.zeros(0, dtype=torch.float64)
+        for name, levels in zip(space.modules, space.sizes, strict=True)
+    ]
     thresholds = torch.tensor(sorted(set(torch.cat(standard).tolist())), dtype=torch.float64)
     low, high = -1, len(thresholds) - 1  # -1: everything is kept
 

@@ -20,6 +20,7 @@ from ziplm_deploy.errors import CorruptArtifactError, NumericalError, ZipLMError
 from ziplm_deploy.pruning import baselines, obs
 from ziplm_deploy.pruning.levels import LevelWeights
 from ziplm_deploy.pruning.statistics import ModuleStats
+from ziplm_deploy.resizing import dropped_as_is
 
 KIND = "level_database"
 SCHEMA_VERSION = 1
@@ -119,8 +120,8 @@ def build_levels(
 ) -> dict[int, LevelWeights]:
     """Levels of one module, keyed by size; relative errors are over the undamped moments, bias included.
 
-    The full size holds the dense weights, error 0. Size 0 holds the mean output as its bias when ``centred``, else no
-    bias: error exactly 1. ``layer-drop`` has only these two levels, whatever ``sizes`` says.
+    The full size holds the weights as they are, error 0. Size 0 holds the mean output as its bias when ``centred``,
+    else no bias: error exactly 1. ``layer-drop`` has only these two levels, whatever ``sizes`` says.
 
     Args:
         linear_weight: [hidden, n·group_size]; bias: [hidden] or None.
@@ -153,7 +154,7 @@ def _build_levels(
     W = linear_weight.detach().double()
     b = bias.detach().double() if bias is not None else torch.zeros(r, dtype=torch.float64)
     if not all(bool(torch.isfinite(x).all()) for x in (W, b, stats.hessian, stats.mean)):
-        raise NumericalError("expected finite weights and statistics, found NaN or infinity; check the dense model")
+        raise NumericalError("expected finite weights and statistics, found NaN or infinity; check the model")
     dense = LevelWeights(torch.arange(n), W.float(), b.float(), 0.0)
     inner = sorted({size for size in sizes if 0 < size < n}, reverse=True)
     used = 0.0
@@ -220,10 +221,10 @@ def build_database(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Database:
-    """Levels of every module that ``stats`` brings.
+    """Levels of every module that ``stats`` brings; one that was dropped before needs none and keeps its only level.
 
     Args:
-        model: the dense model.
+        model: dense, or already resized; a module's largest level is what it has now.
         stats: by module name, or a stream of pairs (``calibration.iter_statistics``): then each Hessian is freed
             before the next group of layers is collected.
         sizes: by module name, e.g. from the latency table; must hold every module.
@@ -233,7 +234,8 @@ def build_database(
         NumericalError: names the module.
     """
     modules: dict[str, PrunableModule] = {module.name: module for module in prunable_modules(model)}
-    database = Database({})
+    gone = [module for module in modules.values() if not module.structures]
+    database = Database({module.name: {0: dropped_as_is(model, module)} for module in gone})
     pairs = stats.items() if isinstance(stats, Mapping) else stats
     for name, module_stats in pairs:
         module = modules[name]
@@ -254,6 +256,8 @@ def build_database(
     missing = sorted(set(sizes) - set(database.modules))
     if missing:
         raise ValueError(f"expected statistics of every module, found none of {', '.join(missing)}")
+    # plans index levels in the order of the model's modules
+    database.modules = {name: database.modules[name] for name in modules if name in database.modules}
     return database
 
 

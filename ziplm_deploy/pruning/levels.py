@@ -13,10 +13,10 @@ from torch import Tensor
 class LevelWeights:
     """The output linear of one module at one level.
 
-    ``kept``: int64 ``[k]``, ascending indices of the kept structures (heads or FFN columns) of the ORIGINAL dense
-    model; ``weight``: float32 ``[hidden, k * group_size]``, columns in the order of ``kept``; ``bias``: float32
-    ``[hidden]``; ``relative_error``: output error over output power on the calibration tokens, 1.0 for a module that is
-    dropped together with its bias.
+    ``kept``: int64 ``[k]``, ascending indices of the kept structures (heads or FFN columns) among those of the model
+    that is pruned, which may be resized already; ``weight``: float32 ``[hidden, k * group_size]``, columns in the order
+    of ``kept``; ``bias``: float32 ``[hidden]``; ``relative_error``: output error over output power on the calibration
+    tokens, 1.0 for a module that is dropped together with its bias.
     """
 
     kept: Tensor

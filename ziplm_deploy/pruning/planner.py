@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ziplm_deploy.architectures import prunable_modules
 from ziplm_deploy.artifacts import LatencyTable, ModuleKind, PruningPlan
 from ziplm_deploy.config import PruneConfig
-from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.pruning import baseline_plans, spdy
 from ziplm_deploy.pruning.database import OBS_METHODS, Database
 from ziplm_deploy.pruning.levels import pareto_levels
@@ -76,11 +76,15 @@ class Calibration:
 
 
 class Planner:
-    """Solves targets one after the other from the same table, database and measured sensitivities."""
+    """Solves targets one after the other from the same table, database and measured sensitivities.
+
+    ``model`` is dense, or already resized: then no plan grows a module. Budgets and speedups are over the table's dense
+    model either way; losses are over ``model``.
+    """
 
     def __init__(
         self,
-        dense: nn.Module,
+        model: nn.Module,
         task: Task,
         table: LatencyTable,
         database: Database,
@@ -88,7 +92,7 @@ class Planner:
         prune: PruneConfig,
         seed: int,
     ) -> None:
-        self.dense, self.task, self.table, self.database = dense, task, table, database
+        self.model, self.task, self.table, self.database = model, task, table, database
         self.calibration, self.prune, self.seed = calibration, prune, seed
         self.space = search_space(table, database)
         self._curves: list[spdy.Array] | None = None
@@ -158,15 +162,15 @@ class Planner:
 
     def build(self, plan: PruningPlan, progress: Callable[[int, int], None] | None = None) -> nn.Module:
         """The physically smaller model of a plan, refitted if the recipe says so."""
-        model = resize(self.dense, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
+        model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
         if self.prune.reconstruct and self.prune.method in OBS_METHODS:
-            reconstruct(self.dense, model, self.calibration.hessian, progress)
+            reconstruct(self.model, model, self.calibration.hessian, progress)
         return model
 
     def losses(self) -> tuple[PlanLoss, PlanLoss]:
         """Loss on the search examples and on the re-ranking examples, sharing one stitched model."""
         if self._losses is None:
-            stitched = StitchedModel(self.dense, self.task, self.database, self.space, CACHE_BYTES)
+            stitched = StitchedModel(self.model, self.task, self.database, self.space, CACHE_BYTES)
             search = PlanLoss(stitched, self.calibration.search)
             self._losses = search, PlanLoss(stitched, self.calibration.rerank, first_index=len(self.calibration.search))
         return self._losses
@@ -213,7 +217,21 @@ class Planner:
         return self.space.as_sizes(plan)
 
 
-def database_sizes(dense: nn.Module, table: LatencyTable) -> dict[str, list[int]]:
-    """Levels to compute for every module."""
-    sizes = table_sizes(table)
-    return {module.name: sizes[module.kind] for module in prunable_modules(dense)}
+def database_sizes(model: nn.Module, table: LatencyTable) -> dict[str, list[int]]:
+    """Levels to compute for every module, descending: the size it has now, and the table's useful ones below it.
+
+    Raises:
+        IncompatibleArtifactError: the table has no cell for a size that the model has now.
+    """
+    useful = table_sizes(table)
+    sizes: dict[str, list[int]] = {}
+    for module in prunable_modules(model):
+        now = module.structures
+        if now not in table.sizes(module.kind):
+            raise IncompatibleArtifactError(
+                f"expected a latency table with a cell for every size of this model, found none for {module.name} at "
+                f"{now}; use the table that it was pruned with"
+            )
+        # a size that is not useful itself is as slow as a larger useful one: every useful size below is faster
+        sizes[module.name] = [now, *(size for size in useful[module.kind] if size < now)]
+    return sizes

@@ -103,7 +103,7 @@ def reconstruct(
     """Refit every output linear (and every dropped module's bias) of ``pruned`` in place.
 
     Args:
-        dense: the model that was pruned; not changed.
+        dense: the model that was pruned, which may have been resized before; not changed.
         pruned: a resized copy of it, changed in place.
         batches: calibration inputs; every fifth example is held out to choose the ridge, then used as well.
         progress: called with (modules done, modules in all).

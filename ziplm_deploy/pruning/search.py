@@ -17,7 +17,7 @@ from ziplm_deploy.config import SearchConfig
 from ziplm_deploy.pruning import spdy
 
 Array = spdy.Array
-Plan = tuple[int, ...]  # index of the level, one a module; 0 = dense
+Plan = tuple[int, ...]  # index of the level, one a module; 0 = as it is now
 Loss = Callable[[Plan, float], float]
 """Loss of a plan on the search examples; may return inf as soon as it must exceed the second argument."""
 
@@ -27,7 +27,7 @@ class SearchSpace:
     """Levels of all modules: descending sizes, their milliseconds, their relative errors."""
 
     modules: tuple[str, ...]
-    sizes: tuple[tuple[int, ...], ...]  # L × [S_l], first is dense
+    sizes: tuple[tuple[int, ...], ...]  # L × [S_l], first is what the module has now
     latency_ms: tuple[Array, ...]  # L × [S_l]
     errors: tuple[Array, ...]  # L × [S_l], first is 0
 
@@ -58,7 +58,7 @@ class SearchResult:
 def measure_sensitivities(
     space: SearchSpace, loss: Loss, n_levels: int, progress: Callable[[int, int], None] | None = None
 ) -> list[Array]:
-    """Loss with one module at a level and the rest dense, for every level: measured at ``n_levels``, log-interpolated.
+    """Loss with one module at a level and the rest whole, for every level: measured at ``n_levels``, log-interpolated.
 
     Between measured levels the logarithm of the loss is interpolated over the logarithm of the relative error, which
     is close to linear; curves are made non-decreasing. One list entry a module, each [S_l].
@@ -180,10 +180,11 @@ class PlanSearch:
     def propose_swap(self, plan: Plan, surrogate: Surrogate) -> Plan | None:
         """Of a few random swaps (one or two modules some levels down, others up), the one predicted best."""
         n_modules = len(plan)
+        movable = [i for i, sizes in enumerate(self.space.sizes) if len(sizes) > 1]
         candidates = []
         for _ in range(6):
             levels = list(plan)
-            down = self._rng.choice(n_modules, size=min(n_modules, int(self._rng.integers(1, 3))), replace=False)
+            down = self._rng.choice(movable, size=min(len(movable), int(self._rng.integers(1, 3))), replace=False)
             for i in down:
                 levels[i] = min(levels[i] + int(self._rng.geometric(0.4)), len(self.space.sizes[i]) - 1)
             others = {i for i in range(n_modules) if i not in down}

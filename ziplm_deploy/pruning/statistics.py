@@ -31,6 +31,11 @@ class ModuleStats:
         if self.hessian.dtype != torch.float64 or self.mean.dtype != torch.float64:
             raise ValueError(f"expected float64 moments, found {self.hessian.dtype}, {self.mean.dtype}")
 
+    def restricted(self, kept: list[int], group_size: int) -> ModuleStats:
+        """Moments of the inputs of some structures (groups of ``group_size`` columns) alone."""
+        columns = (torch.tensor(kept)[:, None] * group_size + torch.arange(group_size)).flatten()  # [k]
+        return ModuleStats(self.hessian[columns][:, columns], self.mean[columns], self.n_tokens)
+
     def covariance(self) -> Tensor:
         """``E[(x−μ)(x−μ)ᵀ]``, [d, d]; rows and columns of inputs that never vary are exactly zero."""
         covariance = self.hessian - torch.outer(self.mean, self.mean)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,33 @@ from ziplm_deploy.resizing import Replacement, build_replacement, install, share
 from ziplm_deploy.tasks import Task
 
 Batch = dict[str, Tensor]
+REPLACEMENT_BYTES = 512 * 2**20  # all levels of all modules of a large model would take gigabytes
+_Value = TypeVar("_Value")
+
+
+class _ByteCache(Generic[_Value]):
+    """Values by key; once they take more than ``limit_bytes``, those unused for longest go."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes, self.held_bytes = limit_bytes, 0
+        self._entries: OrderedDict[Hashable, tuple[_Value, int]] = OrderedDict()
+
+    def get(self, key: Hashable) -> _Value | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: Hashable, value: _Value, size_bytes: int) -> None:
+        """Add a value under a new key."""
+        self._entries[key] = value, size_bytes
+        self.held_bytes += size_bytes
+        while self.held_bytes > self._limit_bytes:
+            _, (_, dropped_bytes) = self._entries.popitem(last=False)
+            self.held_bytes -= dropped_bytes
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
 
 
 class _Skipped(nn.Module):
@@ -40,25 +67,33 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 class StitchedModel:
-    """The dense model with any plan's modules swapped in.
+    """A model, dense or already resized, with any plan's modules swapped in.
 
     A forward pass starts at the first layer whose input is not cached: plans that share a prefix share its work.
-    The cache is keyed by (batch, levels of all earlier modules) and bounded in bytes.
+    The cache of ``cache_bytes`` is keyed by (batch, levels of all earlier modules); that of built modules, of
+    ``replacement_bytes``, by (module, level).
     """
 
-    def __init__(self, dense: nn.Module, task: Task, database: Database, space: SearchSpace, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        database: Database,
+        space: SearchSpace,
+        cache_bytes: int,
+        replacement_bytes: int = REPLACEMENT_BYTES,
+    ) -> None:
         self.task = task
         self._space = space
-        self._dense = dense
+        self._whole = model
         self._database = database
-        self._modules: list[PrunableModule] = prunable_modules(dense)
-        self._model = shared_copy(dense).eval()
+        self._modules: list[PrunableModule] = prunable_modules(model)
+        self._model = shared_copy(model).eval()
         self._layers = layers_of(self._model)
         self._own_layers = list(self._layers)
-        self._replacements: dict[tuple[int, int], Replacement] = {}
+        self._replacements: _ByteCache[Replacement] = _ByteCache(replacement_bytes)
         self._installed: list[int] = [0] * len(self._modules)
-        self._cache: OrderedDict[tuple[int, Plan], Tensor] = OrderedDict()
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._hidden: _ByteCache[Tensor] = _ByteCache(cache_bytes)
         self._skipped: list[_Skipped] = []
         self._inputs: dict[int, Tensor] = {}
         for index, layer in enumerate(self._own_layers):
@@ -79,14 +114,20 @@ class StitchedModel:
         """Install the plan's modules; only those that differ from what is installed are touched."""
         for index, level in enumerate(plan):
             if self._installed[index] != level:
-                module = self._modules[index]
-                if (index, level) not in self._replacements:
-                    entry = self._database.modules[module.name][self._space.sizes[index][level]]
-                    self._replacements[index, level] = build_replacement(self._dense, module, entry)
                 # the wrapper list may hold a _Skipped at this place: install into the real layer
                 self._restore_layers()
-                install(self._model, module.layer, self._replacements[index, level])
+                install(self._model, self._modules[index].layer, self._replacement(index, level))
                 self._installed[index] = level
+
+    def _replacement(self, index: int, level: int) -> Replacement:
+        found = self._replacements.get((index, level))
+        if found is None:
+            module = self._modules[index]
+            entry = self._database.modules[module.name][self._space.sizes[index][level]]
+            found = build_replacement(self._whole, module, entry)
+            parameters = (p for part in found.values() for p in part.parameters())
+            self._replacements.put((index, level), found, sum(p.numel() * p.element_size() for p in parameters))
+        return found
 
     @torch.inference_mode()
     def features(self, plan: Plan, batch: Batch, batch_index: int) -> Tensor:
@@ -102,21 +143,16 @@ class StitchedModel:
 
     def _longest_prefix(self, plan: Plan, batch_index: int) -> tuple[int, Tensor | None]:
         for layer in range(len(self._own_layers) - 1, 0, -1):
-            key = (batch_index, plan[: 2 * layer])
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return layer, self._cache[key]
+            hidden = self._hidden.get((batch_index, plan[: 2 * layer]))
+            if hidden is not None:
+                return layer, hidden
         return 0, None
 
     def _remember(self, plan: Plan, batch_index: int, start: int) -> None:
         for layer, hidden in self._inputs.items():
             key = (batch_index, plan[: 2 * layer])
-            if layer > start and key not in self._cache:
-                self._cache[key] = hidden
-                self._cached_bytes += hidden.numel() * hidden.element_size()
-        while self._cached_bytes > self._cache_bytes and self._cache:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= dropped.numel() * dropped.element_size()
+            if layer > start and key not in self._hidden:
+                self._hidden.put(key, hidden, hidden.numel() * hidden.element_size())
 
     def _skip_layers_before(self, start: int, hidden: Tensor | None) -> None:
         if start == 0:
@@ -132,14 +168,14 @@ class StitchedModel:
 
 
 class PlanLoss:
-    """Mean divergence of a plan's features from the dense model's, over fixed batches; memoised by plan."""
+    """Mean divergence of a plan's features from those of the model as it is; over fixed batches, memoised by plan."""
 
     def __init__(self, stitched: StitchedModel, batches: Sequence[Batch], first_index: int = 0) -> None:
         self._stitched = stitched
         self._batches = list(batches)
         self._first_index = first_index  # batches of one stitched model have indices of their own in its cache
-        dense: Plan = (0,) * len(stitched._modules)
-        self._targets = [stitched.features(dense, batch, first_index + i) for i, batch in enumerate(self._batches)]
+        whole: Plan = (0,) * len(stitched._modules)
+        self._targets = [stitched.features(whole, batch, first_index + i) for i, batch in enumerate(self._batches)]
         self._weights = [len(next(iter(batch.values()))) for batch in self._batches]
         self._known: dict[Plan, float] = {}
 

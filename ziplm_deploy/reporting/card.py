@@ -42,6 +42,11 @@ def _summary(report: FamilyReport, member: MemberReport) -> str:
         f"{report.model}, pruned by {report.method} for {member.speedup_target:g}x: {heads} attention heads and "
         f"{columns} FFN columns are left, {member.parameters:,} parameters. Verdict: {member.verdict}."
     )
+    if member.training is not None:
+        record = member.training
+        text += (
+            f" Trained after pruning ({report.recovery}): {record.steps} steps of {record.examples_per_step} examples."
+        )
     if member.reason:
         text += f" {member.reason[0].upper()}{member.reason[1:]}."
     if shows_no_speedup(member):
@@ -63,6 +68,7 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
         ["model.onnx bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
         *([key, f"{value:.4f}", figure(dense.accuracy.get(key), "{:.4f}")] for key, value in member.accuracy.items()),
+        *([f"{key}, before training", f"{v:.4f}", "–"] for key, v in member.accuracy_before_training.items()),
     ]
     return markdown_table(["", member.name, "dense, same run"], cells)
 

@@ -8,22 +8,25 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import (
     BenchmarkRecord,
     FamilyReport,
     LatencyTable,
     MemberReport,
     PruningPlan,
+    TrainingRecord,
     VariantResult,
     write_text,
 )
 from ziplm_deploy.config import BenchmarkConfig
 from ziplm_deploy.errors import CorruptArtifactError
-from ziplm_deploy.evaluation import member_accuracy
+from ziplm_deploy.evaluation import accuracy_in
 from ziplm_deploy.members import member_key
+from ziplm_deploy.parents import DENSE
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.markdown import family_markdown
-from ziplm_deploy.run import DENSE, Run
+from ziplm_deploy.run import Run
 from ziplm_deploy.run_folder import versions
 
 
@@ -35,6 +38,8 @@ def write_report(state: Run) -> FamilyReport:
         StorageError: a file cannot be written.
     """
     report = collect(state)
+    if not distributed.is_first():
+        return report
     for member in report.members:
         write_text(state.folder.member(member.name) / "README.md", model_card(report, member, state.task.ort_class))
     write_text(state.folder.path / "report.md", family_markdown(report))
@@ -54,6 +59,7 @@ def collect(state: Run) -> FamilyReport:
         task=recipe.model.task,
         metric=state.task.metric_name,
         method=recipe.prune.method,
+        recovery=recipe.recover.mode,
         machine=record.machine,
         engine=record.engine,
         engine_version=record.engine_version,
@@ -147,7 +153,7 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
 
 
 def _fill(state: Run, name: str, result: VariantResult, **facts: object) -> MemberReport:
-    folder = state.folder.member(name)
+    folder, pruned = state.folder.member(name), state.folder.pruned(name)
     onnx_path = folder / "model.onnx"
     if not onnx_path.exists():
         raise CorruptArtifactError(
@@ -165,8 +171,11 @@ def _fill(state: Run, name: str, result: VariantResult, **facts: object) -> Memb
         "peak_memory_bytes": result.peak_memory_bytes,
         "parameters": parameter_count(folder / "pruned.safetensors"),
         "onnx_bytes": onnx_path.stat().st_size,
-        "accuracy": member_accuracy(state, name),
+        "accuracy": accuracy_in(state, folder),
     }
+    if state.trains and name != DENSE:
+        common["accuracy_before_training"] = accuracy_in(state, pruned)
+        common["training"] = TrainingRecord.load(folder / "training.json")
     return MemberReport.model_validate(common | facts)
 
 

@@ -22,6 +22,7 @@ def family_markdown(report: FamilyReport) -> str:
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
         *_scores(report),
+        *_training(report),
         ["## Measured on", "", *_environment(report)],
         *([["## Notes", "", *(f"- {note}" for note in report.notes)]] if report.notes else []),
         [
@@ -117,6 +118,31 @@ def _scores(report: FamilyReport) -> list[list[str]]:
         for member in report.members
     ]
     return [["## Scores", "", *markdown_table(["model", *keys], cells)]]
+
+
+def _training(report: FamilyReport) -> list[list[str]]:
+    """What recovery took, and how far its loss fell."""
+    trained = [(member, member.training) for member in report.members if member.training is not None]
+    if not trained:
+        return []
+    cells = [
+        [
+            member.name,
+            str(record.steps),
+            str(record.examples_per_step),
+            f"{record.seconds:.0f}",
+            f"{record.samples_per_second:.0f}",
+            record.device,
+            f"{record.losses[0][1]:.4g} to {record.losses[-1][1]:.4g}" if record.losses else MISSING,
+        ]
+        for member, record in trained
+    ]
+    text = {
+        "one-shot": "Each member was pruned from the dense model, then trained.",
+        "gradual": "Each member was pruned from the trained one before it, then trained.",
+    }[report.recovery]
+    titles = ["model", "steps", "examples a step", "seconds", "examples/s", "device", "loss"]
+    return [["## Training", "", text, "", *markdown_table(titles, cells)]]
 
 
 def _environment(report: FamilyReport) -> list[str]:

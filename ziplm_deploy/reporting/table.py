@@ -20,12 +20,19 @@ def metric_columns(members: Sequence[MemberReport], metric: str) -> dict[str, st
 def header(members: Sequence[MemberReport], metric: str) -> list[str]:
     """Column titles."""
     fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", "ONNX MB", "p50 / p99 ms"]
-    return [*fixed, *metric_columns(members, metric).values(), "verdict"]
+    before = ["before training"] if _trained(members) else []
+    return [*fixed, *before, *metric_columns(members, metric).values(), "verdict"]
 
 
 def rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
     """One row a member, as long as :func:`header`."""
-    return [_row(member, list(metric_columns(members, metric))) for member in members]
+    scores, trained = list(metric_columns(members, metric)), _trained(members)
+    return [_row(member, scores, metric if trained else None) for member in members]
+
+
+def _trained(members: Sequence[MemberReport]) -> bool:
+    """Whether there is a score before training to show."""
+    return any(member.accuracy_before_training for member in members)
 
 
 def shows_no_speedup(member: MemberReport) -> bool:
@@ -39,7 +46,8 @@ def verdict(member: MemberReport) -> str:
     return member.verdict
 
 
-def _row(member: MemberReport, scores: list[str]) -> list[str]:
+def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> list[str]:
+    before = [] if metric_before is None else [member.accuracy_before_training.get(metric_before)]
     dense = member.speedup_target is None
     return [
         member.name,
@@ -49,6 +57,7 @@ def _row(member: MemberReport, scores: list[str]) -> list[str]:
         f"{member.parameters / 1e6:.2f} M",
         f"{member.onnx_bytes / 1e6:.1f}",
         f"{member.p50_ms:.2f} / {member.p99_ms:.2f}",
+        *(MISSING if score is None else f"{score:.4f}" for score in before),
         *(f"{member.accuracy[key]:.4f}" if key in member.accuracy else MISSING for key in scores),
         verdict(member),
     ]

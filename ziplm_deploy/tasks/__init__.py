@@ -9,6 +9,7 @@ from ziplm_deploy.tasks.base import Run, Task, torch_run
 from ziplm_deploy.tasks.classification import TextClassification
 from ziplm_deploy.tasks.images import ImageClassification
 from ziplm_deploy.tasks.masking import FillMask
+from ziplm_deploy.tasks.regression import TextRegression
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 from ziplm_deploy.tasks.tokens import TokenClassification
 
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         SentenceSimilarity,
         TextClassification,
+        TextRegression,
         QuestionAnswering,
         TokenClassification,
         FillMask,

@@ -12,8 +12,9 @@ from torchmetrics.functional.text import squad
 
 from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Batch, Run, Task, Which
+from ziplm_deploy.tasks.base import Run, Task, Which
 from ziplm_deploy.tasks.batching import (
+    Batch,
     Example,
     as_float32,
     encode_examples,
@@ -21,12 +22,17 @@ from ziplm_deploy.tasks.batching import (
     require_fast,
     run_batches,
     split_examples,
+    training_examples,
     unpadded,
+    with_labels,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.labels import labels_of, require_labels
+from ziplm_deploy.tasks.losses import cross_entropy
 
 MAX_ANSWER_TOKENS = 30  # as in the reference evaluation of BERT
 BEST = 20  # start and end positions considered a window
+TOKENIZED_ROWS = 1000  # rows tokenised at once for training: windows with offsets take much memory
 MIN_LENGTH = 32  # tokens; below it question and special tokens leave no room for context
 
 
@@ -40,7 +46,10 @@ class Window:
 
 
 class QuestionAnswering(Task):
-    """Rows: ``{"question", "context", "answers": [str] (if the data have them)}``. Every question has an answer."""
+    """Rows: ``{"question", "context", "answers": [str] (if the data have them)}``. Every question has an answer.
+
+    Training rows with answers also have ``answer_start``: the character of the context where the first of them begins.
+    """
 
     name = "question-answering"
     metric_name = "f1"
@@ -49,6 +58,9 @@ class QuestionAnswering(Task):
     output_names = ("start_logits", "end_logits")
     text_columns = (("question", "context"),)
     label_columns = ("answers",)
+    label_names = ("start_positions", "end_positions")
+    feature_outputs = ("start_logits", "end_logits")
+    token_outputs = frozenset(feature_outputs)
 
     def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -64,8 +76,16 @@ class QuestionAnswering(Task):
             if label is not None:
                 answers = cell(source, label, (dict, list, str), number, 'answers as {"text": […]}')
                 row["answers"] = _answer_texts(answers, number, required=which == "evaluation")
+                if which == "train" and row["answers"]:
+                    row["answer_start"] = locate_answer(row, _given_start(answers), number)
             rows.append(row)
+        if which == "train":
+            labels_of(_labelled(rows))  # here the numbers in its message are still those of the file
         return rows
+
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        require_labels(_labelled(rows))
+        return {}  # one start and one end logit a token, whatever the data
 
     def encode(
         self,
@@ -82,6 +102,31 @@ class QuestionAnswering(Task):
         for window in make_windows(processor, rows, max_length):
             first.setdefault(window.row, window.inputs)
         return encode_examples(list(first.values()), processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """One window a row: the first that holds the whole answer; ``start_positions`` and ``end_positions`` [1].
+
+        Where none does, the first window with position 0, the special token at its beginning.
+        """
+        answered = labels_of(_labelled(rows)) is not None
+        answers = [_answer_characters(row, number) if answered else None for number, row in enumerate(rows, 1)]
+        found: list[tuple[Example, tuple[int, int]]] = []
+        for first in range(0, len(rows), TOKENIZED_ROWS):
+            part = slice(first, first + TOKENIZED_ROWS)
+            found += _answer_windows(make_windows(processor, rows[part], max_length), answers[part])
+        examples = training_examples([inputs for inputs, _ in found])
+        if not answered:
+            return examples
+        starts, ends = [start for _, (start, _) in found], [end for _, (_, end) in found]
+        return with_labels(with_labels(examples, starts, "start_positions"), ends, "end_positions")
+
+    def collate(self, examples: list[Batch], processor: Any) -> Batch:
+        batch = super().collate(examples, processor)
+        if processor.padding_side == "left":
+            sizes = torch.tensor([example["input_ids"].shape[1] for example in examples])  # [batch]
+            shift = batch["input_ids"].shape[1] - sizes
+            batch |= {name: batch[name] + shift for name in self.label_names if name in batch}
+        return batch
 
     def evaluate(
         self,
@@ -120,6 +165,11 @@ class QuestionAnswering(Task):
         """KL of the start plus KL of the end distribution, mean over examples."""
         return 2.0 * super().divergence(candidate, dense)
 
+    def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Mean of the cross-entropies of start and end over all tokens, as in transformers."""
+        start, end = self.labels(batch)
+        return (cross_entropy(outputs["start_logits"], start) + cross_entropy(outputs["end_logits"], end)) / 2
+
 
 def make_windows(processor: Any, rows: list[Row], max_length: int) -> list[Window]:
     """All windows of all rows, overlapping by a quarter of ``max_length`` so that no answer is cut in two."""
@@ -148,6 +198,38 @@ def make_windows(processor: Any, rows: list[Row], max_length: int) -> list[Windo
         spans = [tuple(span) if part == 1 else None for span, part in zip(offsets, parts, strict=True)]
         windows.append(Window(encoded["overflow_to_sample_mapping"][index], inputs, spans))
     return windows
+
+
+def answer_tokens(window: Window, characters: tuple[int, int]) -> tuple[int, int] | None:
+    """First and last token of an answer, given by its characters of the context [first, past the last).
+
+    None if the window does not hold all of it.
+    """
+    start, end = characters
+    spans = [(token, *span) for token, span in enumerate(window.spans) if span is not None]
+    if not spans or spans[0][1] > start or spans[-1][2] < end:
+        return None
+    first = next(token for token, _, past in spans if past > start)
+    last = next(token for token, begin, _ in reversed(spans) if begin < end)
+    return (first, last) if first <= last else None  # the tokenizer dropped all its characters
+
+
+def _answer_windows(
+    windows: list[Window], answers: list[tuple[int, int] | None]
+) -> list[tuple[Example, tuple[int, int]]]:
+    """For each row the window to train on, and the answer's first and last token in it."""
+    chosen: dict[int, tuple[Example, tuple[int, int]]] = {}
+    done: set[int] = set()
+    for window in windows:
+        if window.row in done:
+            continue
+        answer = answers[window.row]
+        tokens = None if answer is None else answer_tokens(window, answer)
+        if tokens is not None:
+            done.add(window.row)
+        if tokens is not None or window.row not in chosen:
+            chosen[window.row] = (window.inputs, tokens or (0, 0))
+    return [chosen[row] for row in range(len(answers))]
 
 
 def best_span(
@@ -190,6 +272,40 @@ def _answer_texts(answers: Any, number: int, *, required: bool) -> list[str]:
             "supported, remove those rows"
         )
     return texts
+
+
+def locate_answer(row: Row, given: int | None, number: int) -> int:
+    """Character of the context where the row's first answer begins: the one ``given``, or its first occurrence.
+
+    Raises:
+        DataError: the answer is blank or does not stand there, or nowhere; names the row.
+    """
+    text, context = row["answers"][0], row["context"]
+    start = context.find(text) if given is None else given
+    if text.strip() and start >= 0 and context.startswith(text, start):
+        return int(start)
+    where = "the context" if given is None else f"the context at character {given} (answer_start)"
+    raise DataError(
+        f"expected an answer that stands in {where}, found {text!r:.80} in row {number}; correct or remove it"
+    )
+
+
+def _given_start(answers: Any) -> int | None:
+    starts = answers.get("answer_start") if isinstance(answers, dict) else None
+    first = starts[0] if isinstance(starts, list) and starts else starts
+    return first if isinstance(first, int) else None
+
+
+def _labelled(rows: list[Row]) -> list[Row]:
+    """Rows whose ``label`` is what is known about the answer, None where nothing is."""
+    return [{"label": row.get("answers") or None} for row in rows]
+
+
+def _answer_characters(row: Row, number: int) -> tuple[int, int]:
+    """Characters of the context [first, past the last) of the first answer, without spaces around it."""
+    text = row["answers"][0]
+    start = row["answer_start"] if "answer_start" in row else locate_answer(row, None, number)
+    return start + len(text) - len(text.lstrip()), start + len(text.rstrip())
 
 
 def _as_squad(texts: list[str]) -> dict[str, list[Any]]:

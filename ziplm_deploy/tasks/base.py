@@ -1,4 +1,4 @@
-"""What every task offers: rows, batches, metric, and the loss that guides the search.
+"""What every task offers: rows, batches, metric, the loss that guides the search, and the losses of training.
 
 Rows are normalised once when they are loaded, so nothing after :meth:`Task.load_rows` knows column names.
 A *run* is anything that maps named numpy inputs to named numpy outputs: an ONNX session or :func:`torch_run`.
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ziplm_deploy.config import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
+from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence
 
-Which = Literal["calibration", "evaluation"]
-Batch = dict[str, Tensor]
-Arrays = dict[str, np.ndarray]
+Which = Literal["calibration", "evaluation", "train"]
 Run = Callable[[Arrays], Arrays]
 
 
@@ -37,30 +37,42 @@ class Task(ABC):
     input_kind: ClassVar[Literal["text", "image"]] = "text"
     text_columns: ClassVar[tuple[tuple[str, ...], ...]]  # usual names, most specific first
     label_columns: ClassVar[tuple[str, ...]] = ()
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # labels in a training batch; empty: no loss of its own
+    feature_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what features() reads
+    token_outputs: ClassVar[frozenset[str]] = frozenset()  # those of them with tokens as axis 1
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
 
     def load_rows(self, data: DataConfig, which: Which, seed: int) -> list[Row]:
-        """Normalised rows of the calibration or evaluation set, sampled with ``seed``.
+        """Normalised rows of the calibration, evaluation or training set, sampled with ``seed``.
 
-        Calibration rows come in random order, so that their first n are a fair sample; evaluation rows in their own.
+        Calibration and training rows come in random order, so that their first n are a fair sample; evaluation rows in
+        their own. Without ``data.train`` the training rows come from the calibration data.
 
         Raises:
             DataError: nothing configured, missing, empty, fewer rows than asked for, or columns are missing.
         """
-        calibrating = which == "calibration"
-        source = data.calibration if calibrating else data.evaluation
+        source, split = self.source(data, which)
         if source is None:
-            raise DataError(f"expected data.{which} in the recipe, found none; give a data file or a `datasets` name")
-        split = data.calibration_split if calibrating else data.evaluation_split
+            asked = "data.train or data.calibration" if which == "train" else f"data.{which}"
+            raise DataError(f"expected {asked} in the recipe, found none; give a data file or a `datasets` name")
         raw = read_rows(source, split=split, config_name=data.config_name)
         try:
             rows = self.normalise_rows(raw, data, which)
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
-        count = data.n_calibration if calibrating else data.n_evaluation
-        return sample_rows(rows, count, seed, field=f"n_{which}", shuffle=calibrating)
+        counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
+        return sample_rows(rows, counts[which], seed, field=f"n_{which}", shuffle=which != "evaluation")
+
+    @staticmethod
+    def source(data: DataConfig, which: Which) -> tuple[str | None, str]:
+        """Data file or `datasets` name, and the split of it that is meant in the latter case."""
+        if which == "evaluation":
+            return data.evaluation, data.evaluation_split
+        if which == "train" and data.train is not None:
+            return data.train, data.train_split
+        return data.calibration, data.calibration_split
 
     @abstractmethod
     def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
@@ -75,8 +87,8 @@ class Task(ABC):
         return find_columns(raw, data.text_columns, usual, what=what, field="text_columns")
 
     def find_label_column(self, raw: list[Row], data: DataConfig, which: Which) -> str | None:
-        """Column with the label; None for calibration data without one, as calibration needs no labels."""
-        if which == "calibration" and data.label_column is None and not set(self.label_columns) & set(raw[0]):
+        """Column with the label; None where there is none and none is needed: not for evaluation."""
+        if which != "evaluation" and data.label_column is None and not set(self.label_columns) & set(raw[0]):
             return None
         asked = None if data.label_column is None else [data.label_column]
         usual = [[name] for name in self.label_columns]
@@ -89,6 +101,14 @@ class Task(ABC):
             DataError: a label is unknown to ``config.label2id`` or outside ``config.num_labels``.
         """
         return rows
+
+    @abstractmethod
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        """Settings of the config for a new head that fits labelled training rows; empty if heads are all alike.
+
+        Raises:
+            DataError: rows without labels, or with labels that make no head of this task.
+        """
 
     @abstractmethod
     def encode(
@@ -105,6 +125,24 @@ class Task(ABC):
 
         ``sort`` orders the examples by length, so that batches carry little padding.
         """
+
+    @abstractmethod
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """Training examples, one a row and in the rows' order, with labels by :attr:`label_names` if the rows have any.
+
+        Inputs are unpadded tensors [1, length], labels [1] or, one a token, [1, length].
+
+        Raises:
+            DataError: some rows have labels and some have not, or labels that check_labels has not seen.
+        """
+
+    def collate(self, examples: list[Batch], processor: Any) -> Batch:
+        """Examples as one batch [len(examples), longest]; tokens of padding have label -100.
+
+        Raises:
+            DataError: an example has other inputs or labels than the first.
+        """
+        return collate_examples(examples, processor)
 
     @abstractmethod
     def evaluate(
@@ -132,8 +170,10 @@ class Task(ABC):
         return {}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Named outputs of a torch model; inputs that it does not take are left out."""
-        accepted = _parameters(type(model).forward)
+        """Named outputs of a torch model; labels and inputs that it does not take are left out."""
+        # Wrappers of several processes take anything; their model knows.
+        inner = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+        accepted = _parameters(type(inner).forward) - set(self.label_names)
         outputs = model(**{name: value for name, value in batch.items() if name in accepted})
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
@@ -145,12 +185,31 @@ class Task(ABC):
         """Mean KL(dense ‖ candidate) over the last dimension of logits ``[…, classes]``; a scalar ≥ 0."""
         return kl_divergence(candidate, dense)
 
+    def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Distance of the student's features to the teacher's; a scalar ≥ 0, whose gradient reaches the student only.
 
-def kl_divergence(candidate: Tensor, dense: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(dense) ‖ softmax(candidate)); logits ``[…, classes]``, scalar out, in nats."""
-    log_q = candidate.float().log_softmax(-1)
-    log_p = dense.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        T² · KL(teacher / T ‖ student / T): T² keeps the size of the gradient at every T (Hinton et al., 2015).
+        """
+        soft_student, soft_teacher = student.float() / temperature, teacher.detach().float() / temperature
+        return temperature**2 * self.divergence(soft_student, soft_teacher)
+
+    def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The task's own loss against the labels: mean cross-entropy of ``logits`` over labelled rows or tokens.
+
+        Raises:
+            DataError: the batch has no labels.
+        """
+        (labels,) = self.labels(batch)
+        return cross_entropy(outputs["logits"], labels)
+
+    def labels(self, batch: Batch) -> list[Tensor]:
+        """The labels of a training batch by :attr:`label_names`; raises :class:`DataError` if one is missing."""
+        if not self.label_names or not all(name in batch for name in self.label_names):
+            raise DataError(
+                f"expected labelled training data for the loss of {self.name}, found none; give data.train with labels "
+                "(data.label_column), or set recover.task_weight to 0"
+            )
+        return [batch[name] for name in self.label_names]
 
 
 @functools.cache
@@ -177,34 +236,3 @@ def class_logits(run: Run, batches: Iterator[tuple[list[int], Arrays]], n_rows: 
         for position, index in enumerate(indices):
             predicted[index] = logits[position]
     return np.stack([row for row in predicted if row is not None])
-
-
-def map_label(value: Any, config: Any, number: int) -> int:
-    """A label as the model's class number: by name through ``label2id``, or an integer in range.
-
-    Raises:
-        DataError: neither; names the row and the labels that the model knows.
-    """
-    names: dict[str, int] = dict(config.label2id or {})
-    if isinstance(value, str):
-        by_folded = {name.casefold(): index for name, index in names.items()}
-        index = names.get(value, by_folded.get(value.strip().casefold()))
-        if index is not None:
-            return int(index)
-        value = _as_number(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, (int, np.integer)) and 0 <= int(value) < config.num_labels:
-        return int(value)
-    known = ", ".join(sorted(names, key=lambda name: names[name])[:12])
-    raise DataError(
-        f"expected labels of the model's head, 0 to {config.num_labels - 1} or one of {known}, found {value!r} in row "
-        f"{number}; use a model whose head fits the data, or rename the labels (-1 marks test splits without labels)"
-    )
-
-
-def _as_number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text

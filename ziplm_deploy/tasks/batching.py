@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Arrays, Batch
 from ziplm_deploy.tasks.data import Row
+from ziplm_deploy.tasks.losses import IGNORED
 
 Example = dict[str, list[int]]  # input name -> token values, unpadded
+Batch = dict[str, Tensor]
+Arrays = dict[str, np.ndarray]
 
 
 def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
@@ -53,14 +56,68 @@ def batch_indices(lengths: list[int], batch_size: int, *, sort: bool) -> list[li
 def pad_batch(examples: list[Example], processor: Any, pad_to: int | None) -> Batch:
     """Tensors [len(examples), longest or pad_to], int64, padded on the tokenizer's side."""
     length = max(len(example["input_ids"]) for example in examples) if pad_to is None else pad_to
-    fillers = {"input_ids": processor.pad_token_id or 0, "token_type_ids": processor.pad_token_type_id}
+    return {
+        name: _padded([torch.tensor(example[name], dtype=torch.int64) for example in examples], name, length, processor)
+        for name in examples[0]
+    }
+
+
+def _padded(rows: list[Tensor], name: str, length: int, processor: Any) -> Tensor:
+    """One tensor [len(rows), length] of rows [≤ length], filled up as suits the model input or label ``name``."""
+    fillers = {
+        "input_ids": processor.pad_token_id or 0,
+        "token_type_ids": processor.pad_token_type_id,
+        "labels": IGNORED,
+    }
+    padded = torch.full((len(rows), length), fillers.get(name, 0), dtype=rows[0].dtype)  # [batch, length]
+    for target, values in zip(padded, rows, strict=True):
+        target[unpadded(len(values), length, processor)] = values
+    return padded
+
+
+def training_examples(
+    examples: list[Example], labels: list[Any] | None = None, label_name: str = "labels"
+) -> list[Batch]:
+    """Unpadded tensors [1, length] of every example, int64, and its label if there are any.
+
+    A label that is a list (of ints, one a token) becomes [1, length]; an int or float becomes [1], int64 or float32.
+    """
+    # torch.tensor of lists, not views of one large tensor: a view is pickled with all of its storage
+    batches = [
+        {name: torch.tensor([values], dtype=torch.int64) for name, values in example.items()} for example in examples
+    ]
+    return batches if labels is None else with_labels(batches, labels, label_name)
+
+
+def with_labels(examples: list[Batch], labels: list[Any], label_name: str = "labels") -> list[Batch]:
+    """Examples with one label each, see :func:`training_examples`."""
+    dtype = torch.float32 if labels and isinstance(labels[0], float) else torch.int64
+    return [
+        {**each, label_name: torch.tensor([label], dtype=dtype)} for each, label in zip(examples, labels, strict=True)
+    ]
+
+
+def collate_examples(examples: list[Batch], processor: Any) -> Batch:
+    """One batch of training examples: what has a token axis ([1, length]) is padded, all else is put together.
+
+    Raises:
+        DataError: an example has other inputs or labels than the first.
+    """
+    names = examples[0].keys()
+    for number, example in enumerate(examples):
+        if example.keys() != names:
+            raise DataError(
+                f"expected {', '.join(names)} in every training example, as in the first of the batch, found "
+                f"{', '.join(example)} in its number {number}; label all training rows or none"
+            )
     batch: Batch = {}
-    for name in examples[0]:
-        padded = torch.full((len(examples), length), fillers.get(name, 0), dtype=torch.int64)  # [batch, length]
-        for row, example in enumerate(examples):
-            values = torch.tensor(example[name], dtype=torch.int64)
-            padded[row, unpadded(len(values), length, processor)] = values
-        batch[name] = padded
+    for name in names:
+        parts = [example[name] for example in examples]
+        if parts[0].dim() == 2:
+            length = max(part.shape[1] for part in parts)
+            batch[name] = _padded([part[0] for part in parts], name, length, processor)  # [batch, longest]
+        else:
+            batch[name] = torch.cat(parts)  # labels [batch]; images [batch, channels, height, width]
     return batch
 
 

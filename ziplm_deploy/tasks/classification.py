@@ -1,8 +1,8 @@
-"""Sequence classification of single texts and of pairs, judged by accuracy."""
+"""Heads on single texts and on pairs; here classification, judged by accuracy."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
@@ -10,16 +10,15 @@ from torch import Tensor
 
 from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Batch, Run, Task, Which, class_logits, map_label
-from ziplm_deploy.tasks.batching import encode_examples, run_batches, tokenize
+from ziplm_deploy.tasks.base import Run, Task, Which, class_logits
+from ziplm_deploy.tasks.batching import Batch, encode_examples, run_batches, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.labels import check_class_labels, class_head, class_numbers, labels_of, require_labels
 
 
-class TextClassification(Task):
-    """Rows: ``{"text", "text_pair" (pairs), "label" (if the data have one)}``."""
+class TextTask(Task):
+    """One answer a text or pair. Rows: ``{"text", "text_pair" (pairs), "label" (if the data have one)}``."""
 
-    name = "text-classification"
-    metric_name = "accuracy"
     auto_class = "AutoModelForSequenceClassification"
     ort_class = "ORTModelForSequenceClassification"
     output_names = ("logits",)
@@ -32,7 +31,7 @@ class TextClassification(Task):
         ("sentence",),
         ("text",),
     )
-    label_columns = ("label", "labels")
+    label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
 
     def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -44,12 +43,13 @@ class TextClassification(Task):
             texts = [cell(source, name, str, number, "text") for name in columns]
             row: Row = dict(zip(("text", "text_pair"), texts, strict=False))
             if label is not None:
-                row["label"] = cell(source, label, (int, float, str), number, "a label")
+                row["label"] = self.read_label(cell(source, label, (int, float, str), number, "a label"), number)
             rows.append(row)
         return rows
 
-    def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
-        return check_class_labels(rows, config)
+    def read_label(self, value: int | float | str, number: int) -> int | float | str:
+        """A label as the rows carry it until :meth:`check_labels`; ``number`` is the row's, from 1."""
+        return value
 
     def encode(
         self,
@@ -64,6 +64,31 @@ class TextClassification(Task):
         examples = tokenize(processor, rows, max_length)
         return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
 
+    def predict(
+        self, run: Run, rows: list[Row], processor: Any, max_length: int, batch_size: int, pad_to: int | None
+    ) -> np.ndarray:
+        """Logits [len(rows), outputs] in row order."""
+        examples = tokenize(processor, rows, max_length)
+        return class_logits(run, run_batches(examples, processor, batch_size, pad_to), len(rows))
+
+    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        return outputs["logits"]
+
+
+class TextClassification(TextTask):
+    name = "text-classification"
+    metric_name = "accuracy"
+
+    def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
+        return check_class_labels(rows, config)
+
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        return class_head(require_labels(rows))
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        labels = None if labels_of(rows) is None else class_numbers(rows)
+        return training_examples(tokenize(processor, rows, max_length), labels)
+
     def evaluate(
         self,
         run: Run,
@@ -74,36 +99,7 @@ class TextClassification(Task):
         pad_to: int | None = None,
     ) -> dict[str, float]:
         labels = class_numbers(rows)
-        examples = tokenize(processor, rows, max_length)
-        logits = class_logits(run, run_batches(examples, processor, batch_size, pad_to), len(rows))
-        return classification_metrics(logits, labels)
-
-    def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-        return outputs["logits"]
-
-
-def check_class_labels(rows: list[Row], config: Any) -> list[Row]:
-    """Rows with one class number each, by the model's head; raises :class:`DataError` as :func:`map_label` does."""
-    if config.num_labels < 2:
-        raise DataError(
-            f"expected a classifier with two or more labels, found a head with {config.num_labels} (regression); it "
-            "cannot be pruned by comparing class probabilities"
-        )
-    return [
-        {**row, "label": map_label(row["label"], config, number)} if "label" in row else row
-        for number, row in enumerate(rows, 1)
-    ]
-
-
-def class_numbers(rows: list[Row]) -> list[int]:
-    """Labels of the rows; raises :class:`DataError` where they were not checked against the head."""
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("label"), int):
-            raise DataError(
-                f"expected a class number as label in row {number}, found {row.get('label')!r}; pass the rows that "
-                "check_labels returned"
-            )
-    return [row["label"] for row in rows]
+        return classification_metrics(self.predict(run, rows, processor, max_length, batch_size, pad_to), labels)
 
 
 def classification_metrics(logits: np.ndarray, labels: list[int]) -> dict[str, float]:

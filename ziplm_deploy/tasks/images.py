@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Arrays, Batch, Run, Task, Which, class_logits
-from ziplm_deploy.tasks.classification import check_class_labels, class_numbers, classification_metrics
+from ziplm_deploy.tasks.base import Run, Task, Which, class_logits
+from ziplm_deploy.tasks.batching import Arrays, Batch, with_labels
+from ziplm_deploy.tasks.classification import classification_metrics
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.labels import check_class_labels, class_head, class_numbers, labels_of, require_labels
 
 
 class ImageClassification(Task):
@@ -32,8 +34,7 @@ class ImageClassification(Task):
         (column, *more) = self.columns(raw, data)
         if more:
             raise DataError(f"expected one image column, found data.text_columns {data.text_columns}; name one")
-        source = data.calibration if which == "calibration" else data.evaluation
-        folder = Path(source or ".").parent
+        folder = Path(self.source(data, which)[0] or ".").parent
         label = self.find_label_column(raw, data, which)
         rows: list[Row] = []
         for number, item in enumerate(raw, 1):
@@ -45,6 +46,9 @@ class ImageClassification(Task):
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         return check_class_labels(rows, config)
+
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        return class_head(require_labels(rows))
 
     def encode(
         self,
@@ -61,6 +65,12 @@ class ImageClassification(Task):
             {"pixel_values": _pixels(rows[start : start + batch_size], processor)}
             for start in range(0, len(rows), batch_size)
         ]
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """``pixel_values`` [1, channels, height, width] and ``labels`` [1]; all images are decoded into memory."""
+        labels = None if labels_of(rows) is None else class_numbers(rows)
+        examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
+        return examples if labels is None else with_labels(examples, labels)
 
     def evaluate(
         self,

@@ -11,13 +11,22 @@ from torch import Tensor
 
 from ziplm_deploy.config import DataConfig, ModelConfig
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Batch, Run, Task, Which
-from ziplm_deploy.tasks.batching import Example, as_float32, encode_examples, run_batches, tokenize, unpadded
+from ziplm_deploy.tasks.base import Run, Task, Which
+from ziplm_deploy.tasks.batching import (
+    Batch,
+    Example,
+    as_float32,
+    encode_examples,
+    run_batches,
+    tokenize,
+    training_examples,
+    unpadded,
+)
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.losses import IGNORED
 
 MASKED_FRACTION = 0.15  # as in pre-training of BERT
 FEATURES_PER_ROW = 8  # masked positions compared a sequence: vocabulary-wide logits are large
-SKIP = -100
 
 
 class FillMask(Task):
@@ -29,6 +38,7 @@ class FillMask(Task):
     ort_class = "ORTModelForMaskedLM"
     output_names = ("logits",)
     text_columns = (("text",), ("sentence",))
+    token_outputs = frozenset({"logits"})
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
@@ -44,6 +54,9 @@ class FillMask(Task):
             raise DataError(f"expected text in column {columns[0]!r}, found only blank rows; give another column")
         return rows
 
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        return {}  # the head spans the vocabulary; the text is its own label
+
     def encode(
         self,
         rows: list[Row],
@@ -57,6 +70,10 @@ class FillMask(Task):
         """Inputs with 15 % of the tokens replaced by the mask token, as the model is used."""
         masked, _ = self._mask(tokenize(processor, rows, max_length), processor)
         return encode_examples(masked, processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """Inputs masked as :meth:`encode` masks them; ``labels`` [1, length]: the hidden tokens, -100 elsewhere."""
+        return training_examples(*self._mask(tokenize(processor, rows, max_length), processor))
 
     def evaluate(
         self,
@@ -73,7 +90,7 @@ class FillMask(Task):
             logits = run(inputs)["logits"]
             for position, index in enumerate(indices):
                 target = np.array(targets[index])
-                hidden = np.flatnonzero(target != SKIP)
+                hidden = np.flatnonzero(target != IGNORED)
                 if not len(hidden):
                     continue
                 tokens = unpadded(len(target), logits.shape[1], processor)
@@ -95,11 +112,13 @@ class FillMask(Task):
 
     def _require_mask_id(self) -> int:
         if self._mask_id is None:
-            raise RuntimeError("FillMask.features needs batches that this object's encode() made; call encode() first")
+            raise RuntimeError(
+                "FillMask.features needs batches that this object's encode() or examples() made; call one first"
+            )
         return self._mask_id
 
     def _mask(self, examples: list[Example], processor: Any) -> tuple[list[Example], list[list[int]]]:
-        """Examples with masked ids, and the hidden ids (SKIP elsewhere), both [examples][length]."""
+        """Examples with masked ids, and the hidden ids (-100 elsewhere), both [examples][length]."""
         if processor.mask_token_id is None:
             raise DataError(
                 f"expected a tokenizer with a mask token for fill-mask, found {type(processor).__name__} without; use "
@@ -115,5 +134,5 @@ class FillMask(Task):
             count = min(len(candidates), max(1, round(MASKED_FRACTION * len(candidates))))
             hidden = set(random.Random(str(ids)).sample(candidates, count))
             masked.append({**example, "input_ids": [self._mask_id if p in hidden else t for p, t in enumerate(ids)]})
-            targets.append([token if position in hidden else SKIP for position, token in enumerate(ids)])
+            targets.append([token if position in hidden else IGNORED for position, token in enumerate(ids)])
         return masked, targets

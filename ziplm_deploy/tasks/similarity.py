@@ -5,20 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Arrays, Batch, Run, Task, Which
-from ziplm_deploy.tasks.batching import as_float32, encode_examples, run_batches, tokenize
+from ziplm_deploy.tasks.base import Run, Task, Which
+from ziplm_deploy.tasks.batching import (
+    Arrays,
+    Batch,
+    as_float32,
+    encode_examples,
+    run_batches,
+    tokenize,
+    training_examples,
+)
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.scores import correlations, parse_score
 
 NEIGHBOURS = 10
 
 
 class SentenceSimilarity(Task):
-    """Calibration rows: distinct ``{"text"}``. Evaluation rows: ``{"text", "text_pair", "label": float}``."""
+    """Rows: distinct ``{"text"}``; for evaluation ``{"text", "text_pair", "label": float}``."""
 
     name = "sentence-similarity"
     metric_name = "spearman"
@@ -27,9 +35,11 @@ class SentenceSimilarity(Task):
     output_names = ("last_hidden_state", "sentence_embedding")
     text_columns = (("sentence1", "sentence2"), ("text1", "text2"))
     label_columns = ("label", "score", "similarity")
+    label_names = ()  # embeddings are trained against the dense model's
+    feature_outputs = ("sentence_embedding",)
 
     def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
-        if which == "calibration":
+        if which != "evaluation":
             columns = self.columns(raw, data, (*self.text_columns, ("sentence",), ("text",)))
             texts = (cell(row, name, str, n, "text") for n, row in enumerate(raw, 1) for name in columns)
             return [{"text": text} for text in dict.fromkeys(texts) if text.strip()]
@@ -44,10 +54,21 @@ class SentenceSimilarity(Task):
             {
                 "text": cell(row, columns[0], str, number, "text"),
                 "text_pair": cell(row, columns[1], str, number, "text"),
-                "label": _score(cell(row, label, (int, float, str), number, "a similarity score"), number),
+                "label": self._score(row, label, number),
             }
             for number, row in enumerate(raw, 1)
         ]
+
+    @staticmethod
+    def _score(row: Row, column: str, number: int) -> float:
+        value = cell(row, column, (int, float, str), number, "a similarity score")
+        return parse_score(value, number, "similarity score")
+
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        raise DataError(
+            "expected a task with a head to fine-tune, found sentence-similarity: fine-tuning embeddings from labels "
+            "is not supported; set dense.train to false and give a model that is trained already"
+        )
 
     def encode(
         self,
@@ -61,6 +82,10 @@ class SentenceSimilarity(Task):
     ) -> list[Batch]:
         examples = tokenize(processor, flatten(rows), max_length)
         return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """Texts without labels; those of pairs once each, so not one example a row."""
+        return training_examples(tokenize(processor, flatten(rows), max_length))
 
     def evaluate(
         self,
@@ -78,14 +103,7 @@ class SentenceSimilarity(Task):
         right = embeddings[[position[row["text_pair"]] for row in rows]]
         cosine = np.sum(_unit(left) * _unit(right), axis=1)
         labels = np.array([row["label"] for row in rows], dtype=np.float64)
-        if len(rows) < 3 or np.ptp(labels) == 0:
-            raise DataError(
-                f"expected at least 3 evaluation pairs with differing scores, found {len(rows)} pairs with "
-                f"{len(set(labels.tolist()))} score(s); give more data"
-            )
-        if not np.isfinite(cosine).all() or np.ptp(cosine) == 0:
-            return {"spearman": 0.0, "pearson": 0.0}  # a collapsed model: no correlation is defined
-        return {"spearman": float(spearmanr(cosine, labels)[0]), "pearson": float(pearsonr(cosine, labels)[0])}
+        return correlations(cosine, labels)
 
     def fidelity(
         self,
@@ -138,6 +156,16 @@ class SentenceSimilarity(Task):
         from torch.nn.functional import cosine_similarity
 
         return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
+
+    def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """1 - cosine; a temperature has no meaning here."""
+        return self.divergence(student, teacher.detach())
+
+    def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        raise DataError(
+            "expected a task with a loss of its own, found sentence-similarity, which learns from the teacher only; "
+            "set recover.task_weight to 0"
+        )
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[batch, length, hidden] → [batch, hidden]."""
@@ -192,13 +220,3 @@ def _nearest(unit_vectors: np.ndarray, neighbours: int) -> np.ndarray:
 def _unit(vectors: np.ndarray) -> np.ndarray:
     vectors = np.asarray(vectors, dtype=np.float64)
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
-
-
-def _score(value: float | str, number: int) -> float:
-    try:
-        score = float(value)
-    except ValueError:
-        score = float("nan")
-    if not np.isfinite(score):
-        raise DataError(f"expected a number as similarity score, found {value!r} in row {number}; correct that row")
-    return score

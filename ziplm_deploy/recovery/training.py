@@ -1,0 +1,332 @@
+"""Training with ``transformers.Trainer``: devices, mixed precision, checkpoints and resuming are its business."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ziplm_deploy.artifacts import TrainingRecord
+from ziplm_deploy.config import RecoverConfig, TrainConfig
+from ziplm_deploy.errors import DataError, NumericalError, StorageError
+from ziplm_deploy.progress import Progress
+from ziplm_deploy.recovery.losses import LayerOutputs, token_loss
+from ziplm_deploy.recovery.teacher import Teacher
+from ziplm_deploy.tasks import Task
+
+Batch = dict[str, Tensor]
+WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it was not finished
+POSITION = "position"  # batch key: number of the example, by which the teacher knows it
+
+
+class Examples(Dataset[Batch]):
+    """Encoded training examples, each with its position."""
+
+    def __init__(self, examples: Sequence[Batch], task: Task, processor: Any) -> None:
+        self._examples, self._task, self._processor = list(examples), task, processor
+        self.lengths = [example["input_ids"].shape[1] if "input_ids" in example else 1 for example in examples]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {**self._examples[index], POSITION: torch.tensor([index])}
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all examples without padding; 0 for images, whose tokens only the model counts."""
+        return sum(self.lengths) if self._examples and "input_ids" in self._examples[0] else 0
+
+    def collate(self, items: list[Batch]) -> Batch:
+        positions = torch.cat([item[POSITION] for item in items])
+        inputs = [{name: value for name, value in item.items() if name != POSITION} for item in items]
+        return {**self._task.collate(inputs, self._processor), POSITION: positions}
+
+
+class LengthGrouped(Sampler[int]):
+    """Random order with neighbours of about equal length; depends on seed and epoch alone, so it can be resumed."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = get_length_grouped_indices(  # type: ignore[no-untyped-call]
+            self._lengths, self._batch_size, generator=generator
+        )
+        return iter([int(index) for index in order])
+
+
+class Student(nn.Module):
+    """A model as the loss sees it: features, named outputs, and packed hidden states of the given layers."""
+
+    def __init__(self, model: nn.Module, task: Task, layers: Sequence[int], dropout: bool) -> None:
+        super().__init__()
+        self.model, self.task, self.layers, self._dropout = model, task, list(layers), dropout
+
+    def train(self, mode: bool = True) -> Student:
+        """Without dropout the modules stay in evaluation mode; gradients flow all the same."""
+        return super().train(mode and self._dropout)
+
+    def forward(self, **batch: Tensor) -> dict[str, Any]:
+        with LayerOutputs(self.model, self.layers) as recorded:
+            outputs = self.task.forward(self.model, batch)
+        hidden = recorded.packed(batch.get("attention_mask"))
+        return {"outputs": outputs, "features": self.task.features(outputs, batch), "hidden": hidden}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of the three losses; without a teacher only the task's own loss."""
+
+    task: Task
+    task_weight: float = 1.0
+    logit_weight: float = 0.0
+    token_weight: float = 0.0
+    temperature: float = 1.0
+    teacher: Teacher | None = None
+
+    @classmethod
+    def of(cls, config: RecoverConfig, task: Task, teacher: Teacher) -> Objective:
+        return cls(task, config.task_weight, config.logit_weight, config.token_weight, config.temperature, teacher)
+
+    def __call__(self, answer: dict[str, Any], batch: Batch, positions: Tensor, layers: Sequence[int]) -> Tensor:
+        """Scalar loss of a student's answer to ``batch``; ``layers`` are those of ``answer["hidden"]``."""
+        total = torch.zeros((), device=positions.device)
+        if self.task_weight:
+            total = total + self.task_weight * self.task.task_loss(answer["outputs"], batch)
+        if self.teacher is None:
+            return total
+        wanted = self.teacher(batch, positions)
+        if self.logit_weight:
+            distance = self.task.distillation_loss(answer["features"], wanted.features, self.temperature)
+            total = total + self.logit_weight * distance
+        if self.token_weight and layers:
+            hidden = dict(zip(self.teacher.layers, wanted.hidden, strict=True))
+            total = total + self.token_weight * token_loss(answer["hidden"], [hidden[k] for k in layers])
+        return total
+
+
+class DistillationTrainer(transformers.Trainer):
+    """Stock Trainer with this package's loss; its checkpoints hold safetensors, also for layers of unlike shapes."""
+
+    def __init__(self, student: Student, objective: Objective, examples: Examples, **settings: Any) -> None:
+        super().__init__(student, train_dataset=examples, data_collator=examples.collate, **settings)
+        self.model_accepts_loss_kwargs = False
+        self.current_gradient_accumulation_steps = (
+            1  # Trainer sets it only when it trains; the estimate needs it before
+        )
+        self.student, self._objective, self._examples = student, objective, examples
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        batch = {name: value for name, value in inputs.items() if name != POSITION}
+        loss = self._objective(model(**batch), batch, inputs[POSITION], self.student.layers)
+        if not bool(torch.isfinite(loss)):
+            raise NumericalError(
+                f"expected a finite loss, found {loss.item()} in step {self.state.global_step + 1}; lower the learning "
+                "rate or use precision fp32. Checkpoints up to the last good step are kept"
+            )
+        return loss
+
+    def typical_batch(self, quantile: float) -> Batch:
+        """A batch of neighbours in length at a quantile of all lengths."""
+        lengths, size = self._examples.lengths, self.args.per_device_train_batch_size
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        start = int(quantile * (len(order) - size))
+        return self._examples.collate([self._examples[index] for index in order[start : start + size]])
+
+    def uncached_steps(self, total: int) -> int:
+        """Of ``total`` steps, those in which the teacher will have to answer."""
+        teacher = self._objective.teacher
+        if teacher is None or not teacher.caching:
+            return total
+        size = self.args.per_device_train_batch_size * self.args.world_size
+        return min(total, math.ceil((len(self._examples) - teacher.n_cached) / int(size)))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        size = self.args.per_device_train_batch_size * self.args.world_size
+        return LengthGrouped(self._examples.lengths, size, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
+            raise NumericalError(
+                f"expected finite weights, found NaN or infinity after step {self.state.global_step}; lower the "
+                "learning rate or use precision fp32. Checkpoints up to the last good step are kept"
+            )
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.student.model, str(folder / WEIGHTS))
+
+    def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
+        super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)  # by step: file times may be too coarse
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_model(self.student.model, str(Path(resume_from_checkpoint) / WEIGHTS))
+
+
+class _Watcher(transformers.TrainerCallback):
+    """Steps as progress; losses and the seconds of the steps themselves as a record."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.began = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._progress.step(state.global_step, state.max_steps)
+
+
+def train(
+    student: Student,
+    objective: Objective,
+    examples: Examples,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    progress: Progress,
+    title: str,
+) -> TrainingRecord:
+    """Train ``student`` in place; checkpoints go to ``folder``, from which a killed training goes on.
+
+    Raises:
+        DataError: fewer examples than one batch.
+        NumericalError: NaN or infinite loss or weights; names the step, keeps the last good checkpoint.
+        StorageError: a checkpoint cannot be written.
+    """
+    arguments = training_arguments(config, folder, seed)
+    batch = config.batch_size * arguments.world_size
+    if len(examples) < batch:
+        raise DataError(
+            f"expected at least one batch of {batch} training examples for {title}, found {len(examples)}; give more "
+            "data in data.train or a smaller batch_size"
+        )
+    total = total_steps(config, len(examples), batch)
+    watcher = _Watcher(progress)
+    trainer = DistillationTrainer(student, objective, examples, args=arguments, callbacks=[watcher])
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # type: ignore[no-untyped-call]
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        progress.note(f"{title}: goes on from {checkpoint.name}")
+    student.train()
+    progress.note(f"{title}: {total} steps of {batch} examples on {arguments.device}, {_eta(trainer, total)}")
+    try:
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_full_disk(error):
+            raise
+        raise StorageError(
+            f"expected to write a checkpoint in {folder}, found: {error}; free disk space, the same command goes on "
+            "from the last whole checkpoint"
+        ) from error
+    finally:
+        student.eval()
+    seconds = time.monotonic() - watcher.began
+    steps = outcome.global_step
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    rate = batch * (steps - watcher.first_step) / seconds
+    return TrainingRecord(
+        device=str(arguments.device),
+        steps=steps,
+        examples_per_step=batch,
+        seconds=seconds,
+        samples_per_second=rate,
+        losses=losses,
+    )
+
+
+def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transformers.TrainingArguments:
+    """Trainer's own settings; on a GPU if there is one, else on all granted cores."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        logging_steps=20,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes: accelerate launch
+    return arguments
+
+
+def total_steps(config: TrainConfig, n_examples: int, batch: int) -> int:
+    """Optimiser steps of a training."""
+    return config.max_steps or math.ceil(config.epochs * math.ceil(n_examples / batch))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; one whose writing was interrupted is removed."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found.append((int(json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]), path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(found)[1] if found else None
+
+
+def _eta(trainer: DistillationTrainer, total: int) -> str:
+    """Time that ``total`` steps take, from whole steps (of rate 0) on batches of typical lengths."""
+    student = trainer.student
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    first: list[float] = []
+    again: list[float] = []
+    with torch.random.fork_rng():
+        for quantile in (0.5, 0.2, 0.5, 0.8):
+            batch = trainer.typical_batch(quantile)
+            for timings in (first, again):  # the second time the teacher may know its answers already
+                began = time.perf_counter()
+                trainer.training_step(student, dict(batch))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                timings.append(time.perf_counter() - began)
+    slow, fast = (sum(timings[1:]) / (len(timings) - 1) for timings in (first, again))  # the first one warms up
+    n_new = trainer.uncached_steps(total)
+    seconds = n_new * slow + (total - n_new) * fast
+    return f"about {seconds / 60:.1f} min ({1000 * seconds / total:.0f} ms a step, measured)"
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed; safetensors and torch report that as errors of their own."""
+    text = str(error).lower()
+    return isinstance(error, OSError) or any(part in text for part in ("no space", "enospc", "writing file"))

@@ -1,0 +1,35 @@
+"""Distances and losses on logits: each takes float tensors and gives a scalar with a gradient; no task, no model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100  # label of a token that does not count, as in torch and transformers
+
+
+def kl_divergence(candidate: Tensor, dense: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(dense) ‖ softmax(candidate)); logits ``[…, classes]``, scalar out, in nats."""
+    log_q = candidate.float().log_softmax(-1)
+    log_p = dense.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over labels other than :data:`IGNORED`, in nats; 0 if there is none, where torch gives NaN.
+
+    logits: ``[…, classes]``; labels: int64 ``[…]``.
+    """
+    counted = labels != IGNORED
+    chosen = logits[
+        counted
+    ].float()  # [labels, classes]; vocabulary-wide logits are large, so others are left out first
+    return functional.cross_entropy(chosen, labels[counted], reduction="sum") / max(len(chosen), 1)
+
+
+def mean_squared(candidate: Tensor, wanted: Tensor) -> Tensor:
+    """Mean of the squared difference of two tensors of one shape."""
+    if candidate.shape != wanted.shape:  # torch would broadcast [n, 1] against [n] to [n, n]
+        raise ValueError(f"expected tensors of one shape, found {tuple(candidate.shape)} and {tuple(wanted.shape)}")
+    return torch.square(candidate.float() - wanted.float()).mean()

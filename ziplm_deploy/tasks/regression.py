@@ -1,0 +1,71 @@
+"""Scores of single texts and of pairs by a head with one output, judged by rank correlation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.base import Run
+from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
+from ziplm_deploy.tasks.classification import TextTask
+from ziplm_deploy.tasks.data import Row
+from ziplm_deploy.tasks.labels import labels_of, require_labels
+from ziplm_deploy.tasks.losses import mean_squared
+from ziplm_deploy.tasks.scores import correlations, parse_score
+
+
+class TextRegression(TextTask):
+    """Labels are floats in the data's own scale, which is also the scale of the output ``logits`` [batch, 1]."""
+
+    name = "text-regression"
+    metric_name = "spearman"
+    label_columns = ("label", "labels", "score", "similarity")
+
+    def read_label(self, value: int | float | str, number: int) -> float:
+        return parse_score(value, number, "score")
+
+    def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
+        """The rows; raises :class:`DataError` for a head with more outputs than one."""
+        if config.num_labels != 1:
+            raise DataError(
+                f"expected a head with one output for text-regression, found one with {config.num_labels}; set "
+                "model.task to text-classification if these are classes, or use a model with num_labels 1"
+            )
+        return rows
+
+    def head_settings(self, rows: list[Row]) -> dict[str, Any]:
+        require_labels(rows)
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        labels = labels_of(rows)
+        examples = tokenize(processor, rows, max_length)
+        return training_examples(examples, None if labels is None else [float(label) for label in labels])
+
+    def evaluate(
+        self,
+        run: Run,
+        rows: list[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        pad_to: int | None = None,
+    ) -> dict[str, float]:
+        predicted = self.predict(run, rows, processor, max_length, batch_size, pad_to)[:, 0].astype(np.float64)
+        return correlations(predicted, np.array([row["label"] for row in rows], dtype=np.float64))
+
+    def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
+        """Mean squared difference of outputs [batch, 1], in the scale of the labels squared."""
+        return mean_squared(candidate, dense)
+
+    def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean squared difference; a temperature has no meaning here."""
+        return self.divergence(student, teacher.detach())
+
+    def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Mean squared error, in the scale of the labels squared."""
+        (labels,) = self.labels(batch)
+        return mean_squared(outputs["logits"].squeeze(-1), labels)  # [batch, 1] → [batch]
