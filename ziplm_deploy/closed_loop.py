@@ -32,6 +32,22 @@ def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]
             export_member(state, name, state.folder.pruned(name))
 
 
+def carry_over(state: Run, step: Step) -> None:
+    """Let a gradual step begin with what the one before has shown: how far the table's promise was off."""
+    position = state.steps.index(step)
+    if position == 0:
+        return
+    before = state.steps[position - 1]
+    record = BenchmarkRecord.load(state.folder.step_benchmark(before.parent))
+    name_before = state.member_name(before.targets[-1])
+    plan = PruningPlan.load(state.folder.plan(name_before))
+    bias = plan.predicted_speedup / record.variant(name_before).speedup
+    for target in step.targets:
+        name, key = state.member_name(target), member_key(state, target)
+        if bias > MARGIN and state.folder.correction(name, key) is None:
+            state.folder.set_correction(name, key, Correction(target * bias))
+
+
 def _best_aim(history: list[tuple[float, float]], target: float, tolerance: float) -> float | None:
     """The aim whose member was fast enough with the least to spare."""
     fast_enough = [(measured, aim) for aim, measured in history if measured >= target * (1 - tolerance)]

@@ -123,6 +123,7 @@ def calibrate(state: Run, step: Step) -> None:
 def prune(state: Run, step: Step) -> None:
     """A plan and a physically smaller model for every target."""
     state.begin("prune", f"plans for {', '.join(map(state.member_name, step.targets))}")
+    closed_loop.carry_over(state, step)
     for target in step.targets:
         members.prune_member(state, target)
 
@@ -206,8 +207,9 @@ def evaluate(state: Run) -> None:
     folders = [(name, state.folder.member(name)) for name in state.names]
     if state.trains:
         folders += [(name, state.folder.pruned(name)) for name in state.names if name != DENSE]
+    dense_run = evaluation.remembering(evaluation.onnx_runner(state.folder.member(DENSE) / "model.onnx"))
     for index, (name, folder) in enumerate(folders):
-        evaluation.evaluate_member(state, name, folder)
+        evaluation.evaluate_member(state, name, folder, dense_run)
         state.progress.step(index + 1, len(folders))
 
 
