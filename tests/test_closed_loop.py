@@ -107,3 +107,24 @@ def test_a_member_that_was_fast_enough_is_not_given_up_for_a_missed_one(monkeypa
     )
     machine.corrections["2x"] = Correction(3.0)
     assert machine.run().variant("2x").speedup == 3.0
+
+
+@pytest.mark.parametrize(("bias", "aim"), [(0.9, 4.0 / 0.9), (1.0, None), (1.3, None)])
+def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
+    monkeypatch: pytest.MonkeyPatch, bias: float, aim: float | None
+) -> None:
+    machine = Machine(monkeypatch, (2.0, 4.0), bias=bias)
+    machine.steps = [Step("dense", (2.0,)), Step("2x", (4.0,))]  # type: ignore[attr-defined]
+    machine.folder.step_benchmark = lambda parent: parent
+    measured = SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=bias * machine.predicted[name]))
+    monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: measured))
+    closed_loop.carry_over(machine, machine.steps[0])  # type: ignore[arg-type, attr-defined]
+    assert machine.corrections == {}
+    closed_loop.carry_over(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
+    found = machine.corrections.get("4x")
+    assert (found and found.predicted_target) == (aim and pytest.approx(aim))
+    if found:
+        assert found.count == 0  # all corrections are still to be had
+        machine.corrections["4x"] = Correction(4.9, 2)
+        closed_loop.carry_over(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
+        assert machine.corrections["4x"].predicted_target == 4.9

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ziplm_deploy
 from tests.helpers import save_dense
@@ -155,15 +156,22 @@ def test_a_base_checkpoint_is_fine_tuned_first(base: Path, tmp_path: Path) -> No
         ({"recover": {"batch_size": 500}}, DataError, "at least one batch of 500"),
         ({"recover": {"token_weight": 0, "logit_weight": 0}}, RecipeError, "above 0"),
         ({"recover": {"teacher": "small"}}, UsageError, "hidden_size 128"),
+        ({"recover": {"precision": "fp16"}}, RecipeError, "recover.precision fp32 or bf16"),
         ({"recover": {"task_weight": 1}, "unlabelled": True}, DataError, "recover.task_weight: 0"),
         ({"dense": {"train": True}, "unlabelled": True}, DataError, "label"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(
-    base: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(base, folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     save_dense(folder / "small", task="text-classification")
     if changes.pop("unlabelled", False):
         rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]

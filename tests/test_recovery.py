@@ -17,7 +17,7 @@ from tests.helpers import labelled_rows, save_dense, tiny_model, tiny_tokenizer
 from ziplm_deploy.architectures import layers_of
 from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import ModelConfig, RecoverConfig
-from ziplm_deploy.errors import DataError, NumericalError, StorageError, UsageError
+from ziplm_deploy.errors import DataError, NumericalError, RecipeError, StorageError, UsageError
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recovery.checks import check_teacher
 from ziplm_deploy.recovery.losses import LayerOutputs, remaining_layers, token_loss
@@ -270,6 +270,11 @@ def test_a_full_disk_while_checkpointing_is_a_storage_error(tmp_path: Path, monk
     monkeypatch.setattr(training, "save_model", full)
     with pytest.raises(StorageError, match="free disk space"):
         trained(tmp_path, 10)
+
+
+def test_a_logger_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="report_to, found 'carrier-pigeon'"):
+        trained(tmp_path, 5, report_to="carrier-pigeon")
 
 
 def test_less_than_a_batch_is_refused(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ class TrainConfig(Frozen):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Mixed precision; bf16 pays on CPUs with AMX or AVX-512 BF16, fp16 needs a GPU."
     )
+    report_to: str = Field("none", description="Logger of Trainer, e.g. `tensorboard`; by default nothing is logged.")
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints; a killed run goes on from the last.")
 
 

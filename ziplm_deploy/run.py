@@ -131,7 +131,7 @@ class Run:
             base=self.base_hash,
             data=self.train_hash,
             columns=self.train_columns,
-            dense=recipe.dense.model_dump(exclude={"save_steps"}),
+            dense=recipe.dense.model_dump(exclude={"save_steps", "report_to"}),
             task=self.model_settings,
             seq_len=recipe.environment.seq_len,
             seed=recipe.seed,

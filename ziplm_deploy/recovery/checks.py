@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.checkpoints import load_dense
-from ziplm_deploy.config import RecoverConfig
+from ziplm_deploy.config import RecoverConfig, TrainConfig
 from ziplm_deploy.errors import DataError, RecipeError, UsageError
 from ziplm_deploy.run import Run
 
@@ -20,9 +21,18 @@ def check_training(state: Run) -> None:
     """
     recipe = state.recipe
     if recipe.dense.train:
+        _check_precision(recipe.dense, "dense")
         _check_dense(state)
     if state.trains:
+        _check_precision(recipe.recover, "recover")
         _check_recovery(state)
+
+
+def _check_precision(config: TrainConfig, section: str) -> None:
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise RecipeError(
+            f"expected {section}.precision fp32 or bf16 on a machine without a GPU, found fp16; change the recipe"
+        )
 
 
 def _check_recovery(state: Run) -> None:

@@ -45,7 +45,7 @@ def recovery_key(state: Run, name: str) -> str:
         teacher=state.teacher_hash,
         data=state.train_hash,
         columns=state.train_columns,
-        recover=recipe.recover.model_dump(exclude={"mode", "teacher", "teacher_cache_gb", "save_steps"}),
+        recover=recipe.recover.model_dump(exclude={"mode", "teacher", "teacher_cache_gb", "save_steps", "report_to"}),
         task=state.model_settings,
         seq_len=recipe.environment.seq_len,
         seed=recipe.seed,

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ziplm_deploy.artifacts import TrainingRecord
 from ziplm_deploy.config import RecoverConfig, TrainConfig
-from ziplm_deploy.errors import DataError, NumericalError, StorageError
+from ziplm_deploy.errors import DataError, NumericalError, RecipeError, StorageError
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recovery.losses import LayerOutputs, token_loss
 from ziplm_deploy.recovery.teacher import Teacher
@@ -218,7 +218,7 @@ def train(
     Raises:
         DataError: fewer examples than one batch.
         NumericalError: NaN or infinite loss or weights; names the step, keeps the last good checkpoint.
-        StorageError: a checkpoint cannot be written.
+        StorageError: a checkpoint cannot be written.  RecipeError: the logger is unknown or not installed.
     """
     arguments = training_arguments(config, folder, seed)
     batch = config.batch_size * arguments.world_size
@@ -229,7 +229,15 @@ def train(
         )
     total = total_steps(config, len(examples), batch)
     watcher = _Watcher(progress)
-    trainer = DistillationTrainer(student, objective, examples, args=arguments, callbacks=[watcher])
+    try:
+        trainer = DistillationTrainer(student, objective, examples, args=arguments, callbacks=[watcher])
+    except (ImportError, RuntimeError, ValueError) as error:
+        if config.report_to == "none":
+            raise
+        raise RecipeError(
+            f"expected an installed logger of Trainer in report_to, found {config.report_to!r}: {error}; install it or "
+            "set report_to: none"
+        ) from error
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # type: ignore[no-untyped-call]
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
@@ -279,7 +287,7 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transfor
         save_total_limit=1,
         logging_steps=20,
         seed=seed,
-        report_to="none",
+        report_to=config.report_to,
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
