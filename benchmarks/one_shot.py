@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="latency table of MiniLM shapes")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "one_shot", help="rows of the single tasks")
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--merge", action="store_true")
@@ -252,7 +253,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for size in arguments.sizes:
         for seed in arguments.seeds:
-            for row in bench.run(size, seed, TARGETS):
+            for row in bench.run(size, seed, tuple(arguments.targets)):
                 rows.append(row)
                 shown = {
                     k: row.get(k) for k in ("target", "n_calibration", "seed", "method", "score", "percent_of_dense")

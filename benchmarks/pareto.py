@@ -32,7 +32,8 @@ from ziplm_deploy.evaluation import onnx_runner
 from ziplm_deploy.members import deployed_form, output_names
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recovery.losses import LayerOutputs
-from ziplm_deploy.recovery.training import Objective, Student, train
+from ziplm_deploy.recovery.objective import Objective, Student
+from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run import BATCH_SIZE, Run
 
 OURS = "ziplm"

@@ -20,17 +20,11 @@ from ziplm_deploy.config import ModelConfig, RecoverConfig
 from ziplm_deploy.errors import DataError, NumericalError, RecipeError, StorageError, UsageError
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recovery.checks import check_teacher
+from ziplm_deploy.recovery.examples import Examples, LengthGrouped
 from ziplm_deploy.recovery.losses import LayerOutputs, remaining_layers, token_loss
+from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.teacher import Teacher
-from ziplm_deploy.recovery.training import (
-    Examples,
-    LengthGrouped,
-    Objective,
-    Student,
-    last_checkpoint,
-    total_steps,
-    train,
-)
+from ziplm_deploy.recovery.training import last_checkpoint, total_steps, train
 from ziplm_deploy.resizing import random_resized
 from ziplm_deploy.tasks import Task, get_task
 

@@ -25,8 +25,8 @@ from ziplm_deploy.sources import resolve_model_path
 from ziplm_deploy.tasks import Task, get_task
 
 if TYPE_CHECKING:
+    from ziplm_deploy.recovery.examples import Examples
     from ziplm_deploy.recovery.teacher import Teacher
-    from ziplm_deploy.recovery.training import Examples
 
 Batch = dict[str, Tensor]
 BATCH_SIZE = 32
@@ -228,7 +228,7 @@ class Run:
     @functools.cached_property
     def examples(self) -> Examples:
         """Training examples, encoded once for all members."""
-        from ziplm_deploy.recovery.training import Examples
+        from ziplm_deploy.recovery.examples import Examples
 
         rows = self.task.examples(self.train_rows, self.processor, self.recipe.environment.seq_len)
         return Examples(rows, self.task, self.processor)

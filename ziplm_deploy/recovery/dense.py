@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 
 from ziplm_deploy import distributed
-from ziplm_deploy.recovery.training import Objective, Student, train
+from ziplm_deploy.recovery.objective import Objective, Student
+from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run import Run
 
 

@@ -12,7 +12,8 @@ from ziplm_deploy.artifacts import TrainingRecord
 from ziplm_deploy.checkpoints import load
 from ziplm_deploy.members import save_checkpoint
 from ziplm_deploy.recovery.losses import remaining_layers
-from ziplm_deploy.recovery.training import Objective, Student, train
+from ziplm_deploy.recovery.objective import Objective, Student
+from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run import Run
 from ziplm_deploy.run_folder import content_key
 

@@ -16,7 +16,7 @@ from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.tasks import Task
 
 if TYPE_CHECKING:
-    from ziplm_deploy.recovery.training import Examples
+    from ziplm_deploy.recovery.examples import Examples
 
 Batch = dict[str, Tensor]
 

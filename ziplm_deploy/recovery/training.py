@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,115 +14,18 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from torch.utils.data import Sampler
 
 from ziplm_deploy.artifacts import TrainingRecord
-from ziplm_deploy.config import RecoverConfig, TrainConfig
+from ziplm_deploy.config import TrainConfig
 from ziplm_deploy.errors import DataError, NumericalError, RecipeError, StorageError
 from ziplm_deploy.progress import Progress
-from ziplm_deploy.recovery.losses import LayerOutputs, token_loss
-from ziplm_deploy.recovery.teacher import Teacher
-from ziplm_deploy.tasks import Task
+from ziplm_deploy.recovery.examples import POSITION, Examples, LengthGrouped
+from ziplm_deploy.recovery.objective import Objective, Student
 
 Batch = dict[str, Tensor]
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it was not finished
-POSITION = "position"  # batch key: number of the example, by which the teacher knows it
-
-
-class Examples(Dataset[Batch]):
-    """Encoded training examples, each with its position."""
-
-    def __init__(self, examples: Sequence[Batch], task: Task, processor: Any) -> None:
-        self._examples, self._task, self._processor = list(examples), task, processor
-        self.lengths = [example["input_ids"].shape[1] if "input_ids" in example else 1 for example in examples]
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {**self._examples[index], POSITION: torch.tensor([index])}
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all examples without padding; 0 for images, whose tokens only the model counts."""
-        return sum(self.lengths) if self._examples and "input_ids" in self._examples[0] else 0
-
-    def collate(self, items: list[Batch]) -> Batch:
-        positions = torch.cat([item[POSITION] for item in items])
-        inputs = [{name: value for name, value in item.items() if name != POSITION} for item in items]
-        return {**self._task.collate(inputs, self._processor), POSITION: positions}
-
-
-class LengthGrouped(Sampler[int]):
-    """Random order with neighbours of about equal length; depends on seed and epoch alone, so it can be resumed."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = get_length_grouped_indices(  # type: ignore[no-untyped-call]
-            self._lengths, self._batch_size, generator=generator
-        )
-        return iter([int(index) for index in order])
-
-
-class Student(nn.Module):
-    """A model as the loss sees it: features, named outputs, and packed hidden states of the given layers."""
-
-    def __init__(self, model: nn.Module, task: Task, layers: Sequence[int], dropout: bool) -> None:
-        super().__init__()
-        self.model, self.task, self.layers, self._dropout = model, task, list(layers), dropout
-
-    def train(self, mode: bool = True) -> Student:
-        """Without dropout the modules stay in evaluation mode; gradients flow all the same."""
-        return super().train(mode and self._dropout)
-
-    def forward(self, **batch: Tensor) -> dict[str, Any]:
-        with LayerOutputs(self.model, self.layers) as recorded:
-            outputs = self.task.forward(self.model, batch)
-        hidden = recorded.packed(batch.get("attention_mask"))
-        return {"outputs": outputs, "features": self.task.features(outputs, batch), "hidden": hidden}
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Weights of the three losses; without a teacher only the task's own loss."""
-
-    task: Task
-    task_weight: float = 1.0
-    logit_weight: float = 0.0
-    token_weight: float = 0.0
-    temperature: float = 1.0
-    teacher: Teacher | None = None
-
-    @classmethod
-    def of(cls, config: RecoverConfig, task: Task, teacher: Teacher) -> Objective:
-        return cls(task, config.task_weight, config.logit_weight, config.token_weight, config.temperature, teacher)
-
-    def __call__(self, answer: dict[str, Any], batch: Batch, positions: Tensor, layers: Sequence[int]) -> Tensor:
-        """Scalar loss of a student's answer to ``batch``; ``layers`` are those of ``answer["hidden"]``."""
-        total = torch.zeros((), device=positions.device)
-        if self.task_weight:
-            total = total + self.task_weight * self.task.task_loss(answer["outputs"], batch)
-        if self.teacher is None:
-            return total
-        wanted = self.teacher(batch, positions)
-        if self.logit_weight:
-            distance = self.task.distillation_loss(answer["features"], wanted.features, self.temperature)
-            total = total + self.logit_weight * distance
-        if self.token_weight and layers:
-            hidden = dict(zip(self.teacher.layers, wanted.hidden, strict=True))
-            total = total + self.token_weight * token_loss(answer["hidden"], [hidden[k] for k in layers])
-        return total
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -197,6 +98,18 @@ class _Watcher(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began, self.first_step = time.monotonic(), state.global_step
 
+    def record(self, state: Any, device: str, batch: int) -> TrainingRecord:
+        """What the training took that has just ended."""
+        seconds, steps = time.monotonic() - self.began, state.global_step
+        return TrainingRecord(
+            device=device,
+            steps=steps,
+            examples_per_step=batch,
+            seconds=seconds,
+            samples_per_second=batch * (steps - self.first_step) / seconds,
+            losses=[(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry],
+        )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self._progress.step(state.global_step, state.max_steps)
@@ -227,8 +140,35 @@ def train(
             f"expected at least one batch of {batch} training examples for {title}, found {len(examples)}; give more "
             "data in data.train or a smaller batch_size"
         )
-    total = total_steps(config, len(examples), batch)
     watcher = _Watcher(progress)
+    trainer = _trainer(student, objective, examples, config, arguments, watcher)
+    checkpoint, total = last_checkpoint(folder), total_steps(config, len(examples), batch)
+    if checkpoint is not None:
+        progress.note(f"{title}: goes on from {checkpoint.name}")
+    student.train()
+    progress.note(f"{title}: {total} steps of {batch} examples on {arguments.device}, {_eta(trainer, total)}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_full_disk(error):
+            raise
+        raise StorageError(
+            f"expected to write a checkpoint in {folder}, found: {error}; free disk space, the same command goes on "
+            "from the last whole checkpoint"
+        ) from error
+    finally:
+        student.eval()
+    return watcher.record(trainer.state, str(arguments.device), batch)
+
+
+def _trainer(
+    student: Student,
+    objective: Objective,
+    examples: Examples,
+    config: TrainConfig,
+    arguments: transformers.TrainingArguments,
+    watcher: _Watcher,
+) -> DistillationTrainer:
     try:
         trainer = DistillationTrainer(student, objective, examples, args=arguments, callbacks=[watcher])
     except (ImportError, RuntimeError, ValueError) as error:
@@ -239,34 +179,7 @@ def train(
             "set report_to: none"
         ) from error
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # type: ignore[no-untyped-call]
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None:
-        progress.note(f"{title}: goes on from {checkpoint.name}")
-    student.train()
-    progress.note(f"{title}: {total} steps of {batch} examples on {arguments.device}, {_eta(trainer, total)}")
-    try:
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_full_disk(error):
-            raise
-        raise StorageError(
-            f"expected to write a checkpoint in {folder}, found: {error}; free disk space, the same command goes on "
-            "from the last whole checkpoint"
-        ) from error
-    finally:
-        student.eval()
-    seconds = time.monotonic() - watcher.began
-    steps = outcome.global_step
-    losses = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-    rate = batch * (steps - watcher.first_step) / seconds
-    return TrainingRecord(
-        device=str(arguments.device),
-        steps=steps,
-        examples_per_step=batch,
-        seconds=seconds,
-        samples_per_second=rate,
-        losses=losses,
-    )
+    return trainer
 
 
 def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transformers.TrainingArguments:
