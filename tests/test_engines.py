@@ -36,9 +36,9 @@ def alive(pid: int) -> bool:
 
 
 def test_registry_and_unknown_engine() -> None:
-    assert list(ENGINES) == ["onnxruntime"]
+    assert list(ENGINES) == ["onnxruntime", "openvino"]
     assert get_engine("onnxruntime").version()
-    with pytest.raises(EngineError, match="onnxruntime, found 'tensorrt'"):
+    with pytest.raises(EngineError, match="onnxruntime, openvino, found 'tensorrt'"):
         get_engine("tensorrt")
 
 
@@ -238,3 +238,39 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not alive(pid), how
+
+
+def test_openvino_answers_like_onnx_runtime_in_float32(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    path = write_mlp(tmp_path / "a.onnx", 32)
+    inputs = {"input_ids": np.array([[1, 2, 3]]), "attention_mask": np.array([[1, 1, 0]])}
+    outputs, signatures = {}, {}
+    for name in ENGINES:
+        with get_engine(name).start_worker(TINY) as worker:
+            signatures[name] = worker.load("a", path)
+            outputs[name] = worker.infer("a", inputs)["output"]
+            assert len(worker.time("a", n=3)) == 3
+            assert worker.version == get_engine(name).version()
+    np.testing.assert_allclose(outputs["openvino"], outputs["onnxruntime"], atol=1e-5)
+    one, other = ([(entry.name, entry.type) for entry in signatures[name].inputs] for name in ENGINES)
+    assert one == other
+    assert signatures["openvino"].inputs[0].shape == (None, None)
+
+
+def test_openvino_rejects_what_is_no_model(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with get_engine("openvino").start_worker(TINY) as worker, pytest.raises(EngineError, match=r"broken\.onnx"):
+        worker.load("a", tmp_path / "broken.onnx")
+
+
+def test_a_missing_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    for name in ENGINES:
+        with pytest.raises(EngineError, match=f"engine {name}, found it not installed; run: pip install"):
+            get_engine(name).version()

@@ -153,6 +153,7 @@ def benchmark(
     batch_size: Annotated[int, typer.Option(help="ONNX files: requests in one call.")] = 1,
     seq_len: Annotated[int, typer.Option(help="ONNX files: tokens a request.")] = 128,
     threads: Annotated[int | None, typer.Option(help="Intra-op threads (ONNX files: 1).")] = None,
+    engine: Annotated[str, typer.Option(help="ONNX files: onnxruntime or openvino.")] = "onnxruntime",
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
     quiet: Quiet = False,
@@ -164,7 +165,8 @@ def benchmark(
     missed: list[str] = []
     if any(path.suffix == ".onnx" for path in inputs):
         models = _onnx_files(inputs)
-        environment = _validated(Environment, batch_size=batch_size, seq_len=seq_len, threads=threads or 1)
+        shape = {"batch_size": batch_size, "seq_len": seq_len}
+        environment = _validated(Environment, engine=engine, threads=threads or 1, **shape)
         settings = _validated(BenchmarkConfig, rounds=rounds)
         from ziplm_deploy.benchmarking import compare
 

@@ -69,7 +69,9 @@ class DataConfig(Frozen):
 
 
 class Environment(Frozen):
-    engine: Literal["onnxruntime"] = Field("onnxruntime", description="Inference engine that will serve the model.")
+    engine: Literal["onnxruntime", "openvino"] = Field(
+        "onnxruntime", description="Inference engine that will serve the model; `openvino` is an extra."
+    )
     batch_size: int = Field(1, ge=1, le=4096, description="Requests in one call: 1 for latency, 16+ for throughput.")
     seq_len: int = Field(128, ge=4, le=8192, description="Tokens a request (ignored for image models).")
     threads: int = Field(1, ge=1, description="Intra-op threads; never more than the process is granted.")

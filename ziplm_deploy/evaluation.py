@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import usable_cores
 from ziplm_deploy.parents import DENSE
@@ -44,6 +47,25 @@ def onnx_runner(path: Path) -> Runner:
     return run
 
 
+@contextlib.contextmanager
+def open_runner(engine: str, path: Path) -> Iterator[Runner]:
+    """The file as a function, run by the engine that will serve it; ONNX Runtime needs no process of its own for that.
+
+    Raises:
+        EngineError: the engine is missing, or rejects the file.
+    """
+    if engine == "onnxruntime":
+        yield onnx_runner(path)
+        return
+    with get_engine(engine).start_worker(WorkerOptions(threads=usable_cores())) as worker:
+        wanted = {entry.name for entry in worker.load("model", path).inputs}
+
+        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return worker.infer("model", {name: value for name, value in inputs.items() if name in wanted})
+
+        yield run
+
+
 def remembering(run: Runner) -> Runner:
     """The same answers; sentence embeddings, which metric and fidelity both read, are computed once a batch."""
     known: dict[bytes, dict[str, np.ndarray]] = {}
@@ -67,6 +89,7 @@ def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner) -> N
     key = content_key(
         file=state.file_hash(folder / "model.onnx"),
         dense=state.file_hash(dense_path),
+        engine=recipe.environment.engine,
         data=state.evaluation_hash,
         columns=recipe.data.model_dump(
             include={"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
@@ -81,10 +104,12 @@ def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner) -> N
         seq_len = recipe.environment.seq_len
         batch_size = recipe.environment.batch_size if static else BATCH_SIZE
         arguments = (state.evaluation_rows, state.processor, seq_len, batch_size, seq_len if static else None)
-        run = dense_run if name == DENSE else remembering(onnx_runner(folder / "model.onnx"))
-        scores = state.task.evaluate(run, *arguments)
-        if name != DENSE:
-            scores |= state.task.fidelity(run, dense_run, *arguments)
+        if name == DENSE:
+            scores = state.task.evaluate(dense_run, *arguments)
+        else:
+            with open_runner(recipe.environment.engine, folder / "model.onnx") as runner:
+                run = remembering(runner)
+                scores = state.task.evaluate(run, *arguments) | state.task.fidelity(run, dense_run, *arguments)
         write_text(folder / ACCURACY_FILE, json.dumps(scores, indent=1) + "\n")
 
     stage = f"evaluate {name}" if folder == state.folder.member(name) else f"evaluate pruned {name}"

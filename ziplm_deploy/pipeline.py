@@ -207,10 +207,12 @@ def evaluate(state: Run) -> None:
     folders = [(name, state.folder.member(name)) for name in state.names]
     if state.trains:
         folders += [(name, state.folder.pruned(name)) for name in state.names if name != DENSE]
-    dense_run = evaluation.remembering(evaluation.onnx_runner(state.folder.member(DENSE) / "model.onnx"))
-    for index, (name, folder) in enumerate(folders):
-        evaluation.evaluate_member(state, name, folder, dense_run)
-        state.progress.step(index + 1, len(folders))
+    engine, dense_path = state.recipe.environment.engine, state.folder.member(DENSE) / "model.onnx"
+    with evaluation.open_runner(engine, dense_path) as runner:
+        dense_run = evaluation.remembering(runner)
+        for index, (name, folder) in enumerate(folders):
+            evaluation.evaluate_member(state, name, folder, dense_run)
+            state.progress.step(index + 1, len(folders))
 
 
 def report(state: Run) -> FamilyReport:

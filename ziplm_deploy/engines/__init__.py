@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ziplm_deploy.engines.base import Engine, ModelSignature, TensorInfo, WorkerHandle, WorkerOptions
 from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
+from ziplm_deploy.engines.openvino import OpenVinoEngine
 from ziplm_deploy.errors import EngineError
 
 __all__ = ["ENGINES", "Engine", "ModelSignature", "TensorInfo", "WorkerHandle", "WorkerOptions", "get_engine"]
 
-ENGINES: dict[str, type[Engine]] = {OnnxRuntimeEngine.name: OnnxRuntimeEngine}
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (OnnxRuntimeEngine, OpenVinoEngine)}
 
 
 def get_engine(name: str) -> Engine:
