@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ziplm_deploy
 from tests.helpers import save_dense
@@ -103,6 +104,25 @@ def test_a_second_run_trains_nothing_and_another_rate_measures_nothing_twice(
     changed = {name for name, stamp in stamps(folder).items() if before.get(name) != stamp}
     assert {"1.5x/pruned.safetensors", "1.5x/model.onnx", "benchmark.json"} <= changed
     assert not {"profile.json", "pruning/database.safetensors", "pruning/1.5x/model.onnx"} & changed
+
+
+def test_without_training_a_trained_member_is_not_taken_for_a_pruned_one(
+    trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    mode, made = trained
+    if mode == "gradual":
+        pytest.skip("there the second member is pruned from a trained one")
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    raw = with_training(folder, "none")
+    raw["profile"]["table"] = str(folder / "table.json")
+    report = run(parse_recipe(raw))
+    run_dir = folder / "runs" / "tiny"
+    assert all(member.training is None for member in report.members)
+    assert not (run_dir / "1.5x" / "training.json").exists()
+    for name in ("1.5x", "2.5x"):
+        one, other = (load_file(path / name / "pruned.safetensors") for path in (run_dir, run_dir / "pruning"))
+        assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 def test_a_training_that_fails_leaves_the_pruned_model_and_goes_on_where_it_was(

@@ -153,7 +153,7 @@ def benchmark(
     batch_size: Annotated[int, typer.Option(help="ONNX files: requests in one call.")] = 1,
     seq_len: Annotated[int, typer.Option(help="ONNX files: tokens a request.")] = 128,
     threads: Annotated[int | None, typer.Option(help="Intra-op threads (ONNX files: 1).")] = None,
-    engine: Annotated[str, typer.Option(help="ONNX files: onnxruntime or openvino.")] = "onnxruntime",
+    engine: Annotated[str, typer.Option(help="ONNX files: onnxruntime, openvino or deepsparse.")] = "onnxruntime",
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
     quiet: Quiet = False,
@@ -237,6 +237,21 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = checks.examine()
     console.print_json(findings) if as_json else console.print_findings(findings)
+
+
+@app.command()
+def setup(
+    engine: Annotated[str, typer.Argument(help="deepsparse.")],
+    python: Annotated[str | None, typer.Option(help="Interpreter to build on, 3.8 to 3.11.")] = None,
+) -> None:
+    """Install an engine whose packages do not fit beside the others, in an environment of its own."""
+    from ziplm_deploy.engines.deepsparse import ENVIRONMENT
+
+    if engine != ENVIRONMENT.engine:
+        raise UsageError(f"expected an engine that needs a set-up: {ENVIRONMENT.engine}, found {engine!r}")
+    typer.echo(f"{ENVIRONMENT.notice}; installing into {ENVIRONMENT.folder}", err=True)
+    interpreter = ENVIRONMENT.create(python)
+    typer.echo(f"{engine} {ENVIRONMENT.version()}: {interpreter}")
 
 
 @app.command("recipe-reference")

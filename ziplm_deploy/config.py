@@ -69,8 +69,8 @@ class DataConfig(Frozen):
 
 
 class Environment(Frozen):
-    engine: Literal["onnxruntime", "openvino"] = Field(
-        "onnxruntime", description="Inference engine that will serve the model; `openvino` is an extra."
+    engine: Literal["onnxruntime", "openvino", "deepsparse"] = Field(
+        "onnxruntime", description="Engine that will serve; `openvino` is an extra, `deepsparse` needs a set-up."
     )
     batch_size: int = Field(1, ge=1, le=4096, description="Requests in one call: 1 for latency, 16+ for throughput.")
     seq_len: int = Field(128, ge=4, le=8192, description="Tokens a request (ignored for image models).")
@@ -226,6 +226,15 @@ class Recipe(Frozen):
     @classmethod
     def _ascending(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(speedups)))
+
+    @model_validator(mode="after")
+    def _engine_takes_the_export(self) -> Recipe:
+        if self.environment.engine == "deepsparse" and (self.export.shapes != "static" or self.export.opset > 16):
+            raise ValueError(
+                "DeepSparse runs dynamic axes and opsets above 16 in a slow fallback: set export.shapes: static and "
+                f"export.opset: 16, found {self.export.shapes} and {self.export.opset}"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -34,9 +34,10 @@ def examine(rounds: int = ROUNDS) -> dict[str, Any]:
 
 def _engine(name: str) -> dict[str, Any]:
     try:
-        return {"name": name, "version": ENGINES[name]().version(), "missing": ""}
+        engine = ENGINES[name]()
+        return {"name": name, "version": engine.version(), "missing": "", "notice": engine.notice}
     except EngineError as error:
-        return {"name": name, "version": None, "missing": str(error)}
+        return {"name": name, "version": None, "missing": str(error), "notice": ""}
 
 
 def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:

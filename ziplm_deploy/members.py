@@ -62,7 +62,8 @@ def prune_member(state: Run, target: float) -> None:
         plan.save(plan_path)
         state.progress.note(f"{name}: predicted {plan.predicted_speedup:.2f}x after {plan.evaluations} evaluated plans")
 
-    full_key = content_key(key=key, predicted_target=predicted_target)
+    # Without training a member is pruned in its own folder, where a trained one may lie from before.
+    full_key = content_key(key=key, predicted_target=predicted_target, trained_later=state.trains)
     state.folder.stage(f"prune {name}", full_key, [plan_path, folder / "pruned.safetensors"], work)
 
 

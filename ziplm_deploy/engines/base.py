@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ziplm_deploy.engines.side import quiet_environment
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import allowed_cpus, check_threads
 
@@ -62,6 +63,7 @@ class Engine(ABC):
     """An inference engine. Adapters are small: name, version, the interpreter and options of its worker."""
 
     name: str
+    notice: str = ""  # what users must know before they deploy with it
 
     @abstractmethod
     def version(self) -> str:
@@ -121,7 +123,7 @@ class WorkerHandle:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env={**os.environ, "OMP_NUM_THREADS": str(self.options.threads)},
+                    env={**quiet_environment(), "OMP_NUM_THREADS": str(self.options.threads)},
                     start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers in order
                 )
         except OSError as error:

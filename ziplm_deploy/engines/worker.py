@@ -109,7 +109,72 @@ class OpenVinoSession:
         return [found[name] for name in (names or [entry.name for entry in self.outputs])]
 
 
-ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+class DeepSparse:
+    """Compiled models of one process. Shapes are fixed when a model is compiled; analytics are off."""
+
+    NEWEST_OPSET = 18  # above it nothing is supported
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        os.environ["NM_DISABLE_ANALYTICS"] = "1"
+        import importlib.metadata
+
+        import deepsparse
+
+        self.engine_class = deepsparse.Engine
+        self.version: str = importlib.metadata.version("deepsparse")
+        self.options = options
+
+    def load(self, path: str) -> DeepSparseSession:
+        import onnx
+
+        model = onnx.load(path, load_external_data=False)
+        opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        if opset > self.NEWEST_OPSET:
+            raise ValueError(f"opset {opset}; DeepSparse takes {self.NEWEST_OPSET} at most: export with opset 16")
+        inputs = [_onnx_entry(value) for value in model.graph.input]
+        made = make_inputs(inputs, self.options.batch_size, self.options.seq_len)
+        for entry in inputs:
+            entry.shape = list(made[entry.name].shape)
+        engine = self.engine_class(
+            model=path,
+            batch_size=self.options.batch_size,
+            num_cores=self.options.threads,
+            input_shapes=[entry.shape for entry in inputs],
+        )
+        return DeepSparseSession(engine, inputs, [_onnx_entry(value) for value in model.graph.output])
+
+
+class DeepSparseSession:
+    """A compiled model behind the methods of an ONNX Runtime session that this file uses."""
+
+    def __init__(self, engine: Any, inputs: list[argparse.Namespace], outputs: list[argparse.Namespace]) -> None:
+        self.engine, self.inputs, self.outputs = engine, inputs, outputs
+
+    def get_inputs(self) -> list[argparse.Namespace]:
+        return self.inputs
+
+    def get_outputs(self) -> list[argparse.Namespace]:
+        return self.outputs
+
+    def run(self, names: list[str] | None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        wrong = [f"{e.name} {inputs[e.name].shape}" for e in self.inputs if list(inputs[e.name].shape) != e.shape]
+        if wrong:  # the engine itself would end the process
+            expected = ", ".join(f"{entry.name} {tuple(entry.shape)}" for entry in self.inputs)
+            raise ValueError(f"inputs {', '.join(wrong)}; the model was compiled for {expected}")
+        found = self.engine.run([np.ascontiguousarray(inputs[entry.name]) for entry in self.inputs])
+        by_name = dict(zip((entry.name for entry in self.outputs), found, strict=True))
+        return [by_name[name] for name in (names or by_name)]
+
+
+def _onnx_entry(value: Any) -> argparse.Namespace:
+    """Name, type and shape of a graph input or output, as ONNX Runtime calls them."""
+    kinds = {1: "tensor(float)", 6: "tensor(int32)", 7: "tensor(int64)", 9: "tensor(bool)", 11: "tensor(double)"}
+    tensor = value.type.tensor_type
+    shape = [axis.dim_value if axis.HasField("dim_value") else axis.dim_param for axis in tensor.shape.dim]
+    return argparse.Namespace(name=value.name, type=kinds.get(tensor.elem_type, str(tensor.elem_type)), shape=shape)
+
+
+ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "deepsparse": DeepSparse}
 
 
 def make_inputs(metadata: list[Any], batch_size: int, seq_len: int) -> dict[str, np.ndarray]:

@@ -84,6 +84,7 @@ def print_findings(findings: dict[str, Any]) -> None:
     line(console, f"memory: {machine['memory_bytes'] / 2**30:.1f} GiB; system: {machine['operating_system']}")
     for engine in findings["engines"]:
         found = f"version {engine['version']}" if engine["version"] else f"missing: {engine['missing']}"
+        found += f" ({engine['notice']})" if engine["notice"] else ""
         line(console, f"engine {engine['name']}: {found}")
     line(console, "versions: " + ", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
     if "error" in noise:

@@ -20,6 +20,7 @@ from ziplm_deploy.artifacts import (
     write_text,
 )
 from ziplm_deploy.config import BenchmarkConfig
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.evaluation import accuracy_in
 from ziplm_deploy.members import member_key
@@ -68,7 +69,7 @@ def collect(state: Run) -> FamilyReport:
         aa_ratio=record.aa_ratio,
         aa_low=record.aa_low,
         aa_high=record.aa_high,
-        notes=list(state.notes),
+        notes=[*state.notes, *filter(None, [get_engine(recipe.environment.engine).notice])],
         stage_seconds=state.folder.seconds,
         versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
