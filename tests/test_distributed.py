@@ -38,13 +38,15 @@ def test_two_processes_train_one_family(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", 80, 0)
     write_rows(tmp_path / "test.jsonl", 30, 1)
     training = {"mode": "gradual", "max_steps": 4, "batch_size": 8, "save_steps": 2}
-    raw = raw_recipe(tmp_path, speedups=[1.5, 2.5], recover=training)
+    raw = raw_recipe(tmp_path, speedups=[1.5, 2.0], recover=training)
+    raw["benchmark"]["tolerance"] = 0.45  # these models take microseconds, and a missed target is an exit code
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw), encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    # without GPUs accelerate launch starts several processes through MPI only, torchrun without it
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
     command = [*launch, "ziplm_deploy", "run", str(tmp_path / "recipe.yaml")]
     for _ in range(2):  # the second time everything is there already
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=500)
-        assert done.returncode in (0, 3), done.stderr[-3000:]  # 3: models of microseconds may miss their targets
+        assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("[1/") == 1  # one process speaks
     report = FamilyReport.load(tmp_path / "runs" / "tiny" / "report.json")
     for member in report.members[1:]:

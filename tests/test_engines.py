@@ -257,6 +257,18 @@ def test_openvino_answers_like_onnx_runtime_in_float32(tmp_path: Path) -> None:
     assert signatures["openvino"].inputs[0].shape == (None, None)
 
 
+def test_openvino_sends_no_telemetry_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    with get_engine("openvino").start_worker(TINY) as worker:
+        worker.load("a", write_mlp(tmp_path / "a.onnx", 32))
+        worker.time("a", n=1)
+        pid = worker._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        if not children.exists():
+            pytest.skip("this system does not list child processes")
+        assert children.read_text(encoding="ascii").split() == []
+
+
 def test_openvino_rejects_what_is_no_model(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
     (tmp_path / "broken.onnx").write_bytes(b"no model")

@@ -1,4 +1,4 @@
-"""Several processes under ``accelerate launch``: training takes all of them, everything else only the first.
+"""Several processes under ``accelerate launch`` or ``torchrun``: training takes all, everything else only the first.
 
 Imports nothing heavy unless there is more than one process.
 """
@@ -23,9 +23,10 @@ def is_first() -> bool:
 def wait() -> None:
     """Until every process has come here."""
     if n_processes() > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
 @contextlib.contextmanager

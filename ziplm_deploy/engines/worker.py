@@ -67,6 +67,7 @@ class OpenVino:
     """Compiled models of one process with the same options; inference is float32, as the others compute."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would fork a process that calls out
         import openvino
 
         self.version: str = openvino.__version__.split("-")[0]

@@ -142,11 +142,12 @@ def train(
         )
     watcher = _Watcher(progress)
     trainer = _trainer(student, objective, examples, config, arguments, watcher)
-    checkpoint, total = last_checkpoint(folder), total_steps(config, len(examples), batch)
+    checkpoint, left = last_checkpoint(folder), total_steps(config, len(examples), batch)
     if checkpoint is not None:
         progress.note(f"{title}: goes on from {checkpoint.name}")
+        left -= step_of(checkpoint)
     student.train()
-    progress.note(f"{title}: {total} steps of {batch} examples on {arguments.device}, {_eta(trainer, total)}")
+    progress.note(f"{title}: {left} steps of {batch} examples on {arguments.device}, {_eta(trainer, left)}")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -220,10 +221,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         try:
-            found.append((int(json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]), path))
+            found.append((step_of(path), path))
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
     return max(found)[1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps that a checkpoint has behind it."""
+    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def _eta(trainer: DistillationTrainer, total: int) -> str:
