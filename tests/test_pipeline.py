@@ -22,9 +22,11 @@ import ziplm_deploy
 from tests.helpers import VOCABULARY, save_dense
 from ziplm_deploy.artifacts import FamilyReport, LatencyTable
 from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import (
     CorruptArtifactError,
     DataError,
+    EngineError,
     EnvironmentMismatchError,
     IncompatibleArtifactError,
     NumericalError,
@@ -249,3 +251,20 @@ def test_a_baseline_goes_the_same_way(copied: Path) -> None:
     report = run(recipe(copied, prune={"method": "magnitude"}))
     assert report.method == "magnitude"
     assert len(report.members) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "export"), [("openvino", {}), ("deepsparse", {"shapes": "static", "opset": 16})])
+def test_another_engine_goes_the_same_way(made: Path, tmp_path: Path, engine: str, export: dict[str, Any]) -> None:
+    try:
+        version = get_engine(engine).version()
+    except EngineError as missing:
+        pytest.skip(str(missing))
+    shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
+    changes = {"environment": {"engine": engine, "seq_len": 32}, "export": export}
+    report = run(recipe(tmp_path / "copy", **changes))
+    assert (report.engine, report.engine_version) == (engine, version)
+    assert LatencyTable.load(tmp_path / "copy" / "runs" / "tiny" / "profile.json").engine == engine
+    dense = FamilyReport.load(made / "runs" / "tiny" / "report.json").members[0]
+    assert report.members[0].accuracy == dense.accuracy  # the same model, whatever runs it
+    assert any("licence" in note for note in report.notes) == (engine == "deepsparse")

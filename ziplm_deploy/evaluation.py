@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.config import Environment
 from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import usable_cores
@@ -48,16 +49,17 @@ def onnx_runner(path: Path) -> Runner:
 
 
 @contextlib.contextmanager
-def open_runner(engine: str, path: Path) -> Iterator[Runner]:
+def open_runner(environment: Environment, path: Path) -> Iterator[Runner]:
     """The file as a function, run by the engine that will serve it; ONNX Runtime needs no process of its own for that.
 
     Raises:
         EngineError: the engine is missing, or rejects the file.
     """
-    if engine == "onnxruntime":
+    if environment.engine == "onnxruntime":
         yield onnx_runner(path)
         return
-    with get_engine(engine).start_worker(WorkerOptions(threads=usable_cores())) as worker:
+    options = WorkerOptions(usable_cores(), environment.batch_size, environment.seq_len)
+    with get_engine(environment.engine).start_worker(options) as worker:
         wanted = {entry.name for entry in worker.load("model", path).inputs}
 
         def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -107,7 +109,7 @@ def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner) -> N
         if name == DENSE:
             scores = state.task.evaluate(dense_run, *arguments)
         else:
-            with open_runner(recipe.environment.engine, folder / "model.onnx") as runner:
+            with open_runner(recipe.environment, folder / "model.onnx") as runner:
                 run = remembering(runner)
                 scores = state.task.evaluate(run, *arguments) | state.task.fidelity(run, dense_run, *arguments)
         write_text(folder / ACCURACY_FILE, json.dumps(scores, indent=1) + "\n")

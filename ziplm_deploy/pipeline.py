@@ -207,8 +207,8 @@ def evaluate(state: Run) -> None:
     folders = [(name, state.folder.member(name)) for name in state.names]
     if state.trains:
         folders += [(name, state.folder.pruned(name)) for name in state.names if name != DENSE]
-    engine, dense_path = state.recipe.environment.engine, state.folder.member(DENSE) / "model.onnx"
-    with evaluation.open_runner(engine, dense_path) as runner:
+    dense_path = state.folder.member(DENSE) / "model.onnx"
+    with evaluation.open_runner(state.recipe.environment, dense_path) as runner:
         dense_run = evaluation.remembering(runner)
         for index, (name, folder) in enumerate(folders):
             evaluation.evaluate_member(state, name, folder, dense_run)
