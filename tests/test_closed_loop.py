@@ -31,7 +31,8 @@ class Machine:
             set_correction=lambda name, key, correction: self.corrections.__setitem__(name, correction),
         )
         self.trains = False
-        self.parent_of = lambda target: SimpleNamespace(planner=SimpleNamespace(changes=self._changes))
+        planner = SimpleNamespace(changes=self._changes, budget_ms=lambda aim: self._changes(None, aim))
+        self.parent_of = lambda target: SimpleNamespace(planner=planner)
         monkeypatch.setattr(closed_loop, "member_key", lambda state, target: "key")
         monkeypatch.setattr(closed_loop, "prune_member", self._prune)
         monkeypatch.setattr(closed_loop, "export_member", lambda state, name, folder: None)
@@ -128,3 +129,7 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
         machine.corrections["4x"] = Correction(4.9, 2)
         closed_loop.carry_over(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
         assert machine.corrections["4x"].predicted_target == 4.9
+        machine.corrections.clear()
+        machine.limit = 4.2  # the larger aim is out of reach, the target itself is not
+        closed_loop.carry_over(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
+        assert machine.corrections == {}

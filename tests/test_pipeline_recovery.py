@@ -204,6 +204,20 @@ def test_what_cannot_work_is_refused_before_any_work(
     assert not (folder / "runs" / "tiny" / "pruning").exists()
 
 
+def test_labels_that_nothing_reads_need_not_fit_the_head(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(base, folder)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = "".join(json.dumps({"text": row["text"], "label": -1}) + "\n" for row in rows)
+    (folder / "other.jsonl").write_text(text, encoding="utf-8")
+    raw = with_training(folder, "one-shot", speedups=[1.5])
+    raw["data"]["train"] = str(folder / "other.jsonl")
+    assert run(parse_recipe(raw)).members[1].training is not None
+    raw["recover"]["task_weight"] = 1.0
+    with pytest.raises(DataError, match="found -1"):
+        run(parse_recipe(raw))
+
+
 def test_an_embedding_model_has_no_task_loss(tmp_path: Path) -> None:
     save_dense(tmp_path / "model")
     write_rows(tmp_path / "train.jsonl", 80, 0)

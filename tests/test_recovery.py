@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ziplm_deploy.recovery.examples import Examples, LengthGrouped
 from ziplm_deploy.recovery.losses import LayerOutputs, remaining_layers, token_loss
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.teacher import Teacher
-from ziplm_deploy.recovery.training import last_checkpoint, total_steps, train
+from ziplm_deploy.recovery.training import last_checkpoint, total_steps, train, training_arguments
 from ziplm_deploy.resizing import random_resized
 from ziplm_deploy.tasks import Task, get_task
 
@@ -235,6 +236,58 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path
     assert "goes on from checkpoint-10" in notes.notes[0]
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
+
+
+@pytest.mark.parametrize("steps", [14, 18])
+def test_a_training_in_a_later_epoch_is_resumed_exactly(tmp_path: Path, steps: int) -> None:
+    """Twelve steps are an epoch; checkpoints stand at 5, 10 and 15."""
+
+    class Killed(Exception):
+        pass
+
+    def dies(goal: Objective) -> Any:
+        calls = []
+
+        def lossy(*args: Any) -> Tensor:
+            calls.append(1)
+            if len(calls) > 8 + steps:
+                raise Killed
+            return goal(*args)
+
+        lossy.teacher = goal.teacher  # type: ignore[attr-defined]
+        return lossy
+
+    _, whole, _, _ = trained(tmp_path / "whole", 25, cache_bytes=0)
+    with pytest.raises(Killed):
+        trained(tmp_path, 25, change=dies, cache_bytes=0)
+    _, resumed, record, _ = trained(tmp_path, 25, cache_bytes=0)
+    assert record.steps == 25
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_a_finished_training_that_was_not_saved_is_taken_as_it_is(tmp_path: Path) -> None:
+    _, first, _, _ = trained(tmp_path, 12)
+    _, again, record, notes = trained(tmp_path, 12)
+    assert (record.steps, record.samples_per_second) == (12, 0.0)
+    assert len(notes.notes) == 1
+    assert "goes on from checkpoint-12" in notes.notes[0]
+    for (name, p), q in zip(first.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_precision_is_that_of_the_recipe_whatever_was_trained_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for precision, expected in (("bf16", "bf16"), ("fp32", "no")):
+        training_arguments(RecoverConfig(precision=precision), tmp_path, 0)
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
+
+
+def test_logs_outlive_the_checkpoints(tmp_path: Path) -> None:
+    arguments = training_arguments(RecoverConfig(), tmp_path / "recovery" / "2x-abc", 0)
+    assert arguments.logging_dir == str(tmp_path / "logs" / "2x-abc")
 
 
 def test_a_loss_that_becomes_nan_names_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def profile(recipe: Recipe, progress: Progress | None = None) -> LatencyTable:
 
 
 def prune(recipe: Recipe, progress: Progress | None = None) -> dict[str, PruningPlan]:
-    """Plan of every member by its name; the smaller torch models are in the members' folders.
+    """Plan of every member by its name; torch models are in ``NAME/``, or ``pruning/NAME/`` if trained later.
 
     Raises:
         UsageError: ``recover.mode`` is ``gradual``: there each member is pruned from a trained one.

@@ -107,7 +107,8 @@ def prune(
     from ziplm_deploy import api
 
     for name, plan in api.prune(resolved, _progress(quiet)).items():
-        typer.echo(f"{name}: predicted {plan.predicted_speedup:.2f}x: {resolved.run_dir / name}")
+        place = resolved.run_dir if resolved.recover.mode == "none" else resolved.run_dir / "pruning"
+        typer.echo(f"{name}: predicted {plan.predicted_speedup:.2f}x: {place / name}")
 
 
 @app.command()

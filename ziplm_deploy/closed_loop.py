@@ -44,8 +44,16 @@ def carry_over(state: Run, step: Step) -> None:
     bias = plan.predicted_speedup / record.variant(name_before).speedup
     for target in step.targets:
         name, key = state.member_name(target), member_key(state, target)
-        if bias > MARGIN and state.folder.correction(name, key) is None:
+        if bias > MARGIN and state.folder.correction(name, key) is None and _fits(state, target, target * bias):
             state.folder.set_correction(name, key, Correction(target * bias))
+
+
+def _fits(state: Run, target: float, aim: float) -> bool:
+    try:
+        state.parent_of(target).planner.budget_ms(aim)
+    except TargetUnreachableError:
+        return False
+    return True
 
 
 def _best_aim(history: list[tuple[float, float]], target: float, tolerance: float) -> float | None:

@@ -6,8 +6,11 @@ Imports nothing heavy unless there is more than one process.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
+
+PATIENCE = datetime.timedelta(days=7)  # while the first process profiles or prunes, the others wait
 
 
 def n_processes() -> int:
@@ -26,7 +29,7 @@ def wait() -> None:
         import torch
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
 
 
 @contextlib.contextmanager

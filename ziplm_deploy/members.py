@@ -55,7 +55,8 @@ def prune_member(state: Run, target: float) -> None:
 
     def work() -> None:
         planner = state.parent_of(target).planner
-        previous = PruningPlan.load(plan_path).sizes if correction and plan_path.exists() else None
+        solved_before = correction is not None and correction.count > 0 and plan_path.exists()
+        previous = PruningPlan.load(plan_path).sizes if solved_before else None
         plan = planner.plan(target, predicted_target, previous, state.progress.step)
         model = planner.build(plan, state.progress.step)
         save_checkpoint(state, folder, model, {"member": name})

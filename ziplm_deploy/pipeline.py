@@ -1,4 +1,5 @@
-"""The whole way, in order: profile, calibrate, prune, export, benchmark (closed loop), evaluate, report.
+"""The whole way, in order: profile, train dense (optional), calibrate, prune, export, benchmark (closed loop), recover
+(optional), evaluate, report.
 
 Read :func:`run` first. Every stage is a function of a :class:`Run`; it reads and writes files of the run folder and is
 skipped when nothing it depends on has changed, so a killed run goes on where it was.

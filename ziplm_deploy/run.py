@@ -145,13 +145,14 @@ class Run:
     @property
     def teacher_hash(self) -> str:
         teacher = self.recipe.recover.teacher
-        return self.model_hash if teacher is None else source_hash(teacher)
+        return self.model_hash if teacher is None else source_hash(resolve_model_path(teacher))
 
     @property
     def train_columns(self) -> dict[str, Any]:
         """Settings that decide which training examples there are."""
-        names = {"train_split", "config_name", "text_columns", "label_column", "n_train"}
-        return self.recipe.data.model_dump(include=names)
+        data = self.recipe.data
+        names = {"config_name", "text_columns", "label_column", "n_train"}
+        return {"split": self.task.source(data, "train")[1], **data.model_dump(include=names)}
 
     @property
     def dense(self) -> nn.Module:
@@ -186,7 +187,10 @@ class Run:
 
     @functools.cached_property
     def train_rows(self) -> list[dict[str, Any]]:
-        return self.task.check_labels(self.raw_train_rows, self.dense.config)
+        """Training rows, with labels in the model's numbering where a loss reads them."""
+        if self.recipe.dense.train or self.recipe.recover.task_weight:
+            return self.task.check_labels(self.raw_train_rows, self.dense.config)
+        return self.task.unlabelled(self.raw_train_rows)
 
     def check_data(self) -> None:
         """Read all data sets before any long work, so that bad data ends the run in its first second."""

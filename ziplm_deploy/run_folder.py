@@ -179,7 +179,9 @@ class RunFolder:
         with distributed.first_alone():
             if not distributed.is_first():
                 self._read()
-            return self._stage(name, key, outputs, work)
+            ran = self._stage(name, key, outputs, work)
+        distributed.wait()  # the first must not write what comes next while another still reads
+        return ran
 
     def _stage(self, name: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
         if self.is_current(name, key) and all(path.exists() for path in outputs):

@@ -67,11 +67,11 @@ class SideEnvironment:
         """Installed version of the engine, without importing it; raises :class:`EngineError`."""
         code = f"import importlib.metadata as m; print(m.version({self.engine!r}))"
         python = self.interpreter()
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise EngineError(
-                f"expected {self.engine} in {python}, found: {_last_line(done.stderr)}; run: {self._command}"
-            )
+        try:
+            done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            found = _last_line(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
+            raise EngineError(f"expected {self.engine} in {python}, found: {found}; run: {self._command}") from error
         return done.stdout.strip()
 
     def create(self, python: str | None = None) -> str:

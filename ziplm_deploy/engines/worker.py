@@ -163,7 +163,7 @@ class DeepSparseSession:
             expected = ", ".join(f"{entry.name} {tuple(entry.shape)}" for entry in self.inputs)
             raise ValueError(f"inputs {', '.join(wrong)}; the model was compiled for {expected}")
         found = self.engine.run([np.ascontiguousarray(inputs[entry.name]) for entry in self.inputs])
-        by_name = dict(zip((entry.name for entry in self.outputs), found, strict=True))
+        by_name = {entry.name: value for entry, value in zip(self.outputs, found)}  # noqa: B905 (Python 3.8)
         return [by_name[name] for name in (names or by_name)]
 
 
@@ -175,7 +175,7 @@ def _onnx_entry(value: Any) -> argparse.Namespace:
     return argparse.Namespace(name=value.name, type=kinds.get(tensor.elem_type, str(tensor.elem_type)), shape=shape)
 
 
-ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "deepsparse": DeepSparse}
+ENGINES: dict[str, Any] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "deepsparse": DeepSparse}
 
 
 def make_inputs(metadata: list[Any], batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -263,7 +263,7 @@ class Worker:
         with np.load(request["inputs"]) as archive:
             inputs = {name: archive[name] for name in archive.files}
         names = [entry.name for entry in session.get_outputs()]
-        np.savez(request["outputs"], **dict(zip(names, session.run(names, inputs), strict=True)))
+        np.savez(request["outputs"], **dict(zip(names, session.run(names, inputs))))  # noqa: B905 (Python 3.8)
         return {"names": names}
 
     def do_unload(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ziplm_deploy import distributed
 from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import RecoverConfig, TrainConfig
@@ -21,14 +22,20 @@ def check_training(state: Run) -> None:
     """
     recipe = state.recipe
     if recipe.dense.train:
-        _check_precision(recipe.dense, "dense")
+        _check_training(state, recipe.dense, "dense")
         _check_dense(state)
     if state.trains:
-        _check_precision(recipe.recover, "recover")
+        _check_training(state, recipe.recover, "recover")
         _check_recovery(state)
 
 
-def _check_precision(config: TrainConfig, section: str) -> None:
+def _check_training(state: Run, config: TrainConfig, section: str) -> None:
+    batch, n_rows = config.batch_size * distributed.n_processes(), len(state.raw_train_rows)
+    if n_rows < batch:
+        raise DataError(
+            f"expected at least one batch of {batch} training examples, found {n_rows}; give more data in data.train "
+            f"or a smaller {section}.batch_size"
+        )
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError(
             f"expected {section}.precision fp32 or bf16 on a machine without a GPU, found fp16; change the recipe"
@@ -42,16 +49,10 @@ def _check_recovery(state: Run) -> None:
             f"expected recover.task_weight: 0 for {state.recipe.model.task}, which has no loss of its own here, found "
             f"{config.task_weight:g}; distillation needs no labels"
         )
-    rows = state.train_rows
     if config.task_weight and not _labelled(state):
         raise DataError(
             f"expected labels in the training data for recover.task_weight {config.task_weight:g}, found none; give "
             "labelled data in data.train or set recover.task_weight: 0"
-        )
-    if len(rows) < config.batch_size:
-        raise DataError(
-            f"expected at least one batch of {config.batch_size} training examples, found {len(rows)}; give more data "
-            "in data.train or a smaller recover.batch_size"
         )
     if config.teacher is not None:
         check_teacher(load_teacher(state), state.dense, config)

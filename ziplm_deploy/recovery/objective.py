@@ -57,6 +57,8 @@ class Objective:
             total = total + self.task_weight * self.task.task_loss(answer["outputs"], batch)
         if self.teacher is None:
             return total
+        if not self.task_weight and not self.logit_weight:
+            total = total + 0.0 * answer["features"].float().sum()  # several processes want a gradient for every weight
         wanted = self.teacher(batch, positions)
         if self.logit_weight:
             distance = self.task.distillation_loss(answer["features"], wanted.features, self.temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import Sampler
 
 from ziplm_deploy.artifacts import TrainingRecord
 from ziplm_deploy.config import TrainConfig
-from ziplm_deploy.errors import DataError, NumericalError, RecipeError, StorageError
+from ziplm_deploy.errors import DataError, EnvironmentMismatchError, NumericalError, RecipeError, StorageError
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recovery.examples import POSITION, Examples, LengthGrouped
 from ziplm_deploy.recovery.objective import Objective, Student
@@ -132,6 +133,7 @@ def train(
         DataError: fewer examples than one batch.
         NumericalError: NaN or infinite loss or weights; names the step, keeps the last good checkpoint.
         StorageError: a checkpoint cannot be written.  RecipeError: the logger is unknown or not installed.
+        EnvironmentMismatchError: the device has too little memory.
     """
     arguments = training_arguments(config, folder, seed)
     batch = config.batch_size * arguments.world_size
@@ -146,10 +148,17 @@ def train(
     if checkpoint is not None:
         progress.note(f"{title}: goes on from {checkpoint.name}")
         left -= step_of(checkpoint)
+        if left <= 0:  # it was trained to its end, but not saved
+            return _finished(trainer, checkpoint, watcher, batch)
     student.train()
-    progress.note(f"{title}: {left} steps of {batch} examples on {arguments.device}, {_eta(trainer, left)}")
     try:
+        progress.note(f"{title}: {left} steps of {batch} examples on {arguments.device}, {_eta(trainer, left)}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentMismatchError(
+            f"expected {arguments.device} to hold a step of {config.batch_size} examples, found: {error}; lower "
+            "batch_size or environment.seq_len"
+        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_full_disk(error):
             raise
@@ -160,6 +169,13 @@ def train(
     finally:
         student.eval()
     return watcher.record(trainer.state, str(arguments.device), batch)
+
+
+def _finished(trainer: DistillationTrainer, checkpoint: Path, watcher: _Watcher, batch: int) -> TrainingRecord:
+    trainer._load_from_checkpoint(str(checkpoint))
+    state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
+    watcher.first_step = state.global_step
+    return watcher.record(state, str(trainer.args.device), batch)
 
 
 def _trainer(
@@ -185,6 +201,8 @@ def _trainer(
 
 def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transformers.TrainingArguments:
     """Trainer's own settings; on a GPU if there is one, else on all granted cores."""
+    # Trainer would keep the precision of an earlier training in this process, or of accelerate's own settings.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"fp32": "no"}.get(config.precision, config.precision)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
@@ -202,6 +220,7 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transfor
         logging_steps=20,
         seed=seed,
         report_to=config.report_to,
+        logging_dir=str(folder.parent.parent / "logs" / folder.name),  # the checkpoints' folder does not last
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),

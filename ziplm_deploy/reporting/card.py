@@ -35,7 +35,7 @@ def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, objec
 
 def _summary(report: FamilyReport, member: MemberReport) -> str:
     if member.speedup_target is None:
-        return f"{report.model}, unchanged: the dense baseline of this family."
+        return f"{report.model}, not pruned: the dense baseline of this family."
     heads = sum(size for name, size in member.sizes.items() if name.endswith("attention"))
     columns = sum(size for name, size in member.sizes.items() if name.endswith("ffn"))
     text = (

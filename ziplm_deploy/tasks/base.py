@@ -110,6 +110,11 @@ class Task(ABC):
             DataError: rows without labels, or with labels that make no head of this task.
         """
 
+    @staticmethod
+    def unlabelled(rows: list[Row]) -> list[Row]:
+        """Rows without their labels, for training that reads none: they need not fit the model's head."""
+        return [{key: value for key, value in row.items() if key not in ("label", "answers")} for row in rows]
+
     @abstractmethod
     def encode(
         self,
