@@ -45,8 +45,6 @@ def variant_recipe(label: str, options: argparse.Namespace) -> Recipe:
     raw["name"] = f"ablation-{options.task}-{label.replace(' ', '-')}"
     raw["recover"] |= changes
     raw["benchmark"] |= {"rounds": 5, "runs_per_round": 1, "max_corrections": 0}
-    if options.model is not None:
-        raw["model"]["path"], raw["dense"] = options.model, {}
     return parse_recipe(raw, source=label)
 
 

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.targets, options.table = list(TARGETS), None
+    options.targets, options.table, options.model = list(TARGETS), None, None
     load = load_average()
     torch.set_num_threads(usable_cores())
     with tempfile.TemporaryDirectory() as folder:

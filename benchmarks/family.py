@@ -61,12 +61,12 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
     """The recipe of one task."""
     case, folder = CASES[name], Path(options.data).resolve()
     train = str(folder / case.folder / f"{case.train}.jsonl.gz")
-    dense = {} if case.dense is None else {"train": True, "precision": options.precision, **case.dense}
+    dense = {} if case.dense is None or options.model else {"train": True, "precision": options.precision, **case.dense}
     raw = {
         "name": f"family-{name}",
         "output_dir": str(options.work),
         "seed": options.seed,
-        "model": {"path": MODEL, "task": case.task},
+        "model": {"path": options.model or MODEL, "task": case.task},
         "data": {
             "calibration": train,
             "evaluation": str(folder / case.folder / f"{case.evaluation}.jsonl.gz"),
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=list(CASES), default=[])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with stsb/, sst2/ …")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "family", help="run folders and rows of each task")
+    parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one")
     parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one a task")
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps a member")

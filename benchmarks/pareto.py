@@ -82,8 +82,6 @@ def method_recipe(method: str, targets: list[float], options: argparse.Namespace
     raw |= {"name": f"pareto-{options.task}-{method}", "speedups": targets}
     raw["prune"] |= {"method": method}
     raw["recover"] |= {"mode": "one-shot"}
-    if options.model is not None:
-        raw["model"]["path"], raw["dense"] = options.model, {}
     return parse_recipe(raw, source=method)
 
 

@@ -1,7 +1,8 @@
 """Regenerate the tables between markers in README.md: ``python benchmarks/readme_tables.py``.
 
-``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``quickstart`` and ``figures`` come from ``benchmarks/results``,
-``recipe`` from the recipe's own field descriptions. With ``--check`` nothing is written; exit code 1 says it is stale.
+``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``quickstart``, ``family`` and ``figures`` come from
+``benchmarks/results``, ``recipe`` from the recipe's own field descriptions. With ``--check`` nothing is written; exit
+code 1 says it is stale.
 """
 
 from __future__ import annotations
@@ -42,6 +43,44 @@ def quickstart_table() -> str:
     return "\n".join([*markdown_table(header(members, metric), rows(members, metric)), "", caption])
 
 
+def family_table() -> str:
+    """Members of the committed families: what training brought back, and what it took."""
+    path = RESULTS / "family.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    titles = [
+        "task",
+        "measured [95 %]",
+        "metric",
+        "dense",
+        "before training",
+        "trained",
+        "of dense",
+        "steps",
+        "seconds",
+    ]
+    cells = [
+        [
+            row["task"],
+            f"{row['measured_speedup']:.2f}x [{row['measured_low']:.2f}, {row['measured_high']:.2f}]",
+            row["metric"],
+            f"{row['dense_score']:.4f}",
+            f"{row['score_before_training']:.4f}",
+            f"{row['score']:.4f}",
+            f"{row['percent_of_dense']:.1f} %",
+            str(row["training"]["steps"]),
+            f"{row['training']['seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    cores = result["machine"]["cores"]
+    caption = (
+        f"One gradual run a task, on {cores} core(s) of {result['machine']['cpu']}, {result['date'][:10]}; one seed."
+    )
+    return "\n".join([*markdown_table(titles, cells), "", caption])
+
+
 def all_figures() -> str:
     """Every figure of every committed result against its goal."""
     results = read_results(RESULTS)
@@ -50,6 +89,7 @@ def all_figures() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
+    "family": family_table,
     "figures": all_figures,
     "recipe": recipe_reference,
 }
