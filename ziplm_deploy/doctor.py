@@ -27,7 +27,7 @@ def examine(rounds: int = ROUNDS) -> dict[str, Any]:
     return {
         "machine": machine_info().model_dump(mode="json"),
         "versions": versions(),
-        "engines": [_engine(name) for name in sorted(ENGINES)],
+        "engines": [_engine(name) for name in ENGINES],
         "noise": measure_noise(rounds),
     }
 
