@@ -48,6 +48,14 @@ def test_verdicts(measured: float, corrections: int, verdict: str, reason: str) 
     assert bool(why) == bool(reason)
 
 
+def test_a_member_that_training_made_worse_is_named() -> None:
+    worse = member("2x", accuracy={"spearman": 0.8}, accuracy_before_training={"spearman": 0.85})
+    better = member("3x", accuracy={"spearman": 0.86}, accuracy_before_training={"spearman": 0.85})
+    assert family.harmed_by_training([worse, better, member("4x", accuracy={})], "spearman") == [
+        "2x: training lowered spearman from 0.8500 to 0.8000; try a smaller recover.learning_rate, or more steps"
+    ]
+
+
 def test_a_target_above_the_largest_speedup_says_so() -> None:
     verdict, reason = family.judge(3.0, 5.0, SETTINGS, 0, largest=4.1667)
     assert verdict == "missed"

@@ -69,11 +69,28 @@ def collect(state: Run) -> FamilyReport:
         aa_ratio=record.aa_ratio,
         aa_low=record.aa_low,
         aa_high=record.aa_high,
-        notes=[*state.notes, *filter(None, [get_engine(recipe.environment.engine).notice])],
+        notes=[
+            *state.notes,
+            *harmed_by_training(members, state.task.metric_name),
+            *filter(None, [get_engine(recipe.environment.engine).notice]),
+        ],
         stage_seconds=state.folder.seconds,
         versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def harmed_by_training(members: list[MemberReport], metric: str) -> list[str]:
+    """A note for every member whose score was higher before it was trained."""
+    notes = []
+    for member in members:
+        before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.accuracy))
+        if before is not None and after is not None and after < before:
+            notes.append(
+                f"{member.name}: training lowered {metric} from {before:.4f} to {after:.4f}; try a smaller "
+                "recover.learning_rate, or more steps"
+            )
+    return notes
 
 
 def judge(
