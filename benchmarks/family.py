@@ -123,8 +123,9 @@ def run_case(name: str, options: argparse.Namespace) -> None:
     report = run_recipe(recipe, ConsoleProgress())
     part = {
         "commit": commit(),
-        "load_average_before": load,
         "settings": {
+            "model": options.model or MODEL,
+            "load_average_before": load,
             "recover": recipe.recover.model_dump(mode="json"),
             "dense": recipe.dense.model_dump(mode="json"),
             "environment": recipe.environment.describe(),
@@ -160,7 +161,7 @@ def merge(work: Path) -> None:
         sys.exit(f"expected results of single tasks in {work}, found none; run with --tasks first")
     rows = [row for part in parts.values() for row in part["rows"]]
     about = {name: {"commit": part["commit"], **part["settings"]} for name, part in parts.items()}
-    write_result("family", figures_of(rows), rows, {"model": MODEL, "tasks": about})
+    write_result("family", figures_of(rows), rows, {"tasks": about})
 
 
 def main() -> None:
