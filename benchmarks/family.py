@@ -43,16 +43,36 @@ class Case:
     seq_len: int = 128
 
 
+# A rate of 6e-4, which suits the embedding model, made a 2x classifier worse than pruning had left it (.883 to .842);
+# with 2e-4 and mostly hidden states to imitate, it stays within 0.3 points.
+TOWARDS_LOGITS = {"learning_rate": 2e-4, "logit_weight": 0.1, "token_weight": 1.0}
 CASES = {
-    "stsb": Case("sentence-similarity", "stsb"),
-    "sst2": Case("text-classification", "sst2", dense={"epochs": 1, "learning_rate": 1.5e-4}, n_train=30_000),
-    "banking77": Case(
-        "text-classification", "banking77", evaluation="test", dense={"epochs": 6, "learning_rate": 5e-4}
+    "stsb": Case("sentence-similarity", "stsb", recover={"learning_rate": 6e-4}),
+    "sst2": Case(
+        "text-classification",
+        "sst2",
+        dense={"epochs": 1, "learning_rate": 1.5e-4},
+        recover=TOWARDS_LOGITS,
+        n_train=30_000,
     ),
-    "stsb-regression": Case("text-regression", "stsb", dense={"epochs": 4, "learning_rate": 2e-4}),
-    "rte": Case("text-classification", "rte", dense={"epochs": 5, "learning_rate": 1e-4}),
+    "banking77": Case(
+        "text-classification",
+        "banking77",
+        evaluation="test",
+        dense={"epochs": 6, "learning_rate": 5e-4},
+        recover=TOWARDS_LOGITS,
+    ),
+    "stsb-regression": Case(
+        "text-regression", "stsb", dense={"epochs": 4, "learning_rate": 2e-4}, recover=TOWARDS_LOGITS
+    ),
+    "rte": Case("text-classification", "rte", dense={"epochs": 5, "learning_rate": 1e-4}, recover=TOWARDS_LOGITS),
     "squad": Case(
-        "question-answering", "squad", train="train_first44", dense={"epochs": 2, "learning_rate": 2e-4}, seq_len=256
+        "question-answering",
+        "squad",
+        train="train_first44",
+        dense={"epochs": 2, "learning_rate": 2e-4},
+        recover=TOWARDS_LOGITS,
+        seq_len=256,
     ),
 }
 
@@ -79,7 +99,6 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
         "recover": {
             "mode": "gradual",
             "max_steps": options.steps,
-            "learning_rate": options.learning_rate,
             "precision": options.precision,
             **case.recover,
         },
@@ -173,7 +192,6 @@ def main() -> None:
     parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one a task")
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps a member")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the run folders")
