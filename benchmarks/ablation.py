@@ -92,7 +92,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one for each variant")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps between two targets")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--merge", action="store_true", help="only write the result file")

@@ -201,7 +201,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pareto")
     parser.add_argument("--table", help="latency table of the task's model")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of every model")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--merge", action="store_true", help="only write the result file and the plot")
