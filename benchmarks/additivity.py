@@ -25,7 +25,7 @@ from torch import nn
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable
-from ziplm_deploy.benchmarking import compare
+from ziplm_deploy.benchmarking import Subject, compare
 from ziplm_deploy.config import BenchmarkConfig, Environment, ExportConfig, ProfileConfig
 from ziplm_deploy.profiling import measure_table
 from ziplm_deploy.resizing import random_resized
@@ -98,7 +98,8 @@ def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, An
         for name, sizes in plans.items():
             model = random_resized(dense, sizes)
             paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case.environment, config)
-        record = compare(paths, case.environment, benchmark, "dense", shapes=config.shapes)
+        subjects = {name: Subject(path, shapes=config.shapes) for name, path in paths.items()}
+        record = compare(subjects, case.environment, benchmark, "dense")
     rows = [
         row(case, name, float(target), plans[name], table, record) for name, target in zip(plans, targets, strict=True)
     ]

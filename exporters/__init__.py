@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
 from exporters.heads import EmbeddingModel
+from exporters.integer_matmul import to_integer_matmul
 from exporters.parity import ParityMismatch, check_parity
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "dummy_inputs",
     "export_encoder",
     "input_names",
+    "to_integer_matmul",
 ]

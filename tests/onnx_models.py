@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def write_mlp(
-    path: Path, width: int, *, batch: int | str = "batch", tokens: int | str = "tokens", seed: int = 0
+    path: Path, width: int, *, batch: int | str = "batch", tokens: int | str = "tokens", seed: int = 0, opset: int = 17
 ) -> Path:
     """``output = relu(E[ids] W) V · mask`` with ``width`` hidden columns; latency grows with it."""
     generator = np.random.default_rng(seed)
@@ -34,7 +34,38 @@ def write_mlp(
         for name in ("input_ids", "attention_mask")
     ]
     outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, tokens, 64])]
-    return write(path, nodes, inputs, outputs, weights)
+    return write(path, nodes, inputs, outputs, weights, opset)
+
+
+def write_int8(path: Path, *, seed: int = 0) -> Path:
+    """Two matrix products of 8-bit integers, quantised and dequantised around (QDQ): ``output = Q(Q(x) W) V``."""
+    generator = np.random.default_rng(seed)
+    nodes, weights, current = [], {}, "x"
+    for layer in "WV":
+        weights |= {
+            layer: generator.integers(-127, 127, (64, 64), dtype=np.int8, endpoint=True),
+            f"{layer} scale": np.float32(1 / 1024),
+            f"{layer} zero": np.int8(0),
+            f"{layer} in scale": np.float32(4 / 127),
+            f"{layer} in zero": np.uint8(128),
+        }
+        quantised = [f"{layer} in scale", f"{layer} in zero"]
+        nodes += [
+            helper.make_node("QuantizeLinear", [current, *quantised], [f"{layer} q"]),
+            helper.make_node("DequantizeLinear", [f"{layer} q", *quantised], [f"{layer} dq"]),
+            helper.make_node("DequantizeLinear", [layer, f"{layer} scale", f"{layer} zero"], [f"{layer} weight"]),
+            helper.make_node("MatMul", [f"{layer} dq", f"{layer} weight"], [f"{layer} out"]),
+        ]
+        current = f"{layer} out"
+    nodes.append(helper.make_node("Identity", [current], ["output"]))
+    shape = ["batch", "tokens", 64]
+    return write(
+        path,
+        nodes,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, shape)],
+        weights,
+    )
 
 
 def write_identity(path: Path, element_type: int, shape: list[int | str | None], name: str = "x") -> Path:
@@ -54,8 +85,9 @@ def write(
     inputs: list[onnx.ValueInfoProto],
     outputs: list[onnx.ValueInfoProto],
     weights: dict[str, np.ndarray],
+    opset: int = 17,
 ) -> Path:
-    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()]
     graph = helper.make_graph(nodes, "small", inputs, outputs, tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), str(path))
     return path

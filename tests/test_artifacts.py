@@ -24,6 +24,7 @@ from ziplm_deploy.artifacts import (
 )
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 
+PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 ARTIFACTS: list[Artifact] = [latency_table(), plan(2.0), benchmark_record(**{"2x": 2.0}), family_report()]
 
 
@@ -124,6 +125,42 @@ def test_predictions_are_sums_of_cells() -> None:
     assert table.sizes("ffn") == [0, 8, 16]
     with pytest.raises(KeyError):
         table.latency_ms("ffn", 9)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "newer"),
+    [
+        (latency_table(), ["form", "baseline_engine", "baseline_engine_version", "unpruned"]),
+        (benchmark_record(**{"2x": 2.0}), []),
+    ],
+    ids=lambda value: getattr(value, "KIND", ""),
+)
+def test_files_from_before_several_engines_are_read(tmp_path: Path, artifact: Artifact, newer: list[str]) -> None:
+    path = tmp_path / "a.json"
+    artifact.save(path)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for name in newer:
+        del saved[name]
+    for variant in saved.get("variants", []):
+        del variant["engine"], variant["engine_version"]
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert type(artifact).load(path) == artifact
+
+
+def test_the_published_table_is_read() -> None:
+    table = LatencyTable.load(next(PROFILES.glob("*.json")))
+    assert (table.baseline_engine, table.baseline_engine_version) == (table.engine, table.engine_version)
+    assert (table.variant, table.form, table.unpruned) == ("fp32", "", None)
+
+
+def test_an_engine_of_its_own_is_kept() -> None:
+    table = latency_table(baseline_engine="openvino", baseline_engine_version="2.0", variant="int8")
+    assert (table.engine, table.baseline_engine, table.baseline_engine_version) == ("onnxruntime", "openvino", "2.0")
+    elsewhere = benchmark_record().variants[0].model_copy(update={"engine": "openvino", "engine_version": "2.0"})
+    here = benchmark_record(**{"2x": 2.0}).variants[1].model_copy(update={"engine": "", "engine_version": ""})
+    record = BenchmarkRecord(**{**dict(benchmark_record()), "variants": [elsewhere, here]})
+    assert [variant.engine for variant in record.variants] == ["openvino", "onnxruntime"]
+    assert [variant.engine_version for variant in record.variants] == ["2.0", "1.0"]
 
 
 def test_fingerprints_differ_with_cpu_and_flags() -> None:

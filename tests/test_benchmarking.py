@@ -11,9 +11,9 @@ from onnx_models import write_mlp
 
 from ziplm_deploy import benchmarking
 from ziplm_deploy.artifacts import BenchmarkRecord
-from ziplm_deploy.benchmarking import AA, compare
+from ziplm_deploy.benchmarking import AA, Subject, compare, declared_shapes
 from ziplm_deploy.config import BenchmarkConfig, Environment
-from ziplm_deploy.engines import WorkerHandle
+from ziplm_deploy.engines import WorkerHandle, get_engine
 from ziplm_deploy.errors import EngineError, UsageError
 
 ENVIRONMENT = Environment(batch_size=2, seq_len=32)
@@ -43,7 +43,9 @@ def test_record_is_complete_and_survives_the_disk(models: dict[str, Path], tmp_p
         assert variant.throughput_per_second == pytest.approx(2000 / variant.p50_ms)
         assert variant.latency.p90_ms <= variant.latency.p99_ms
         assert variant.peak_memory_bytes > 2**24
-    assert record.engine_version
+        assert (variant.engine, variant.engine_version) == (record.engine, record.engine_version)
+        assert variant.path == str(models[variant.name])
+    assert (record.engine, record.engine_version) == ("onnxruntime", get_engine("onnxruntime").version())
     assert record.seconds > 0
     record.save(tmp_path / "record.json")
     assert BenchmarkRecord.load(tmp_path / "record.json") == record
@@ -52,6 +54,73 @@ def test_record_is_complete_and_survives_the_disk(models: dict[str, Path], tmp_p
 def test_baseline_may_be_any_model_and_alone(models: dict[str, Path]) -> None:
     record = compare({"9x": models["9x"]}, ENVIRONMENT, QUICK, "9x")
     assert [variant.name for variant in record.variants] == ["9x"]
+
+
+def test_every_model_may_run_on_its_own_engine(models: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    subjects = {
+        "dense": Subject(models["dense"], "onnxruntime"),
+        "dense (openvino)": Subject(models["dense"]),
+        "9x": models["9x"],
+    }
+    environment = ENVIRONMENT.model_copy(update={"engine": "openvino"})
+    record = compare(subjects, environment, QUICK, "dense")
+    versions = {name: get_engine(name).version() for name in ("onnxruntime", "openvino")}
+    assert (record.engine, record.engine_version) == ("openvino", versions["openvino"])
+    assert {variant.name: variant.engine for variant in record.variants} == {
+        "dense": "onnxruntime",
+        "dense (openvino)": "openvino",
+        "9x": "openvino",
+    }
+    assert all(variant.engine_version == versions[variant.engine] for variant in record.variants)
+    assert record.variant("9x").speedup > 1.5 * record.variant("dense (openvino)").speedup
+    assert record.variant("dense").speedup == 1.0
+    record.save(tmp_path / "record.json")
+    assert BenchmarkRecord.load(tmp_path / "record.json") == record
+
+
+def test_deepsparse_beside_onnx_runtime(tmp_path: Path) -> None:
+    try:
+        get_engine("deepsparse").version()
+    except EngineError as missing:
+        pytest.skip(str(missing))
+    path = write_mlp(tmp_path / "a.onnx", 64, batch=2, tokens=32, opset=16)
+    on = {name: Subject(path, name, declared_shapes(path)) for name in ("onnxruntime", "deepsparse")}  # type: ignore[arg-type]
+    record = compare(on, ENVIRONMENT, QUICK, "onnxruntime")
+    assert {variant.engine for variant in record.variants} == set(on)
+    dynamic = write_mlp(tmp_path / "dynamic.onnx", 64, opset=16)
+    with pytest.raises(EngineError, match=r"dynamic\.onnx.*dynamic axes: .*export with static shapes"):
+        compare({"onnxruntime": path, "dynamic": Subject(dynamic, "deepsparse")}, ENVIRONMENT, QUICK, "onnxruntime")
+
+
+def test_a_missing_engine_is_named_before_anything_is_timed(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZIPLM_DEEPSPARSE_PYTHON", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(WorkerHandle, "time", lambda *arguments, **options: pytest.fail("timed"))
+    subjects = {"dense": models["dense"], "3x": Subject(models["3x"], "deepsparse")}
+    with pytest.raises(EngineError, match="ziplm-deploy setup deepsparse"):
+        compare(subjects, ENVIRONMENT, QUICK, "dense")
+
+
+def test_how_a_file_was_exported_is_read_from_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    static = write_mlp(tmp_path / "static.onnx", 8, batch=2, tokens=32)
+    half = write_mlp(tmp_path / "half.onnx", 8, batch=2)
+    assert declared_shapes(static) == "static"
+    assert declared_shapes(half) == declared_shapes(write_mlp(tmp_path / "dynamic.onnx", 8)) == "dynamic"
+    (tmp_path / "broken.onnx").write_bytes(b"broken")
+    assert declared_shapes(tmp_path / "broken.onnx") == "dynamic"
+    seen: list[tuple[str, ...]] = []
+    request = WorkerHandle._request
+
+    def noting(self: WorkerHandle, do: str, **fields: object) -> object:
+        seen.append(self.options.disabled_optimizers)
+        return request(self, do, **fields)
+
+    monkeypatch.setattr(WorkerHandle, "_request", noting)
+    compare({"a": Subject(static, shapes="static")}, ENVIRONMENT, QUICK, "a")
+    assert set(seen) == {("SkipLayerNormFusion",)}
 
 
 class ScriptedWorker:
@@ -100,7 +169,8 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
     rounds = benchmarking._interleave(
         scripted([], clock), "dense", BenchmarkConfig(rounds=12), slower_every_round, seed=0
     )
-    result = benchmarking._result("2x", Path("2x.onnx"), rounds, "dense", 1, 1)
+    facts = {"path": "2x.onnx", "engine": "onnxruntime", "engine_version": "1.0", "peak_memory_bytes": 1}
+    result = benchmarking._result("2x", rounds, "dense", 1, facts)
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.latency.median_ms > 5.0
 

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 from helpers import save_dense
+from onnx_models import write_mlp
 from reports import benchmark_record, family_report, latency_table, member, plan
 from typer.testing import CliRunner, Result
 
 from ziplm_deploy import api, benchmarking
 from ziplm_deploy.artifacts import BenchmarkRecord
+from ziplm_deploy.benchmarking import Subject
 from ziplm_deploy.cli import app
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.errors import DataError, EngineError, TargetUnreachableError, ZipLMError
+from ziplm_deploy.reporting import console
 
 
 @pytest.fixture
@@ -211,13 +214,54 @@ def test_benchmark_of_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options = ("--batch-size", 4, "--seq-len", 64, "--threads", 2, "--rounds", 7, "-o", tmp_path / "r.json", "--json")
     result = invoke("benchmark", *files, *options)
     assert result.exit_code == 0, result.stderr
-    assert seen["models"] == {"a": files[0], "b": files[1]}
+    assert seen["models"] == {name: Subject(path, "onnxruntime") for name, path in zip("ab", files, strict=True)}
     assert seen["baseline"] == "a"
     environment = seen["environment"]
     assert (environment.batch_size, environment.seq_len, environment.threads) == (4, 64, 2)
     assert seen["config"].rounds == 7
     assert BenchmarkRecord.load(tmp_path / "r.json").variant("b").speedup == 2.0
     assert len(json.loads(result.stdout)["variants"]) == 2
+
+
+def test_benchmark_on_several_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write_mlp(tmp_path / "A.onnx", 8, batch=1, tokens=32), write_mlp(tmp_path / "B.onnx", 8)]
+    seen: dict[str, Any] = {}
+
+    def compare(models: Any, environment: Any, config: Any, baseline: str, progress: Any) -> BenchmarkRecord:
+        seen.update(models=models, environment=environment, baseline=baseline)
+        return benchmark_record(**{"b": 2.0})
+
+    monkeypatch.setattr(benchmarking, "compare", compare)
+    engines = ("--engine", "openvino", "--engine", "onnxruntime", "--engine", "openvino")
+    result = invoke("benchmark", *files, *engines, "--seq-len", 32, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert seen["models"] == {
+        "A (openvino)": Subject(files[0], "openvino", "static"),
+        "B (openvino)": Subject(files[1], "openvino", "dynamic"),
+        "A (onnxruntime)": Subject(files[0], "onnxruntime", "static"),
+        "B (onnxruntime)": Subject(files[1], "onnxruntime", "dynamic"),
+    }
+    assert seen["baseline"] == "A (openvino)"
+    assert seen["environment"].engine == "openvino"
+
+
+def test_benchmark_prints_the_engine_of_every_file() -> None:
+    record = benchmark_record(**{"2x": 2.0})
+    own = {"engine": "openvino", "engine_version": "2026.4"}
+    record.variants[1] = record.variants[1].model_copy(update=own)
+    with CliRunner().isolation() as (out, *_):
+        console.print_benchmark(record)
+        printed = out.getvalue().decode()
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in printed.splitlines() if "│" in line}
+    assert rows == {"dense": "onnxruntime 1.0", "2x": "openvino 2026.4"}
+    assert "batch 1, 128 tokens, 1 thread(s)" in printed
+
+
+def test_an_unknown_engine_is_named(tmp_path: Path) -> None:
+    path = write_mlp(tmp_path / "a.onnx", 8)
+    result = invoke("benchmark", path, "--engine", "onnxruntime", "--engine", "tensorrt")
+    assert result.exit_code == 2
+    assert "--engine: Input should be 'onnxruntime', 'openvino' or 'deepsparse'" in result.stderr
 
 
 @pytest.mark.parametrize(

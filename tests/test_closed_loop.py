@@ -22,7 +22,7 @@ class Machine:
         self.predicted = {f"{target:g}x": target for target in targets}
         self.corrections: dict[str, Correction] = {}
         self.measurements = 0
-        self.recipe = SimpleNamespace(speedups=targets, benchmark=BenchmarkConfig())
+        self.recipe = SimpleNamespace(speedups=targets, benchmark=BenchmarkConfig(), finishes_after_pruning=False)
         self.progress = SimpleNamespace(note=lambda text: None)
         self.folder = SimpleNamespace(
             plan=lambda name: name,
@@ -30,12 +30,11 @@ class Machine:
             correction=lambda name, key: self.corrections.get(name),
             set_correction=lambda name, key, correction: self.corrections.__setitem__(name, correction),
         )
-        self.trains = False
         planner = SimpleNamespace(changes=self._changes, budget_ms=lambda aim: self._changes(None, aim))
         self.parent_of = lambda target: SimpleNamespace(planner=planner)
         monkeypatch.setattr(closed_loop, "member_key", lambda state, target: "key")
         monkeypatch.setattr(closed_loop, "prune_member", self._prune)
-        monkeypatch.setattr(closed_loop, "export_member", lambda state, name, folder: None)
+        monkeypatch.setattr(closed_loop, "export_pruned", lambda state, name: None)
         load = SimpleNamespace(load=lambda name: SimpleNamespace(predicted_speedup=self.predicted[name], sizes={}))
         monkeypatch.setattr(closed_loop, "PruningPlan", load)
 
@@ -71,7 +70,7 @@ def test_before_training_half_of_the_tolerance_is_kept_for_the_final_measurement
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine = Machine(monkeypatch, (2.0,), bias=0.985)
-    machine.trains = True
+    machine.recipe.finishes_after_pruning = True
     assert machine.run().variant("2x").speedup >= 0.99 * 2.0
     assert machine.measurements == 2
 

@@ -45,7 +45,7 @@ def test_a_recipe_survives_its_own_dump() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"speedup": [2]}, "speedup: unknown field; valid here: benchmark, data"),
+        ({"speedup": [2]}, "speedup: unknown field; valid here: benchmark, compress, data"),
         ({"environment": {"thread": 2}}, "environment.thread: unknown field; valid here: batch_size, engine"),
         ({"prune": {"search": {"steps": 1}}}, "prune.search.steps: unknown field; valid here: coefficient_steps"),
         ({"speedups": [1.0]}, "speedups.0: Input should be greater than 1"),

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from onnx_models import write, write_identity, write_mlp
+from onnx_models import write, write_identity, write_int8, write_mlp
 
 import ziplm_deploy.engines.base as base
 from ziplm_deploy.engines import ENGINES, WorkerHandle, WorkerOptions, get_engine
-from ziplm_deploy.engines.worker import OnnxRuntime, make_inputs, parse
+from ziplm_deploy.engines.worker import DeepSparse, OnnxRuntime, OpenVino, OpenVinoSession, make_inputs, parse
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError
 
 TINY = WorkerOptions(batch_size=2, seq_len=16)
@@ -274,6 +275,78 @@ def test_openvino_rejects_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with get_engine("openvino").start_worker(TINY) as worker, pytest.raises(EngineError, match=r"broken\.onnx"):
         worker.load("a", tmp_path / "broken.onnx")
+
+
+def test_openvino_runs_integers_as_integers_though_floats_are_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    engine = OpenVino(parse(["--engine", "openvino"]))
+    kernels: dict[str, list[str]] = {}
+    for name, path in (("int8", write_int8(tmp_path / "q.onnx")), ("fp32", write_mlp(tmp_path / "f.onnx", 64))):
+        compiled = engine.core.compile_model(engine.core.read_model(str(path)), "CPU", engine.settings)
+        compiled.create_infer_request().infer(make_inputs(OpenVinoSession(compiled).get_inputs(), 1, 8))
+        layers = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+        products = [layer for layer in layers if layer["layerType"].value == "FullyConnected"]
+        kernels[name] = [layer["primitiveType"].value for layer in products]
+    assert len(kernels["int8"]) == len(kernels["fp32"]) == 2
+    assert all(kernel.endswith("_I8") for kernel in kernels["int8"])
+    assert not any(kernel.endswith("_I8") for kernel in kernels["fp32"])
+
+
+def fake_deepsparse(monkeypatch: pytest.MonkeyPatch) -> DeepSparse:
+    """The adapter without the engine: what it refuses must not reach the engine."""
+    import importlib.metadata
+
+    def never(**options: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setitem(sys.modules, "deepsparse", SimpleNamespace(Engine=never))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.8.0")
+    monkeypatch.setenv("NM_DISABLE_ANALYTICS", "1")
+    return DeepSparse(parse(["--engine", "deepsparse", "--batch-size", "2", "--seq-len", "16"]))
+
+
+def test_deepsparse_refuses_what_it_would_run_in_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake_deepsparse(monkeypatch)
+    static = {"batch": 2, "tokens": 16}
+    cases = {
+        r"dynamic axes: input_ids \['batch', 'tokens'\].*export with static shapes of batch size 2 and 16 tokens": (
+            write_mlp(tmp_path / "dynamic.onnx", 8, opset=16)
+        ),
+        r"opset 17; .*slow fallback: export with opset 16": write_mlp(tmp_path / "new.onnx", 8, **static),
+        r"fixed shape \[2, 8\].*batch size 2 and 16 tokens": (
+            write_mlp(tmp_path / "short.onnx", 8, batch=2, tokens=8, opset=16)
+        ),
+    }
+    for message, path in cases.items():
+        with pytest.raises(ValueError, match=message):
+            engine.load(str(path))
+    with pytest.raises(AssertionError, match="compiled"):
+        engine.load(str(write_mlp(tmp_path / "good.onnx", 8, opset=16, **static)))
+
+
+def test_deepsparse_answers_like_onnx_runtime_and_refuses_in_words(tmp_path: Path) -> None:
+    try:
+        version = get_engine("deepsparse").version()
+    except EngineError as missing:
+        pytest.skip(str(missing))
+    path = write_mlp(tmp_path / "a.onnx", 32, batch=2, tokens=16, opset=16)
+    ids = np.arange(32).reshape(2, 16) % 20
+    inputs = {"input_ids": ids, "attention_mask": (ids > 3).astype(np.int64)}
+    outputs = {}
+    for name in ("onnxruntime", "deepsparse"):
+        with get_engine(name).start_worker(TINY) as worker:
+            worker.load("a", path)
+            outputs[name] = worker.infer("a", inputs)["output"]
+            assert len(worker.time("a", n=3)) == 3
+            if name == "deepsparse":
+                assert worker.version == version
+                with pytest.raises(EngineError, match=r"dynamic\.onnx.*dynamic axes: input_ids"):
+                    worker.load("b", write_mlp(tmp_path / "dynamic.onnx", 32, opset=16))
+                assert worker.time("a", n=1)  # a refusal leaves the worker usable
+    np.testing.assert_allclose(outputs["deepsparse"], outputs["onnxruntime"], atol=1e-4)
 
 
 def test_a_missing_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ from torch import nn
 from tests.helpers import output_tensors, random_entries, tiny_inputs, tiny_model
 from tests.reports import latency_table, timing
 from ziplm_deploy.architectures import model_shape, prunable_modules
-from ziplm_deploy.artifacts import Cell, LatencyTable
+from ziplm_deploy.artifacts import Cell, LatencyTable, ModuleKind
 from ziplm_deploy.calibration import collect_statistics
 from ziplm_deploy.config import MethodName, PruneConfig, SearchConfig
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.pruning.database import build_database
-from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes, table_sizes
+from ziplm_deploy.pruning.planner import Calibration, Planner, check_target, database_sizes, table_sizes
+from ziplm_deploy.reporting import family
 from ziplm_deploy.resizing import kept_structures, resize
 from ziplm_deploy.tasks import get_task
 
@@ -36,14 +37,15 @@ def shrunk_model(model_type: str = "bert") -> nn.Module:
     return resize(dense, random_entries(dense, {name: size for name, size in SHRUNK.items() if size != 4}))
 
 
-def make_planner(model: nn.Module, method: MethodName = "ziplm") -> Planner:
+def make_planner(model: nn.Module, method: MethodName = "ziplm", measured: LatencyTable | None = None) -> Planner:
     task = get_task("image-classification" if model.config.model_type == "vit" else "sentence-similarity")  # type: ignore[union-attr]
     batches = [tiny_inputs(model, 8, 9, seed) for seed in range(6)]
     stats = collect_statistics(model, batches, prunable_modules(model), memory_limit_bytes=2**30)
     search = SearchConfig(sensitivity_levels=2, coefficient_steps=4, swap_evaluations=8)
     prune = PruneConfig(method=method, search=search)
-    database = build_database(model, stats, database_sizes(model, table()), prune)
-    return Planner(model, task, table(), database, Calibration(batches, batches[:2], batches[2:4]), prune, seed=0)
+    measured = measured or table()
+    database = build_database(model, stats, database_sizes(model, measured), prune)
+    return Planner(model, task, measured, database, Calibration(batches, batches[:2], batches[2:4]), prune, seed=0)
 
 
 def test_sizes_start_at_what_a_module_has_now() -> None:
@@ -98,6 +100,51 @@ def test_a_target_that_is_reached_already_keeps_the_model(method: MethodName) ->
     assert plan.predicted_speedup == pytest.approx(10 / 4.95)
     assert not planner.changes(plan, 1.5)  # there is budget left, but nothing can grow
     assert planner.changes(plan, 2.6)
+
+
+def compressed_table() -> LatencyTable:
+    """Of the same models as INT8: whole they take 10 ms, the dense float model on its own engine takes 30 ms."""
+    changes = {"dense": timing(30.0), "unpruned": timing(10.1), "variant": "int8", "baseline_engine": "openvino"}
+    return table().model_copy(update=changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compressed_model_that_is_fast_enough_keeps_everything(method: MethodName) -> None:
+    dense = tiny_model("bert")
+    planner = make_planner(dense, method, compressed_table())
+    plan = planner.plan(2.0)
+    assert plan.sizes == {module.name: module.structures for module in prunable_modules(dense)}
+    assert plan.budget_ms == pytest.approx(30 / 2 - 1)
+    assert plan.predicted_ms == pytest.approx(10.0)
+    assert plan.predicted_speedup == pytest.approx(3.0)  # more than asked for, and said so
+    assert (plan.search_loss, plan.seed_losses, plan.evaluations) == (None, {}, 0)
+    assert not planner.changes(plan, 1.2)  # nothing can be given back
+    inputs = tiny_inputs(dense)
+    found, expected = (output_tensors(model, inputs) for model in (planner.build(plan), dense))
+    assert torch.equal(found["last_hidden_state"], expected["last_hidden_state"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_beyond_that_it_is_pruned_to_the_dense_models_budget(method: MethodName) -> None:
+    planner = make_planner(tiny_model("bert"), method, compressed_table())
+    plan = planner.plan(6.0)
+    assert plan.budget_ms == pytest.approx(30 / 6 - 1)
+    assert sum(compressed_table().latency_ms(_kind(name), size) for name, size in plan.sizes.items()) <= plan.budget_ms
+    assert plan.predicted_speedup == pytest.approx(30 / plan.predicted_ms)
+    assert plan.predicted_speedup >= 6.0
+
+
+def _kind(name: str) -> ModuleKind:
+    return "attention" if name.endswith("attention") else "ffn"
+
+
+def test_the_largest_speedup_of_a_compressed_model_is_over_the_dense_float_model() -> None:
+    measured = compressed_table()
+    check_target(measured, 30 / 1.3 - 0.01)
+    with pytest.raises(TargetUnreachableError, match=r"reaches 23\.08x as int8 in onnxruntime") as caught:
+        check_target(measured, 24.0)
+    assert caught.value.largest_speedup == pytest.approx(30 / 1.3)
+    assert family.largest_speedup(measured) == pytest.approx(30 / 1.3)
 
 
 def test_a_warm_start_from_larger_and_from_smaller_plans() -> None:

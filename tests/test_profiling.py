@@ -10,7 +10,7 @@ import pytest
 from helpers import MODEL_TYPES, tiny_inputs, tiny_model
 
 from exporters import EmbeddingModel
-from ziplm_deploy import profiling
+from ziplm_deploy import profiling, profiling_models
 from ziplm_deploy.architectures import layers_of, model_shape
 from ziplm_deploy.artifacts import LatencyTable
 from ziplm_deploy.config import Environment, ExportConfig, ProfileConfig
@@ -21,7 +21,9 @@ from ziplm_deploy.errors import (
     IncompatibleArtifactError,
     UnsupportedModelError,
 )
-from ziplm_deploy.profiling import cell_sizes, check_table, measure_table, random_stack, without_layers
+from ziplm_deploy.profiling import Workers, check_table, measure_table
+from ziplm_deploy.profiling_models import cell_id, cell_sizes, random_stack, without_layers
+from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure
 
 ENVIRONMENT = Environment(batch_size=2, seq_len=12)
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
@@ -44,6 +46,8 @@ def test_table_holds_every_size_with_intervals(table: LatencyTable, tmp_path: Pa
     assert table.noise["rounds"] == 3
     assert table.total_seconds > table.measuring_seconds > 0
     assert table.noise["sum_of_parts_over_dense"] == pytest.approx(table.predict_dense_ms() / table.dense.median_ms)
+    assert (table.variant, table.form, table.unpruned) == ("fp32", "", None)
+    assert (table.baseline_engine, table.baseline_engine_version) == (table.engine, table.engine_version)
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
 
@@ -91,7 +95,7 @@ def test_stack_has_its_depth_and_a_tiny_vocabulary() -> None:
     dense = tiny_model("distilbert", vocab_size=5000)
     stack = random_stack(dense.config, depth=5)
     assert len(layers_of(stack)) == 5
-    assert stack.config.vocab_size == profiling.TINY_VOCABULARY
+    assert stack.config.vocab_size == profiling_models.TINY_VOCABULARY
     assert dense.config.vocab_size == 5000
     assert stack(**tiny_inputs(stack)).last_hidden_state.shape == (2, 9, 32)
 
@@ -128,14 +132,14 @@ class FormulaWorker:
         return self.time_many([model_id] * n)
 
 
-def measured_by_formula(
-    profile: ProfileConfig, **machine: Any
-) -> tuple[profiling._Samples, dict[tuple[str, int], Any]]:
+def measured_by_formula(profile: ProfileConfig, **machine: Any) -> tuple[Samples, dict[tuple[str, int], Any]]:
     shape = model_shape(tiny_model("bert").config).model_copy(update={"n_layers": 12})
     worker: Any = FormulaWorker(seed=0, **machine)
-    samples = profiling._measure(worker, shape, profile, lambda rounds: None, seed=0)
+    sizes = cell_sizes(shape, profile)
+    ids = ["dense", "base", "none", *dict.fromkeys(cell_id(kind, size) for kind in sizes for size in sizes[kind])]
+    samples = profiling._measure(worker, ids, shape, profile, lambda rounds: None, seed=0)
     profiling._remeasure(worker, samples, shape, profile, seed=0)
-    cells = profiling._cells(samples, shape, profile)
+    cells = cells_of(samples, shape, profile)
     return samples, {(cell.kind, cell.size): cell.timing for cell in cells}
 
 
@@ -148,7 +152,7 @@ def test_cells_recover_the_truth_on_a_machine_that_changes_its_speed() -> None:
         if size:
             assert timing.median_ms / scale == pytest.approx(truth_ms(kind, size), rel=0.04)
             assert timing.low_ms <= timing.median_ms <= timing.high_ms
-    assert profiling._noise(samples)["speed_drift_p90_over_p10"] == pytest.approx(1.4, rel=0.1)
+    assert noise_of(samples)["speed_drift_p90_over_p10"] == pytest.approx(1.4, rel=0.1)
 
 
 def test_exact_machine_gives_exact_cells_and_stops_early() -> None:
@@ -169,19 +173,48 @@ def test_noisy_cells_are_measured_again() -> None:
 
 def test_smaller_cell_that_looks_slower_is_suspicious_with_its_neighbour() -> None:
     shape, profile = model_shape(tiny_model("bert").config), QUICK
-    samples = profiling._Samples()
+    samples = Samples()
     sizes = cell_sizes(shape, profile)
-    ids = dict.fromkeys(profiling._cell_id(kind, size) for kind in sizes for size in sizes[kind])
+    ids = dict.fromkeys(cell_id(kind, size) for kind in sizes for size in sizes[kind])
     samples.ms = {model_id: np.full(5, float(len(ids) - place)) for place, model_id in enumerate(ids)}
     samples.ms["both dropped"] = np.full(5, 0.1)
-    assert profiling._non_monotone(samples, shape, profile) == []
+    assert non_monotone(samples, shape, profile) == []
     samples.ms["ffn 24"] = samples.ms["ffn 64"] + 1.0
-    assert profiling._non_monotone(samples, shape, profile) == ["ffn 64", "ffn 24"]
+    assert non_monotone(samples, shape, profile) == ["ffn 64", "ffn 24"]
 
 
 def test_time_limit_still_gives_a_median() -> None:
     samples, _ = measured_by_formula(ProfileConfig(max_seconds=1e-9))
     assert samples.rounds == 3
+
+
+class Proxy:
+    """A second worker on the same machine."""
+
+    def __init__(self, machine: FormulaWorker) -> None:
+        self.time, self.time_many = machine.time, machine.time_many
+
+
+def test_two_workers_are_timed_in_the_order_that_one_would_be() -> None:
+    order = ["dense", "base", "none", "dense", "dense", "base"]
+    alone = FormulaWorker(seed=1)
+    machine = FormulaWorker(seed=1)
+    cells: Any = Proxy(machine)
+    reference: Any = Proxy(machine)
+    workers = Workers({"dense": reference, "base": cells, "none": cells})
+    assert workers.time_many(order * 20) == alone.time_many(order * 20)
+    assert workers.time("dense", n=3) == alone.time("dense", n=3)
+
+
+def test_the_unpruned_model_asks_for_no_further_rounds_but_says_what_is_negligible() -> None:
+    shape, profile = model_shape(tiny_model("bert").config), ProfileConfig()
+    noisy = np.array([5.0, 10.0, 15.0, 20.0])
+    samples = Samples(ms={"dense": np.full(4, 1e6), "unpruned": noisy, "base": np.full(4, 1.0), "ffn 64": noisy / 100})
+    assert unsure(samples, shape, profile) == [
+        "ffn 64"
+    ]  # not negligible in 12 ms, though it would be in the dense 1000 s
+    del samples.ms["unpruned"]
+    assert unsure(samples, shape, profile) == []
 
 
 def arguments(table: LatencyTable) -> dict[str, Any]:
@@ -199,6 +232,13 @@ def arguments(table: LatencyTable) -> dict[str, Any]:
 
 def test_own_table_is_accepted(table: LatencyTable) -> None:
     check_table(table, **arguments(table))
+    other = {
+        "variant": "sparse",
+        "form": "80% zeros",
+        "baseline_engine": "openvino",
+        "baseline_engine_version": "2026.4",
+    }
+    check_table(table.model_copy(update=other), **arguments(table), **other)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +248,8 @@ def test_own_table_is_accepted(table: LatencyTable) -> None:
         ("environment", Environment(batch_size=3, seq_len=12), "environment: expected onnxruntime, batch 3"),
         ("graph", "BertForMaskedLM", "graph: expected BertForMaskedLM, found BertModel"),
         ("variant", "int8", "variant: expected int8, found fp32"),
+        ("form", "80% zeros", "form: expected 80% zeros, found "),
+        ("baseline_engine", "openvino", "baseline engine: expected openvino, found onnxruntime"),
         ("shapes", "static", "export shapes: expected static, found dynamic"),
         ("opset", 18, "opset: expected 18, found 17"),
     ],
@@ -229,6 +271,10 @@ def test_other_machine_and_version_are_refused_unless_allowed(table: LatencyTabl
     with pytest.raises(IncompatibleArtifactError, match=r"(?s)machine: expected Z80.*engine version: expected 0\.0\.1"):
         check_table(table, **other)
     check_table(table, **other, allow_foreign=True)
+    reference = {**arguments(table), "baseline_engine_version": "0.0.2"}
+    with pytest.raises(IncompatibleArtifactError, match=r"baseline engine version: expected 0\.0\.2"):
+        check_table(table, **reference)
+    check_table(table, **reference, allow_foreign=True)
 
 
 def test_other_model_shape_and_missing_cells_are_refused(table: LatencyTable) -> None:

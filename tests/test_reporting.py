@@ -24,7 +24,7 @@ from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
 from ziplm_deploy.reporting.table import header, markdown_table, rows, shows_no_speedup
-from ziplm_deploy.run_folder import Correction, RunFolder
+from ziplm_deploy.run_folder import Correction, RunFolder, file_hash
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
 
@@ -86,6 +86,12 @@ def test_damaged_weights_are_refused(tmp_path: Path, content: bytes) -> None:
 
 class State(SimpleNamespace):
     """What reporting reads of a run."""
+
+    names = ("dense", "2x", "4x")
+
+    @staticmethod
+    def file_hash(path: Path) -> str:
+        return file_hash(path)
 
     @staticmethod
     def member_name(target: float) -> str:

@@ -1,4 +1,4 @@
-"""Engines in environments of their own: found, missing, half-made, of the wrong Python."""
+"""Engines and tools in environments of their own: found, missing, half-made, of the wrong Python."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from ziplm_deploy.cli import app
 from ziplm_deploy.config import parse_recipe
 from ziplm_deploy.engines import get_engine
-from ziplm_deploy.engines.side import MARKER, SideEnvironment, quiet_environment
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError
+from ziplm_deploy.side import ENVIRONMENTS, MARKER, NEURAL_COMPRESSOR, SideEnvironment, quiet_environment
 
 HERE = (sys.version_info[0], sys.version_info[1])
 
@@ -20,24 +20,33 @@ HERE = (sys.version_info[0], sys.version_info[1])
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("ZIPLM_DEEPSPARSE_PYTHON", raising=False)
+    for known in ENVIRONMENTS.values():
+        monkeypatch.delenv(known.variable, raising=False)
     return tmp_path
 
 
-def environment(engine: str, *packages: str, pythons: tuple[tuple[int, int], ...] = (HERE,)) -> SideEnvironment:
-    return SideEnvironment(engine, pythons, packages, "a notice")
+def environment(name: str, *packages: str, pythons: tuple[tuple[int, int], ...] = (HERE,)) -> SideEnvironment:
+    return SideEnvironment(name, pythons, packages, "a notice")
 
 
-def test_an_engine_that_is_not_set_up_names_the_command() -> None:
-    for ask in (get_engine("deepsparse").version, get_engine("deepsparse").interpreter):
-        with pytest.raises(EngineError, match="not set up; run: ziplm-deploy setup deepsparse"):
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_what_is_not_set_up_names_the_command(name: str) -> None:
+    for ask in (ENVIRONMENTS[name].version, ENVIRONMENTS[name].interpreter):
+        with pytest.raises(EngineError, match=f"expected {name}, found it not set up; run: ziplm-deploy setup {name}"):
             ask()
 
 
-def test_a_half_made_environment_is_not_used(cache: Path) -> None:
-    (cache / "ziplm-deploy" / "deepsparse" / "bin").mkdir(parents=True)
-    with pytest.raises(EngineError, match="set-up was interrupted; run: ziplm-deploy setup deepsparse"):
-        get_engine("deepsparse").version()
+def test_an_engine_asks_its_environment() -> None:
+    for ask in (get_engine("deepsparse").version, get_engine("deepsparse").interpreter):
+        with pytest.raises(EngineError, match="run: ziplm-deploy setup deepsparse"):
+            ask()
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_half_made_environment_is_not_used(cache: Path, name: str) -> None:
+    (cache / "ziplm-deploy" / name / "bin").mkdir(parents=True)
+    with pytest.raises(EngineError, match=f"set-up was interrupted; run: ziplm-deploy setup {name}"):
+        ENVIRONMENTS[name].version()
 
 
 def test_another_interpreter_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,13 +59,19 @@ def test_another_interpreter_may_be_named(monkeypatch: pytest.MonkeyPatch) -> No
         made.interpreter()
 
 
-def test_the_named_interpreter_must_have_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZIPLM_DEEPSPARSE_PYTHON", sys.executable)
-    with pytest.raises(EngineError, match="expected deepsparse in"):
-        get_engine("deepsparse").version()
+def test_variables_have_no_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIPLM_NEURAL_COMPRESSOR_PYTHON", sys.executable)
+    assert NEURAL_COMPRESSOR.interpreter() == sys.executable
 
 
-def test_an_environment_is_made_and_marked_only_when_the_engine_can_be_imported(cache: Path) -> None:
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_named_interpreter_must_have_the_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(ENVIRONMENTS[name].variable, sys.executable)
+    with pytest.raises(EngineError, match=f"expected {name} in"):
+        ENVIRONMENTS[name].version()
+
+
+def test_an_environment_is_made_and_marked_only_when_the_package_can_be_imported(cache: Path) -> None:
     good, bad = environment("json", "pip"), environment("no_such_engine", "pip")
     assert Path(good.create()).is_file()
     assert good.interpreter().startswith(str(cache))
@@ -78,14 +93,44 @@ def test_an_unsupported_python_is_refused(python: str | None) -> None:
         environment("json", pythons=((2, 7),)).create(python)
 
 
-def test_analytics_are_off() -> None:
-    assert quiet_environment()["NM_DISABLE_ANALYTICS"] == "1"
+@pytest.mark.parametrize("variable", ["NM_DISABLE_ANALYTICS", "ORT_DISABLE_TELEMETRY"])
+def test_analytics_are_off(variable: str) -> None:
+    assert quiet_environment()[variable] == "1"
 
 
-def test_only_engines_that_need_it_are_set_up() -> None:
+def test_only_what_needs_it_is_set_up() -> None:
     done = CliRunner().invoke(app, ["setup", "onnxruntime"])
     assert done.exit_code == 2
-    assert "needs a set-up: deepsparse, found 'onnxruntime'" in done.output
+    assert "needs a set-up: deepsparse or neural-compressor, found 'onnxruntime'" in done.output
+
+
+def test_setup_makes_the_environment_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def create(made: SideEnvironment, python: str | None = None) -> str:
+        asked.append((made.name, python))
+        return "/there/bin/python"
+
+    monkeypatch.setattr(SideEnvironment, "create", create)
+    monkeypatch.setattr(SideEnvironment, "version", lambda made: "2.6")
+    done = CliRunner().invoke(app, ["setup", "neural-compressor", "--python", "python3.11"])
+    assert done.exit_code == 0
+    assert asked == [("neural-compressor", "python3.11")]
+    assert "neural-compressor 2.6: /there/bin/python" in done.output
+    assert NEURAL_COMPRESSOR.notice in done.output
+
+
+def test_doctor_lists_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ziplm_deploy import doctor
+
+    monkeypatch.setattr(doctor, "measure_noise", lambda rounds: {})
+    [tool] = doctor.examine()["tools"]
+    assert tool["name"] == "neural-compressor"
+    assert tool["version"] is None
+    assert "run: ziplm-deploy setup neural-compressor" in tool["missing"]
+    monkeypatch.setattr(SideEnvironment, "version", lambda made: "2.6")
+    [tool] = doctor.examine()["tools"]
+    assert (tool["version"], tool["missing"], tool["notice"]) == ("2.6", "", NEURAL_COMPRESSOR.notice)
 
 
 @pytest.mark.parametrize("export", [{}, {"shapes": "static"}, {"opset": 16}])

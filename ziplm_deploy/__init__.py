@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ziplm_deploy.api import benchmark, export, profile, prune, recover, report, run_recipe
+    from ziplm_deploy.api import benchmark, compress, export, profile, prune, recover, report, run_recipe
     from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
-    from ziplm_deploy.benchmarking import compare
+    from ziplm_deploy.benchmarking import Subject, compare
     from ziplm_deploy.checkpoints import load
     from ziplm_deploy.config import Recipe, load_recipe
     from ziplm_deploy.errors import ZipLMError
@@ -24,10 +24,12 @@ __all__ = [
     "LatencyTable",
     "PruningPlan",
     "Recipe",
+    "Subject",
     "TrainingRecord",
     "ZipLMError",
     "benchmark",
     "compare",
+    "compress",
     "export",
     "inspect_model",
     "load",
@@ -42,9 +44,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("benchmark", "export", "profile", "prune", "recover", "report", "run_recipe"),
+    "api": ("benchmark", "compress", "export", "profile", "prune", "recover", "report", "run_recipe"),
     "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan", "TrainingRecord"),
-    "benchmarking": ("compare",),
+    "benchmarking": ("Subject", "compare"),
     "checkpoints": ("load",),
     "config": ("Recipe", "load_recipe"),
     "errors": ("ZipLMError",),

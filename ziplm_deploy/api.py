@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ziplm_deploy import pipeline
+from ziplm_deploy import pipeline, subjects
 from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
+from ziplm_deploy.compression.variants import ONNX_FILES, label
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UsageError
 from ziplm_deploy.progress import Progress
@@ -69,13 +70,32 @@ def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
     else:
         state = Run(recipe, progress)
         pipeline.build(state)
-    return state.onnx_files(recipe.speedups, pruned=False)
+    return {name: state.folder.member(name) / "model.onnx" for name in state.names}
+
+
+def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
+    """Every file made from a member's ``model.onnx``, by names such as ``2x int8``.
+
+    Raises:
+        RecipeError: ``compress.variants`` is empty.
+    """
+    if not recipe.compress.variants:
+        raise RecipeError("expected compress.variants in the recipe, found none; name int8, sparse or sparse-int8")
+    state = Run(recipe, progress)
+    pipeline.build(state)
+    pipeline.compress(state)
+    return {
+        label(name, variant): state.folder.member(name) / ONNX_FILES[variant]
+        for name in state.names
+        for variant in recipe.compress.variants
+    }
 
 
 def benchmark(recipe: Recipe, progress: Progress | None = None) -> BenchmarkRecord:
     """All members against the dense model; members that miss their target are solved again, as the recipe allows."""
     state = Run(recipe, progress)
     pipeline.build(state)
+    pipeline.compress(state)
     return pipeline.benchmark(state)
 
 
@@ -101,7 +121,7 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
 
 
 def _final_key(state: Run) -> str:
-    return pipeline.benchmark_key(state, state.onnx_files(state.recipe.speedups, pruned=False))
+    return pipeline.benchmark_key(state, subjects.in_the_end(state))
 
 
 def _pruned(recipe: Recipe, progress: Progress | None) -> Run:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from ziplm_deploy.config import Environment
+from ziplm_deploy.config import Environment, Variant
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 
 ModuleKind = Literal["attention", "ffn"]
-Variant = Literal["fp32", "int8", "sparse", "sparse-int8"]
 
 
 @contextlib.contextmanager
@@ -146,7 +145,11 @@ class Cell(BaseModel):
 
 
 class LatencyTable(Artifact):
-    """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine."""
+    """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine.
+
+    Cells and base are in the form of ``variant`` on ``engine``: their sum predicts a member. ``dense`` is what speedups
+    are over: the float32 model on ``baseline_engine``.
+    """
 
     KIND: ClassVar[str] = "latency_table"
 
@@ -157,16 +160,26 @@ class LatencyTable(Artifact):
     shape: ModelShape
     graph: str  # what else is in the graph: model class, activation, vocabulary or image size, outputs
     variant: Variant = "fp32"
+    form: str = ""  # how the variant was made, in words: two tables of a variant may differ in sparsity
+    baseline_engine: str = ""  # files from before it was recorded: ``engine``
+    baseline_engine_version: str = ""
     shapes: Literal["dynamic", "static"]
     opset: int
     stack_depth: int
     base: Timing  # embeddings + head: the model with no layers
-    dense: Timing  # the dense model end to end, same run
+    dense: Timing  # the dense float32 model end to end on the baseline engine, same run
+    unpruned: Timing | None = None  # the dense model in the form of the cells, on their engine; None: it is ``dense``
     cells: list[Cell]
     date: str
     measuring_seconds: float
     total_seconds: float
     noise: dict[str, float] = Field(default_factory=dict)  # e.g. aa_ratio, rounds, remeasured
+
+    @model_validator(mode="after")
+    def _one_engine_without_another(self) -> Self:
+        if not self.baseline_engine:
+            self.baseline_engine, self.baseline_engine_version = self.engine, self.engine_version
+        return self
 
     def latency_ms(self, kind: ModuleKind, size: int) -> float:
         """Milliseconds of one sub-block; raises ``KeyError`` for a size that was not measured."""
@@ -185,6 +198,7 @@ class LatencyTable(Artifact):
         return self.base.median_ms + sum(lookup[name.split(".")[1], size] for name, size in sizes.items())
 
     def predict_dense_ms(self) -> float:
+        """Predicted latency of the dense shapes in the table's form: near ``(unpruned or dense).median_ms``."""
         shape = self.shape
         layer_ms = self.latency_ms("attention", shape.n_heads) + self.latency_ms("ffn", shape.intermediate_size)
         return self.base.median_ms + shape.n_layers * layer_ms
@@ -224,6 +238,8 @@ class VariantResult(BaseModel):
 
     name: str
     path: str
+    engine: str = ""  # files from before it was recorded: the record's
+    engine_version: str = ""
     latency: Timing
     p50_ms: float
     throughput_per_second: float
@@ -240,7 +256,7 @@ class BenchmarkRecord(Artifact):
     KIND: ClassVar[str] = "benchmark_record"
 
     machine: MachineInfo
-    engine: str
+    engine: str  # where the members serve; a variant may have run on another one
     engine_version: str
     environment: Environment
     baseline: str
@@ -251,8 +267,35 @@ class BenchmarkRecord(Artifact):
     date: str
     seconds: float
 
+    @model_validator(mode="after")
+    def _one_engine_without_others(self) -> Self:
+        own = {"engine": self.engine, "engine_version": self.engine_version}
+        self.variants = [result if result.engine else result.model_copy(update=own) for result in self.variants]
+        return self
+
     def variant(self, name: str) -> VariantResult:
         return next(result for result in self.variants if result.name == name)
+
+
+class FileReport(BaseModel):
+    """One ONNX file of a member, as measured and evaluated on the engine that runs it."""
+
+    variant: Variant
+    file: str  # in the member's folder
+    engine: str
+    measured_speedup: float  # over the dense float32 model of the same run
+    measured_low: float  # 95 % interval
+    measured_high: float
+    p50_ms: float
+    p99_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    onnx_bytes: int
+    gzip_bytes: int  # what a download weighs
+    accuracy: dict[str, float]
+    facts: dict[str, str] = Field(default_factory=dict)  # how it was made: sparsity, INT8 method, what stayed float32
+    recommended: bool
+    reason: str = ""  # why it is not recommended
 
 
 class MemberReport(BaseModel):
@@ -271,6 +314,8 @@ class MemberReport(BaseModel):
     peak_memory_bytes: int
     parameters: int
     onnx_bytes: int
+    variant: Variant = "fp32"  # the file that the target is about, and all figures here
+    files: list[FileReport] = Field(default_factory=list)  # every file, this one too
     accuracy: dict[str, float]  # of the ONNX file; the task's primary metric first; empty without evaluation data
     accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
     training: TrainingRecord | None = None

@@ -1,6 +1,7 @@
 """One timing loop for all engines: a process a model, interleaved, the baseline against itself beside it.
 
-Works with any ONNX file: inputs are made from the names, types and shapes that the session declares.
+Works with any ONNX file: inputs are made from the names, types and shapes that the session declares. Every file may run
+on an engine of its own, so that a compressed model where it will serve stands beside the dense one where it serves now.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no types of its own
 
 from ziplm_deploy.artifacts import BenchmarkRecord, VariantResult
-from ziplm_deploy.config import BenchmarkConfig, Environment
+from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment
 from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import machine_info
@@ -28,66 +33,92 @@ WARMUP_SECONDS = 10.0
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One ONNX file in a benchmark, and the engine that runs it (None: that of the environment).
+
+    ``shapes`` says how the file was exported, which decides the graph optimisations that are left out.
+    """
+
+    path: Path
+    engine: EngineName | None = None
+    shapes: Literal["dynamic", "static"] = "dynamic"
+
+
 def compare(
-    models: Mapping[str, Path],
+    subjects: Mapping[str, Subject | Path],
     environment: Environment,
     config: BenchmarkConfig,
     baseline: str,
     progress: Progress | None = None,
     *,
-    shapes: str = "dynamic",
     seed: int = 0,
 ) -> BenchmarkRecord:
-    """Time ``models`` (name → ONNX file) against ``baseline``, one of their names.
+    """Time ``subjects`` (name → :class:`Subject`, or just an ONNX file) against ``baseline``, one of their names.
 
     Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. In each round
     the workers take turns in random order: one untimed run, then ``runs_per_round`` timed ones. Speedup is the median
     over rounds of the ratio within a round; the baseline's side of it is the mean of its two processes, because where a
-    process lies in memory shifts its latency a little. ``shapes`` says how the files were exported, which decides the
-    graph optimisations that are left out.
+    process lies in memory shifts its latency a little. Threads, batch size and tokens are those of ``environment`` on
+    every engine.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
         EnvironmentMismatchError: more threads than granted.
-        EngineError: a model is rejected or its worker dies or hangs; names the model and how to reproduce it.
+        EngineError: an engine is missing, a model is rejected or its worker dies or hangs; names the model and how to
+            reproduce it. Nothing is returned then: a record without one of its models would look complete.
     """
-    if baseline not in models:
-        raise UsageError(f"expected the baseline to be one of {', '.join(models) or '(no models)'}, found {baseline!r}")
+    if baseline not in subjects:
+        known = ", ".join(subjects) or "(no models)"
+        raise UsageError(f"expected the baseline to be one of {known}, found {baseline!r}")
     started = time.monotonic()
-    engine = get_engine(environment.engine)
-    options = WorkerOptions(
-        threads=environment.threads,
-        batch_size=environment.batch_size,
-        seq_len=environment.seq_len,
-        disabled_optimizers=engine.disabled_optimizers(shapes),
-    )
+    entries = {name: entry if isinstance(entry, Subject) else Subject(entry) for name, entry in subjects.items()}
+    engine_version = get_engine(environment.engine).version()
     with contextlib.ExitStack() as stack:
         workers: dict[str, WorkerHandle] = {}
-        for name, path in [*models.items(), (AA, models[baseline])]:
-            worker = stack.enter_context(engine.start_worker(options))
-            worker.load(MODEL, Path(path))
-            workers[name] = worker
+        for name, subject in [*entries.items(), (AA, entries[baseline])]:
+            workers[name] = stack.enter_context(_start_worker(subject, environment))
+            workers[name].load(MODEL, Path(subject.path))
         for worker in workers.values():
             warm_up(worker)
         rounds = _interleave(workers, baseline, config, progress, seed)
-        peaks = {name: worker.peak_memory_bytes() for name, worker in workers.items()}
+        facts = {
+            name: {
+                "path": str(subject.path),
+                "engine": subject.engine or environment.engine,
+                "engine_version": workers[name].version,
+                "peak_memory_bytes": workers[name].peak_memory_bytes(),
+            }
+            for name, subject in entries.items()
+        }
     aa_ratio, aa_low, aa_high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[AA]))
     return BenchmarkRecord(
         machine=machine_info(),
-        engine=engine.name,
-        engine_version=engine.version(),
+        engine=environment.engine,
+        engine_version=engine_version,
         environment=environment,
         baseline=baseline,
         aa_ratio=aa_ratio,
         aa_low=aa_low,
         aa_high=aa_high,
-        variants=[
-            _result(name, Path(path), rounds, baseline, environment.batch_size, peaks[name])
-            for name, path in models.items()
-        ],
+        variants=[_result(name, rounds, baseline, environment.batch_size, facts[name]) for name in entries],
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
+
+
+def declared_shapes(path: Path) -> Literal["dynamic", "static"]:
+    """How an ONNX file was exported: "static" if every axis of its inputs is fixed.
+
+    A file that is no ONNX model counts as dynamic: the engine that rejects it says more about it.
+    """
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError:
+        return "dynamic"
+    weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
+    shapes = [value.type.tensor_type.shape for value in graph.input if value.name not in weights]
+    return "static" if all(axis.dim_value > 0 for shape in shapes for axis in shape.dim) else "dynamic"
 
 
 def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
@@ -97,6 +128,17 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
     while not is_stable(samples_ms) and len(samples_ms) < WARMUP_RUNS and time.monotonic() - started < WARMUP_SECONDS:
         samples_ms += worker.time(model_id, n=3, warmup=0)
     return samples_ms
+
+
+def _start_worker(subject: Subject, environment: Environment) -> WorkerHandle:
+    engine = get_engine(subject.engine or environment.engine)
+    options = WorkerOptions(
+        threads=environment.threads,
+        batch_size=environment.batch_size,
+        seq_len=environment.seq_len,
+        disabled_optimizers=engine.disabled_optimizers(subject.shapes),
+    )
+    return engine.start_worker(options)
 
 
 def _interleave(
@@ -137,8 +179,9 @@ def _per_round(samples_ms: list[list[float]]) -> list[float]:
 
 
 def _result(
-    name: str, path: Path, rounds: Mapping[str, list[list[float]]], baseline: str, batch_size: int, peak: int
+    name: str, rounds: Mapping[str, list[list[float]]], baseline: str, batch_size: int, facts: Mapping[str, Any]
 ) -> VariantResult:
+    """Figures of one subject; ``facts`` are the fields that timings do not tell."""
     samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
     timing = summarize(samples_ms)
     own_ms = _per_round(rounds[name])
@@ -146,13 +189,12 @@ def _result(
     speedup, low, high = median_ratio(reference_ms, own_ms)
     return VariantResult(
         name=name,
-        path=str(path),
         latency=timing,
         p50_ms=timing.median_ms,
         throughput_per_second=1000.0 * batch_size / timing.median_ms,
-        peak_memory_bytes=peak,
         speedup=speedup,
         speedup_low=low,
         speedup_high=high,
         samples_ms=samples_ms,
+        **facts,
     )

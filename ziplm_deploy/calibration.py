@@ -71,8 +71,12 @@ def iter_statistics(
 
 
 def statistics_bytes(modules: Sequence[PrunableModule]) -> int:
-    """Peak bytes of collecting these modules in one pass: float64 sums, one float32 product, its float64 copy."""
-    widths = [module.structures * module.group_size for module in modules]
+    """Peak bytes of collecting these modules in one pass."""
+    return moments_bytes([module.structures * module.group_size for module in modules])
+
+
+def moments_bytes(widths: Sequence[int]) -> int:
+    """Peak bytes of :class:`Moments` of so many inputs: float64 sums, one float32 product, its float64 copy."""
     return sum(8 * d * d + 16 * d for d in widths) + 12 * max(widths, default=0) ** 2
 
 
@@ -93,16 +97,15 @@ def module_groups(modules: Sequence[PrunableModule], memory_limit_bytes: int) ->
     return groups
 
 
-class _Moments:
-    """Running sums over tokens: float32 products a batch, carried in float64.
+class Moments:
+    """Running sums over tokens of what enters ``name``: float32 products a batch, carried in float64.
 
     Inputs are shifted by the mean of the first batch before they are multiplied: float32 rounding then stays relative
     to the spread of a column, not to its mean, and the centred Hessian keeps its digits.
     """
 
-    def __init__(self, module: PrunableModule) -> None:
-        self.name = module.name
-        d = module.structures * module.group_size
+    def __init__(self, name: str, d: int) -> None:
+        self.name = name
         self.products = torch.zeros(d, d, dtype=torch.float64)  # Σ (x−c)(x−c)ᵀ
         self.sums = torch.zeros(d, dtype=torch.float64)  # Σ (x−c)
         self.shift: Tensor | None = None  # c, float32 [d]
@@ -129,13 +132,22 @@ class _Moments:
     def finish(self) -> ModuleStats:
         """Undo the shift, in float64 and in place."""
         if self.shift is None:
-            raise DataError("expected calibration tokens, found none: every token is padding, or there is no data")
+            raise DataError(
+                f"expected calibration tokens in {self.name}, found none: every token is padding, or there is no data"
+            )
         shift = self.shift.double()
         rest = self.sums / self.n_tokens  # E[x−c]
         mean = shift + rest
         # E[xxᵀ] = E[(x−c)(x−c)ᵀ] + c E[x−c]ᵀ + μ cᵀ
         self.products.div_(self.n_tokens).addr_(shift, rest).addr_(mean, shift)
         return ModuleStats(self.products, mean, self.n_tokens)
+
+
+class _Moments(Moments):
+    """Moments of what enters a module's output linear."""
+
+    def __init__(self, module: PrunableModule) -> None:
+        super().__init__(module.name, module.structures * module.group_size)
 
 
 @torch.inference_mode()

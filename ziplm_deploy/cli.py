@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ziplm_deploy.config import BenchmarkConfig, Environment, Recipe, load_recipe, parse_recipe, recipe_reference
+from ziplm_deploy.config import (
+    BenchmarkConfig,
+    EngineName,
+    Environment,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_reference,
+)
 from ziplm_deploy.errors import UsageError, ZipLMError
 
 if TYPE_CHECKING:
     from ziplm_deploy.artifacts import FamilyReport
+    from ziplm_deploy.benchmarking import Subject
     from ziplm_deploy.progress import Progress
 
 MISSED_TARGET = 3
@@ -149,40 +158,67 @@ def export(
 
 
 @app.command()
+def compress(
+    recipe: RecipePath,
+    output_dir: OutputDir = None,
+    speedups: Speedups = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make the further files of every member: model_int8.onnx, model_sparse.onnx, model_sparse_int8.onnx."""
+    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    from ziplm_deploy import api
+
+    for name, path in api.compress(resolved, _progress(quiet)).items():
+        typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB: {path}")
+
+
+@app.command()
 def benchmark(
     inputs: Annotated[list[Path], typer.Argument(metavar="RECIPE | ONNX...", help="A recipe, or ONNX files.")],
     batch_size: Annotated[int, typer.Option(help="ONNX files: requests in one call.")] = 1,
     seq_len: Annotated[int, typer.Option(help="ONNX files: tokens a request.")] = 128,
     threads: Annotated[int | None, typer.Option(help="Intra-op threads (ONNX files: 1).")] = None,
-    engine: Annotated[str, typer.Option(help="ONNX files: onnxruntime, openvino or deepsparse.")] = "onnxruntime",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="ONNX files: onnxruntime (default), openvino, deepsparse; again for every file on each."),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time all members of a recipe, or any ONNX files, against the first (the baseline), interleaved."""
+    """Time all members of a recipe, or any ONNX files, against the first (the baseline), interleaved.
+
+    With several engines, the baseline is the first file on the first engine.
+    """
     from ziplm_deploy.reporting import console
 
     missed: list[str] = []
     if any(path.suffix == ".onnx" for path in inputs):
-        models = _onnx_files(inputs)
-        shape = {"batch_size": batch_size, "seq_len": seq_len}
-        environment = _validated(Environment, engine=engine, threads=threads or 1, **shape)
+        files = _onnx_files(inputs)
+        shape = {"batch_size": batch_size, "seq_len": seq_len, "threads": 1 if threads is None else threads}
+        names = list(dict.fromkeys(engine or ["onnxruntime"]))
+        environments = [_validated(Environment, engine=name, **shape) for name in names]
         settings = _validated(BenchmarkConfig, rounds=rounds)
         from ziplm_deploy.benchmarking import compare
 
-        progress = _progress(quiet)
-        progress.stage(f"benchmark: {len(models)} ONNX file(s) and the baseline again, interleaved", 1, 1)
-        record = compare(models, environment, settings, next(iter(models)), progress.step)
+        progress, subjects = _progress(quiet), _subjects(files, [item.engine for item in environments])
+        what = f"{len(files)} ONNX file(s) on {', '.join(names)}"
+        progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
+        record = compare(subjects, environments[0], settings, next(iter(subjects)), progress.step)
     elif len(inputs) == 1:
         resolved = _recipe(inputs[0], None, None, None, threads)
         from ziplm_deploy import api
+        from ziplm_deploy.compression.variants import label
 
         record = api.benchmark(resolved, _progress(quiet))
         missed = [
             f"{target:g}x"
             for target in resolved.speedups
-            if record.variant(f"{target:g}x").speedup < target * (1 - resolved.benchmark.tolerance)
+            if record.variant(label(f"{target:g}x", resolved.compress.target)).speedup
+            < target * (1 - resolved.benchmark.tolerance)
         ]
     else:
         raise UsageError(
@@ -242,17 +278,18 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def setup(
-    engine: Annotated[str, typer.Argument(help="deepsparse.")],
-    python: Annotated[str | None, typer.Option(help="Interpreter to build on, 3.8 to 3.11.")] = None,
+    name: Annotated[str, typer.Argument(help="deepsparse or neural-compressor.")],
+    python: Annotated[str | None, typer.Option(help="Interpreter to build on, such as python3.11.")] = None,
 ) -> None:
-    """Install an engine whose packages do not fit beside the others, in an environment of its own."""
-    from ziplm_deploy.engines.deepsparse import ENVIRONMENT
+    """Install an engine or tool whose packages do not fit beside the others, in an environment of its own."""
+    from ziplm_deploy.side import ENVIRONMENTS
 
-    if engine != ENVIRONMENT.engine:
-        raise UsageError(f"expected an engine that needs a set-up: {ENVIRONMENT.engine}, found {engine!r}")
-    typer.echo(f"{ENVIRONMENT.notice}; installing into {ENVIRONMENT.folder}", err=True)
-    interpreter = ENVIRONMENT.create(python)
-    typer.echo(f"{engine} {ENVIRONMENT.version()}: {interpreter}")
+    if name not in ENVIRONMENTS:
+        raise UsageError(f"expected what needs a set-up: {' or '.join(ENVIRONMENTS)}, found {name!r}")
+    environment = ENVIRONMENTS[name]
+    typer.echo(f"{environment.notice}; installing into {environment.folder}", err=True)
+    interpreter = environment.create(python)
+    typer.echo(f"{name} {environment.version()}: {interpreter}")
 
 
 @app.command("recipe-reference")
@@ -324,6 +361,18 @@ def _onnx_files(paths: list[Path]) -> dict[str, Path]:
     )
     names = next(names for names in candidates if len(set(names)) == len(paths) and all(names))
     return dict(zip(names, paths, strict=True))
+
+
+def _subjects(files: dict[str, Path], engines: list[EngineName]) -> dict[str, Subject]:
+    """Every file on every engine."""
+    from ziplm_deploy.benchmarking import Subject, declared_shapes
+
+    shapes = {name: declared_shapes(path) for name, path in files.items()}
+    return {
+        f"{name} ({engine})" if len(engines) > 1 else name: Subject(path, engine, shapes[name])
+        for engine in engines
+        for name, path in files.items()
+    }
 
 
 def _progress(quiet: bool) -> Progress:

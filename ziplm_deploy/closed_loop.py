@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ziplm_deploy.artifacts import BenchmarkRecord, PruningPlan
 from ziplm_deploy.errors import TargetUnreachableError
-from ziplm_deploy.members import export_member, member_key, prune_member
+from ziplm_deploy.members import export_pruned, member_key, prune_member
 from ziplm_deploy.run import Run, Step
 from ziplm_deploy.run_folder import Correction
 
@@ -29,7 +29,7 @@ def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]
         for target in corrected:
             name = state.member_name(target)
             prune_member(state, target)
-            export_member(state, name, state.folder.pruned(name))
+            export_pruned(state, name)
 
 
 def carry_over(state: Run, step: Step) -> None:
@@ -65,7 +65,7 @@ def _best_aim(history: list[tuple[float, float]], target: float, tolerance: floa
 def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
     """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
     settings = state.recipe.benchmark
-    tolerance = settings.tolerance / 2 if state.trains else settings.tolerance
+    tolerance = settings.tolerance / 2 if state.recipe.finishes_after_pruning else settings.tolerance
     name, key = state.member_name(target), member_key(state, target)
     measured = record.variant(name).speedup
     correction = state.folder.correction(name, key) or Correction(predicted_target=target)

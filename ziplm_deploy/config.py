@@ -22,6 +22,8 @@ TaskName = Literal[
     "fill-mask",
     "image-classification",
 ]
+EngineName = Literal["onnxruntime", "openvino", "deepsparse"]
+Variant = Literal["fp32", "int8", "sparse", "sparse-int8"]
 MethodName = Literal["ziplm", "magnitude", "random", "uniform", "layer-drop", "flap"]
 
 
@@ -69,7 +71,7 @@ class DataConfig(Frozen):
 
 
 class Environment(Frozen):
-    engine: Literal["onnxruntime", "openvino", "deepsparse"] = Field(
+    engine: EngineName = Field(
         "onnxruntime", description="Engine that will serve; `openvino` is an extra, `deepsparse` needs a set-up."
     )
     batch_size: int = Field(1, ge=1, le=4096, description="Requests in one call: 1 for latency, 16+ for throughput.")
@@ -182,6 +184,89 @@ class RecoverConfig(TrainConfig):
         return self
 
 
+class SparsityConfig(Frozen):
+    sparsity: float = Field(0.8, gt=0, lt=1, description="Share of the weights of the layers' linears that is zeroed.")
+    pattern: Literal["unstructured", "block4"] = Field(
+        "unstructured",
+        description="`block4`: four neighbouring inputs together, as INT8 kernels of DeepSparse like it.",
+    )
+    distribution: Literal["uniform", "sensitivity"] = Field(
+        "uniform", description="Every linear equally sparse, or those less whose zeroing changes the answers more."
+    )
+    passes: int = Field(
+        1, ge=1, le=64, description="Steps towards the sparsity; before each the Hessians are collected anew."
+    )
+    damping: float = Field(0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal.")
+
+
+class Int8Config(Frozen):
+    method: Literal["dynamic", "static", "qat"] = Field(
+        "dynamic",
+        description="Activation scales at run time (ONNX Runtime only), from calibration, or trained with the weights.",
+    )
+    backend: Literal["onnxruntime", "neural-compressor"] = Field(
+        "onnxruntime", description="Who quantises; `neural-compressor` tunes by itself and needs a set-up."
+    )
+    ranges: Literal["minmax", "entropy", "percentile"] = Field(
+        "minmax", description="How calibrated activations become ranges (static)."
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="Of the activations inside the range (percentile).")
+    n_calibration: int = Field(128, ge=1, description="Calibration examples for the ranges; memory does not grow.")
+    per_channel: bool = Field(True, description="A weight scale for each output; DeepSparse takes one for each tensor.")
+    reduce_range: bool | None = Field(
+        None, description="7-bit weights, which do not saturate without VNNI; default: by the CPU's flags."
+    )
+    max_loss: float = Field(
+        0.01, ge=0, lt=1, description="Accuracy budget: largest loss of the metric, relative to the model before INT8."
+    )
+    max_fp32_share: float = Field(
+        0.5, ge=0, le=1, description="At most this share of the linears stays float32 to hold `max_loss`."
+    )
+
+
+class CompressTrainConfig(TrainConfig):
+    mode: Literal["none", "distil"] = Field(
+        "none", description="`distil`: train sparse models with their zeros held, by the losses of `recover`."
+    )
+
+
+class CompressConfig(Frozen):
+    variants: tuple[Literal["int8", "sparse", "sparse-int8"], ...] = Field(
+        (), description="Further files of every member: `model_int8.onnx`, `model_sparse.onnx`, …"
+    )
+    target: Variant = Field(
+        "fp32", description="The file that must reach `speedups`; the table is measured in its form."
+    )
+    sparsity: SparsityConfig = Field(default_factory=SparsityConfig, description="Zeros in the weights.")
+    int8: Int8Config = Field(default_factory=Int8Config, description="8-bit integers.")
+    train: CompressTrainConfig = Field(default_factory=CompressTrainConfig, description="Training with zeros or INT8.")
+
+    @model_validator(mode="after")
+    def _target_is_made(self) -> CompressConfig:
+        if self.target != "fp32" and self.target not in self.variants:
+            raise ValueError(f"the target {self.target!r} must be one of compress.variants, found {self.variants}")
+        return self
+
+    @property
+    def makes_int8(self) -> bool:
+        return any(variant.endswith("int8") for variant in self.variants)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained with its zeros or its rounding."""
+        return bool(self.variants) and self.train.mode != "none"
+
+    @model_validator(mode="after")
+    def _somebody_trains_the_scales(self) -> CompressConfig:
+        if not self.makes_int8 or self.int8.method != "qat":
+            return self
+        if self.train.mode == "none":
+            raise ValueError("int8.method qat trains the scales: set compress.train.mode: distil (and its max_steps)")
+        if self.int8.backend != "onnxruntime":
+            raise ValueError("int8.method qat needs int8.backend: onnxruntime; neural-compressor only calibrates here")
+        return self
+
+
 class ExportConfig(Frozen):
     shapes: Literal["dynamic", "static"] = Field(
         "dynamic", description="`dynamic` accepts any batch and length; `static` fixes those of the environment."
@@ -198,6 +283,9 @@ class BenchmarkConfig(Frozen):
     max_seconds: float = Field(180.0, gt=0, description="Time limit; stops after the round in which it passes.")
     tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
     overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")
+    baseline_engine: EngineName | None = Field(
+        None, description="Engine of the dense baseline; default: that of `environment`, where the members serve."
+    )
     max_corrections: int = Field(3, ge=0, description="How often the closed loop may solve again a target.")
     parity_atol: float = Field(1e-4, gt=0, description="Largest difference between torch and ONNX outputs at export.")
 
@@ -220,6 +308,7 @@ class Recipe(Frozen):
     prune: PruneConfig = Field(default_factory=PruneConfig, description="OBS and search.")
     recover: RecoverConfig = Field(default_factory=RecoverConfig, description="Training after pruning.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="ONNX files.")
+    compress: CompressConfig = Field(default_factory=CompressConfig, description="Sparsity and INT8 on top.")
     benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig, description="Measurement and closed loop.")
 
     @field_validator("speedups")
@@ -235,6 +324,30 @@ class Recipe(Frozen):
                 f"export.opset: 16, found {self.export.shapes} and {self.export.opset}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _engine_takes_the_integers(self) -> Recipe:
+        engine, int8 = self.environment.engine, self.compress.int8
+        if engine != "onnxruntime" and int8.method == "dynamic" and self.compress.makes_int8:
+            raise ValueError(
+                f"{engine} does not run dynamically quantised graphs well: set compress.int8.method: static or qat"
+            )
+        return self
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Files of every member: the exported one, then those made from it."""
+        return ("fp32", *self.compress.variants)
+
+    @property
+    def baseline_engine(self) -> EngineName:
+        """Engine of the dense model that speedups are over."""
+        return self.benchmark.baseline_engine or self.environment.engine
+
+    @property
+    def finishes_after_pruning(self) -> bool:
+        """Whether members change after the closed loop has measured them, by training or compression."""
+        return self.recover.mode != "none" or bool(self.compress.variants)
 
     @property
     def run_dir(self) -> Path:

@@ -12,30 +12,32 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ziplm_deploy.benchmarking import compare
 from ziplm_deploy.config import BenchmarkConfig, Environment
-from ziplm_deploy.engines import ENGINES
+from ziplm_deploy.engines import ENGINES, Engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import machine_info
 from ziplm_deploy.run_folder import versions
+from ziplm_deploy.side import NEURAL_COMPRESSOR, SideEnvironment
 
+TOOLS = (NEURAL_COMPRESSOR,)
 ROUNDS = 40
 LAYERS, SHAPE, WIDTH = 4, (1, 128, 384), 384  # a few milliseconds, like the models that are served
 NOISY = 0.02  # above the default tolerance of a target, timings cannot decide whether it was reached
 
 
 def examine(rounds: int = ROUNDS) -> dict[str, Any]:
-    """Findings as plain data: ``machine, versions, engines, noise``."""
+    """Findings as plain data: ``machine, versions, engines, tools, noise``."""
     return {
         "machine": machine_info().model_dump(mode="json"),
         "versions": versions(),
-        "engines": [_engine(name) for name in ENGINES],
+        "engines": [_finding(name, ENGINES[name]()) for name in ENGINES],
+        "tools": [_finding(tool.name, tool) for tool in TOOLS],
         "noise": measure_noise(rounds),
     }
 
 
-def _engine(name: str) -> dict[str, Any]:
+def _finding(name: str, found: Engine | SideEnvironment) -> dict[str, Any]:
     try:
-        engine = ENGINES[name]()
-        return {"name": name, "version": engine.version(), "missing": "", "notice": engine.notice}
+        return {"name": name, "version": found.version(), "missing": "", "notice": found.notice}
     except EngineError as error:
         return {"name": name, "version": None, "missing": str(error), "notice": ""}
 

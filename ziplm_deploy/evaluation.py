@@ -6,12 +6,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.config import Environment
+from ziplm_deploy.compression.variants import ACCURACY_FILES, ONNX_FILES, is_int8, label
+from ziplm_deploy.config import EngineName, Environment, Recipe, Variant
 from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import usable_cores
@@ -19,8 +21,6 @@ from ziplm_deploy.parents import DENSE
 from ziplm_deploy.run import BATCH_SIZE, Run
 from ziplm_deploy.run_folder import content_key
 from ziplm_deploy.tasks import Run as Runner
-
-ACCURACY_FILE = "accuracy.json"
 
 
 def onnx_runner(path: Path) -> Runner:
@@ -84,43 +84,64 @@ def remembering(run: Runner) -> Runner:
     return remembered
 
 
-def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner) -> None:
-    """Write ``accuracy.json`` into a member's folder; fidelity to the dense file too, where the task has it."""
+def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner, variant: Variant = "fp32") -> None:
+    """Write ``accuracy.json`` (or a variant's) into a member's folder; fidelity to the dense file too, where there is.
+
+    ``dense_run``: the dense model in the engine of the baseline.
+    """
     recipe = state.recipe
-    dense_path = state.folder.member(DENSE) / "model.onnx"
+    path, target = folder / ONNX_FILES[variant], folder / ACCURACY_FILES[variant]
+    is_baseline = name == DENSE and variant == "fp32"
+    batch_size = evaluation_batch_size(recipe, variant)
     key = content_key(
-        file=state.file_hash(folder / "model.onnx"),
-        dense=state.file_hash(dense_path),
-        engine=recipe.environment.engine,
-        data=state.evaluation_hash,
-        columns=recipe.data.model_dump(
-            include={"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
-        ),
-        model=state.model_settings,
-        seed=recipe.seed,
-        seq_len=recipe.environment.seq_len,
+        file=state.file_hash(path),
+        dense=state.file_hash(state.folder.member(DENSE) / "model.onnx"),
+        engines=[recipe.environment.engine, recipe.baseline_engine],
+        batch_size=batch_size,
+        data=state.evaluation_key,
     )
 
     def work() -> None:
-        static = recipe.export.shapes == "static"
-        seq_len = recipe.environment.seq_len
-        batch_size = recipe.environment.batch_size if static else BATCH_SIZE
-        arguments = (state.evaluation_rows, state.processor, seq_len, batch_size, seq_len if static else None)
-        if name == DENSE:
+        arguments = _arguments(state, batch_size)
+        if is_baseline:
             scores = state.task.evaluate(dense_run, *arguments)
         else:
-            with open_runner(recipe.environment, folder / "model.onnx") as runner:
+            with open_runner(recipe.environment, path) as runner:
                 run = remembering(runner)
                 scores = state.task.evaluate(run, *arguments) | state.task.fidelity(run, dense_run, *arguments)
-        write_text(folder / ACCURACY_FILE, json.dumps(scores, indent=1) + "\n")
+        write_text(target, json.dumps(scores, indent=1) + "\n")
 
-    stage = f"evaluate {name}" if folder == state.folder.member(name) else f"evaluate pruned {name}"
-    state.folder.stage(stage, key, [folder / ACCURACY_FILE], work)
+    what = label(name, variant)
+    stage = f"evaluate {what}" if folder == state.folder.member(name) else f"evaluate pruned {what}"
+    state.folder.stage(stage, key, [target], work)
 
 
-def accuracy_in(state: Run, folder: Path) -> dict[str, float]:
-    """Scores of the ONNX file in a folder, the primary metric first; empty when they were not evaluated."""
-    path = folder / ACCURACY_FILE
+def score_of(state: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> float:
+    """The task's primary metric of an ONNX file of this form; ``engine``: another one than that of the environment."""
+    environment = state.recipe.environment
+    if engine is not None:
+        environment = environment.model_copy(update={"engine": engine})
+    with open_runner(environment, path) as run:
+        arguments = _arguments(state, evaluation_batch_size(state.recipe, variant))
+        return state.task.evaluate(run, *arguments)[state.task.metric_name]
+
+
+def _arguments(state: Run, batch_size: int) -> tuple[list[dict[str, Any]], Any, int, int, int | None]:
+    """What tasks evaluate on: rows, processor, tokens, examples in a call, and to how many tokens they are padded."""
+    seq_len = state.recipe.environment.seq_len
+    pad_to = seq_len if state.recipe.export.shapes == "static" else None
+    return state.evaluation_rows, state.processor, seq_len, batch_size, pad_to
+
+
+def evaluation_batch_size(recipe: Recipe, variant: Variant) -> int:
+    """Examples in a call: as served where the answers depend on it, which they do if a scale spans the whole batch."""
+    as_served = recipe.export.shapes == "static" or (is_int8(variant) and recipe.compress.int8.method == "dynamic")
+    return recipe.environment.batch_size if as_served else BATCH_SIZE
+
+
+def accuracy_in(state: Run, folder: Path, variant: Variant = "fp32") -> dict[str, float]:
+    """Scores of an ONNX file in a folder, the primary metric first; empty when they were not evaluated."""
+    path = folder / ACCURACY_FILES[variant]
     if state.recipe.data.evaluation is None or not path.exists():
         return {}
     scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))

@@ -89,18 +89,28 @@ def export_dense(state: Run) -> None:
         save_checkpoint(state, folder, state.dense, {"member": DENSE})
         export_checked(state, state.dense, folder, DENSE)
 
-    key = _export_key(state, state.model_hash)
+    key = export_key(state, state.model_hash)
     state.folder.stage(f"export {DENSE}", key, [folder / "model.onnx", folder / "pruned.safetensors"], work)
+
+
+def export_pruned(state: Run, name: str) -> None:
+    """ONNX file of a member as pruned and, where its target is of another variant, one as fast as that will be."""
+    export_member(state, name, state.folder.pruned(name))
+    if state.recipe.compress.target != "fp32":
+        from ziplm_deploy.compression.forms import export_stand_in
+
+        export_stand_in(state, name)
 
 
 def export_member(state: Run, name: str, folder: Path) -> None:
     """``model.onnx`` beside a member's weights; raises :class:`ParityError` if it does not answer like torch."""
-    key = _export_key(state, state.file_hash(folder / "pruned.safetensors"))
+    key = export_key(state, state.file_hash(folder / "pruned.safetensors"))
     stage = f"export {name}" if folder == state.folder.member(name) else f"export pruned {name}"
     state.folder.stage(stage, key, [folder / "model.onnx"], lambda: export_checked(state, load(folder), folder, name))
 
 
-def _export_key(state: Run, source: str) -> str:
+def export_key(state: Run, source: str) -> str:
+    """What an exported file depends on; ``source`` stands for the weights."""
     return content_key(
         source=source,
         model=state.model_settings,

@@ -47,13 +47,7 @@ class Parent:
         return content_key(
             model=run.model_hash,
             parent=None if self.name == DENSE else run.file_hash(weights),
-            data=run.calibration_hash,
-            columns=recipe.data.model_dump(
-                include={"calibration_split", "config_name", "text_columns", "label_column", "n_calibration"}
-            ),
-            task=run.model_settings,
-            seq_len=recipe.environment.seq_len,
-            seed=recipe.seed,
+            calibration=run.calibration_key,
             prune=recipe.prune.model_dump(include={"method", "damping", "centred"}),
             hessians="own" if recipe.recover.rebuild_hessians or self.name == DENSE else "dense",
             sizes=self.sizes,

@@ -1,5 +1,5 @@
 """The whole way, in order: profile, train dense (optional), calibrate, prune, export, benchmark (closed loop), recover
-(optional), evaluate, report.
+(optional), compress (optional), evaluate, report.
 
 Read :func:`run` first. Every stage is a function of a :class:`Run`; it reads and writes files of the run folder and is
 skipped when nothing it depends on has changed, so a killed run goes on where it was.
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ziplm_deploy import closed_loop, evaluation, members, profiling
+from ziplm_deploy import closed_loop, evaluation, members, profiling, subjects
 from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable
-from ziplm_deploy.benchmarking import compare
+from ziplm_deploy.benchmarking import Subject, compare
+from ziplm_deploy.compression.checks import check_compression
+from ziplm_deploy.compression.forms import target_form
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.machine import check_threads, machine_info
@@ -31,6 +33,7 @@ def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
     """
     state = Run(recipe, progress)
     build(state)
+    compress(state)
     benchmark(state)
     evaluate(state)
     return report(state)
@@ -54,12 +57,14 @@ def profile(state: Run) -> LatencyTable:
     recipe = state.recipe
     state.begin("profile", "latency table of every sub-block shape, measured on this CPU")
     check_threads(recipe.environment.threads)
+    check_compression(recipe)
     state.check_data()
-    given = recipe.profile.table
+    given, form = recipe.profile.table, target_form(recipe)
     key = content_key(
         shape=state.shape,
         machine=machine_info().fingerprint,
-        engine=get_engine(recipe.environment.engine).version(),
+        engines=[[name, get_engine(name).version()] for name in (recipe.environment.engine, recipe.baseline_engine)],
+        variant=None if form is None else [form.variant, form.description],
         environment=recipe.environment,
         profile=recipe.profile.model_dump(exclude={"table", "allow_foreign_table"}) if given is None else None,
         graph=profiling.graph_of(state.dense, members.output_names(state.task, recipe.export)),
@@ -74,7 +79,7 @@ def profile(state: Run) -> LatencyTable:
 
 
 def _profile(state: Run) -> None:
-    recipe = state.recipe
+    recipe, form = state.recipe, target_form(state.recipe)
     if recipe.profile.table is not None:
         table = LatencyTable.load(recipe.profile.table)
         engine = get_engine(recipe.environment.engine)
@@ -88,6 +93,10 @@ def _profile(state: Run) -> None:
             shapes=recipe.export.shapes,
             opset=recipe.export.opset,
             graph=profiling.graph_of(state.dense, members.output_names(state.task, recipe.export)),
+            variant=recipe.compress.target,
+            form="" if form is None else form.description,
+            baseline_engine=recipe.baseline_engine,
+            baseline_engine_version=get_engine(recipe.baseline_engine).version(),
             allow_foreign=recipe.profile.allow_foreign_table,
         )
     else:
@@ -98,6 +107,8 @@ def _profile(state: Run) -> None:
             recipe.export,
             output_names=members.output_names(state.task, recipe.export),
             wrap=lambda model: members.deployed_form(model, recipe.model, recipe.export),
+            form=form,
+            baseline_engine=recipe.baseline_engine,
             progress=state.progress.step,
             seed=recipe.seed,
         )
@@ -134,7 +145,7 @@ def export_pruned(state: Run, step: Step) -> None:
     state.begin("export", "ONNX files, checked against torch")
     members.export_dense(state)
     for name in map(state.member_name, step.targets):
-        members.export_member(state, name, state.folder.pruned(name))
+        members.export_pruned(state, name)
 
 
 def reach_targets(state: Run, step: Step) -> BenchmarkRecord:
@@ -144,7 +155,7 @@ def reach_targets(state: Run, step: Step) -> BenchmarkRecord:
     stage = "benchmark" if path == state.folder.benchmark else f"benchmark of {step.parent}"
 
     def measure() -> BenchmarkRecord:
-        return _measure(state, stage, path, state.onnx_files(step.targets, pruned=True))
+        return _measure(state, stage, path, subjects.in_closed_loop(state, step.targets))
 
     return closed_loop.reach_targets(state, step, measure)
 
@@ -169,29 +180,40 @@ def export(state: Run) -> None:
         members.export_member(state, name, state.folder.member(name))
 
 
+def compress(state: Run) -> None:
+    """The further files of every member and of the dense model: zeros in their weights, 8-bit integers."""
+    if not state.recipe.compress.variants:
+        return
+    from ziplm_deploy.compression.compress import compress_member
+
+    state.begin("compress", f"{', '.join(state.recipe.compress.variants)} of every member")
+    for name in state.names:
+        compress_member(state, name)
+
+
 def benchmark(state: Run) -> BenchmarkRecord:
-    """All members as they will serve against the dense model, in one run."""
-    if state.trains:  # without training the closed loop has measured these very files
+    """All files of all members as they will serve against the dense model, in one run."""
+    if state.recipe.finishes_after_pruning:  # else the closed loop has measured these very files
         state.begin("benchmark", "all members and the dense model, interleaved")
-    return _measure(state, "benchmark", state.folder.benchmark, state.onnx_files(state.recipe.speedups, pruned=False))
+    return _measure(state, "benchmark", state.folder.benchmark, subjects.in_the_end(state))
 
 
-def _measure(state: Run, stage: str, path: Path, files: dict[str, Path]) -> BenchmarkRecord:
+def _measure(state: Run, stage: str, path: Path, timed: dict[str, Subject]) -> BenchmarkRecord:
     recipe = state.recipe
 
     def work() -> None:
-        shapes, step = recipe.export.shapes, state.progress.step
-        compare(files, recipe.environment, recipe.benchmark, DENSE, step, shapes=shapes).save(path)
+        compare(timed, recipe.environment, recipe.benchmark, DENSE, state.progress.step).save(path)
 
-    state.folder.stage(stage, benchmark_key(state, files), [path], work)
+    state.folder.stage(stage, benchmark_key(state, timed), [path], work)
     return BenchmarkRecord.load(path)
 
 
-def benchmark_key(state: Run, files: dict[str, Path]) -> str:
+def benchmark_key(state: Run, timed: dict[str, Subject]) -> str:
     """What a benchmark depends on: the files themselves, where they run and how they are timed."""
     recipe = state.recipe
     return content_key(
-        files={name: state.file_hash(path) for name, path in files.items()},
+        files={name: state.file_hash(subject.path) for name, subject in timed.items()},
+        baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
         environment=recipe.environment,
         benchmark=recipe.benchmark.model_dump(include={"rounds", "runs_per_round", "max_seconds"}),
         machine=machine_info().fingerprint,
@@ -205,15 +227,16 @@ def evaluate(state: Run) -> None:
     if state.recipe.data.evaluation is None:
         state.progress.note("no data.evaluation in the recipe: accuracy is not reported")
         return
-    folders = [(name, state.folder.member(name)) for name in state.names]
+    files = [(name, state.folder.member(name), v) for name in state.names for v in state.recipe.variants]
     if state.trains:
-        folders += [(name, state.folder.pruned(name)) for name in state.names if name != DENSE]
+        files += [(name, state.folder.pruned(name), "fp32") for name in state.names if name != DENSE]
     dense_path = state.folder.member(DENSE) / "model.onnx"
-    with evaluation.open_runner(state.recipe.environment, dense_path) as runner:
+    baseline = state.recipe.environment.model_copy(update={"engine": state.recipe.baseline_engine})
+    with evaluation.open_runner(baseline, dense_path) as runner:
         dense_run = evaluation.remembering(runner)
-        for index, (name, folder) in enumerate(folders):
-            evaluation.evaluate_member(state, name, folder, dense_run)
-            state.progress.step(index + 1, len(folders))
+        for index, (name, folder, variant) in enumerate(files):
+            evaluation.evaluate_member(state, name, folder, dense_run, variant)
+            state.progress.step(index + 1, len(files))
 
 
 def report(state: Run) -> FamilyReport:

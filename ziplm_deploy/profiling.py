@@ -1,82 +1,93 @@
 """Latency tables: what every sub-block shape costs, timed in the form that will be deployed.
 
-A cell is a stack of ``stack_depth`` identical layers with only attention (or only an FFN) left, exported and loaded
-exactly like a family member. With T the latency of a stack, T_none that of a model without layers and T_00 that of a
-stack of layers with both modules dropped:
-
-    t(kind, 0)    = (T_00 - T_none) / (2 · depth)                  two residual additions and LayerNorms, shared evenly
-    t(kind, size) = (T(kind, size) - T_none) / depth - t(other, 0)
-
-The base (embeddings and head without layers) and the dense model are timed in the same interleaved run.
+A cell is a stack of ``stack_depth`` identical layers with only attention (or only an FFN) left, exported, compressed
+and loaded exactly like a family member (:mod:`ziplm_deploy.profiling_models`); see :mod:`ziplm_deploy.table_cells` for
+how its latency follows. The base (embeddings and head without layers) and the dense model are timed in the same
+interleaved run. The dense model is what speedups are over: float32, on the baseline engine, which may be another one.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import datetime
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
 
-from exporters import ExportError, ExportSettings, dummy_inputs, export_encoder
-from ziplm_deploy.architectures import architecture_of, layers_of, model_shape
-from ziplm_deploy.artifacts import Cell, LatencyTable, MachineInfo, ModelShape, ModuleKind, Timing, Variant
-from ziplm_deploy.config import Environment, ExportConfig, ProfileConfig
-from ziplm_deploy.engines import Engine, WorkerHandle, WorkerOptions, get_engine
-from ziplm_deploy.errors import IncompatibleArtifactError, UnsupportedModelError
+from ziplm_deploy.architectures import model_shape
+from ziplm_deploy.artifacts import LatencyTable, MachineInfo, ModelShape
+from ziplm_deploy.config import EngineName, Environment, ExportConfig, ProfileConfig, Variant
+from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.errors import IncompatibleArtifactError
 from ziplm_deploy.machine import machine_info
-from ziplm_deploy.pruning.levels import ffn_widths, head_counts
-from ziplm_deploy.resizing import random_resized, shared_copy
-from ziplm_deploy.statistics import (
-    Floats,
-    bootstrap_medians,
-    interval,
-    is_stable,
-    relative_standard_error,
-    remove_drift,
-    summarize,
-)
+from ziplm_deploy.profiling_models import BASE, DENSE, FLOAT32, UNPRUNED, DeployedForm, TableModel, Wrap, table_models
+from ziplm_deploy.statistics import is_stable, summarize
+from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure
 
 Progress = Callable[[int, int], None]  # (steps done, steps at most): exports, then rounds
-Wrap = Callable[[nn.Module], nn.Module]
 
-NONE, BASE, DENSE = "none", "base", "dense"
-TINY_VOCABULARY = 64  # a stack needs no real vocabulary, and its export would be mostly that
-# A cell is also sure enough when its error, in every layer of the model, is this fraction of the dense latency.
-NEGLIGIBLE = 0.0005
 REMEASURE_ROUNDS = 10
 REMEASURE_SHARE = 0.2  # of the time limit, kept back for suspicious cells
 MIN_ANCHORS = 8
 # The dense model's error is in every predicted speedup, a cell's only in its share: it is timed more often.
 EXTRA_DENSE = 2
-LEAST_MS = 1e-4
 
 
-@dataclass
-class _Samples:
-    """Timings of all models in the order they were taken, and without the machine's speed changes."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a table's models run: the dense reference on the baseline engine, all others on the environment's."""
 
-    order: list[str] = field(default_factory=list)  # model id of each sample
-    raw_ms: list[float] = field(default_factory=list)
-    ms: dict[str, Floats] = field(default_factory=dict)  # model id -> corrected milliseconds
-    speeds: Floats = field(default_factory=lambda: np.ones(1))
-    rounds: int = 0
-    remeasured: int = 0
+    environment: Environment
+    export: ExportConfig
+    baseline: EngineName
 
-    def add(self, order: list[str], raw_ms: list[float]) -> None:
-        self.order += order
-        self.raw_ms += raw_ms
-        ids = np.asarray(self.order)
-        labels = np.unique(ids, return_inverse=True)[1]
-        corrected, self.speeds = remove_drift(labels, self.raw_ms)
-        self.ms = {str(model_id): corrected[ids == model_id] for model_id in np.unique(ids)}
+    def engine_of(self, model_id: str) -> EngineName:
+        return self.baseline if model_id == DENSE else self.environment.engine
+
+    def start_worker(self, name: EngineName) -> WorkerHandle:
+        engine = get_engine(name)
+        options = WorkerOptions(
+            threads=self.environment.threads,
+            batch_size=self.environment.batch_size,
+            seq_len=self.environment.seq_len,
+            disabled_optimizers=engine.disabled_optimizers(self.export.shapes),
+            shared_arena=True,  # sixty sessions with an arena each would take gigabytes
+        )
+        return engine.start_worker(options)
+
+
+class Workers:
+    """The workers of one table, one an engine; times models of all of them in one order, as a single worker would."""
+
+    def __init__(self, of_model: Mapping[str, WorkerHandle]) -> None:
+        self._of_model = of_model
+
+    def load(self, model_id: str, path: Path) -> None:
+        self._of_model[model_id].load(model_id, path)
+
+    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
+        return self._of_model[model_id].time(model_id, n=n, warmup=warmup)
+
+    def time_many(self, order: Sequence[str], warmup: int = 1) -> list[float]:
+        """Milliseconds of one run of each model in ``order``, in that order, whichever engine has it."""
+        samples_ms: list[float] = []
+        for worker, ids in itertools.groupby(order, key=self._of_model.__getitem__):
+            samples_ms += worker.time_many(list(ids), warmup=warmup)
+        return samples_ms
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    samples: Samples
+    versions: dict[str, str]  # of each engine
+    seconds: float  # exports not included
 
 
 def measure_table(
@@ -87,65 +98,79 @@ def measure_table(
     *,
     output_names: Sequence[str],
     wrap: Wrap | None = None,
+    form: DeployedForm | None = None,
+    baseline_engine: EngineName | None = None,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> LatencyTable:
     """Measure the table of ``dense`` (a transformers model; its weights do not matter, only its shapes).
 
-    ``wrap`` puts what else is deployed around a model (pooling), ``output_names`` are the outputs of that.
+    ``wrap`` puts what else is deployed around a model (pooling), ``output_names`` are the outputs of that. ``form`` is
+    how members are compressed (None: not at all); cells and base go through it, the dense reference does not.
+    ``baseline_engine`` runs that reference (None: the environment's engine).
 
     Raises:
         UnsupportedModelError: the architecture cannot be pruned or exported.
         EnvironmentMismatchError: more threads than granted.
-        EngineError: the engine rejects a cell, dies or hangs.
+        EngineError: an engine is missing, rejects a cell, dies or hangs.
     """
     started = time.monotonic()
     shape = model_shape(dense.config)  # type: ignore[arg-type]
-    engine = get_engine(environment.engine)
-    options = _worker_options(engine, environment, export)
-    models = list(_models(dense, shape, profile, wrap or (lambda model: model), list(output_names)))
-    steps = len(models) + profile.max_rounds
-    report = progress or (lambda done, total: None)
-    with engine.start_worker(options) as worker:
-        for done, (model_id, build, names) in enumerate(models, start=1):
-            _export_and_load(worker, model_id, build(), names, environment, export)
-            report(done, steps)
-        measuring = time.monotonic()
-        samples = _measure(worker, shape, profile, lambda rounds: report(len(models) + rounds, steps), seed)
-        _remeasure(worker, samples, shape, profile, seed)
-        measuring_seconds = time.monotonic() - measuring
-    report(steps, steps)
-    cells, noise = _cells(samples, shape, profile), _noise(samples)
+    place = _Place(environment, export, baseline_engine or environment.engine)
+    names, deployed, wrap = tuple(output_names), form or FLOAT32, wrap or (lambda model: model)
+    unpruned = form is not None or place.baseline != environment.engine
+    models = list(table_models(dense, profile, wrap, names, deployed, unpruned=unpruned))
+    measured = _measure_models(models, place, shape, profile, progress or (lambda done, total: None), seed)
+    samples = measured.samples
     table = LatencyTable(
         machine=machine_info(),
-        engine=engine.name,
-        engine_version=engine.version(),
+        engine=environment.engine,
+        engine_version=measured.versions[environment.engine],
         environment=environment,
         shape=shape,
         graph=graph_of(dense, output_names),
+        variant=deployed.variant,
+        form=deployed.description,
+        baseline_engine=place.baseline,
+        baseline_engine_version=measured.versions[place.baseline],
         shapes=export.shapes,
         opset=export.opset,
         stack_depth=profile.stack_depth,
         base=summarize(samples.ms[BASE]),
         dense=summarize(samples.ms[DENSE]),
-        cells=cells,
+        unpruned=summarize(samples.ms[UNPRUNED]) if unpruned else None,
+        cells=cells_of(samples, shape, profile),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        measuring_seconds=measuring_seconds,
+        measuring_seconds=measured.seconds,
         total_seconds=time.monotonic() - started,
-        noise=noise,
+        noise=noise_of(samples),
     )
-    table.noise["sum_of_parts_over_dense"] = table.predict_dense_ms() / table.dense.median_ms
+    table.noise["sum_of_parts_over_dense"] = table.predict_dense_ms() / (table.unpruned or table.dense).median_ms
     return table
 
 
-def _worker_options(engine: Engine, environment: Environment, export: ExportConfig) -> WorkerOptions:
-    return WorkerOptions(
-        threads=environment.threads,
-        batch_size=environment.batch_size,
-        seq_len=environment.seq_len,
-        disabled_optimizers=engine.disabled_optimizers(export.shapes),
-        shared_arena=True,  # sixty sessions with an arena each would take gigabytes
-    )
+def _measure_models(
+    models: Sequence[TableModel], place: _Place, shape: ModelShape, profile: ProfileConfig, report: Progress, seed: int
+) -> _Measurement:
+    """Export, load and time all models."""
+    steps = len(models) + profile.max_rounds
+    ids = [model.model_id for model in models]
+    with contextlib.ExitStack() as stack:
+        engines = dict.fromkeys([place.environment.engine, place.baseline])
+        by_engine = {name: stack.enter_context(place.start_worker(name)) for name in engines}
+        workers = Workers({model_id: by_engine[place.engine_of(model_id)] for model_id in ids})
+        for done, model in enumerate(models, start=1):
+            with tempfile.TemporaryDirectory(prefix="ziplm-profile-") as folder:
+                path = Path(folder) / f"{model.model_id.replace(' ', '-')}.onnx"
+                model.export(path, place.environment, place.export)
+                workers.load(model.model_id, path)
+            report(done, steps)
+        measuring = time.monotonic()
+        samples = _measure(workers, ids, shape, profile, lambda rounds: report(len(models) + rounds, steps), seed)
+        _remeasure(workers, samples, shape, profile, seed)
+        seconds = time.monotonic() - measuring
+    report(steps, steps)
+    return _Measurement(samples, {name: worker.version for name, worker in by_engine.items()}, seconds)
 
 
 def graph_of(dense: nn.Module, output_names: Sequence[str]) -> str:
@@ -157,31 +182,6 @@ def graph_of(dense: nn.Module, output_names: Sequence[str]) -> str:
     else:
         parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
     return ", ".join([*parts, f"outputs {' '.join(output_names)}"])
-
-
-def without_layers(dense: nn.Module) -> nn.Module:
-    """Embeddings and head of ``dense`` with no layer between; shares its parameters."""
-    base = shared_copy(dense)
-    del layers_of(base)[:]
-    return base
-
-
-def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
-    """A model of ``depth`` full layers of this configuration, random weights, a tiny vocabulary and no head."""
-    config = copy.deepcopy(config)
-    setattr(config, architecture_of(config).config_layers, depth)
-    if hasattr(config, "vocab_size"):
-        config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
-    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
-    return model.eval()
-
-
-def cell_sizes(shape: ModelShape, profile: ProfileConfig) -> dict[ModuleKind, list[int]]:
-    """Sizes that a table holds for each kind, descending, full size and 0 included."""
-    return {
-        "attention": sorted(head_counts(shape.n_heads), reverse=True),
-        "ffn": ffn_widths(shape.intermediate_size, profile.width_ratio, profile.width_align),
-    }
 
 
 def check_table(
@@ -196,11 +196,15 @@ def check_table(
     shapes: str,
     opset: int,
     variant: Variant = "fp32",
+    form: str = "",
+    baseline_engine: EngineName | None = None,
+    baseline_engine_version: str | None = None,
     allow_foreign: bool = False,
 ) -> None:
     """Refuse a table that was not measured for this model in this environment.
 
-    ``allow_foreign`` accepts another machine or engine version, nothing else.
+    ``form`` is the description of the :class:`DeployedForm`. Baseline engine and version default to those of the
+    cells. ``allow_foreign`` accepts another machine or engine version, nothing else.
 
     Raises:
         IncompatibleArtifactError: lists everything that differs.
@@ -211,6 +215,8 @@ def check_table(
         ("model shape", shape.model_dump(), table.shape.model_dump()),
         ("graph", graph, table.graph),
         ("variant", variant, table.variant),
+        ("form", form, table.form),
+        ("baseline engine", baseline_engine or engine, table.baseline_engine),
         ("export shapes", shapes, table.shapes),
         ("opset", opset, table.opset),
     ]
@@ -218,6 +224,7 @@ def check_table(
         pairs += [
             ("machine", machine.fingerprint, table.machine.fingerprint),
             ("engine version", engine_version, table.engine_version),
+            ("baseline engine version", baseline_engine_version or engine_version, table.baseline_engine_version),
         ]
     differing = [f"{what}: expected {expected}, found {found}" for what, expected, found in pairs if expected != found]
     for kind, full in (("attention", shape.n_heads), ("ffn", shape.intermediate_size)):
@@ -232,97 +239,45 @@ def check_table(
         )
 
 
-def _models(
-    dense: nn.Module, shape: ModelShape, profile: ProfileConfig, wrap: Wrap, output_names: list[str]
-) -> Iterator[tuple[str, Callable[[], nn.Module], list[str]]]:
-    """(id, builder, output names) of every model that a table needs; built one at a time to bound memory."""
-    hidden = ["last_hidden_state"]
-    depth = profile.stack_depth
-    stack = random_stack(dense.config, depth)  # type: ignore[arg-type]
-
-    def cell(kind: ModuleKind, size: int) -> nn.Module:
-        sizes = {"attention": 0, "ffn": 0} | {kind: size}
-        return random_resized(stack, {f"{layer}.{name}": sizes[name] for layer in range(depth) for name in sizes})
-
-    yield DENSE, lambda: wrap(dense), output_names
-    yield BASE, lambda: wrap(without_layers(dense)), output_names
-    yield NONE, lambda: without_layers(stack), hidden
-    for kind, sizes in cell_sizes(shape, profile).items():
-        for size in sizes:
-            if (kind, size) != ("ffn", 0):  # the same model as attention of size 0
-                yield _cell_id(kind, size), lambda kind=kind, size=size: cell(kind, size), hidden  # type: ignore[misc]
-
-
-def _cell_id(kind: str, size: int) -> str:
-    return f"{kind} {size}" if size else "both dropped"
-
-
-def _export_and_load(
-    worker: WorkerHandle,
-    model_id: str,
-    model: nn.Module,
-    output_names: list[str],
-    environment: Environment,
-    export: ExportConfig,
-) -> None:
-    settings = ExportSettings(export.shapes, export.opset, environment.batch_size, environment.seq_len)
-    with tempfile.TemporaryDirectory(prefix="ziplm-profile-") as folder:
-        path = Path(folder) / f"{model_id.replace(' ', '-')}.onnx"
-        try:
-            export_encoder(model, dummy_inputs(model, settings), output_names, path, settings)
-        except ExportError as error:
-            raise UnsupportedModelError(f"cannot export the table's model {model_id!r}: {error}") from error
-        worker.load(model_id, path)
-
-
 def _measure(
-    worker: WorkerHandle, shape: ModelShape, profile: ProfileConfig, report: Callable[[int], None], seed: int
-) -> _Samples:
+    workers: Workers,
+    ids: Sequence[str],
+    shape: ModelShape,
+    profile: ProfileConfig,
+    report: Callable[[int], None],
+    seed: int,
+) -> Samples:
     """Interleaved rounds in random order until every cell is sure, or a limit is reached."""
     generator = np.random.default_rng(seed)
-    sizes = cell_sizes(shape, profile)
-    ids = [DENSE, BASE, NONE, *dict.fromkeys(_cell_id(kind, size) for kind in sizes for size in sizes[kind])]
-    samples = _Samples()
+    samples = Samples()
     deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
-    _warm_up(worker, ids)
+    _warm_up(workers, ids)
     # Three rounds at least: a median of fewer is none.
     while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
-        _round(worker, [*ids, *[DENSE] * EXTRA_DENSE], samples, generator)
+        _round(workers, [*ids, *[DENSE] * EXTRA_DENSE], samples, generator)
         samples.rounds += 1
         report(samples.rounds)
-        if samples.rounds >= profile.min_rounds and not _unsure(samples, shape, profile):
+        if samples.rounds >= profile.min_rounds and not unsure(samples, shape, profile):
             break
     return samples
 
 
-def _warm_up(worker: WorkerHandle, ids: Sequence[str]) -> None:
-    worker.time_many(ids, warmup=0)  # first runs allocate and pack
-    dense_ms: list[float] = []
-    while not is_stable(dense_ms) and len(dense_ms) < 24:
-        dense_ms += worker.time(DENSE, n=2, warmup=0)
+def _warm_up(workers: Workers, ids: Sequence[str]) -> None:
+    workers.time_many(ids, warmup=0)  # first runs allocate and pack
+    for model_id in (large for large in (DENSE, UNPRUNED) if large in ids):  # one on each engine
+        seen_ms: list[float] = []
+        while not is_stable(seen_ms) and len(seen_ms) < 24:
+            seen_ms += workers.time(model_id, n=2, warmup=0)
 
 
-def _round(worker: WorkerHandle, ids: Sequence[str], samples: _Samples, generator: np.random.Generator) -> None:
+def _round(workers: Workers, ids: Sequence[str], samples: Samples, generator: np.random.Generator) -> None:
     order = [ids[index] for index in generator.permutation(len(ids))]
-    samples.add(order, worker.time_many(order))
+    samples.add(order, workers.time_many(order))
 
 
-def _unsure(samples: _Samples, shape: ModelShape, profile: ProfileConfig) -> list[str]:
-    """Models whose median is neither precise by itself nor negligible in the whole model."""
-    negligible_ms = NEGLIGIBLE * float(np.median(samples.ms[DENSE]))
-    unsure = []
-    for model_id, ms in samples.ms.items():
-        error = relative_standard_error(ms)
-        multiplicity = 1.0 if model_id in (DENSE, BASE) else shape.n_layers / profile.stack_depth
-        precision = profile.precision / 2 if model_id == DENSE else profile.precision
-        if error > precision and error * float(np.median(ms)) * multiplicity > negligible_ms:
-            unsure.append(model_id)
-    return unsure
-
-
-def _remeasure(worker: WorkerHandle, samples: _Samples, shape: ModelShape, profile: ProfileConfig, seed: int) -> None:
+def _remeasure(workers: Workers, samples: Samples, shape: ModelShape, profile: ProfileConfig, seed: int) -> None:
     """More rounds for cells that are noisy or slower than a larger one; a table may stay non-monotone, if truly so."""
-    suspects = sorted({*_unsure(samples, shape, profile), *_non_monotone(samples, shape, profile)})
+    suspects = sorted({*unsure(samples, shape, profile), *non_monotone(samples, shape, profile)})
     if not suspects:
         return
     generator = np.random.default_rng([seed, 1])
@@ -333,52 +288,5 @@ def _remeasure(worker: WorkerHandle, samples: _Samples, shape: ModelShape, profi
             break
         # Models that are sure tell how fast the machine is now.
         anchors = generator.permutation(sure)[: max(len(suspects), MIN_ANCHORS)].tolist()
-        _round(worker, [*suspects, *anchors], samples, generator)
+        _round(workers, [*suspects, *anchors], samples, generator)
     samples.remeasured = len(suspects)
-
-
-def _non_monotone(samples: _Samples, shape: ModelShape, profile: ProfileConfig) -> list[str]:
-    """Neighbouring sizes of which the smaller one looks slower."""
-    suspects = []
-    for kind, sizes in cell_sizes(shape, profile).items():
-        ids = [_cell_id(kind, size) for size in sizes]
-        medians = [float(np.median(samples.ms[model_id])) for model_id in ids]
-        for index in range(len(ids) - 1):
-            if medians[index + 1] > medians[index]:
-                suspects += ids[index : index + 2]
-    return suspects
-
-
-def _cells(samples: _Samples, shape: ModelShape, profile: ProfileConfig) -> list[Cell]:
-    depth = profile.stack_depth
-    none, dropped = samples.ms[NONE], samples.ms[_cell_id("attention", 0)]
-    none_boot, dropped_boot = bootstrap_medians(none, seed=1), bootstrap_medians(dropped, seed=2)
-    none_ms, dropped_ms = float(np.median(none)), float(np.median(dropped))
-    zero_ms, zero_boot = (dropped_ms - none_ms) / (2 * depth), (dropped_boot - none_boot) / (2 * depth)
-    cells = []
-    for kind, sizes in cell_sizes(shape, profile).items():
-        for size in sizes:
-            ms = samples.ms[_cell_id(kind, size)]
-            boot = (bootstrap_medians(ms, seed=3 + size) - none_boot) / depth - zero_boot
-            cells.append(Cell(kind=kind, size=size, timing=_cell_timing((ms - none_ms) / depth - zero_ms, boot)))
-    return cells
-
-
-def _cell_timing(values_ms: Floats, boot_ms: Floats) -> Timing:
-    low, high = interval(boot_ms)
-    median, p90, p99 = np.quantile(values_ms, [0.5, 0.9, 0.99])
-    milliseconds = {"median_ms": median, "low_ms": low, "high_ms": high, "p90_ms": p90, "p99_ms": p99}
-    # Differences of noisy medians can fall below zero in tiny models; time cannot.
-    return Timing(n=values_ms.size, **{name: max(float(value), LEAST_MS) for name, value in milliseconds.items()})
-
-
-def _noise(samples: _Samples) -> dict[str, float]:
-    dense = samples.ms[DENSE]
-    slow, fast = np.quantile(samples.speeds, [0.9, 0.1])
-    return {
-        "speed_drift_p90_over_p10": float(slow / fast),
-        "rounds": float(samples.rounds),
-        "remeasured": float(samples.remeasured),
-        "worst_relative_error": max(relative_standard_error(ms) for ms in samples.ms.values()),
-        "dense_odd_over_even_rounds": float(np.median(dense[1::2]) / np.median(dense[::2])) if dense.size > 1 else 1.0,
-    }

@@ -60,15 +60,16 @@ class Run:
             model_hash=self.base_hash,
             calibration_hash=self.calibration_hash,
             evaluation_hash=self.evaluation_hash,
-            train_hash=self.train_hash if self.trains else "",
+            train_hash=self.train_hash if self.trains or recipe.compress.trains else "",
             machine=machine_info().model_dump(mode="json"),
         )
 
     def begin(self, stage: str, what: str) -> None:
         """Announce a stage; how many there are depends on the recipe."""
         self._begun += 1
-        of_step, once = (5, 5) if self.trains else (4, 3)  # see pipeline.py
-        total = once + of_step * len(self.steps) + self.recipe.dense.train
+        of_step, once = (5, 4) if self.trains else (4, 3)  # see pipeline.py
+        compresses, finishes = bool(self.recipe.compress.variants), self.recipe.finishes_after_pruning
+        total = once + of_step * len(self.steps) + self.recipe.dense.train + compresses + finishes
         self.progress.stage(f"{stage}: {what}", self._begun, max(total, self._begun))
 
     @property
@@ -148,6 +149,30 @@ class Run:
         return self.model_hash if teacher is None else source_hash(resolve_model_path(teacher))
 
     @property
+    def calibration_key(self) -> str:
+        """Stands for the calibration examples as the model sees them."""
+        recipe, names = self.recipe, {"config_name", "text_columns", "label_column", "n_calibration"}
+        return content_key(
+            data=self.calibration_hash,
+            columns=recipe.data.model_dump(include={"calibration_split", *names}),
+            task=self.model_settings,
+            seq_len=recipe.environment.seq_len,
+            seed=recipe.seed,
+        )
+
+    @property
+    def evaluation_key(self) -> str:
+        """Stands for the evaluation examples."""
+        recipe, names = self.recipe, {"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
+        return content_key(
+            data=self.evaluation_hash,
+            columns=recipe.data.model_dump(include=names),
+            model=self.model_settings,
+            seed=recipe.seed,
+            seq_len=recipe.environment.seq_len,
+        )
+
+    @property
     def train_columns(self) -> dict[str, Any]:
         """Settings that decide which training examples there are."""
         data = self.recipe.data
@@ -199,15 +224,18 @@ class Run:
             self.calibration_rows  # noqa: B018
         if self.recipe.data.evaluation is not None:
             self.evaluation_rows  # noqa: B018
-        if self.trains or self.recipe.dense.train:
+        if self.trains or self.recipe.dense.train or self.recipe.compress.trains:
             from ziplm_deploy.recovery.checks import check_training
 
             check_training(self)
 
-    def encode(self, rows: list[dict[str, Any]]) -> list[Batch]:
+    def encode(
+        self, rows: list[dict[str, Any]], batch_size: int = BATCH_SIZE, pad_to: int | None = None
+    ) -> list[Batch]:
         """Model inputs; what the tokenizer gives and the model does not take is left out."""
         accepted = inspect.signature(self.dense.forward).parameters
-        batches = self.task.encode(rows, self.processor, self.recipe.environment.seq_len, BATCH_SIZE)
+        seq_len = self.recipe.environment.seq_len
+        batches = self.task.encode(rows, self.processor, seq_len, batch_size, pad_to=pad_to)
         return [{name: value for name, value in batch.items() if name in accepted} for batch in batches]
 
     @functools.cached_property
@@ -219,6 +247,16 @@ class Run:
             search=self.encode(rows[: search.n_sequences]),
             rerank=self.encode(rows[-search.n_rerank :]),
         )
+
+    @functools.cached_property
+    def ranges_batches(self) -> list[Batch]:
+        """Calibration examples for INT8, of the shape that the ONNX files take."""
+        recipe, rows = self.recipe, self.calibration_rows[: self.recipe.compress.int8.n_calibration]
+        if recipe.export.shapes == "dynamic":
+            return self.encode(rows)
+        size = recipe.environment.batch_size
+        rows = rows[: len(rows) // size * size] or (rows * size)[:size]
+        return self.encode(rows, size, recipe.environment.seq_len)
 
     def count_tokens(self) -> int:
         """Tokens that count; an image gives one for each of its patches."""
@@ -244,12 +282,6 @@ class Run:
         from ziplm_deploy.recovery.teacher import make_teacher
 
         return make_teacher(load_teacher(self), self.task, self.examples, self.recipe.recover)
-
-    def onnx_files(self, targets: tuple[float, ...], *, pruned: bool) -> dict[str, Path]:
-        """The dense model's file first, then those of the members, as pruned or as they are in the end."""
-        place = self.folder.pruned if pruned else self.folder.member
-        folders = {DENSE: self.folder.member(DENSE)} | {name: place(name) for name in map(self.member_name, targets)}
-        return {name: folder / "model.onnx" for name, folder in folders.items()}
 
     def file_hash(self, path: Path) -> str:
         """Hash of an output of an earlier stage.

@@ -112,15 +112,23 @@ class RunFolder:
         """Where a member lies before it is trained; the member's own folder if it never is."""
         return self.member(name) if self._recipe.recover.mode == "none" else self.path / "pruning" / name
 
+    def stand_in(self, name: str, variant: str) -> Path:
+        """ONNX file as fast as a member's variant will be, with other weights: what the closed loop measures."""
+        return self.path / "pruning" / f"{name}-{variant}.onnx"
+
+    def compressed(self, name: str) -> Path:
+        """Sparse checkpoint and records of how a member's variants were made."""
+        return self.path / "compression" / name
+
     def database(self, parent: str) -> Path:
         """Levels of the model that members are pruned from."""
         name = "database" if parent == "dense" else f"database-of-{parent}"
         return self.path / "pruning" / f"{name}.safetensors"
 
     def step_benchmark(self, parent: str) -> Path:
-        """Timings of the models pruned from ``parent``; the final ones if no training follows."""
+        """Timings of the models pruned from ``parent``; the final ones if nothing changes them."""
         before_training = self.path / "pruning" / f"benchmark-of-{parent}.json"
-        return self.benchmark if self._recipe.recover.mode == "none" else before_training
+        return before_training if self._recipe.finishes_after_pruning else self.benchmark
 
     def plan(self, name: str) -> Path:
         return self.path / "pruning" / f"{name}.json"
@@ -138,6 +146,14 @@ class RunFolder:
     def notes(self) -> list[str]:
         """Warnings that the report repeats."""
         return list(self._manifest["notes"].values())
+
+    def remembered(self, topic: str, key: str, compute: Callable[[], int]) -> int:
+        """A number that is computed once for each key and kept in the manifest."""
+        known: dict[str, int] = self._manifest.setdefault(topic, {})
+        if key not in known:
+            known[key] = compute()
+            self.save()
+        return known[key]
 
     def set_note(self, topic: str, text: str | None) -> None:
         """Replace the warning about a topic; None takes it back."""

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from ziplm_deploy.artifacts import MachineInfo
 from ziplm_deploy.engines.base import Engine
-from ziplm_deploy.engines.side import SideEnvironment
+from ziplm_deploy.errors import EngineError
+from ziplm_deploy.machine import machine_info
+from ziplm_deploy.side import DEEPSPARSE
 
-ENVIRONMENT = SideEnvironment(
-    engine="deepsparse",
-    pythons=((3, 11), (3, 10), (3, 9), (3, 8)),
-    packages=("deepsparse==1.8.0", "numpy<2", "setuptools<81"),
-    notice="DeepSparse's licence allows evaluation, not production use; read it before you deploy",
-)
+
+def check_instruction_sets(machine: MachineInfo) -> None:
+    """Raise :class:`EngineError` on a CPU whose instructions the engine was not built for: it would only crash."""
+    if not {"avx2", "asimd"} & set(machine.isa_flags):
+        raise EngineError(
+            f"expected a CPU with AVX2 (or ARM's NEON) for deepsparse, found {machine.cpu_model} with "
+            f"{' '.join(machine.isa_flags) or 'none that it knows'}; use engine onnxruntime"
+        )
 
 
 class DeepSparseEngine(Engine):
     """Threads as asked; its worker runs in an environment of its own."""
 
     name = "deepsparse"
-    notice = ENVIRONMENT.notice
+    notice = DEEPSPARSE.notice
 
     def version(self) -> str:
-        return ENVIRONMENT.version()
+        check_instruction_sets(machine_info())
+        return DEEPSPARSE.version()
 
     def interpreter(self) -> str:
-        return ENVIRONMENT.interpreter()
+        return DEEPSPARSE.interpreter()
 
     def disabled_optimizers(self, shapes: str) -> tuple[str, ...]:
         return ()

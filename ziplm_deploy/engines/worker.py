@@ -111,9 +111,12 @@ class OpenVinoSession:
 
 
 class DeepSparse:
-    """Compiled models of one process. Shapes are fixed when a model is compiled; analytics are off."""
+    """Compiled models of one process. Files that the engine would run in its slow fallback are refused.
 
-    NEWEST_OPSET = 18  # above it nothing is supported
+    Analytics are off.
+    """
+
+    NEWEST_OPSET = 16  # of 17 and 18 a part falls back, above them everything
 
     def __init__(self, options: argparse.Namespace) -> None:
         os.environ["NM_DISABLE_ANALYTICS"] = "1"
@@ -131,16 +134,23 @@ class DeepSparse:
         model = onnx.load(path, load_external_data=False)
         opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         if opset > self.NEWEST_OPSET:
-            raise ValueError(f"opset {opset}; DeepSparse takes {self.NEWEST_OPSET} at most: export with opset 16")
-        inputs = [_onnx_entry(value) for value in model.graph.input]
-        made = make_inputs(inputs, self.options.batch_size, self.options.seq_len)
-        for entry in inputs:
-            entry.shape = list(made[entry.name].shape)
+            raise ValueError(
+                f"opset {opset}; DeepSparse runs opsets above {self.NEWEST_OPSET} in a slow fallback: export with "
+                f"opset {self.NEWEST_OPSET}"
+            )
+        weights = {tensor.name for tensor in model.graph.initializer}  # old files list them among the inputs
+        inputs = [_onnx_entry(value) for value in model.graph.input if value.name not in weights]
+        dynamic = [f"{entry.name} {entry.shape}" for entry in inputs if not _is_fixed(entry.shape)]
+        if dynamic:
+            raise ValueError(
+                f"dynamic axes: {', '.join(dynamic)}; DeepSparse runs them in a slow fallback: export with static "
+                f"shapes of batch size {self.options.batch_size} and {self.options.seq_len} tokens"
+            )
+        make_inputs(inputs, self.options.batch_size, self.options.seq_len)  # refuses other shapes before compiling
         engine = self.engine_class(
             model=path,
             batch_size=self.options.batch_size,
             num_cores=self.options.threads,
-            input_shapes=[entry.shape for entry in inputs],
         )
         return DeepSparseSession(engine, inputs, [_onnx_entry(value) for value in model.graph.output])
 
@@ -165,6 +175,10 @@ class DeepSparseSession:
         found = self.engine.run([np.ascontiguousarray(inputs[entry.name]) for entry in self.inputs])
         by_name = {entry.name: value for entry, value in zip(self.outputs, found)}  # noqa: B905 (Python 3.8)
         return [by_name[name] for name in (names or by_name)]
+
+
+def _is_fixed(shape: list[Any]) -> bool:
+    return all(isinstance(axis, int) and axis > 0 for axis in shape)
 
 
 def _onnx_entry(value: Any) -> argparse.Namespace:
@@ -212,7 +226,7 @@ def _axis(entry: Any, axis: int, batch_size: int, seq_len: int, is_float: bool) 
         if wanted is not None and size != wanted and not (is_float and axis == 1):
             raise ValueError(
                 f"input {entry.name!r} has the fixed shape {entry.shape}, but batch size {batch_size} and {seq_len} "
-                "tokens were asked for; measure it in its own environment or export it with dynamic shapes"
+                "tokens were asked for; ask for those of the file, or export it for these"
             )
         return size
     if wanted is not None:

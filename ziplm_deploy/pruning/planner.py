@@ -1,4 +1,9 @@
-"""From a latency table and a database to a pruned model for one target: budget, seeds, search, re-ranking, refit."""
+"""From a latency table and a database to a pruned model for one target: budget, seeds, search, re-ranking, refit.
+
+The table's dense latency is the reference of all speedups; its base and cells are what members will cost, perhaps as
+INT8 on another engine. So nothing here takes the dense latency for a sum of cells: a compressed model may reach a
+target with every module whole, and then its plan keeps everything.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +51,7 @@ def check_target(table: LatencyTable, speedup_target: float) -> None:
     if speedup_target > largest:
         raise TargetUnreachableError(
             f"expected a speedup that some plan can reach, found {speedup_target:g}x; with every layer dropped this "
-            f"model reaches {largest:.2f}x in {table.environment.describe()}: ask for less",
+            f"model reaches {largest:.2f}x as {table.variant} in {table.environment.describe()}: ask for less",
             largest,
         )
 
@@ -95,6 +100,7 @@ class Planner:
         self.model, self.task, self.table, self.database = model, task, table, database
         self.calibration, self.prune, self.seed = calibration, prune, seed
         self.space = search_space(table, database)
+        self._whole: Plan = (0,) * len(self.space.modules)  # every module as it is now
         self._curves: list[spdy.Array] | None = None
         self._losses: tuple[PlanLoss, PlanLoss] | None = None
 
@@ -113,12 +119,15 @@ class Planner:
             TargetUnreachableError: no plan fits; names the largest predicted speedup.
         """
         budget_ms = self.budget_ms(predicted_target or target)
-        loss: float | None
-        if self.prune.method == "ziplm":
+        loss: float | None = None
+        seeds: dict[str, float] = {}
+        evaluations = 0
+        if self.space.plan_ms(self._whole) <= budget_ms:  # no plan loses less than the one that keeps everything
+            chosen = self.space.as_sizes(self._whole)
+        elif self.prune.method == "ziplm":
             chosen, loss, seeds, evaluations = self._search(budget_ms, warm, progress)
         else:
             chosen = self._baseline(budget_ms)
-            loss, seeds, evaluations = None, {}, 0
         predicted_ms = self.table.predict_ms(chosen)
         return PruningPlan(
             speedup_target=target,
@@ -139,7 +148,11 @@ class Planner:
         return other
 
     def budget_ms(self, predicted_target: float) -> float:
-        """Milliseconds for all modules; raises :class:`TargetUnreachableError` if no plan of this space fits."""
+        """Milliseconds for all modules: what the dense reference allows, less the base in the members' form.
+
+        Raises:
+            TargetUnreachableError: no plan of this space fits.
+        """
         dense_ms, base_ms = self.table.dense.median_ms, self.table.base.median_ms
         largest = spdy.largest_speedup(dense_ms, base_ms, self.space.latency_ms)
         if predicted_target > largest:
@@ -163,7 +176,8 @@ class Planner:
     def build(self, plan: PruningPlan, progress: Callable[[int, int], None] | None = None) -> nn.Module:
         """The physically smaller model of a plan, refitted if the recipe says so."""
         model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
-        if self.prune.reconstruct and self.prune.method in OBS_METHODS:
+        pruned = plan.sizes != self.space.as_sizes(self._whole)
+        if pruned and self.prune.reconstruct and self.prune.method in OBS_METHODS:
             reconstruct(self.model, model, self.calibration.hessian, progress)
         return model
 

@@ -31,7 +31,7 @@ HELD_OUT_EVERY = 5
 
 
 @dataclass
-class _LayerCall:
+class LayerCall:
     """Arguments of a layer beside its hidden states, and the tokens that count."""
 
     args: tuple[Any, ...]
@@ -113,7 +113,7 @@ def reconstruct(
     """
     modules = prunable_modules(dense)
     with torch.inference_mode():
-        calls, dense_hidden = _capture(dense, batches)
+        calls, dense_hidden = capture_calls(dense, batches)
         pruned_hidden = list(dense_hidden)  # embeddings are not pruned
         for layer_index, (dense_layer, pruned_layer) in enumerate(
             zip(layers_of(dense), layers_of(pruned), strict=True)
@@ -127,9 +127,9 @@ def reconstruct(
             pruned_hidden = [call.run(pruned_layer, h) for call, h in zip(calls, pruned_hidden, strict=True)]
 
 
-def _capture(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[_LayerCall], list[Tensor]]:
+def capture_calls(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[LayerCall], list[Tensor]]:
     """How the model calls its first layer, for every batch: the other arguments, and the hidden states."""
-    calls: list[_LayerCall] = []
+    calls: list[LayerCall] = []
     hidden: list[Tensor] = []
     batch_mask: Tensor | None = None
 
@@ -140,7 +140,7 @@ def _capture(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[_LayerCal
         mask = torch.ones(B, S, dtype=torch.bool) if batch_mask is None else batch_mask  # [B, S]
         seen = sum(len(states) for states in hidden[:-1])
         held_out = (torch.arange(seen, seen + B) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)[:, None]  # [B, 1]
-        calls.append(_LayerCall(args[1:], rest, mask, held_out.expand(B, S)[mask]))
+        calls.append(LayerCall(args[1:], rest, mask, held_out.expand(B, S)[mask]))
 
     handle = layers_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -176,7 +176,7 @@ class _Tap:
 
 
 def _dense_sums(
-    dense: nn.Module, layer: nn.Module, pair: list[PrunableModule], calls: list[_LayerCall], hidden: list[Tensor]
+    dense: nn.Module, layer: nn.Module, pair: list[PrunableModule], calls: list[LayerCall], hidden: list[Tensor]
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
     """Residual plus module output of the dense model [N, r], per kind and batch; and the layer's outputs."""
     taps = {module.kind: _Tap(dense, module) for module in pair}
@@ -197,7 +197,7 @@ def _refit(
     pruned: nn.Module,
     layer: nn.Module,
     module: PrunableModule,
-    calls: list[_LayerCall],
+    calls: list[LayerCall],
     hidden: list[Tensor],
     targets: list[Tensor],
 ) -> None:

@@ -14,7 +14,7 @@ from ziplm_deploy.run import Run
 
 
 def check_training(state: Run) -> None:
-    """Refuse settings of ``dense`` and ``recover`` that cannot work.
+    """Refuse settings of ``dense``, ``recover`` and ``compress.train`` that cannot work.
 
     Raises:
         RecipeError: a task loss where the task has none.  DataError: no labels for it, or less than a batch.
@@ -26,6 +26,9 @@ def check_training(state: Run) -> None:
         _check_dense(state)
     if state.trains:
         _check_training(state, recipe.recover, "recover")
+    if recipe.compress.trains:
+        _check_training(state, recipe.compress.train, "compress.train")
+    if state.trains or recipe.compress.trains:
         _check_recovery(state)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import TrainingRecord
 from ziplm_deploy.checkpoints import load
+from ziplm_deploy.config import TrainConfig
 from ziplm_deploy.members import save_checkpoint
 from ziplm_deploy.recovery.losses import remaining_layers
 from ziplm_deploy.recovery.objective import Objective, Student
@@ -18,6 +19,7 @@ from ziplm_deploy.run import Run
 from ziplm_deploy.run_folder import content_key
 
 RECORD = "training.json"
+LOSS_FIELDS = {"task_weight", "logit_weight", "token_weight", "temperature", "dropout", "freeze_embeddings"}
 
 
 def recover_member(state: Run, name: str) -> None:
@@ -29,7 +31,7 @@ def recover_member(state: Run, name: str) -> None:
     def work() -> None:
         model = load(source)
         checkpoints = state.folder.path / "recovery" / f"{name}-{key[:12]}"
-        result = _train(state, name, model, checkpoints)
+        result = distil(state, model, config, checkpoints, name)
         if distributed.is_first():
             save_checkpoint(state, folder, model, {"member": name, "recovery": config.mode})
             result.save(folder / RECORD)
@@ -40,26 +42,34 @@ def recover_member(state: Run, name: str) -> None:
 
 def recovery_key(state: Run, name: str) -> str:
     """Everything that a trained member depends on."""
-    recipe = state.recipe
+    return training_key(state, state.recipe.recover, state.file_hash(state.folder.pruned(name) / "pruned.safetensors"))
+
+
+def training_key(state: Run, config: TrainConfig, source: str = "") -> str:
+    """What a training depends on; ``source`` stands for the weights it begins with."""
+    recipe, unread = state.recipe, {"mode", "teacher", "teacher_cache_gb", "save_steps", "report_to"}
+    losses = {} if config is recipe.recover else {"losses": recipe.recover.model_dump(include=LOSS_FIELDS)}
     return content_key(
-        source=state.file_hash(state.folder.pruned(name) / "pruned.safetensors"),
+        source=source,
         teacher=state.teacher_hash,
         data=state.train_hash,
         columns=state.train_columns,
-        recover=recipe.recover.model_dump(exclude={"mode", "teacher", "teacher_cache_gb", "save_steps", "report_to"}),
+        recover=config.model_dump(exclude=unread),
+        **losses,
         task=state.model_settings,
         seq_len=recipe.environment.seq_len,
         seed=recipe.seed,
     )
 
 
-def _train(state: Run, name: str, model: nn.Module, checkpoints: Path) -> TrainingRecord:
-    config = state.recipe.recover
-    frozen = list(model.get_input_embeddings().parameters()) if config.freeze_embeddings else []  # type: ignore[operator]
+def distil(state: Run, model: nn.Module, config: TrainConfig, checkpoints: Path, title: str) -> TrainingRecord:
+    """Train ``model`` in place towards the teacher's answers, by the losses of the recipe's ``recover`` section."""
+    losses = state.recipe.recover
+    frozen = list(model.get_input_embeddings().parameters()) if losses.freeze_embeddings else []  # type: ignore[operator]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    student = Student(model, state.task, remaining_layers(model) if config.token_weight else [], config.dropout)
-    objective = Objective.of(config, state.task, state.teacher)
+    student = Student(model, state.task, remaining_layers(model) if losses.token_weight else [], losses.dropout)
+    objective = Objective.of(losses, state.task, state.teacher)
     result = train(
         student,
         objective,
@@ -68,8 +78,8 @@ def _train(state: Run, name: str, model: nn.Module, checkpoints: Path) -> Traini
         checkpoints,
         seed=state.recipe.seed,
         progress=state.progress,
-        title=name,
+        title=title,
     )
     model.cpu().requires_grad_(True)
-    state.progress.note(f"{name}: {result.steps} steps, {result.samples_per_second:.0f} examples a second")
+    state.progress.note(f"{title}: {result.steps} steps, {result.samples_per_second:.0f} examples a second")
     return result

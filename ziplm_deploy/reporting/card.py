@@ -5,7 +5,8 @@ from __future__ import annotations
 import yaml
 
 from ziplm_deploy.artifacts import FamilyReport, MemberReport
-from ziplm_deploy.reporting.table import markdown_table, shows_no_speedup
+from ziplm_deploy.compression.variants import ONNX_FILES
+from ziplm_deploy.reporting.table import file_header, file_rows, markdown_table, shows_no_speedup
 
 
 def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
@@ -16,6 +17,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
         f"---\n{yaml.safe_dump(_front_matter(report, member), sort_keys=False, allow_unicode=True)}---",
         f"# {title}\n\n{_summary(report, member)}",
         "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
+        *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         _usage(member, ort_class),
         "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
     ]
@@ -66,11 +68,16 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
         ["p99 ms", f"{member.p99_ms:.3f}", f"{dense.p99_ms:.3f}"],
         ["requests per second", f"{member.throughput_per_second:.1f}", f"{dense.throughput_per_second:.1f}"],
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
-        ["model.onnx bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
+        [f"{ONNX_FILES[member.variant]} bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
         *([key, f"{value:.4f}", figure(dense.accuracy.get(key), "{:.4f}")] for key, value in member.accuracy.items()),
         *([f"{key}, before training", f"{v:.4f}", "–"] for key, v in member.accuracy_before_training.items()),
     ]
     return markdown_table(["", member.name, "dense, same run"], cells)
+
+
+def _files(report: FamilyReport, member: MemberReport) -> list[str]:
+    """Every ONNX file in this folder."""
+    return markdown_table(file_header([member], report.metric), file_rows([member], report.metric))
 
 
 def _conditions(report: FamilyReport) -> list[str]:

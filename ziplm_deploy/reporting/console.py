@@ -44,10 +44,11 @@ def print_family(report: FamilyReport, folder: Path) -> None:
 
 
 def print_benchmark(record: BenchmarkRecord) -> None:
-    """Latency and speedup of every file."""
+    """Latency and speedup of every file on its engine."""
     cells = [
         [
             variant.name,
+            f"{variant.engine} {variant.engine_version}",
             "1x"
             if variant.name == record.baseline
             else _speedup(variant.speedup, variant.speedup_low, variant.speedup_high),
@@ -60,8 +61,10 @@ def print_benchmark(record: BenchmarkRecord) -> None:
         for variant in record.variants
     ]
     console = _console()
-    titles = ["model", "speedup [95 %]", "p50 ms", "p90 ms", "p99 ms", "per second", "peak MiB"]
-    console.print(_table(f"{record.environment.describe()}, version {record.engine_version}", titles, cells))
+    titles = ["model", "engine", "speedup [95 %]", "p50 ms", "p90 ms", "p99 ms", "per second", "peak MiB"]
+    shape = record.environment
+    title = f"batch {shape.batch_size}, {shape.seq_len} tokens, {shape.threads} thread(s)"
+    console.print(_table(title, titles, cells))
     line(console, aa_line(record.aa_ratio, record.aa_low, record.aa_high))
 
 

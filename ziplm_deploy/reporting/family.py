@@ -12,20 +12,23 @@ from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import (
     BenchmarkRecord,
     FamilyReport,
+    FileReport,
     LatencyTable,
     MemberReport,
     PruningPlan,
     TrainingRecord,
-    VariantResult,
     write_text,
 )
-from ziplm_deploy.config import BenchmarkConfig
+from ziplm_deploy.compression.records import int8_notes
+from ziplm_deploy.compression.variants import label
+from ziplm_deploy.config import BenchmarkConfig, Variant
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.evaluation import accuracy_in
 from ziplm_deploy.members import member_key
 from ziplm_deploy.parents import DENSE
 from ziplm_deploy.reporting.card import model_card
+from ziplm_deploy.reporting.files import file_reports, timing_of
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.run import Run
 from ziplm_deploy.run_folder import versions
@@ -52,7 +55,7 @@ def collect(state: Run) -> FamilyReport:
     """Everything that is known about the members; measures and writes nothing."""
     recipe = state.recipe
     record = BenchmarkRecord.load(state.folder.benchmark)
-    members = [_dense(state, _variant(record, DENSE))]
+    members = [_dense(state, record)]
     members += [_member(state, target, record) for target in recipe.speedups]
     return FamilyReport(
         name=recipe.name,
@@ -72,6 +75,7 @@ def collect(state: Run) -> FamilyReport:
         notes=[
             *state.notes,
             *harmed_by_training(members, state.task.metric_name),
+            *(note for name in state.names for note in int8_notes(state, name)),
             *filter(None, [get_engine(recipe.environment.engine).notice]),
         ],
         stage_seconds=state.folder.seconds,
@@ -138,14 +142,20 @@ def largest_speedup(table: LatencyTable) -> float:
     return table.dense.median_ms / (table.base.median_ms + table.shape.n_layers * sum(fastest.values()))
 
 
-def _dense(state: Run, result: VariantResult) -> MemberReport:
+def _dense(state: Run, record: BenchmarkRecord) -> MemberReport:
+    sizes = _full_sizes(state)
+    return _fill(
+        state, DENSE, record, "fp32", speedup_target=None, predicted_speedup=None, sizes=sizes, verdict="baseline"
+    )
+
+
+def _full_sizes(state: Run) -> dict[str, int]:
     shape = state.table.shape
-    sizes = {
+    return {
         f"{layer}.{kind}": size
         for layer in range(shape.n_layers)
         for kind, size in (("attention", shape.n_heads), ("ffn", shape.intermediate_size))
     }
-    return _fill(state, DENSE, result, speedup_target=None, predicted_speedup=None, sizes=sizes, verdict="baseline")
 
 
 def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
@@ -153,12 +163,16 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     plan = PruningPlan.load(state.folder.plan(name))
     correction = state.folder.correction(name, member_key(state, target))
     corrections = correction.count if correction else 0
-    result = _variant(record, name)
+    variant = state.recipe.compress.target
+    result = timing_of(record, label(name, variant))
     verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table))
+    if verdict == "faster than asked" and plan.sizes == _full_sizes(state):
+        reason = f"nothing was pruned: the {variant} file is that fast as it is"
     return _fill(
         state,
         name,
-        result,
+        record,
+        variant,
         speedup_target=target,
         predicted_speedup=plan.predicted_speedup,
         sizes=plan.sizes,
@@ -170,37 +184,20 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     )
 
 
-def _fill(state: Run, name: str, result: VariantResult, **facts: object) -> MemberReport:
+def _fill(state: Run, name: str, record: BenchmarkRecord, variant: Variant, **facts: object) -> MemberReport:
     folder, pruned = state.folder.member(name), state.folder.pruned(name)
-    onnx_path = folder / "model.onnx"
-    if not onnx_path.exists():
-        raise CorruptArtifactError(
-            f"expected an exported model at {onnx_path}, found none; run ziplm-deploy export again"
-        )
-    common = {
+    files = file_reports(state, name, record)
+    served = next(file for file in files if file.variant == variant)
+    shared = set(MemberReport.model_fields) & set(FileReport.model_fields)
+    common: dict[str, object] = {
+        **served.model_dump(include=shared),
         "name": name,
         "folder": name,
-        "measured_speedup": result.speedup,
-        "measured_low": result.speedup_low,
-        "measured_high": result.speedup_high,
-        "p50_ms": result.p50_ms,
-        "p99_ms": result.latency.p99_ms,
-        "throughput_per_second": result.throughput_per_second,
-        "peak_memory_bytes": result.peak_memory_bytes,
         "parameters": parameter_count(folder / "pruned.safetensors"),
-        "onnx_bytes": onnx_path.stat().st_size,
-        "accuracy": accuracy_in(state, folder),
+        "files": files,
     }
     if state.trains and name != DENSE:
         common["accuracy_before_training"] = accuracy_in(state, pruned)
         common["training"] = TrainingRecord.load(folder / "training.json")
-    return MemberReport.model_validate(common | facts)
-
-
-def _variant(record: BenchmarkRecord, name: str) -> VariantResult:
-    known = {variant.name: variant for variant in record.variants}
-    if name not in known:
-        raise CorruptArtifactError(
-            f"expected a timing of {name} in the benchmark, found {', '.join(known)}; run ziplm-deploy benchmark again"
-        )
-    return known[name]
+    common.update(facts)  # the verdict on the target has a reason of its own
+    return MemberReport.model_validate(common)

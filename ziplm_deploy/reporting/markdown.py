@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from ziplm_deploy.artifacts import FamilyReport, MemberReport
 from ziplm_deploy.reporting.console import aa_line
-from ziplm_deploy.reporting.table import MISSING, header, markdown_table, rows, shows_no_speedup
+from ziplm_deploy.reporting.table import (
+    MISSING,
+    file_header,
+    file_rows,
+    header,
+    markdown_table,
+    rows,
+    shows_no_speedup,
+)
 
 
 def family_markdown(report: FamilyReport) -> str:
@@ -19,6 +27,7 @@ def family_markdown(report: FamilyReport) -> str:
             *_explanations(report),
         ],
         ["## Predicted and measured", "", *_deviations(report)],
+        *_files(report),
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
         *_scores(report),
@@ -65,6 +74,18 @@ def _deviation(member: MemberReport) -> list[str]:
         f"{member.throughput_per_second:.1f}",
         f"{member.peak_memory_bytes / 2**20:.0f}",
     ]
+
+
+def _files(report: FamilyReport) -> list[list[str]]:
+    """Every ONNX file; members with one file each need no table of them."""
+    if all(len(member.files) < 2 for member in report.members):
+        return []
+    text = (
+        "Speedups are over the dense float32 model of the same run; scores are those of each file on the engine that "
+        "runs it. A file that is not faster, beyond noise, than the one it was made from is not recommended."
+    )
+    rows = file_rows(report.members, report.metric)
+    return [["## Files", "", text, "", *markdown_table(file_header(report.members, report.metric), rows)]]
 
 
 def _sizes(report: FamilyReport) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ziplm_deploy.artifacts import MemberReport
+from ziplm_deploy.artifacts import FileReport, MemberReport
 
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
@@ -60,6 +60,35 @@ def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> 
         *(MISSING if score is None else f"{score:.4f}" for score in before),
         *(f"{member.accuracy[key]:.4f}" if key in member.accuracy else MISSING for key in scores),
         verdict(member),
+    ]
+
+
+FILE_TITLES = ["model", "file", "measured [95 %]", "p50 ms", "MB", "gzip MB"]
+
+
+def file_header(members: Sequence[MemberReport], metric: str) -> list[str]:
+    """Column titles of :func:`file_rows`."""
+    return [*FILE_TITLES, *metric_columns(members, metric).values(), "how", "verdict"]
+
+
+def file_rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
+    """One row a file of every member."""
+    scores = list(metric_columns(members, metric))
+    return [_file_row(member, file, scores) for member in members for file in member.files]
+
+
+def _file_row(member: MemberReport, file: FileReport, scores: list[str]) -> list[str]:
+    baseline = member.speedup_target is None and file.variant == "fp32"
+    return [
+        member.name,
+        file.file,
+        "1x" if baseline else f"{file.measured_speedup:.2f}x [{file.measured_low:.2f}, {file.measured_high:.2f}]",
+        f"{file.p50_ms:.2f}",
+        f"{file.onnx_bytes / 1e6:.1f}",
+        f"{file.gzip_bytes / 1e6:.1f}",
+        *(f"{file.accuracy[key]:.4f}" if key in file.accuracy else MISSING for key in scores),
+        "; ".join(f"{name} {value}" for name, value in file.facts.items()) or "as exported",
+        "recommended" if file.recommended else f"not recommended: {file.reason}",
     ]
 
 

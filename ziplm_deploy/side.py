@@ -1,7 +1,8 @@
-"""Environments of their own for engines whose pinned packages do not fit beside modern ones.
+"""Environments of their own for what pins packages that do not fit beside modern ones: engines and tools.
 
-``ziplm-deploy setup deepsparse`` makes one in the user's cache folder; ``ZIPLM_DEEPSPARSE_PYTHON`` names another
-interpreter that has the engine. A marker is written last: an environment without it is not used.
+``ziplm-deploy setup NAME`` makes one of :data:`ENVIRONMENTS` in the user's cache folder; a variable such as
+``ZIPLM_DEEPSPARSE_PYTHON`` names another interpreter that has it. A marker is written last: an environment without it
+is not used.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ MARKER = "ziplm-environment.json"
 
 @dataclass(frozen=True)
 class SideEnvironment:
-    """What an engine needs: Python versions it has wheels for, and the packages to install."""
+    """What a package needs: Python versions that it works with, and the packages to install."""
 
-    engine: str
+    name: str  # of the package
     pythons: tuple[tuple[int, int], ...]  # newest first
     packages: tuple[str, ...]
-    notice: str  # licence, shown at set-up and by doctor
+    notice: str  # licence and state, shown at set-up and by doctor
 
     @property
     def variable(self) -> str:
-        return f"ZIPLM_{self.engine.upper()}_PYTHON"
+        return f"ZIPLM_{self._module.upper()}_PYTHON"
 
     @property
     def folder(self) -> Path:
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return Path(cache) / "ziplm-deploy" / self.engine
+        return Path(cache) / "ziplm-deploy" / self.name
 
     def interpreter(self) -> str:
-        """Python that has the engine.
+        """Python that has the package.
 
         Raises:
             EngineError: there is none, or its set-up was interrupted; says which command brings it.
@@ -51,7 +52,7 @@ class SideEnvironment:
                 )
             return named
         if not self.folder.exists():
-            raise EngineError(f"expected the engine {self.engine}, found it not set up; run: {self._command}")
+            raise EngineError(f"expected {self.name}, found it not set up; run: {self._command}")
         if not (self.folder / MARKER).is_file():
             raise EngineError(
                 f"expected a whole environment in {self.folder}, found one whose set-up was interrupted; run: "
@@ -60,26 +61,30 @@ class SideEnvironment:
         return str(self.folder / "bin" / "python")
 
     @property
+    def _module(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
     def _command(self) -> str:
-        return f"ziplm-deploy setup {self.engine}"
+        return f"ziplm-deploy setup {self.name}"
 
     def version(self) -> str:
-        """Installed version of the engine, without importing it; raises :class:`EngineError`."""
-        code = f"import importlib.metadata as m; print(m.version({self.engine!r}))"
+        """Installed version of the package, without importing it; raises :class:`EngineError`."""
+        code = f"import importlib.metadata as m; print(m.version({self.name!r}))"
         python = self.interpreter()
         try:
             done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             found = _last_line(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
-            raise EngineError(f"expected {self.engine} in {python}, found: {found}; run: {self._command}") from error
+            raise EngineError(f"expected {self.name} in {python}, found: {found}; run: {self._command}") from error
         return done.stdout.strip()
 
     def create(self, python: str | None = None) -> str:
         """Make the environment anew and return its interpreter.
 
         Raises:
-            EnvironmentMismatchError: no interpreter of a version that the engine supports.
-            EngineError: installing failed, or the engine cannot be imported.
+            EnvironmentMismatchError: no interpreter of a version that the package supports.
+            EngineError: installing failed, or the package cannot be imported.
         """
         base = python or self._base_python()
         self._check_version(base)
@@ -88,7 +93,7 @@ class SideEnvironment:
         own = str(self.folder / "bin" / "python")
         self._run([base, "-m", "venv", str(self.folder)])
         self._run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.packages])
-        self._run([own, "-c", f"import {self.engine}"])
+        self._run([own, "-c", f"import {self._module}"])
         (self.folder / MARKER).write_text(json.dumps({"packages": self.packages}) + "\n", encoding="utf-8")
         return own
 
@@ -100,7 +105,7 @@ class SideEnvironment:
             if found:
                 return found
         raise EnvironmentMismatchError(
-            f"expected Python {self._wanted} for {self.engine}, found {sys.version.split()[0]} and none of them on the "
+            f"expected Python {self._wanted} for {self.name}, found {sys.version.split()[0]} and none of them on the "
             f"path; install one and run: {self._command} --python /path/to/python"
         )
 
@@ -115,7 +120,7 @@ class SideEnvironment:
         found = tuple(map(int, done.stdout.split()))
         if found not in self.pythons:
             raise EnvironmentMismatchError(
-                f"expected Python {self._wanted} for {self.engine}, found {'.'.join(map(str, found))} at {python}; "
+                f"expected Python {self._wanted} for {self.name}, found {'.'.join(map(str, found))} at {python}; "
                 "name another one with --python"
             )
 
@@ -127,14 +132,38 @@ class SideEnvironment:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet_environment())
         if done.returncode:
             raise EngineError(
-                f"expected to set up {self.engine} in {self.folder}, found: {_last_line(done.stderr)}; see "
+                f"expected to set up {self.name} in {self.folder}, found: {_last_line(done.stderr)}; see "
                 f"{' '.join(command[:4])} … by hand, then run: {self._command} again"
             )
 
 
+DEEPSPARSE = SideEnvironment(
+    name="deepsparse",
+    pythons=((3, 11), (3, 10), (3, 9), (3, 8)),
+    packages=("deepsparse==1.8.0", "numpy<2", "setuptools<81"),
+    notice="DeepSparse's licence allows evaluation, not production use; read it before you deploy",
+)
+NEURAL_COMPRESSOR = SideEnvironment(
+    name="neural-compressor",
+    pythons=((3, 12), (3, 11), (3, 10)),
+    # It reads onnx.mapping, which newer onnx has not, and pkg_resources; six it imports without asking for it.
+    packages=(
+        "neural-compressor==2.6",
+        "numpy==1.26.4",
+        "onnx==1.17.0",
+        "onnxruntime==1.23.2",
+        "protobuf<8",
+        "setuptools<81",
+        "six",
+    ),
+    notice="Apache-2.0; 2.6 is its last release that quantises ONNX files",
+)
+ENVIRONMENTS = {environment.name: environment for environment in (DEEPSPARSE, NEURAL_COMPRESSOR)}
+
+
 def quiet_environment() -> dict[str, str]:
-    """This process's environment, with the engines' analytics switched off."""
-    return {**os.environ, "NM_DISABLE_ANALYTICS": "1"}
+    """This process's environment, with the analytics of engines switched off."""
+    return {**os.environ, "NM_DISABLE_ANALYTICS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 
 def _last_line(text: str) -> str:

@@ -1,0 +1,294 @@
+"""Structured pruning, 80 % zeros and INT8, alone and together, on three engines in one interleaved run.
+
+1. ``python benchmarks/compound.py --task sst2 --run FOLDER`` takes the members of a finished family run
+   (``benchmarks/family.py --keep``), makes their sparse and INT8 files for every engine (the sparse ones trained with
+   their zeros held) and scores each file on the engine that runs it. Nothing is timed.
+2. ``--task sst2 --time`` times all of them in one run against dense ONNX Runtime float32; ``--batch-size 32`` for
+   throughput.
+3. ``--bert-base --table TABLE`` times shapes of BERT-base with random weights in the same forms: dense, and the plan of
+   equal shares in every layer that the table says is 5x faster.
+4. ``--merge`` writes ``benchmarks/results/compound.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Figure, commit, load_average, write_result
+from family import CASES, TOWARDS_LOGITS
+from shapes import SHAPES, dense_model
+
+from exporters import ExportSettings, dummy_inputs, export_encoder
+from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable, write_text
+from ziplm_deploy.benchmarking import Subject, compare
+from ziplm_deploy.compression.compress import compress_member
+from ziplm_deploy.compression.forms import target_form
+from ziplm_deploy.compression.records import facts_of
+from ziplm_deploy.compression.variants import ONNX_FILES, label
+from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe, Variant, parse_recipe
+from ziplm_deploy.evaluation import accuracy_in, evaluate_member, open_runner, remembering
+from ziplm_deploy.members import export_member
+from ziplm_deploy.parents import DENSE
+from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.resizing import random_resized
+from ziplm_deploy.run import Run
+
+ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
+VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "sparse", "sparse-int8")
+BASELINE = "dense, onnxruntime"
+STATIC = {"shapes": "static", "opset": 16}  # what all three engines take
+
+
+def recipe_for(engine: EngineName, options: argparse.Namespace) -> Recipe:
+    """The family's task on one engine, with every variant."""
+    case, data = CASES[options.task], options.data.resolve() / CASES[options.task].folder
+    train = str(data / f"{case.train}.jsonl.gz")
+    losses = {key: value for key, value in TOWARDS_LOGITS.items() if key != "learning_rate"}
+    return parse_recipe(
+        {
+            "name": options.task,
+            "output_dir": str(options.work / engine),
+            "model": {"path": str(options.work / f"{options.task}-dense"), "task": case.task},
+            "data": {
+                "calibration": train,
+                "evaluation": str(data / f"{case.evaluation}.jsonl.gz"),
+                "n_train": case.n_train,
+            },
+            "environment": {"engine": engine, "batch_size": 1, "seq_len": case.seq_len, "threads": 1},
+            "speedups": [float(name.removesuffix("x")) for name in options.members],
+            "export": STATIC,
+            "recover": {"mode": "gradual", **losses},
+            "compress": {
+                "variants": list(VARIANTS[1:]),
+                "sparsity": {"sparsity": options.sparsity, "pattern": options.pattern},
+                "int8": {"method": "dynamic" if engine == "onnxruntime" else "static"},
+                "train": {
+                    "mode": "distil",
+                    "max_steps": options.steps,
+                    "learning_rate": options.learning_rate,
+                    "precision": options.precision,
+                },
+            },
+        },
+        source=f"compound {options.task} on {engine}",
+    )
+
+
+def take_members(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Checkpoints of the family run, without its ONNX files, as members of this one."""
+    for name in (DENSE, *options.members):
+        target = recipe.run_dir / name
+        if not target.exists():
+            shutil.copytree(options.run / name, target, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Every file of every member on every engine, and its score."""
+    dense = options.work / f"{options.task}-dense"
+    if not dense.exists():
+        source = options.run / "dense-checkpoint"
+        shutil.copytree(source if source.exists() else options.model, dense)
+    rows: list[dict[str, Any]] = []
+    for engine in ENGINES:
+        recipe = recipe_for(engine, options)
+        if engine != ENGINES[0] and not recipe.run_dir.exists():  # zeros and their training are the same everywhere
+            shutil.copytree(recipe_for(ENGINES[0], options).run_dir, recipe.run_dir)
+        take_members(options, recipe)
+        rows += files_of(Run(recipe, ConsoleProgress()))
+    part = {"commit": commit(), "rows": rows, "settings": recipe.model_dump(mode="json", include={"compress", "data"})}
+    write_text(options.work / f"{options.task}.json", json.dumps(part, indent=1) + "\n")
+
+
+def files_of(state: Run) -> list[dict[str, Any]]:
+    """Make and score all files of a run; one row each."""
+    recipe = state.recipe
+    for name in state.names:
+        export_member(state, name, state.folder.member(name))
+        compress_member(state, name)
+    rows = []
+    with open_runner(recipe.environment, state.folder.member(DENSE) / ONNX_FILES["fp32"]) as runner:
+        dense_run = remembering(runner)
+        for name in state.names:
+            for variant in VARIANTS:
+                folder = state.folder.member(name)
+                evaluate_member(state, name, folder, dense_run, variant)
+                path = folder / ONNX_FILES[variant]
+                rows.append(
+                    {
+                        "task": recipe.name,
+                        "member": name,
+                        "variant": variant,
+                        "engine": recipe.environment.engine,
+                        "path": str(path),
+                        "onnx_bytes": path.stat().st_size,
+                        "score": accuracy_in(state, folder, variant)[state.task.metric_name],
+                        "metric": state.task.metric_name,
+                        "facts": facts_of(state, name, variant),
+                    }
+                )
+    return rows
+
+
+def time_files(options: argparse.Namespace) -> None:
+    """One interleaved run over everything that was prepared for a task."""
+    path = options.work / f"{options.task}.json"
+    if not path.exists():
+        sys.exit(f"expected prepared files in {path}, found none; run with --task and --run first")
+    part, load = json.loads(path.read_text("utf-8")), load_average()
+    subjects = {}
+    for row in part["rows"]:
+        name = f"{label(row['member'], row['variant'])}, {row['engine']}"
+        subjects[name] = Subject(Path(row["path"]), row["engine"], "static")
+    record = timed(subjects, options)
+    for row in part["rows"]:
+        result = record.variant(f"{label(row['member'], row['variant'])}, {row['engine']}")
+        row |= timing_row(result)
+    part["timing"] = timing_settings(record, load)
+    write_text(path, json.dumps(part, indent=1) + "\n")
+
+
+def timed(subjects: dict[str, Subject], options: argparse.Namespace) -> BenchmarkRecord:
+    environment = Environment(batch_size=options.batch_size, seq_len=128, threads=1)
+    config = BenchmarkConfig(rounds=options.rounds, max_seconds=options.max_seconds)
+    return compare(subjects, environment, config, BASELINE, ConsoleProgress().step)
+
+
+def timing_row(result: Any) -> dict[str, Any]:
+    return {
+        "p50_ms": result.p50_ms,
+        "speedup": result.speedup,
+        "low": result.speedup_low,
+        "high": result.speedup_high,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "engine_version": result.engine_version,
+        "n": len(result.samples_ms),
+    }
+
+
+def timing_settings(record: BenchmarkRecord, load: float) -> dict[str, Any]:
+    return {
+        "environment": record.environment.model_dump(mode="json"),
+        "aa": [record.aa_ratio, record.aa_low, record.aa_high],
+        "load_average_before": load,
+    }
+
+
+def uniform_sizes(table: LatencyTable, speedup: float) -> dict[str, int]:
+    """The largest equal share of heads and FFN columns in every layer that the table says is this much faster."""
+    shape = table.shape
+    heads, widths = (sorted(table.sizes(kind), reverse=True) for kind in ("attention", "ffn"))
+    for share in (step / 200 for step in range(200, 0, -1)):
+        n_heads = next(size for size in heads if size <= max(1, share * shape.n_heads))
+        width = next(size for size in widths if size <= share * shape.intermediate_size)
+        sizes = {
+            f"{k}.{kind}": size
+            for k in range(shape.n_layers)
+            for kind, size in (("attention", n_heads), ("ffn", width))
+        }
+        if table.dense.median_ms / table.predict_ms(sizes) >= speedup:
+            return sizes
+    sys.exit(f"expected a uniform plan of {speedup:g}x in this table, found none")
+
+
+def bert_base(options: argparse.Namespace) -> None:
+    """Shapes of BERT-base in every form on every engine; random weights, so no accuracy."""
+    dense, table = dense_model(SHAPES["bert-base"]), LatencyTable.load(options.table)
+    sizes, load = uniform_sizes(table, 5.0), load_average()
+    settings = ExportSettings("static", 16, options.batch_size, 128)
+    subjects: dict[str, Subject] = {}
+    rows = []
+    options.task = "sst2"  # any recipe: only its compression is read
+    for member, chosen in ((DENSE, None), ("5x", sizes)):
+        for engine in ENGINES:
+            raw = recipe_for(engine, options).model_dump(mode="json")
+            for variant in VARIANTS:
+                raw["compress"]["target"] = variant
+                form = target_form(parse_recipe(raw))
+                model = random_resized(dense, chosen or {})
+                path = options.work / "bert-base" / engine / f"{label(member, variant)}.onnx"
+                inputs = dummy_inputs(model, settings)
+                export_encoder(form.prepare(model) if form else model, inputs, ["last_hidden_state"], path, settings)
+                if form:
+                    form.finish(path, inputs)
+                name = f"{label(member, variant)}, {engine}"
+                subjects[name] = Subject(path, engine, "static")
+                rows.append(
+                    {"task": "bert-base shapes", "member": member, "variant": variant, "engine": engine, "name": name}
+                )
+    record = timed(subjects, options)
+    rows = [{**row, "path": "", **timing_row(record.variant(row.pop("name")))} for row in rows]
+    part = {"commit": commit(), "rows": rows, "sizes": sizes, "timing": timing_settings(record, load)}
+    write_text(options.work / "bert-base.json", json.dumps(part, indent=1) + "\n")
+
+
+def best(rows: list[dict[str, Any]], percent: float) -> Figure:
+    """The fastest file that keeps this share of the dense score, in the task where that is least."""
+    goal = {99.0: ">= 8", 95.0: ">= 20"}[percent]
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows if "score" in row):
+        own = [row for row in rows if row["task"] == task]
+        dense = next(
+            row for row in own if row["member"] == DENSE and row["variant"] == "fp32" and row["engine"] == "onnxruntime"
+        )
+        kept = [row for row in own if row["score"] >= percent / 100 * dense["score"]]
+        fastest = max(kept, key=lambda row: row["speedup"])
+        found.append((fastest["speedup"], fastest["low"], fastest["high"], fastest["n"]))
+    value, low, high, n = min(found)
+    return Figure(value, "x", goal, n, (low, high))
+
+
+def merge(work: Path) -> None:
+    parts = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(work.glob("*.json"))}
+    rows = [row for part in parts.values() for row in part["rows"]]
+    if not rows or not all("speedup" in row for row in rows):
+        sys.exit(f"expected timed files in {work}, found {len(rows)} rows, not all timed; run --task and --time first")
+    figures = {"best_speedup_at_99_percent": best(rows, 99.0), "best_speedup_at_95_percent": best(rows, 95.0)}
+    shapes = [row for row in rows if row["member"] == "5x" and "score" not in row]
+    if shapes:
+        top = max(shapes, key=lambda row: row["speedup"])
+        figures["bert_base_5x_compound_speedup"] = Figure(
+            top["speedup"], "x", ">= 15", top["n"], (top["low"], top["high"])
+        )
+    about = {name: {key: value for key, value in part.items() if key != "rows"} for name, part in parts.items()}
+    write_result("compound", figures, [{k: v for k, v in row.items() if k != "path"} for row in rows], about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(CASES))
+    parser.add_argument("--run", type=Path, help="finished family run whose members are compressed")
+    parser.add_argument("--model", type=Path, help="dense checkpoint of that run, if the run did not train it itself")
+    parser.add_argument("--members", nargs="+", default=["2x", "3x", "6x"])
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--bert-base", action="store_true")
+    parser.add_argument("--table", type=Path, help="latency table of BERT-base in ONNX Runtime float32")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compound")
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--pattern", choices=("unstructured", "block4"), default="unstructured")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of every sparse model")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--max-seconds", type=float, default=600.0)
+    parser.add_argument("--merge", action="store_true")
+    options = parser.parse_args()
+    options.work = options.work.resolve()
+    if options.merge:
+        merge(options.work)
+    elif options.bert_base:
+        bert_base(options)
+    elif options.time:
+        time_files(options)
+    else:
+        prepare(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,495 @@
+"""neural-compressor as a back end: the protocol with stand-ins for the worker, and the real one where it is set up."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from exporters import ExportSettings, export_encoder, to_integer_matmul
+from tests.helpers import tiny_inputs, tiny_model
+from ziplm_deploy.compression import nc_worker
+from ziplm_deploy.compression.int8 import calibrated_ranges, linear_names, quantized_linears
+from ziplm_deploy.compression.neural_compressor import NeuralCompressorResult, quantize_with_neural_compressor
+from ziplm_deploy.config import Int8Config
+from ziplm_deploy.errors import CorruptArtifactError, DataError, EngineError, NumericalError, UsageError
+from ziplm_deploy.side import NEURAL_COMPRESSOR
+
+BATCH, TOKENS, N_LINEARS = 2, 9, 18
+STATIC, DYNAMIC = Int8Config(method="static"), Int8Config(method="dynamic")
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the worker's folder is made, and may stay after a failure."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def export(path: Path, model: torch.nn.Module | None = None) -> Path:
+    model = model or tiny_model("bert", "text-classification")
+    inputs = tiny_inputs(model, BATCH, TOKENS)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    export_encoder(model, inputs, ["logits"], path, ExportSettings(opset=16, shapes="static"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that also has a linear without weights and one with an output without any."""
+    model = tiny_model("bert", "text-classification")
+    model.get_parameter("bert.encoder.layer.0.output.dense.weight").data.zero_()
+    model.get_parameter("bert.encoder.layer.1.output.dense.weight").data[3] = 0.0
+    return export(tmp_path_factory.mktemp("source") / "model.onnx", model)
+
+
+def make_batches(count: int = 4) -> list[dict[str, np.ndarray]]:
+    generator = np.random.default_rng(0)
+    shape = (BATCH, TOKENS)
+    return [
+        {
+            "input_ids": generator.integers(5, 19, shape),
+            "attention_mask": np.ones(shape, np.int64),
+            "token_type_ids": np.zeros(shape, np.int64),
+            "labels": np.zeros(BATCH, np.int64),  # not an input of the model
+        }
+        for _ in range(count)
+    ]
+
+
+def answers(path: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path))
+    return session.run(None, {entry.name: batch[entry.name] for entry in session.get_inputs()})[0]
+
+
+# --- the protocol, with stand-ins for the worker ---
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run Python code instead of the worker; it has ``request``, ``say`` and ``hear``."""
+
+    def install(code: str) -> None:
+        script = tmp_path / "pretended.py"
+        script.write_text(
+            "import json, os, pathlib, sys, time\n"
+            "request = json.load(open(sys.argv[2]))\n"
+            "say = lambda **reply: print(json.dumps(reply), flush=True)\n"
+            "hear = lambda: json.loads(sys.stdin.readline())\n"
+            "done = dict(ok=True, scores=[], fp32_nodes=[], met=None)\n"
+            "write = lambda: pathlib.Path(request['target']).write_bytes(b'int8')\n" + code,
+            encoding="utf-8",
+        )
+        interpreter = tmp_path / "python"
+        interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n', encoding="utf-8")
+        interpreter.chmod(0o755)
+        monkeypatch.setenv(NEURAL_COMPRESSOR.variable, str(interpreter))
+
+    return install
+
+
+def run(source: Path, target: Path, config: Int8Config = STATIC, **settings: Any) -> NeuralCompressorResult:
+    settings = {"batches": make_batches(), "reduce_range": True, "evaluate": None, **settings}
+    return quantize_with_neural_compressor(source, target, config, **settings)
+
+
+def test_the_request_says_everything(source: Path, tmp_path: Path, temporary: Path, pretend: Any) -> None:
+    pretend(f"pathlib.Path({str(tmp_path / 'seen.json')!r}).write_text(json.dumps(request)); write(); say(**done)")
+    config = Int8Config(method="static", ranges="percentile", percentile=99.5, per_channel=False, max_loss=0.02)
+    result = run(source, tmp_path / "int8.onnx", config, max_trials=7, tuning_seconds=60.0)
+    request = nc_worker.Request(**json.loads((tmp_path / "seen.json").read_text()))
+    assert result == NeuralCompressorResult(trials=0, scores=(), fp32_linears=(), met=None)
+    assert (tmp_path / "int8.onnx").read_bytes() == b"int8"
+    assert (request.approach, request.ranges, request.percentile) == ("static", "percentile", 99.5)
+    assert (request.per_channel, request.reduce_range, request.tune) == (False, True, False)
+    assert (request.max_loss, request.max_fp32_share, request.max_trials) == (0.02, 0.5, 7)
+    assert len(request.batches) == 4
+    assert len(request.nodes) == N_LINEARS
+    assert all(("/layer." in name and name.endswith("/dense/MatMul")) or "/self/" in name for name in request.nodes)
+    assert not {name for name in request.nodes if name.endswith("self/MatMul")}  # a product of two activations
+    assert not list(temporary.iterdir())  # nothing is left behind
+
+
+def test_scores_are_asked_for_and_reported(source: Path, tmp_path: Path, pretend: Any) -> None:
+    pretend(
+        "say(evaluate=request['source']); first = hear()['score']\n"
+        "say(evaluate='/a/candidate.onnx'); second = hear()['score']\n"
+        "write(); say(ok=True, scores=[second], fp32_nodes=request['nodes'][:2], met=second >= first)"
+    )
+    asked: list[Path] = []
+
+    def evaluate(path: Path) -> float:
+        asked.append(path)
+        return 0.75 + len(asked)
+
+    result = run(source, tmp_path / "int8.onnx", evaluate=evaluate)
+    assert asked == [source, Path("/a/candidate.onnx")]
+    assert (result.trials, result.scores, result.met) == (1, (2.75,), True)
+    assert result.fp32_linears == linear_names(source)[:2]
+
+
+FAILURES = {
+    "say(ok=False, error='RuntimeError: no such operator')": "RuntimeError: no such operator",
+    "print('so far so good', file=sys.stderr); sys.exit(3)": r"the process died \(exit code 3\).*so far so good",
+    "os.abort()": r"the process died \(signal SIGABRT\)",
+    "print('half', flush=True)": "half a reply",
+    "say(evaluate='x')": "{'evaluate': 'x'}",  # nobody offered to score anything
+    "time.sleep(60)": "no answer within 1 s",
+}
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_failures_of_the_worker_say_how_to_reproduce(
+    source: Path, tmp_path: Path, temporary: Path, pretend: Any, code: str
+) -> None:
+    pretend("write(); " + code)
+    target = tmp_path / "int8.onnx"
+    with pytest.raises(EngineError, match="(?s)" + FAILURES[code]) as caught:
+        run(source, target, timeout_seconds=1.0 if "sleep" in code else 60.0)
+    assert not target.exists()
+    [folder] = temporary.iterdir()
+    assert f"cd {folder} && " in str(caught.value)
+    assert "nc_worker.py request.json" in str(caught.value)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"request.json", "log.txt", *(f"batch{index}.npz" for index in range(4))}
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_scores_must_be_finite(source: Path, tmp_path: Path, temporary: Path, pretend: Any, score: float) -> None:
+    pretend("say(evaluate=request['source']); hear()")
+    with pytest.raises(NumericalError, match=r"expected a finite score of model\.onnx"):
+        run(source, tmp_path / "int8.onnx", evaluate=lambda path: score)
+    assert not list(temporary.iterdir())
+
+
+def test_errors_of_the_score_end_the_worker(source: Path, tmp_path: Path, temporary: Path, pretend: Any) -> None:
+    pid = tmp_path / "pid"
+    pretend(f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); say(evaluate=request['source']); hear()")
+
+    def evaluate(path: Path) -> float:
+        raise DataError("no rows")
+
+    with pytest.raises(DataError, match="no rows"):
+        run(source, tmp_path / "int8.onnx", evaluate=evaluate)
+    assert not Path(f"/proc/{pid.read_text()}").exists()
+    assert not list(temporary.iterdir())
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_runs(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "int8.onnx"
+    with pytest.raises(UsageError, match="found qat"):
+        run(source, target, Int8Config(method="qat"))
+    with pytest.raises(CorruptArtifactError, match="expected an ONNX file"):
+        run(tmp_path / "missing.onnx", target)
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "no linears",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    onnx.save(helper.make_model(graph), str(tmp_path / "relu.onnx"))
+    with pytest.raises(UsageError, match="expected float32 linears inside numbered layers"):
+        run(tmp_path / "relu.onnx", target)
+
+
+def test_weights_must_be_finite(tmp_path: Path) -> None:
+    model = tiny_model("bert", "text-classification")
+    weight = model.get_parameter("bert.encoder.layer.1.output.dense.weight")
+    weight.data[0, 0] = math.nan
+    path = export(tmp_path / "nan.onnx", model)
+    with pytest.raises(NumericalError, match=r"weights of .*layer\.1\.output\.dense, found NaN"):
+        run(path, tmp_path / "int8.onnx")
+
+
+def test_static_needs_batches_with_all_inputs(source: Path, tmp_path: Path, pretend: Any) -> None:
+    pretend("")
+    with pytest.raises(DataError, match="expected calibration batches"):
+        run(source, tmp_path / "int8.onnx", batches=[])
+    with pytest.raises(DataError, match="found no 'attention_mask' in a batch"):
+        run(source, tmp_path / "int8.onnx", batches=[{"input_ids": np.zeros((BATCH, TOKENS), np.int64)}])
+
+
+def test_without_a_set_up_the_command_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NEURAL_COMPRESSOR.variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(EngineError, match="run: ziplm-deploy setup neural-compressor"):
+        run(source, tmp_path / "int8.onnx")
+
+
+# --- parts of the worker that need no neural-compressor ---
+
+
+def request(**changes: Any) -> nc_worker.Request:
+    fields: dict[str, Any] = {"source": "s.onnx", "target": "t.onnx", "nodes": ("a", "b", "c", "d")}
+    fields |= {"approach": "static", "ranges": "minmax", "percentile": 99.99, "batches": (), "per_channel": True}
+    fields |= {"reduce_range": False, "tune": True, "max_loss": 0.1, "max_fp32_share": 0.5, "max_trials": 9}
+    return nc_worker.Request(**{**fields, "tuning_seconds": 60.0, **changes})
+
+
+def candidate(float32: str) -> onnx.ModelProto:
+    """A model in which the named MatMuls of ``abcd`` are float32."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], [n], name=n if n in float32 else f"{n}_quant") for n in "abcd"]
+    return helper.make_model(helper.make_graph(nodes, "g", [], []))
+
+
+@pytest.fixture
+def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tuning with given answers: baseline first; ``asked`` are the paths that it sent."""
+
+    def start(*scores: float, **changes: Any) -> tuple[nc_worker.Tuning, io.StringIO]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps({"score": s}) + "\n" for s in scores)))
+        replies = io.StringIO()
+        return nc_worker.Tuning(request(**changes), replies), replies
+
+    return start
+
+
+def test_the_best_candidate_is_kept(tuning: Any) -> None:
+    running, replies = tuning(1.0, 0.5, 0.7, 0.6)
+    assert running.score(candidate("abcd")) == 1.0  # the baseline is not asked for again
+    assert [running.score(candidate(left)) for left in ("", "a", "ab")] == [0.5, 0.7, 0.6]
+    assert running.best == (False, 0.7, -1)
+    assert running.best_fp32 == ["a"]
+    assert nc_worker.float32_nodes(onnx.load(str(running.best_path)), ("a", "b")) == ["a", "b"]  # names as before
+    assert replies.getvalue().count("candidate.onnx") == 3
+
+
+def test_a_candidate_within_the_budget_beats_all_others(tuning: Any) -> None:
+    running, _ = tuning(-1.0, -1.2, -1.1)  # 10 % of -1 is 0.1: also where scores are negative
+    running.score(candidate(""))
+    running.score(candidate("ab"))
+    assert running.best == (True, -1.1, -2)
+
+
+def test_a_candidate_is_scored_once(tuning: Any) -> None:
+    running, replies = tuning(1.0, 0.5)
+    assert running.score(candidate("a")) == running.score(candidate("a")) == 0.5
+    assert len(replies.getvalue().splitlines()) == 2
+
+
+def test_too_much_float32_is_not_scored(tuning: Any) -> None:
+    running, replies = tuning(1.0)
+    assert running.score(candidate("abc")) == -math.inf
+    assert running.best is None
+    assert len(replies.getvalue().splitlines()) == 1
+
+
+def test_tuning_ends_in_time_but_not_without_a_candidate(tuning: Any) -> None:
+    running, _ = tuning(1.0, 0.5, 0.6, tuning_seconds=0.0)
+    time.sleep(0.01)
+    assert running.score(candidate("")) == 0.5
+    with pytest.raises(nc_worker.TuningEndedError):
+        running.score(candidate("a"))
+
+
+def test_a_lost_parent_is_an_error(tuning: Any) -> None:
+    with pytest.raises(EOFError):
+        tuning()
+
+
+def test_exceptions_that_are_only_logged_are_found() -> None:
+    handler = nc_worker.Errors()
+    for message in (
+        "Specified timeout or max trials is reached!",
+        "Unexpected exception TuningEndedError() happened during tuning.",
+        "Unexpected exception ValueError('x') happened during tuning.",
+    ):
+        handler.handle(logging.makeLogRecord({"msg": message, "levelno": logging.ERROR}))
+    assert handler.found == ["Unexpected exception ValueError('x') happened during tuning."]
+
+
+def rounded_residual() -> onnx.ModelProto:
+    """``y = x·w + b + x`` as neural-compressor writes it: the residual reads the 8-bit form, too."""
+    scale, zero_point = (numpy_helper.from_array(np.float32(0.05), "s"), numpy_helper.from_array(np.uint8(100), "z"))
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.int8), "w")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "one"], ["dw"]),
+        helper.make_node("MatMul", ["d", "dw"], ["m"], name="/layer.0/dense/MatMul_quant"),
+        helper.make_node("Add", ["b", "m"], ["a"], name="/layer.0/dense/Add"),
+        helper.make_node("Add", ["a", "d"], ["y"], name="/layer.0/Add"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 4])],
+        [
+            *(scale, zero_point, weight, numpy_helper.from_array(np.float32(1), "one")),
+            numpy_helper.from_array(np.arange(4, dtype=np.float32), "b"),
+        ],
+    )
+    sets = [helper.make_opsetid(name, 1) for name in ("com.microsoft", "ai.onnx.ml", "org.pytorch.aten")]
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 16), *sets], ir_version=8)
+
+
+def test_cleaning_keeps_the_residual_exact_and_other_engines_happy() -> None:
+    model = rounded_residual()
+    before = model.SerializeToString()
+    cleaned = nc_worker.cleaned(model)
+    assert model.SerializeToString() == before
+    assert [(entry.domain, entry.version) for entry in cleaned.opset_import] == [("", 16)]
+    assert [node.name for node in cleaned.graph.node if node.op_type == "MatMul"] == ["/layer.0/dense/MatMul"]
+    x = np.random.default_rng(0).standard_normal((1, 2, 4), dtype=np.float32)
+    integers = np.clip(np.round(x / np.float32(0.05)) + 100, 0, 255)
+    expected = np.float32(0.05) * (integers - 100) + np.arange(4) + x
+    [found] = onnxruntime.InferenceSession(cleaned.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    bias = next(item for item in cleaned.graph.initializer if item.name.endswith("Add_bias"))
+    assert list(bias.dims) == [1, 1, 4]
+    assert "b" not in {item.name for item in cleaned.graph.initializer}
+
+
+def test_cleaning_keeps_operator_sets_that_are_used() -> None:
+    model = rounded_residual()
+    model.graph.node.append(helper.make_node("Gelu", ["x"], ["unused"], domain="com.microsoft"))
+    assert {entry.domain for entry in nc_worker.cleaned(model).opset_import} == {"", "com.microsoft"}
+
+
+# --- the real one ---
+
+
+PER_TENSOR = Int8Config(method="static", per_channel=False)
+PERCENTILE = Int8Config(method="static", ranges="percentile", percentile=99.0)
+
+
+@pytest.fixture(scope="module")
+def ready() -> None:
+    try:
+        NEURAL_COMPRESSOR.version()
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def static_files(ready: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Int8Config, Path]:
+    folder = tmp_path_factory.mktemp("static")
+    files = {PER_TENSOR: folder / "minmax.onnx", PERCENTILE: folder / "percentile.onnx"}
+    for config, path in files.items():
+        result = run(source, path, config)
+        assert result == NeuralCompressorResult(trials=0, scores=(), fp32_linears=(), met=None)
+    return files
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+def constants(path: Path) -> dict[str, np.ndarray]:
+    return {item.name: numpy_helper.to_array(item) for item in onnx.load(str(path)).graph.initializer}
+
+
+@pytest.mark.parametrize("config", [PER_TENSOR, PERCENTILE], ids=["minmax", "percentile"])
+def test_static_files_hold_the_calibrated_ranges(
+    source: Path, static_files: dict[Int8Config, Path], config: Int8Config
+) -> None:
+    target = static_files[config]
+    assert quantized_linears(target) == linear_names(source)
+    graph, values = onnx.load(str(target)).graph, constants(target)
+    made_by = {node.output[0]: node for node in graph.node}
+    ranges = calibrated_ranges(source, make_batches(), config)
+    dense = constants(source)
+    originals = {
+        node.name: dense[node.input[1]]
+        for node in onnx.load(str(source)).graph.node
+        if node.op_type == "MatMul" and node.input[1] in dense
+    }
+    for node in graph.node:
+        if node.name not in originals:
+            continue
+        name = next(name for name in ranges if node.name.replace("/", ".").endswith(f".{name}.MatMul"))
+        activation, weight = (made_by[tensor] for tensor in node.input)
+        width = max(ranges[name].high, 0.0) - min(ranges[name].low, 0.0)
+        # Percentiles of histograms with other bins differ a little.
+        tolerance = 1e-5 if config.ranges == "minmax" else 0.05
+        assert values[activation.input[1]] == pytest.approx(width / 255, rel=tolerance)
+        stored, scale = values[weight.input[0]], values[weight.input[1]]
+        assert stored.dtype == np.int8
+        assert np.abs(stored).max() == (64 if originals[node.name].any() else 0)  # reduce_range
+        assert scale.size == (stored.shape[1] if config.per_channel else 1)
+        assert np.abs(stored * scale - originals[node.name]).max() <= 0.51 * scale.max()
+    dequantised = {name for name, node in made_by.items() if node.op_type == "DequantizeLinear"}
+    assert all(node.op_type == "MatMul" for node in graph.node if dequantised.intersection(node.input))
+
+
+def test_static_files_leave_the_rest_of_the_graph_alone(
+    source: Path, static_files: dict[Int8Config, Path], tmp_path: Path
+) -> None:
+    target, integers = static_files[PER_TENSOR], tmp_path / "integers.onnx"
+    kept, before = operators(target), operators(source)
+    del kept["QuantizeLinear"], kept["DequantizeLinear"], before["Constant"]  # which become initializers
+    assert kept == before
+    model, dense = onnx.load(str(target)), onnx.load(str(source))
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 16)]
+    assert model.ir_version == dense.ir_version
+    batch = make_batches()[0]
+    expected, found = answers(source, batch), answers(target, batch)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert not np.array_equal(found, expected)
+    to_integer_matmul(target, integers)  # the form that DeepSparse runs
+    np.testing.assert_allclose(answers(integers, batch), found, atol=1e-3)
+
+
+@pytest.mark.usefixtures("ready")
+def test_dynamic_tuning_falls_back_until_the_score_holds(source: Path, tmp_path: Path) -> None:
+    target, counts = tmp_path / "int8.onnx", []
+
+    def evaluate(path: Path) -> float:
+        """Accepts what has few quantised linears; more of them lose more."""
+        counts.append(len(quantized_linears(path)))
+        answers(path, make_batches()[0])
+        return 1.0 if counts[-1] <= 14 else 0.9 - 0.01 * counts[-1]
+
+    result = run(source, target, DYNAMIC, batches=(), evaluate=evaluate)
+    assert counts[:2] == [0, N_LINEARS]  # the source, then everything quantised
+    assert result.met is True
+    assert result.scores[-1] == 1.0
+    assert result.trials == len(result.scores) == len(counts) - 1
+    assert len(quantized_linears(target)) == counts[-1] <= 14
+    assert set(result.fp32_linears) == set(linear_names(source)) - set(quantized_linears(target))
+    assert operators(target)["MatMulInteger"] == counts[-1]
+    batch = make_batches()[0]
+    expected = answers(source, batch)
+    assert np.abs(answers(target, batch) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_budget_that_nothing_holds_is_reported(source: Path, tmp_path: Path, temporary: Path) -> None:
+    def evaluate(path: Path) -> float:
+        n = len(quantized_linears(path))
+        return 1.0 if not n else 0.5 - 0.01 * n
+
+    target = tmp_path / "int8.onnx"
+    config = Int8Config(method="static", max_fp32_share=0.2)
+    result = run(source, target, config, evaluate=evaluate, max_trials=12)
+    assert result.met is False
+    assert not list(temporary.iterdir())
+    assert max(result.scores) == pytest.approx(0.5 - 0.01 * len(quantized_linears(target)))
+    assert 0 < len(result.fp32_linears) <= 0.2 * N_LINEARS
+
+
+@pytest.mark.usefixtures("ready")
+def test_activations_must_be_finite(tmp_path: Path) -> None:
+    model = tiny_model("bert", "text-classification")
+    model.get_parameter("bert.embeddings.LayerNorm.bias").data[0] = math.inf
+    path = export(tmp_path / "model.onnx", model)
+    with pytest.raises(EngineError, match="NaN or infinite activations"):
+        run(path, tmp_path / "int8.onnx")

@@ -1,0 +1,222 @@
+"""Compression at the end of the whole way, on a tiny model with the real engine: files, records, report, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import ziplm_deploy
+from tests.helpers import save_dense
+from tests.test_pipeline import raw_recipe, recipe, write_rows, written_again
+from ziplm_deploy.artifacts import FamilyReport, LatencyTable, TrainingRecord
+from ziplm_deploy.compression.int8 import linear_names, quantized_linears
+from ziplm_deploy.compression.masks import check_masks_in_onnx, sparsity_of
+from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.compression.sparsity import SparsityRecord
+from ziplm_deploy.config import parse_recipe
+from ziplm_deploy.errors import CorruptArtifactError, EngineError, RecipeError
+from ziplm_deploy.pipeline import run
+
+VARIANTS = ["int8", "sparse", "sparse-int8"]
+COMPRESS = {"variants": VARIANTS, "int8": {"n_calibration": 16}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model, data and a finished run of one member with every variant."""
+    folder = tmp_path_factory.mktemp("compressed")
+    save_dense(folder / "model", task="text-classification", hidden_size=64, intermediate_size=512, num_hidden_layers=2)
+    write_rows(folder / "train.jsonl", 64, 0)
+    write_rows(folder / "test.jsonl", 30, 1)
+    run(recipe(folder, compress=COMPRESS))
+    return folder
+
+
+def member(folder: Path, name: str = "1.5x") -> Path:
+    return folder / "runs" / "tiny" / name
+
+
+def test_every_variant_is_a_file_of_its_own_with_accuracy_latency_and_size(made: Path) -> None:
+    report = FamilyReport.load(made / "runs" / "tiny" / "report.json")
+    for found in report.members:
+        assert [file.variant for file in found.files] == ["fp32", *VARIANTS]
+        for file in found.files:
+            path = member(made, found.name) / file.file
+            assert file.onnx_bytes == path.stat().st_size
+            assert 0 < file.gzip_bytes < 1.01 * file.onnx_bytes
+            assert file.p50_ms > 0
+            assert 0 <= file.accuracy["accuracy"] <= 1
+            assert file.recommended == (not file.reason)
+        sizes = {file.variant: file.onnx_bytes for file in found.files}
+        assert sizes["int8"] < 0.6 * sizes["fp32"]
+        zipped = {file.variant: file.gzip_bytes for file in found.files}
+        assert zipped["sparse"] < 0.6 * zipped["fp32"]
+
+
+def test_zeros_of_the_checkpoint_are_those_of_both_sparse_files(made: Path) -> None:
+    sparse = ziplm_deploy.load(made / "runs" / "tiny" / "compression" / "1.5x")
+    assert sparsity_of(sparse) == pytest.approx(0.8, abs=0.01)
+    for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
+        check_masks_in_onnx(member(made) / name, sparse)
+    record = SparsityRecord.load(made / "runs" / "tiny" / "compression" / "1.5x" / "sparsity.json")
+    assert record.sparsity == pytest.approx(sparsity_of(sparse), abs=1e-6)
+
+
+def test_int8_files_compute_in_integers_but_for_what_the_record_names(made: Path) -> None:
+    for variant, before in (("int8", "model.onnx"), ("sparse-int8", "model_sparse.onnx")):
+        record = Int8Record.load(made / "runs" / "tiny" / "compression" / "1.5x" / f"{variant}.json")
+        path = member(made) / f"model_{variant.replace('-', '_')}.onnx"
+        assert set(quantized_linears(path)) == set(linear_names(member(made) / before)) - set(record.fp32_linears)
+        assert record.n_linears == len(record.sensitivities) == len(linear_names(member(made) / before))
+        assert record.within_budget is not None
+        divergences = [row.divergence for row in record.sensitivities]
+        assert divergences == sorted(divergences, reverse=True)
+
+
+def test_report_and_card_list_every_file(made: Path) -> None:
+    text = (made / "runs" / "tiny" / "report.md").read_text(encoding="utf-8")
+    card = (member(made) / "README.md").read_text(encoding="utf-8")
+    for name in ("model.onnx", "model_int8.onnx", "model_sparse.onnx", "model_sparse_int8.onnx"):
+        assert text.count(f"| {name} |") == 2  # dense and 1.5x
+        assert f"| {name} |" in card
+    assert "80.0% (unstructured)" in card or "zeros 8" in card
+    assert "INT8 dynamic" in card
+
+
+def test_a_finished_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(made: Path) -> None:
+    assert not {name for name in written_again(made, recipe(made, compress=COMPRESS)) if name.endswith(".onnx")}
+    changed = {**COMPRESS, "int8": {"n_calibration": 16, "per_channel": False}}
+    written = {name for name in written_again(made, recipe(made, compress=changed)) if name.endswith(".onnx")}
+    files = ("model_int8.onnx", "model_sparse_int8.onnx")
+    assert written == {f"{name}/{file}" for name in ("dense", "1.5x") for file in files}
+    run(recipe(made, compress=COMPRESS))
+
+
+def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made: Path) -> None:
+    settings = {
+        "variants": ["int8"],
+        "target": "int8",
+        "int8": {"method": "static", "n_calibration": 8, "max_fp32_share": 0.0},
+    }
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), export={"shapes": "static"})
+    report = run(parse_recipe(data))
+    folder = tmp_path / "tiny"
+    table = LatencyTable.load(folder / "profile.json")
+    assert table.variant == "int8"
+    assert "static INT8" in table.form
+    stand_in = folder / "pruning" / "1.5x-int8.onnx"
+    assert quantized_linears(stand_in) == quantized_linears(folder / "1.5x" / "model_int8.onnx")
+    faster = report.members[1]
+    assert faster.variant == "int8"
+    file = next(file for file in faster.files if file.variant == "int8")
+    assert faster.measured_speedup == file.measured_speedup
+    assert faster.accuracy == file.accuracy
+    with pytest.raises(ziplm_deploy.errors.IncompatibleArtifactError, match="variant"):
+        run(recipe(made, name="other", output_dir=str(tmp_path), profile={"table": str(folder / "profile.json")}))
+
+
+def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:
+    settings = {
+        "variants": ["sparse", "sparse-int8"],
+        "train": {"mode": "distil", "max_steps": 2, "batch_size": 8},
+        "int8": {"method": "qat", "n_calibration": 8},
+        "sparsity": {"pattern": "block4", "passes": 2, "distribution": "sensitivity"},
+    }
+    run(recipe(made, compress=settings, output_dir=str(tmp_path)))
+    folder = tmp_path / "tiny"
+    assert TrainingRecord.load(folder / "compression" / "1.5x" / "training.json").steps == 2
+    record = Int8Record.load(folder / "compression" / "1.5x" / "sparse-int8.json")
+    assert record.training is not None
+    assert record.training.steps == 2
+    sparse = ziplm_deploy.load(folder / "compression" / "1.5x")
+    for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
+        check_masks_in_onnx(folder / "1.5x" / name, sparse)
+    plain, rounded = (weights(folder / "1.5x" / name) for name in ("model_sparse.onnx", "model_sparse_int8.onnx"))
+    assert plain
+    assert rounded
+
+
+def weights(path: Path) -> dict[str, Any]:
+    return {item.name: numpy_helper.to_array(item) for item in onnx.load(str(path)).graph.initializer}
+
+
+def test_without_evaluation_data_there_is_no_budget(tmp_path: Path, made: Path) -> None:
+    settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path))
+    del data["data"]["evaluation"]
+    run(parse_recipe(data))
+    record = Int8Record.load(tmp_path / "tiny" / "compression" / "1.5x" / "int8.json")
+    assert record.within_budget is None
+    assert record.fp32_linears == []
+    assert record.scores == []
+
+
+def test_a_budget_that_cannot_be_held_is_said(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter(np.linspace(0.5, 0.4, 100))
+    monkeypatch.setattr("ziplm_deploy.compression.quantise._Quantisation._reference_score", lambda self: 0.9)
+    monkeypatch.setattr("ziplm_deploy.compression.quantise.score_of", lambda *a, **k: float(next(scores)))
+    report = run(recipe(made, compress={"variants": ["int8"], "int8": {"n_calibration": 8}}, output_dir=str(tmp_path)))
+    file = report.members[1].files[1]
+    assert file.facts["budget"] == "not held"
+    assert any("accuracy budget" in note for note in report.notes)
+
+
+def test_a_missing_compressed_file_is_named(made: Path) -> None:
+    path = member(made) / "model_int8.onnx"
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        with pytest.raises(CorruptArtifactError, match="model_int8"):
+            ziplm_deploy.report(recipe(made, compress=COMPRESS))
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("compress", "message"),
+    [
+        ({"variants": ["int4"]}, "variants"),
+        ({"target": "int8"}, "must be one of compress.variants"),
+        ({"variants": ["sparse"], "sparsity": {"sparsity": 1.0}}, "sparsity"),
+        ({"variants": ["sparse"], "sparsity": {"sparsity": 0.0}}, "sparsity"),
+        ({"variants": ["sparse"], "sparsity": {"pattern": "2:4"}}, "pattern"),
+        ({"variants": ["int8"], "int8": {"method": "qat"}}, "compress.train.mode"),
+        (
+            {
+                "variants": ["int8"],
+                "train": {"mode": "distil"},
+                "int8": {"method": "qat", "backend": "neural-compressor"},
+            },
+            "backend: onnxruntime",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(made: Path, compress: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(made, compress=compress)
+
+
+def test_dynamic_int8_is_refused_for_engines_that_do_not_run_it(made: Path) -> None:
+    with pytest.raises(RecipeError, match="static or qat"):
+        recipe(made, compress={"variants": ["int8"]}, environment={"engine": "openvino"})
+
+
+def test_an_absent_back_end_is_found_before_any_work(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
+    monkeypatch.delenv("ZIPLM_NEURAL_COMPRESSOR_PYTHON", raising=False)
+    settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor"}}
+    with pytest.raises(EngineError, match="ziplm-deploy setup neural-compressor"):
+        run(recipe(made, compress=settings, output_dir=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs" / "tiny" / "profile.json").exists()
+
+
+def test_compress_without_variants_says_what_to_name(made: Path) -> None:
+    with pytest.raises(RecipeError, match=r"compress\.variants"):
+        ziplm_deploy.compress(recipe(made))

@@ -1,0 +1,3 @@
+"""What multiplies pruning: zeros in the weights and 8-bit integers."""
+
+from __future__ import annotations

@@ -1,0 +1,270 @@
+"""INT8 by Intel's neural-compressor 2.6, which keeps single linears in float32 until an accuracy budget holds.
+
+It runs in an environment of its own (``ziplm-deploy setup neural-compressor``), driven through ``nc_worker.py``; the
+scores of its candidates are measured here, where task and data are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from ziplm_deploy.artifacts import atomic_path
+from ziplm_deploy.compression.int8 import linear_names
+from ziplm_deploy.config import Int8Config
+from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
+from ziplm_deploy.side import NEURAL_COMPRESSOR, quiet_environment
+
+WORKER = Path(__file__).with_name("nc_worker.py")
+MAX_TRIALS = 150  # enough to try every linear of twelve layers alone, and then a good half of them together
+TIMEOUT_SECONDS = 1800.0
+TUNING_SECONDS = 3600.0
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class NeuralCompressorResult:
+    """What the tuning came to. Linears are module paths of the model."""
+
+    trials: int  # candidates that were scored; 0 without ``evaluate``
+    scores: tuple[float, ...]  # in the order in which they were tried
+    fp32_linears: tuple[str, ...]  # that stayed float32, in graph order
+    met: bool | None  # whether the written file holds ``max_loss``; None: nothing was scored
+
+
+def quantize_with_neural_compressor(
+    source: Path,
+    target: Path,
+    config: Int8Config,
+    *,
+    batches: Sequence[Batch],
+    reduce_range: bool,
+    evaluate: Callable[[Path], float] | None,
+    max_trials: int = MAX_TRIALS,
+    tuning_seconds: float = TUNING_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> NeuralCompressorResult:
+    """Write ``source`` with INT8 linears to ``target``; whole or not at all.
+
+    Static files are in QuantizeLinear/DequantizeLinear form, dynamic ones have DynamicQuantizeLinear and MatMulInteger.
+    Linears outside of layers, embeddings, normalisation, Softmax and the residual stream stay float32.
+
+    Args:
+        source: float32 file of ``exporters.export_encoder``.
+        batches: calibration inputs by name, for ``static``.
+        reduce_range: 7-bit weights, for CPUs without VNNI.
+        evaluate: score of an ONNX file, the higher, the better. It is called for ``source``, then for candidates until
+            one loses at most ``config.max_loss`` of it (relative to its magnitude) with at most
+            ``config.max_fp32_share`` of the linears in float32. If none does, the best is written and ``met`` is False.
+            None: all linears are quantised, unscored. A candidate's file is gone after the call.
+        tuning_seconds: no further candidate is tried after them.
+        timeout_seconds: for the worker to make the next candidate; then it is killed.
+
+    Raises:
+        UsageError: ``config.method`` is qat, or there are no linears inside layers.
+        DataError: static without batches, or batches without an input that the model has.
+        NumericalError: NaN or infinite weights or scores.
+        EngineError: neural-compressor is not set up, refuses the model, dies or hangs.
+        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
+    """
+    if config.method == "qat":
+        raise UsageError("expected int8.method static or dynamic for neural-compressor, found qat; change it")
+    nodes = _nodes(source)
+    interpreter = NEURAL_COMPRESSOR.interpreter()
+    with _folder() as folder:
+        static = config.method == "static"
+        request = {
+            "source": str(source.resolve()),
+            "target": str(folder / "result.onnx"),
+            "nodes": list(nodes),
+            "approach": config.method,
+            "ranges": config.ranges,
+            "percentile": config.percentile,
+            "batches": _write_batches(source, batches, folder) if static else [],
+            "per_channel": config.per_channel,
+            "reduce_range": reduce_range,
+            "tune": evaluate is not None,
+            "max_loss": config.max_loss,
+            "max_fp32_share": config.max_fp32_share,
+            "max_trials": max_trials,
+            "tuning_seconds": tuning_seconds,
+        }
+        (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+        with _Worker(interpreter, folder, timeout_seconds) as worker:
+            reply = worker.run(evaluate)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(folder / "result.onnx", temporary)
+    return NeuralCompressorResult(
+        trials=len(reply["scores"]),
+        scores=tuple(reply["scores"]),
+        fp32_linears=tuple(nodes[name] for name in reply["fp32_nodes"]),
+        met=reply["met"],
+    )
+
+
+def _nodes(source: Path) -> dict[str, str]:
+    """The MatMul nodes of linears inside layers, and the module path of each."""
+    linears = linear_names(source)
+    if not linears:
+        raise UsageError(
+            f"expected float32 linears inside numbered layers in {source}, found none; choose a file that "
+            "ziplm-deploy exported, before any other tool changed it"
+        )
+    graph = onnx.load(str(source)).graph
+    weights = {item.name: item for item in graph.initializer}
+    found = {}
+    for node in graph.node:
+        path = "." + node.name.removesuffix("/MatMul").strip("/").replace("/", ".")
+        name = next((name for name in linears if node.op_type == "MatMul" and path.endswith(f".{name}")), None)
+        if name is None:
+            continue
+        if not np.isfinite(numpy_helper.to_array(weights[node.input[1]])).all():
+            raise NumericalError(f"expected finite weights of {name}, found NaN or infinity; check the checkpoint")
+        found[node.name] = name
+    return found
+
+
+def _write_batches(source: Path, batches: Sequence[Batch], folder: Path) -> list[str]:
+    if not batches:
+        raise DataError("expected calibration batches for static INT8, found none; give int8.n_calibration examples")
+    inputs = [entry.name for entry in onnx.load(str(source), load_external_data=False).graph.input]
+    paths = []
+    for index, batch in enumerate(batches):
+        missing = [name for name in inputs if name not in batch]
+        if missing:
+            raise DataError(f"expected calibration inputs {inputs}, found no {missing[0]!r} in a batch; add it")
+        paths.append(str(folder / f"batch{index}.npz"))
+        np.savez(paths[-1], **{name: batch[name] for name in inputs})  # type: ignore[arg-type]  # as for allow_pickle
+    return paths
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """Where the worker runs; after its failure the request and its batches stay there, to reproduce it."""
+    folder = Path(tempfile.mkdtemp(prefix="ziplm-neural-compressor-"))
+    try:
+        yield folder
+    except EngineError:
+        shutil.rmtree(folder / "workspace", ignore_errors=True)
+        for path in folder.glob("*.onnx"):
+            path.unlink()
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Worker:
+    """The running process; every failure of it is an :class:`EngineError`."""
+
+    def __init__(self, interpreter: str, folder: Path, timeout_seconds: float) -> None:
+        self._command = [interpreter, str(WORKER), "request.json"]
+        self._folder, self._timeout_seconds = folder, timeout_seconds
+        self._pending = b""
+        try:
+            with (folder / "log.txt").open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command,
+                    cwd=folder,  # neural-compressor writes its history into the current folder
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=quiet_environment(),
+                    start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers
+                )
+        except OSError as error:
+            raise self._failure(str(error)) from error
+
+    def run(self, evaluate: Callable[[Path], float] | None) -> dict[str, Any]:
+        """Answer the worker's questions until it is done; returns its reply."""
+        while True:
+            try:
+                reply: dict[str, Any] = json.loads(self._read_line())
+            except ValueError as error:  # half a reply: the process is gone
+                raise self._failure("half a reply") from error
+            if "evaluate" in reply and evaluate is not None:
+                self._send({"score": _score(evaluate, Path(reply["evaluate"]))})
+            elif reply.get("ok"):
+                return reply
+            else:
+                raise self._failure(str(reply.get("error", reply)))
+
+    def _send(self, answer: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a dead process shows when its next line is read
+            self._process.stdin.write(json.dumps(answer).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _read_line(self) -> bytes:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        deadline = time.monotonic() + self._timeout_seconds
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._failure(f"no answer within {self._timeout_seconds:g} s")
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                raise self._failure(f"the process died ({self._exit_status()})")
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _exit_status(self) -> str:
+        try:
+            code = self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            return "stopped answering"
+        if code >= 0:
+            return f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+        return f"signal {-code}"
+
+    def _failure(self, found: str) -> EngineError:
+        log = self._folder / "log.txt"
+        tail = log.read_text(encoding="utf-8", errors="replace").strip()[-800:] if log.exists() else ""
+        return EngineError(
+            f"expected neural-compressor to quantise the model, found: {found}; reproduce with: "
+            f"cd {shlex.quote(str(self._folder))} && {shlex.join(self._command)}"
+            + (f"\nlast lines of the worker:\n{tail}" if tail else "")
+        )
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # at the end of its reply it has nothing left to do
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def _score(evaluate: Callable[[Path], float], path: Path) -> float:
+    score = float(evaluate(path))
+    if not math.isfinite(score):
+        raise NumericalError(f"expected a finite score of {path.name}, found {score}; check the metric and its data")
+    return score

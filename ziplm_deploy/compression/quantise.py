@@ -1,0 +1,204 @@
+"""The INT8 files of a member: scales from data or from training, and as many linears in INT8 as accuracy allows."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from exporters import to_integer_matmul
+from ziplm_deploy import distributed
+from ziplm_deploy.artifacts import TrainingRecord, atomic_path
+from ziplm_deploy.checkpoints import load
+from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.fake_quant import insert, learned_ranges, observed_ranges, remove
+from ziplm_deploy.compression.forms import reduces_range, served_int8
+from ziplm_deploy.compression.int8 import ActivationRange, LinearScales, calibrated_ranges, quantize
+from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
+from ziplm_deploy.compression.neural_compressor import quantize_with_neural_compressor
+from ziplm_deploy.compression.records import Int8Record, LinearSensitivity, int8_record_path
+from ziplm_deploy.compression.sensitivity import Fp32Choice, SensitivityRow, keep_in_fp32, listing
+from ziplm_deploy.compression.variants import ONNX_FILES, is_sparse, label
+from ziplm_deploy.config import Variant
+from ziplm_deploy.evaluation import score_of
+from ziplm_deploy.members import export_checked
+from ziplm_deploy.recovery.recover import distil, training_key
+from ziplm_deploy.run import Run
+from ziplm_deploy.run_folder import content_key
+
+Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
+
+
+def quantise_member(state: Run, name: str, variant: Variant) -> None:
+    """``model_int8.onnx`` or ``model_sparse_int8.onnx`` of a member, and the record of how it was made."""
+    recipe, config = state.recipe, served_int8(state.recipe)
+    source = state.folder.compressed(name) if is_sparse(variant) else state.folder.member(name)
+    target, record = state.folder.member(name) / ONNX_FILES[variant], int8_record_path(state, name, variant)
+    trains = config.method == "qat"
+    key = content_key(
+        source=state.file_hash(source / ONNX_FILES["fp32"]),
+        int8=config,
+        weight_bits=reduces_range(config),
+        calibration=state.calibration_key,
+        evaluation=state.evaluation_key,
+        environment=recipe.environment,
+        training=training_key(state, recipe.compress.train) if trains else None,
+    )
+    work = _Quantisation(state, name, variant, source)
+    state.folder.stage(
+        f"quantise {label(name, variant)}",
+        key,
+        [target, record],
+        lambda: work.run(target, record, key),
+        together=trains,
+    )
+
+
+class _Quantisation:
+    """One file on its way from float32 to INT8."""
+
+    def __init__(self, state: Run, name: str, variant: Variant, source: Path) -> None:
+        self.state, self.name, self.variant, self.source = state, name, variant, source
+        self.config = served_int8(state.recipe)
+        self.reduce_range = reduces_range(self.config)
+        self.engine = state.recipe.environment.engine
+
+    def run(self, target: Path, record: Path, key: str) -> None:
+        state, onnx = self.state, self.source / ONNX_FILES["fp32"]
+        model, batches = load(self.source), state.ranges_batches
+        divergence = divergence_from(state.task, model, batches)
+        sensitivities = listing(model, batches, divergence, self.config, self.reduce_range)
+        training: TrainingRecord | None = None
+        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
+            ranges: Ranges = None
+            if self.config.method == "qat":
+                ranges, training = self._train(model, batches, key)
+                export_checked(state, model, Path(scratch), f"{label(self.name, self.variant)}, trained")
+                onnx = Path(scratch) / ONNX_FILES["fp32"]
+            if not distributed.is_first():
+                return
+            if self.config.backend == "neural-compressor":
+                choice = self._by_neural_compressor(onnx, target)
+            else:
+                if self.config.method == "static":
+                    ranges = calibrated_ranges(onnx, _arrays(batches), self.config)
+                choice = self._within_budget(onnx, target, ranges, sensitivities)
+        if is_sparse(self.variant):
+            check_masks_in_onnx(target, model)
+        self._record(sensitivities, choice, training).save(record)
+
+    def _train(
+        self, model: nn.Module, batches: list[dict[str, Tensor]], key: str
+    ) -> tuple[dict[str, LinearScales], TrainingRecord]:
+        """Weights, in place, and scales, trained together; zeros of a sparse model stay."""
+        state, title = self.state, label(self.name, self.variant)
+        checkpoints = state.folder.path / "recovery" / f"{title.replace(' ', '-')}-{key[:12]}"
+        insert(model, observed_ranges(model, batches), self.config, self.reduce_range)
+        with held(model, zero_masks(model)) if is_sparse(self.variant) else contextlib.nullcontext():
+            training = distil(state, model, state.recipe.compress.train, checkpoints, title)
+        ranges = learned_ranges(model)
+        remove(model)
+        if distributed.is_first():
+            shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        return ranges, training
+
+    def _within_budget(
+        self, onnx: Path, target: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
+    ) -> Fp32Choice | None:
+        """Write the file with as few linears in float32 as the budget needs; None: nothing to judge it by."""
+
+        def write(keep: tuple[str, ...], path: Path) -> None:
+            quantize(
+                onnx,
+                path,
+                self.config,
+                engine=self.engine,
+                reduce_range=self.reduce_range,
+                batches=_arrays(self.state.ranges_batches),
+                keep_fp32=keep,
+                ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
+            )
+
+        if self.state.recipe.data.evaluation is None:
+            write((), target)
+            return None
+
+        def evaluate(keep: tuple[str, ...]) -> float:
+            with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
+                candidate = Path(folder) / "model.onnx"
+                write(keep, candidate)
+                score = score_of(self.state, candidate, self.variant)
+            self.state.progress.note(
+                f"{label(self.name, self.variant)}: {score:.4f} with {len(keep)} linears in float32"
+            )
+            return score
+
+        choice = keep_in_fp32(sensitivities, evaluate, self._reference_score(), self.config)
+        write(choice.kept, target)
+        return choice
+
+    def _reference_score(self) -> float:
+        return score_of(self.state, self.source / ONNX_FILES["fp32"], "sparse" if is_sparse(self.variant) else "fp32")
+
+    def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
+        """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
+        scores: list[float] = []
+
+        def evaluate(path: Path) -> float:
+            scores.append(score_of(self.state, path, self.variant, engine="onnxruntime"))
+            self.state.progress.note(
+                f"{label(self.name, self.variant)}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
+            )
+            return scores[-1]
+
+        batches = _arrays(self.state.ranges_batches)
+        judged = self.state.recipe.data.evaluation is not None
+        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
+            made = Path(folder) / "model.onnx"
+            result = quantize_with_neural_compressor(
+                onnx,
+                made,
+                self.config,
+                batches=batches,
+                reduce_range=self.reduce_range,
+                evaluate=evaluate if judged else None,
+            )
+            with atomic_path(target) as temporary:
+                if self.engine == "deepsparse":
+                    to_integer_matmul(made, temporary)
+                else:
+                    shutil.copyfile(made, temporary)
+        if not judged:
+            return None
+        reference, *tried = scores
+        kept = result.fp32_linears
+        counted = tuple((len(kept), score) for score in tried)
+        return Fp32Choice(kept, max(tried), reference, counted, within_budget=bool(result.met))
+
+    def _record(
+        self, sensitivities: list[SensitivityRow], choice: Fp32Choice | None, training: TrainingRecord | None
+    ) -> Int8Record:
+        return Int8Record(
+            method=self.config.method,
+            backend=self.config.backend,
+            ranges=self.config.ranges,
+            per_channel=self.config.per_channel,
+            weight_bits=7 if self.reduce_range else 8,
+            n_linears=len(sensitivities),
+            fp32_linears=[] if choice is None else list(choice.kept),
+            reference_score=None if choice is None else choice.reference_score,
+            scores=[] if choice is None else [score for _, score in choice.tried],
+            within_budget=None if choice is None else choice.within_budget,
+            sensitivities=[LinearSensitivity(**asdict(row)) for row in sensitivities],
+            ruined_by_outliers=[row.name for row in sensitivities if row.ruined_by_outliers],
+            training=training,
+        )
+
+
+def _arrays(batches: list[dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
+    return [{name: value.numpy() for name, value in batch.items()} for batch in batches]

@@ -1,0 +1,84 @@
+"""What compression leaves beside its models, and the same in a few words for the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from ziplm_deploy.artifacts import Artifact, TrainingRecord
+from ziplm_deploy.compression.sparsity import SparsityRecord
+from ziplm_deploy.compression.variants import is_int8, is_sparse, label
+from ziplm_deploy.config import Variant
+from ziplm_deploy.run import Run
+
+SPARSITY_RECORD = "sparsity.json"
+
+
+class LinearSensitivity(BaseModel):
+    """A linear, and what changes if it alone computes in INT8."""
+
+    name: str
+    divergence: float  # of the model's answers from those before INT8
+    activation_outliers: float  # largest magnitude over the one that 99.9 % of the inputs do not pass
+    weight_outliers: float
+
+
+class Int8Record(Artifact):
+    """How an INT8 file was made, and whether it holds its accuracy budget."""
+
+    KIND: ClassVar[str] = "int8_record"
+
+    method: str
+    backend: str
+    ranges: str
+    per_channel: bool
+    weight_bits: int
+    n_linears: int
+    fp32_linears: list[str]  # stayed float32 to hold the budget
+    reference_score: float | None  # of the file before INT8; None: no evaluation data, so no budget
+    scores: list[float]  # of the candidates, in the order in which they were tried
+    within_budget: bool | None
+    sensitivities: list[LinearSensitivity]  # the most sensitive first
+    ruined_by_outliers: list[str]
+    training: TrainingRecord | None = None
+
+
+def int8_record_path(state: Run, name: str, variant: Variant) -> Path:
+    return state.folder.compressed(name) / f"{variant}.json"
+
+
+def int8_notes(state: Run, name: str) -> list[str]:
+    """Warnings about a member's INT8 files that lose more accuracy than the budget allows, and which linears do it."""
+    notes = []
+    for variant in filter(is_int8, state.recipe.compress.variants):
+        record = Int8Record.load(int8_record_path(state, name, variant))
+        if record.within_budget is not False:
+            continue
+        worst = record.ruined_by_outliers or [row.name for row in record.sensitivities[:3]]
+        why = "outliers ruin" if record.ruined_by_outliers else "most sensitive are"
+        notes.append(
+            f"{label(name, variant)}: {max(record.scores):.4f} is outside the accuracy budget (max_loss "
+            f"{state.recipe.compress.int8.max_loss:g} of {record.reference_score:.4f}) with up to "
+            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32; {why} {', '.join(worst)}; try "
+            "int8.method qat, or a larger max_fp32_share"
+        )
+    return notes
+
+
+def facts_of(state: Run, name: str, variant: Variant) -> dict[str, str]:
+    """How a member's file was made, for a table cell."""
+    facts: dict[str, str] = {}
+    if is_sparse(variant):
+        record = SparsityRecord.load(state.folder.compressed(name) / SPARSITY_RECORD)
+        facts["zeros"] = f"{record.sparsity:.1%} ({record.pattern})"
+    if is_int8(variant):
+        int8 = Int8Record.load(int8_record_path(state, name, variant))
+        by = "" if int8.backend == "onnxruntime" else f" by {int8.backend}"
+        facts["INT8"] = f"{int8.method}{by}, {int8.weight_bits}-bit weights"
+        if int8.fp32_linears:
+            facts["float32"] = f"{len(int8.fp32_linears)} of {int8.n_linears} linears"
+        if int8.within_budget is False:
+            facts["budget"] = "not held"
+    return facts

@@ -1,0 +1,137 @@
+"""The models that a latency table times, built and exported one at a time, in the form that will serve."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+
+from exporters import ExportError, ExportSettings, dummy_inputs, export_encoder
+from ziplm_deploy.architectures import architecture_of, layers_of, model_shape
+from ziplm_deploy.artifacts import ModelShape, ModuleKind
+from ziplm_deploy.config import Environment, ExportConfig, ProfileConfig, Variant
+from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.pruning.levels import ffn_widths, head_counts
+from ziplm_deploy.resizing import random_resized, shared_copy
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+NONE, BASE, DENSE, UNPRUNED = "none", "base", "dense", "unpruned"
+HIDDEN = ("last_hidden_state",)
+TINY_VOCABULARY = 64  # a stack needs no real vocabulary, and its export would be mostly that
+
+
+@dataclass(frozen=True)
+class DeployedForm:
+    """What makes a variant's file of a model. Every cell goes through it, so that it costs what it will cost.
+
+    Attributes:
+        variant: what the files are called; stored in the table.
+        prepare: before the export: takes a transformers model, maybe without layers, that it may change in place
+            (zeros in the weights), and returns the model to export.
+        finish: after the export: rewrites the ONNX file in place (INT8); also gets the inputs that it was traced with.
+        description: the settings in words; a table of other settings is refused even if the variant is the same.
+    """
+
+    variant: Variant
+    prepare: Callable[[nn.Module], nn.Module]
+    finish: Callable[[Path, Mapping[str, Tensor]], None]
+    description: str = ""
+
+
+FLOAT32 = DeployedForm("fp32", prepare=lambda model: model, finish=lambda path, inputs: None)
+
+
+@dataclass(frozen=True)
+class TableModel:
+    """One model of a table; ``form`` is what it is served in, which the dense reference is not."""
+
+    model_id: str
+    build: Callable[[], nn.Module]
+    output_names: tuple[str, ...]
+    form: DeployedForm
+
+    def export(self, path: Path, environment: Environment, export: ExportConfig) -> None:
+        """Build the model and write the file that will be timed.
+
+        Raises:
+            UnsupportedModelError: the model cannot be exported.
+        """
+        model = self.build()
+        settings = ExportSettings(export.shapes, export.opset, environment.batch_size, environment.seq_len)
+        try:
+            inputs = dummy_inputs(model, settings)
+            export_encoder(model, inputs, list(self.output_names), path, settings)
+        except ExportError as error:
+            raise UnsupportedModelError(f"cannot export the table's model {self.model_id!r}: {error}") from error
+        self.form.finish(path, inputs)
+
+
+def table_models(
+    dense: nn.Module,
+    profile: ProfileConfig,
+    wrap: Wrap,
+    output_names: tuple[str, ...],
+    form: DeployedForm,
+    *,
+    unpruned: bool,
+) -> Iterator[TableModel]:
+    """Every model that a table needs; built one at a time to bound memory.
+
+    ``unpruned``: also the dense model in the form and on the engine of the cells, to check their sum against.
+    """
+    depth = profile.stack_depth
+    stack = random_stack(dense.config, depth)  # type: ignore[arg-type]
+
+    def cell(kind: ModuleKind, size: int) -> nn.Module:
+        sizes = {"attention": 0, "ffn": 0} | {kind: size}
+        resized = random_resized(stack, {f"{layer}.{name}": sizes[name] for layer in range(depth) for name in sizes})
+        return form.prepare(resized)
+
+    # What a form changes must be a copy: parts of the dense model are shared with whoever gave it.
+    def base_of(model: nn.Module) -> nn.Module:
+        return form.prepare(copy.deepcopy(without_layers(model)))
+
+    yield TableModel(DENSE, lambda: wrap(dense), output_names, FLOAT32)
+    if unpruned:
+        yield TableModel(UNPRUNED, lambda: wrap(form.prepare(copy.deepcopy(dense))), output_names, form)
+    yield TableModel(BASE, lambda: wrap(base_of(dense)), output_names, form)
+    yield TableModel(NONE, lambda: base_of(stack), HIDDEN, form)
+    for kind, sizes in cell_sizes(model_shape(dense.config), profile).items():  # type: ignore[arg-type]
+        for size in sizes:
+            if (kind, size) != ("ffn", 0):  # the same model as attention of size 0
+                build = lambda kind=kind, size=size: cell(kind, size)  # noqa: E731
+                yield TableModel(cell_id(kind, size), build, HIDDEN, form)
+
+
+def cell_id(kind: str, size: int) -> str:
+    return f"{kind} {size}" if size else "both dropped"
+
+
+def cell_sizes(shape: ModelShape, profile: ProfileConfig) -> dict[ModuleKind, list[int]]:
+    """Sizes that a table holds for each kind, descending, full size and 0 included."""
+    return {
+        "attention": sorted(head_counts(shape.n_heads), reverse=True),
+        "ffn": ffn_widths(shape.intermediate_size, profile.width_ratio, profile.width_align),
+    }
+
+
+def without_layers(dense: nn.Module) -> nn.Module:
+    """Embeddings and head of ``dense`` with no layer between; shares its parameters."""
+    base = shared_copy(dense)
+    del layers_of(base)[:]
+    return base
+
+
+def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
+    """A model of ``depth`` full layers of this configuration, random weights, a tiny vocabulary and no head."""
+    config = copy.deepcopy(config)
+    setattr(config, architecture_of(config).config_layers, depth)
+    if hasattr(config, "vocab_size"):
+        config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
+    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
+    return model.eval()

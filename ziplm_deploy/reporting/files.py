@@ -1,0 +1,83 @@
+"""Every ONNX file of a member beside those that less was done to: is it worth having?"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from ziplm_deploy.artifacts import BenchmarkRecord, FileReport, VariantResult
+from ziplm_deploy.compression.records import facts_of
+from ziplm_deploy.compression.variants import ONNX_FILES, label, parents_of
+from ziplm_deploy.config import Variant
+from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.evaluation import accuracy_in
+from ziplm_deploy.run import Run
+
+GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
+
+
+def file_reports(state: Run, name: str, record: BenchmarkRecord) -> list[FileReport]:
+    """All files of a member, the exported one first.
+
+    Raises:
+        CorruptArtifactError: a file, or its timing, is missing.
+    """
+    reports: dict[Variant, FileReport] = {}
+    for variant in state.recipe.variants:
+        parents = [reports[parent] for parent in parents_of(variant) if parent in reports]
+        reports[variant] = _file_report(state, name, variant, timing_of(record, label(name, variant)), parents)
+    return list(reports.values())
+
+
+def _file_report(
+    state: Run, name: str, variant: Variant, result: VariantResult, parents: list[FileReport]
+) -> FileReport:
+    path = state.folder.member(name) / ONNX_FILES[variant]
+    if not path.exists():
+        raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
+    reason = next(filter(None, (why_not(result, parent) for parent in parents)), "")
+    return FileReport(
+        variant=variant,
+        file=path.name,
+        engine=result.engine,
+        measured_speedup=result.speedup,
+        measured_low=result.speedup_low,
+        measured_high=result.speedup_high,
+        p50_ms=result.p50_ms,
+        p99_ms=result.latency.p99_ms,
+        throughput_per_second=result.throughput_per_second,
+        peak_memory_bytes=result.peak_memory_bytes,
+        onnx_bytes=path.stat().st_size,
+        gzip_bytes=state.folder.remembered("gzip_bytes", state.file_hash(path), lambda: gzip_bytes(path)),
+        accuracy=accuracy_in(state, state.folder.member(name), variant),
+        facts=facts_of(state, name, variant),
+        recommended=not reason,
+        reason=reason,
+    )
+
+
+def why_not(result: VariantResult, parent: FileReport) -> str:
+    """Why a file is not worth having beside one that is nearer to the dense model; empty if it is faster, surely."""
+    if result.speedup_low > parent.measured_high:
+        return ""
+    how = "slower" if result.speedup < parent.measured_low else "not faster beyond noise"
+    return f"{how} than {parent.file} on {result.engine} ({result.speedup:.2f}x against {parent.measured_speedup:.2f}x)"
+
+
+def gzip_bytes(path: Path) -> int:
+    """Size of a file when compressed, without writing it."""
+    compressor, size = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16), 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            size += len(compressor.compress(block))
+    return size + len(compressor.flush())
+
+
+def timing_of(record: BenchmarkRecord, name: str) -> VariantResult:
+    """Timing of a file by its name; raises :class:`CorruptArtifactError` if the benchmark has none."""
+    known = {variant.name: variant for variant in record.variants}
+    if name not in known:
+        raise CorruptArtifactError(
+            f"expected a timing of {name} in the benchmark, found {', '.join(known)}; run ziplm-deploy benchmark again"
+        )
+    return known[name]
