@@ -20,8 +20,9 @@ from family import CASES, MODEL, recipe_of, rows_of
 
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.config import Recipe
 from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import parse_recipe
 
 TARGETS = (1.5, 2.0, 3.0)
 FULL = "gradual"

@@ -30,11 +30,12 @@ from ziplm_deploy.compression.compress import compress_member
 from ziplm_deploy.compression.forms import target_form
 from ziplm_deploy.compression.records import facts_of
 from ziplm_deploy.compression.variants import ONNX_FILES, label
-from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe, Variant, parse_recipe
+from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe, Variant
 from ziplm_deploy.evaluation import accuracy_in, evaluate_member, open_runner, remembering
 from ziplm_deploy.members import export_member
 from ziplm_deploy.parents import DENSE
 from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.resizing import random_resized
 from ziplm_deploy.run import Run
 

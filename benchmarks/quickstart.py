@@ -14,8 +14,8 @@ from common import ROOT, Figure, load_average, write_result
 
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import FamilyReport
-from ziplm_deploy.config import load_recipe
 from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import load_recipe
 
 
 def figures(report: FamilyReport, seconds: float) -> dict[str, Figure]:

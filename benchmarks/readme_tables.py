@@ -19,7 +19,7 @@ from summary import read_results
 from summary import table as figures_table
 
 from ziplm_deploy.artifacts import MemberReport, write_text
-from ziplm_deploy.config import recipe_reference
+from ziplm_deploy.recipes import recipe_reference
 from ziplm_deploy.reporting.table import header, markdown_table, rows
 
 README = ROOT / "README.md"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
+
 from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
 from exporters.heads import EmbeddingModel
 from exporters.integer_matmul import to_integer_matmul

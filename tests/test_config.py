@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ziplm_deploy.config import Environment, Recipe, load_recipe, parse_recipe, recipe_reference
+from ziplm_deploy.config import Environment, Recipe
 from ziplm_deploy.errors import RecipeError, UsageError
+from ziplm_deploy.recipes import load_recipe, parse_recipe, recipe_reference
 
 LEAST = {"name": "demo", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
 LEAST_YAML = "name: demo\nmodel: {path: m, task: fill-mask}\nspeedups: [2]\n"

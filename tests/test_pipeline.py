@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import ziplm_deploy
 from tests.helpers import VOCABULARY, save_dense
 from ziplm_deploy.artifacts import FamilyReport, LatencyTable
-from ziplm_deploy.config import Recipe, parse_recipe
+from ziplm_deploy.config import Recipe
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import (
     CorruptArtifactError,
@@ -33,6 +33,7 @@ from ziplm_deploy.errors import (
     TargetUnreachableError,
 )
 from ziplm_deploy.pipeline import run
+from ziplm_deploy.recipes import parse_recipe
 
 WORDS = VOCABULARY[5:]
 

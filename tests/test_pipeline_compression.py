@@ -18,9 +18,9 @@ from ziplm_deploy.compression.int8 import linear_names, quantized_linears
 from ziplm_deploy.compression.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.compression.sparsity import SparsityRecord
-from ziplm_deploy.config import parse_recipe
 from ziplm_deploy.errors import CorruptArtifactError, EngineError, RecipeError
 from ziplm_deploy.pipeline import run
+from ziplm_deploy.recipes import parse_recipe
 
 VARIANTS = ["int8", "sparse", "sparse-int8"]
 COMPRESS = {"variants": VARIANTS, "int8": {"n_calibration": 16}}

@@ -15,9 +15,9 @@ import ziplm_deploy
 from tests.helpers import save_dense
 from tests.test_pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.artifacts import FamilyReport, PruningPlan, TrainingRecord
-from ziplm_deploy.config import parse_recipe
 from ziplm_deploy.errors import DataError, NumericalError, RecipeError, UsageError
 from ziplm_deploy.pipeline import run
+from ziplm_deploy.recipes import parse_recipe
 
 TRAINING = {"max_steps": 6, "batch_size": 16, "save_steps": 2}
 

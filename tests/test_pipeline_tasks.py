@@ -13,8 +13,8 @@ import torch
 
 from tests.helpers import VOCABULARY, save_dense
 from ziplm_deploy.artifacts import FamilyReport
-from ziplm_deploy.config import parse_recipe
 from ziplm_deploy.pipeline import run
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.tasks import get_task
 
 WORDS = VOCABULARY[5:]

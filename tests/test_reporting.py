@@ -16,9 +16,10 @@ from reports import benchmark_record, family_report, latency_table, member, plan
 from safetensors.numpy import save_file
 
 from ziplm_deploy.artifacts import FamilyReport
-from ziplm_deploy.config import BenchmarkConfig, parse_recipe
+from ziplm_deploy.config import BenchmarkConfig
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 from ziplm_deploy.members import member_key
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.reporting import console, family
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.markdown import family_markdown

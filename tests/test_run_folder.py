@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ziplm_deploy.config import Environment, Recipe, parse_recipe
+from ziplm_deploy.config import Environment, Recipe
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.run_folder import Correction, RunFolder, content_key, file_hash, source_hash, versions
 
 

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ziplm_deploy.cli import app
-from ziplm_deploy.config import parse_recipe
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.side import ENVIRONMENTS, MARKER, NEURAL_COMPRESSOR, SideEnvironment, quiet_environment
 
 HERE = (sys.version_info[0], sys.version_info[1])

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ziplm_deploy.config import DataConfig, load_recipe
+from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError, RecipeError
+from ziplm_deploy.recipes import load_recipe
 from ziplm_deploy.tasks import TASKS, get_task
 from ziplm_deploy.tasks.data import read_rows, sample_rows
 

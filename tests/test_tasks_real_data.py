@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ziplm_deploy.config import DataConfig, load_recipe
+from ziplm_deploy.config import DataConfig
+from ziplm_deploy.recipes import load_recipe
 from ziplm_deploy.tasks import get_task, torch_run
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,17 +6,21 @@ Everything in ``__all__`` is imported when it is first asked for: importing the 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 
 if TYPE_CHECKING:
     from ziplm_deploy.api import benchmark, compress, export, profile, prune, recover, report, run_recipe
     from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
     from ziplm_deploy.benchmarking import Subject, compare
     from ziplm_deploy.checkpoints import load
-    from ziplm_deploy.config import Recipe, load_recipe
+    from ziplm_deploy.config import Recipe
     from ziplm_deploy.errors import ZipLMError
     from ziplm_deploy.inspection import inspect_model
     from ziplm_deploy.machine import machine_info
+    from ziplm_deploy.recipes import load_recipe
 
 __all__ = [
     "BenchmarkRecord",
@@ -48,10 +52,11 @@ _HOMES = {
     "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan", "TrainingRecord"),
     "benchmarking": ("Subject", "compare"),
     "checkpoints": ("load",),
-    "config": ("Recipe", "load_recipe"),
+    "config": ("Recipe",),
     "errors": ("ZipLMError",),
     "inspection": ("inspect_model",),
     "machine": ("machine_info",),
+    "recipes": ("load_recipe",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

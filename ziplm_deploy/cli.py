@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ziplm_deploy.config import (
-    BenchmarkConfig,
-    EngineName,
-    Environment,
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    recipe_reference,
-)
+from ziplm_deploy.cli_inputs import on_engines, onnx_files, resolved_recipe, validated
+from ziplm_deploy.config import BenchmarkConfig, Environment, Recipe
 from ziplm_deploy.errors import UsageError, ZipLMError
+from ziplm_deploy.recipes import recipe_reference
 
 if TYPE_CHECKING:
     from ziplm_deploy.artifacts import FamilyReport
-    from ziplm_deploy.benchmarking import Subject
     from ziplm_deploy.progress import Progress
 
 MISSED_TARGET = 3
@@ -92,7 +85,7 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Measure the latency table of the recipe's model on this CPU."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     table = api.profile(resolved, _progress(quiet))
@@ -112,7 +105,7 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Profile where needed, then plan and build a smaller torch model for every target."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     for name, plan in api.prune(resolved, _progress(quiet)).items():
@@ -130,7 +123,7 @@ def recover(
     quiet: Quiet = False,
 ) -> None:
     """Prune to measured targets, then train each member towards the dense model's answers."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     for name, record in api.recover(resolved, _progress(quiet)).items():
@@ -150,7 +143,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Prune where needed, then write model.onnx of the dense model and of every member."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     for name, path in api.export(resolved, _progress(quiet)).items():
@@ -167,7 +160,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Make the further files of every member: model_int8.onnx, model_sparse.onnx, model_sparse_int8.onnx."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     for name, path in api.compress(resolved, _progress(quiet)).items():
@@ -197,19 +190,19 @@ def benchmark(
 
     missed: list[str] = []
     if any(path.suffix == ".onnx" for path in inputs):
-        files = _onnx_files(inputs)
+        files = onnx_files(inputs)
         shape = {"batch_size": batch_size, "seq_len": seq_len, "threads": 1 if threads is None else threads}
         names = list(dict.fromkeys(engine or ["onnxruntime"]))
-        environments = [_validated(Environment, engine=name, **shape) for name in names]
-        settings = _validated(BenchmarkConfig, rounds=rounds)
+        environments = [validated(Environment, engine=name, **shape) for name in names]
+        settings = validated(BenchmarkConfig, rounds=rounds)
         from ziplm_deploy.benchmarking import compare
 
-        progress, subjects = _progress(quiet), _subjects(files, [item.engine for item in environments])
+        progress, subjects = _progress(quiet), on_engines(files, [item.engine for item in environments])
         what = f"{len(files)} ONNX file(s) on {', '.join(names)}"
         progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
         record = compare(subjects, environments[0], settings, next(iter(subjects)), progress.step)
     elif len(inputs) == 1:
-        resolved = _recipe(inputs[0], None, None, None, threads)
+        resolved = resolved_recipe(inputs[0], None, None, None, threads)
         from ziplm_deploy import api
         from ziplm_deploy.compression.variants import label
 
@@ -243,7 +236,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate and report a benchmarked run again; measures no latency."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     _finish(api.report(resolved, _progress(quiet)), resolved, as_json)
@@ -260,7 +253,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """The whole way: profile, calibrate, prune, export, benchmark, recover, evaluate, report."""
-    resolved = _recipe(recipe, output_dir, speedups, seed, threads)
+    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
     _finish(api.run_recipe(resolved, _progress(quiet)), resolved, as_json)
@@ -309,70 +302,6 @@ def schema(kind: Annotated[str, typer.Argument(help="report, recipe, table, plan
 def main() -> None:
     """Entry point of ``ziplm-deploy``."""
     app()
-
-
-def _recipe(
-    path: Path,
-    output_dir: Path | None = None,
-    speedups: str | None = None,
-    seed: int | None = None,
-    threads: int | None = None,
-) -> Recipe:
-    overrides: dict[str, Any] = {}
-    if output_dir is not None:
-        overrides["output_dir"] = str(output_dir)
-    if speedups is not None:
-        overrides["speedups"] = [part.strip() for part in speedups.split(",")]
-    if seed is not None:
-        overrides["seed"] = seed
-    if path.suffix in {".onnx", ".safetensors", ".bin", ".pt", ".json"}:
-        raise UsageError(f"expected a recipe (YAML), found {path}; see: ziplm-deploy recipe-reference")
-    recipe = load_recipe(path, overrides)
-    if threads is not None:
-        fields = recipe.model_dump(mode="json")
-        fields["environment"]["threads"] = threads
-        recipe = parse_recipe(fields, source="command line")
-    return recipe
-
-
-def _validated(section: type[Any], **values: Any) -> Any:
-    """A recipe section from options; wrong values are reported by the recipe's own checks."""
-    from pydantic import ValidationError
-
-    try:
-        return section(**values)
-    except ValidationError as error:
-        found = "; ".join(f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"expected valid options, found {found}") from error
-
-
-def _onnx_files(paths: list[Path]) -> dict[str, Path]:
-    """Names for ONNX files, as short as they can be without becoming equal."""
-    for path in paths:
-        if path.suffix != ".onnx":
-            raise UsageError(f"expected only ONNX files (*.onnx) beside each other, found {path}; leave it out")
-        if not path.is_file():
-            raise UsageError(f"expected an ONNX file at {path}, found none; check the path")
-    candidates = (
-        [path.stem for path in paths],
-        [path.parent.name for path in paths],
-        [str(path) for path in paths],
-        [f"{index}: {path}" for index, path in enumerate(paths)],
-    )
-    names = next(names for names in candidates if len(set(names)) == len(paths) and all(names))
-    return dict(zip(names, paths, strict=True))
-
-
-def _subjects(files: dict[str, Path], engines: list[EngineName]) -> dict[str, Subject]:
-    """Every file on every engine."""
-    from ziplm_deploy.benchmarking import Subject, declared_shapes
-
-    shapes = {name: declared_shapes(path) for name, path in files.items()}
-    return {
-        f"{name} ({engine})" if len(engines) > 1 else name: Subject(path, engine, shapes[name])
-        for engine in engines
-        for name, path in files.items()
-    }
 
 
 def _progress(quiet: bool) -> Progress:

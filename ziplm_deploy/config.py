@@ -1,17 +1,11 @@
-"""The recipe: one frozen model per stage, every field with its unit, default and reason.
-
-``ziplm-deploy recipe-reference`` prints the table of README from the descriptions below.
-"""
+"""The recipe: one frozen model per stage, every field with its unit, default and reason."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from ziplm_deploy.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 TaskName = Literal[
     "sentence-similarity",
@@ -294,7 +288,7 @@ Speedup = Annotated[float, Field(gt=1.0, le=1000.0)]
 
 
 class Recipe(Frozen):
-    """A whole run. Load it with :func:`load_recipe`."""
+    """A whole run. Load it with :func:`ziplm_deploy.recipes.load_recipe`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     output_dir: Path = Field(Path("runs"), description="The run's folder is made in here.")
@@ -352,93 +346,3 @@ class Recipe(Frozen):
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
-
-
-def load_recipe(path: Path | str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a YAML recipe; relative data and model paths are taken from the recipe's folder if they exist there.
-
-    Raises:
-        RecipeError: the file is missing, no YAML mapping, or a field is wrong; names field and valid choices.
-    """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"expected a recipe at {path}, found no file; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"expected YAML in {path}, found: {error}; see README, 'Recipe'") from error
-    except OSError as error:
-        raise RecipeError(f"expected a readable recipe at {path}, found: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"expected a mapping of recipe fields in {path}, found {type(raw).__name__}; see README")
-    raw = {**raw, **(overrides or {})}
-    _resolve_paths(raw, path.parent)
-    return parse_recipe(raw, source=str(path))
-
-
-def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Validate a mapping as a :class:`Recipe`; raises :class:`RecipeError` naming every wrong field."""
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(_explain(error, source)) from None
-
-
-def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    for section, keys in (
-        ("model", ("path",)),
-        ("data", ("calibration", "evaluation", "train")),
-        ("recover", ("teacher",)),
-        ("profile", ("table",)),
-    ):
-        fields = raw.get(section)
-        if not isinstance(fields, dict):
-            continue
-        raw[section] = fields = dict(fields)
-        for key in keys:
-            value = fields.get(key)
-            if isinstance(value, str) and (folder / value).exists():
-                fields[key] = str((folder / value).resolve())
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    items = error.errors()
-    # A list with a wrong item is called too short, too, as if the item were not there.
-    inner = {item["loc"][:-1] for item in items}
-    items = [item for item in items if not (item["type"] == "too_short" and item["loc"] in inner)]
-    lines = [f"{source}: {len(items)} field(s) are wrong:"]
-    for item in items:
-        location = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"  {location}: unknown field; valid here: {', '.join(_siblings(item['loc']))}")
-        elif item["type"] == "missing":
-            lines.append(f"  {location}: required, but missing")
-        else:
-            lines.append(f"  {location}: {item['msg']}, found {item['input']!r}")
-    return "\n".join(lines)
-
-
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    return sorted(section.model_fields)
-
-
-def recipe_reference() -> str:
-    """Markdown table of every recipe field: name, type, default, meaning."""
-    rows = ["| field | default | meaning |", "|---|---|---|"]
-
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(annotation, f"{prefix}{name}.")
-                continue
-            default = "required" if field.is_required() else f"`{field.get_default()}`"
-            rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
-
-    walk(Recipe, "")
-    return "\n".join(rows)

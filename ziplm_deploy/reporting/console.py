@@ -85,10 +85,11 @@ def print_findings(findings: dict[str, Any]) -> None:
         f"cores: {machine['logical_cores']} in the machine, {machine['usable_cores']} granted by affinity and cgroup",
     )
     line(console, f"memory: {machine['memory_bytes'] / 2**30:.1f} GiB; system: {machine['operating_system']}")
-    for engine in findings["engines"]:
-        found = f"version {engine['version']}" if engine["version"] else f"missing: {engine['missing']}"
-        found += f" ({engine['notice']})" if engine["notice"] else ""
-        line(console, f"engine {engine['name']}: {found}")
+    for kind in ("engine", "tool"):
+        for each in findings[f"{kind}s"]:
+            found = f"version {each['version']}" if each["version"] else f"missing: {each['missing']}"
+            found += f" ({each['notice']})" if each["notice"] else ""
+            line(console, f"{kind} {each['name']}: {found}")
     line(console, "versions: " + ", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
     if "error" in noise:
         line(console, f"noise: could not be measured: {noise['error']}")
