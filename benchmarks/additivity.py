@@ -4,6 +4,8 @@ For each case (shape and environment) a table is measured, models between 1.5x a
 exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + all cells).
 Figures: ``worst_deviation_percent`` and ``median_deviation_percent`` of |predicted / measured - 1| over all models;
 the spread of the first is the range of the cases' worst, that of the second of the cases' medians.
+With ``--compound`` cells and models are sparse or INT8, on the engine that serves such files; speedups are over dense
+float32 ONNX Runtime (``compound_additivity``).
 The same with the sum of the dense cells instead of the dense latency is recorded beside it (``…_of_sums``).
 """
 
@@ -26,9 +28,13 @@ from torch import nn
 from exporters import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable
 from ziplm_deploy.benchmarking import Subject, compare
+from ziplm_deploy.compression.forms import target_form
 from ziplm_deploy.config import BenchmarkConfig, Environment, ExportConfig, ProfileConfig
 from ziplm_deploy.profiling import measure_table
+from ziplm_deploy.profiling_models import DeployedForm
+from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.resizing import random_resized
+from ziplm_deploy.statistics import Floats
 
 OUTPUTS = ["last_hidden_state"]
 SLOWEST, FASTEST = 1.5, 10.0
@@ -40,10 +46,31 @@ NEAR = 0.02
 class Case:
     shape: str
     environment: Environment
+    compress: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # section of a recipe; its target is what is timed
 
     @property
     def name(self) -> str:
-        return f"{self.shape}, {self.environment.describe()}"
+        form = self.form
+        return f"{self.shape}, {self.environment.describe()}" + (f", {form.description}" if form else "")
+
+    @property
+    def form(self) -> DeployedForm | None:
+        """What else is done to cells and models before they are timed."""
+        static = {"shapes": "static", "opset": 16}
+        return target_form(
+            parse_recipe(
+                {
+                    "name": "additivity",
+                    "model": {"path": "none", "task": "sentence-similarity"},
+                    "environment": self.environment.model_dump(),
+                    "speedups": [2],
+                    "export": static if self.environment.engine == "deepsparse" else {},
+                    "compress": self.compress,
+                }
+            )
+        )
 
 
 CASES = {
@@ -53,6 +80,22 @@ CASES = {
     "tiny": Case("tiny", Environment(batch_size=1, seq_len=32, threads=1)),
 }
 DEFAULT_CASES = ["bert-base-latency", "minilm-latency", "minilm-throughput"]
+STATIC_INT8 = {"method": "static", "per_channel": False}
+COMPOUND_CASES = {
+    "onnxruntime-int8": Case("minilm-l6", Environment(), {"variants": ["int8"], "target": "int8"}),
+    "deepsparse-sparse": Case(
+        "minilm-l6", Environment(engine="deepsparse"), {"variants": ["sparse"], "target": "sparse"}
+    ),
+    "deepsparse-sparse-int8": Case(
+        "minilm-l6",
+        Environment(engine="deepsparse"),
+        {"variants": ["sparse-int8"], "target": "sparse-int8", "int8": STATIC_INT8},
+    ),
+    "openvino-int8": Case(
+        "minilm-l6", Environment(engine="openvino"), {"variants": ["int8"], "target": "int8", "int8": STATIC_INT8}
+    ),
+}
+ALL_CASES = CASES | COMPOUND_CASES
 
 
 def draw_sizes(table: LatencyTable, speedup: float, generator: np.random.Generator) -> dict[str, int]:
@@ -77,28 +120,50 @@ def draw_sizes(table: LatencyTable, speedup: float, generator: np.random.Generat
     return sizes()
 
 
-def export(model: nn.Module, path: Path, environment: Environment, config: ExportConfig) -> Path:
-    settings = ExportSettings(config.shapes, config.opset, environment.batch_size, environment.seq_len)
-    export_encoder(model, dummy_inputs(model, settings), OUTPUTS, path, settings)
+def export(model: nn.Module, path: Path, case: Case, config: ExportConfig, form: DeployedForm | None) -> Path:
+    settings = ExportSettings(config.shapes, config.opset, case.environment.batch_size, case.environment.seq_len)
+    inputs = dummy_inputs(model, settings)
+    export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
+    if form:
+        form.finish(path, inputs)
     return path
+
+
+def targets_of(table: LatencyTable, n_models: int) -> Floats:
+    """Speedups to draw models for: 1.5x to 10x of what the form reaches unpruned, as far as the table allows."""
+    unpruned = table.dense.median_ms / (table.unpruned or table.dense).median_ms
+    largest = table.dense.median_ms / table.predict_ms(
+        {f"{layer}.{kind}": 0 for layer in range(table.shape.n_layers) for kind in ("attention", "ffn")}
+    )
+    return np.geomspace(SLOWEST * unpruned, min(FASTEST * unpruned, 0.8 * largest), n_models)
 
 
 def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows (one a model) and what else the case was."""
-    config, benchmark = ExportConfig(shapes=options.shapes), benchmark_config(options)
+    shapes, opset = ("static", 16) if case.environment.engine == "deepsparse" else (options.shapes, 17)
+    config, benchmark, form = ExportConfig(shapes=shapes, opset=opset), benchmark_config(options), case.form
     started, load_before = time.monotonic(), load_average()
     dense = dense_model(SHAPES[case.shape])
-    table = measure_table(dense, case.environment, profile_config(options), config, output_names=OUTPUTS)
+    table = measure_table(
+        dense,
+        case.environment,
+        profile_config(options),
+        config,
+        output_names=OUTPUTS,
+        form=form,
+        baseline_engine="onnxruntime",
+    )
     print(f"{case.name}: table in {table.total_seconds:.0f} s, noise {table.noise}", file=sys.stderr)
     generator = np.random.default_rng(options.seed)
-    targets = np.geomspace(SLOWEST, FASTEST, options.models)
+    targets = targets_of(table, options.models)
     plans = {f"model {index}": draw_sizes(table, target, generator) for index, target in enumerate(targets)}
     with tempfile.TemporaryDirectory(prefix="ziplm-additivity-") as folder:
-        paths = {"dense": export(dense, Path(folder) / "dense.onnx", case.environment, config)}
+        paths = {"dense": export(dense, Path(folder) / "dense.onnx", case, config, None)}
         for name, sizes in plans.items():
             model = random_resized(dense, sizes)
-            paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case.environment, config)
+            paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case, config, form)
         subjects = {name: Subject(path, shapes=config.shapes) for name, path in paths.items()}
+        subjects["dense"] = Subject(paths["dense"], "onnxruntime", config.shapes)
         record = compare(subjects, case.environment, benchmark, "dense")
     rows = [
         row(case, name, float(target), plans[name], table, record) for name, target in zip(plans, targets, strict=True)
@@ -141,17 +206,17 @@ def row(
     }
 
 
-def figures_of(rows: list[dict[str, Any]]) -> dict[str, Figure]:
+def figures_of(rows: list[dict[str, Any]], goals: dict[str, str]) -> dict[str, Figure]:
     figures = {}
     for suffix, key in (("", "deviation_percent"), ("_of_sums", "deviation_percent_of_sums")):
         by_case: dict[str, list[float]] = {}
         for entry in rows:
             by_case.setdefault(entry["case"], []).append(entry[key])
         everything = [deviation for deviations in by_case.values() for deviation in deviations]
-        for name, goal, summary in (("worst", "<= 5", np.max), ("median", "<= 2", np.median)):
+        for name, summary in (("worst", np.max), ("median", np.median)):
             per_case = [float(summary(deviations)) for deviations in by_case.values()]
             spread = (min(per_case), max(per_case))
-            goal = "" if suffix else goal
+            goal = "" if suffix else goals[name]
             value = float(summary(everything))
             figures[f"{name}_deviation_percent{suffix}"] = Figure(value, "%", goal, len(everything), spread)
     return figures
@@ -174,15 +239,20 @@ def benchmark_config(options: argparse.Namespace) -> BenchmarkConfig:
 
 def kept(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and descriptions of the cases in the result file that are not measured now: each was a run of its own."""
-    result = json.loads((options.output or RESULTS / "additivity.json").read_text(encoding="utf-8"))
-    again = {CASES[name].name for name in options.cases}
+    result = json.loads((options.output or RESULTS / f"{result_name(options)}.json").read_text(encoding="utf-8"))
+    again = {ALL_CASES[name].name for name in options.cases}
     rows = [entry for entry in result["rows"] if entry["case"] not in again]
     return rows, [about for about in result["settings"]["cases"] if about["case"] not in again]
 
 
+def result_name(options: argparse.Namespace) -> str:
+    return "compound_additivity" if options.compound else "additivity"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=DEFAULT_CASES)
+    parser.add_argument("--cases", nargs="+", choices=sorted(ALL_CASES))
+    parser.add_argument("--compound", action="store_true", help="tables and models in sparse and INT8 forms")
     parser.add_argument("--models", type=int, default=12, help="random models a case")
     parser.add_argument("--shapes", choices=("dynamic", "static"), default="dynamic")
     parser.add_argument("--precision", type=float, default=0.006, help="of the table's medians")
@@ -195,9 +265,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/additivity.json")
     parser.add_argument("--keep", action="store_true", help="keep the other cases of the result file that is there")
     options = parser.parse_args()
+    options.cases = options.cases or (list(COMPOUND_CASES) if options.compound else DEFAULT_CASES)
     rows, cases = kept(options) if options.keep else ([], [])
     for name in options.cases:
-        case_rows, about = run_case(CASES[name], options)
+        case_rows, about = run_case(ALL_CASES[name], options)
         rows += case_rows
         cases.append(about)
         print(f"{name}: worst {max(entry['deviation_percent'] for entry in case_rows):.2f} %", file=sys.stderr)
@@ -209,7 +280,8 @@ def main() -> None:
         "benchmark": benchmark_config(options).model_dump(),
         "seed": options.seed,
     }
-    write_result("additivity", figures_of(rows), rows, settings, options.output)
+    goals = {"worst": "<= 5", "median": "<= 2.5" if options.compound else "<= 2"}
+    write_result(result_name(options), figures_of(rows, goals), rows, settings, options.output)
 
 
 if __name__ == "__main__":

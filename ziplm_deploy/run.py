@@ -248,10 +248,15 @@ class Run:
             rerank=self.encode(rows[-search.n_rerank :]),
         )
 
+    @property
+    def ranges_rows(self) -> list[dict[str, Any]]:
+        """Calibration rows for INT8."""
+        return self.calibration_rows[: self.recipe.compress.int8.n_calibration]
+
     @functools.cached_property
     def ranges_batches(self) -> list[Batch]:
         """Calibration examples for INT8, of the shape that the ONNX files take."""
-        recipe, rows = self.recipe, self.calibration_rows[: self.recipe.compress.int8.n_calibration]
+        recipe, rows = self.recipe, self.ranges_rows
         if recipe.export.shapes == "dynamic":
             return self.encode(rows)
         size = recipe.environment.batch_size

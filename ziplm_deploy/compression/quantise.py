@@ -71,8 +71,9 @@ class _Quantisation:
     def run(self, target: Path, record: Path, key: str) -> None:
         state, onnx = self.state, self.source / ONNX_FILES["fp32"]
         model, batches = load(self.source), state.ranges_batches
-        divergence = divergence_from(state.task, model, batches)
-        sensitivities = listing(model, batches, divergence, self.config, self.reduce_range)
+        looked_at = state.encode(state.ranges_rows)  # unpadded: there is a forward pass for each linear
+        divergence = divergence_from(state.task, model, looked_at)
+        sensitivities = listing(model, looked_at, divergence, self.config, self.reduce_range)
         training: TrainingRecord | None = None
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
             ranges: Ranges = None
