@@ -1,0 +1,195 @@
+"""INT8 three ways and by both back ends, against what users do without this package: accuracy lost and speedup.
+
+``python benchmarks/int8.py --model CHECKPOINT --data FOLDER`` quantises a fine-tuned SST-2 classifier, as it is and
+pruned (``--member FOLDER``): dynamic, static, QAT, neural-compressor; beside them ``optimum-cli onnxruntime quantize``
+and NNCF (``pip install nncf``), both with their defaults. All files are scored on the engine that runs them and timed
+in one interleaved run, batch 1, 128 tokens, 1 thread. Figures: accuracy lost in points, and speedup over the float32
+file of the same model on ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Figure, load_average, write_result
+from family import CASES, TOWARDS_LOGITS
+
+from ziplm_deploy.benchmarking import Subject, compare, declared_shapes
+from ziplm_deploy.compression.quantise import quantise_member
+from ziplm_deploy.compression.records import Int8Record, int8_record_path
+from ziplm_deploy.compression.variants import ONNX_FILES
+from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe
+from ziplm_deploy.evaluation import score_of
+from ziplm_deploy.members import export_member
+from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.run import Run
+
+SETTINGS: dict[str, tuple[EngineName, dict[str, Any]]] = {
+    "dynamic": ("onnxruntime", {"method": "dynamic"}),
+    "static, min-max": ("onnxruntime", {"method": "static"}),
+    "static, percentile": ("onnxruntime", {"method": "static", "ranges": "percentile"}),
+    "static, OpenVINO": ("openvino", {"method": "static"}),
+    "QAT": ("onnxruntime", {"method": "qat"}),
+    "neural-compressor, dynamic": ("onnxruntime", {"method": "dynamic", "backend": "neural-compressor"}),
+    "neural-compressor, static": ("onnxruntime", {"method": "static", "backend": "neural-compressor"}),
+}
+FLOAT, OPTIMUM, NNCF = "float32", "optimum-cli", "NNCF (OpenVINO)"
+
+
+def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argparse.Namespace, folder: Path) -> Recipe:
+    case, data = CASES["sst2"], options.data.resolve() / CASES["sst2"].folder
+    losses = {key: value for key, value in TOWARDS_LOGITS.items() if key != "learning_rate"}
+    training = {"max_steps": options.steps, "learning_rate": options.learning_rate, "precision": options.precision}
+    return parse_recipe(
+        {
+            "name": name,
+            "output_dir": str(folder),
+            "model": {"path": str(options.model), "task": case.task},
+            "data": {
+                "calibration": str(data / "train.jsonl.gz"),
+                "evaluation": str(data / "validation.jsonl.gz"),
+                "n_train": case.n_train,
+            },
+            "environment": {"engine": engine},
+            "speedups": [2],
+            "recover": losses,
+            "compress": {"variants": ["int8"], "train": {"mode": "distil", **training}, "int8": int8},
+        }
+    )
+
+
+def float_file(options: argparse.Namespace, source: Path, folder: Path) -> tuple[Run, Path]:
+    """The float32 file of a member, and the run it stands in."""
+    state = Run(recipe_of("float", "onnxruntime", {}, options, folder), ConsoleProgress())
+    target = state.folder.member("dense")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
+    export_member(state, "dense", target)
+    return state, target / ONNX_FILES["fp32"]
+
+
+def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) -> tuple[Path, float, dict[str, Any]]:
+    """File, score and facts of one of our settings."""
+    engine, int8 = SETTINGS[title]
+    name = title.replace(" ", "-").replace(",", "")
+    state = Run(recipe_of(name, engine, int8, options, folder), ConsoleProgress())
+    shutil.copytree(source, state.folder.member("dense"), dirs_exist_ok=True)
+    quantise_member(state, "dense", "int8")
+    path = state.folder.member("dense") / ONNX_FILES["int8"]
+    record = Int8Record.load(int8_record_path(state, "dense", "int8"))
+    facts = {"fp32_linears": len(record.fp32_linears), "within_budget": record.within_budget, "tried": record.scores}
+    return path, score_of(state, path, "int8"), {"engine": engine, **facts}
+
+
+def by_optimum(source: Path, folder: Path) -> Path:
+    """``optimum-cli onnxruntime quantize`` as its documentation shows it for this kind of CPU."""
+    target = folder / "optimum"
+    command = [
+        "optimum-cli",
+        "onnxruntime",
+        "quantize",
+        "--onnx_model",
+        str(source),
+        "--avx512_vnni",
+        "-o",
+        str(target),
+    ]
+    executable = Path(sys.executable).with_name("optimum-cli")
+    subprocess.run([str(executable), *command[1:]], check=True, capture_output=True, text=True)
+    return next(target.glob("*.onnx"))
+
+
+def by_nncf(state: Run, source: Path, folder: Path) -> Path:
+    """``nncf.quantize`` with its model type for Transformers, on the same calibration examples."""
+    import nncf
+    import onnx
+
+    batches = [{key: value.numpy() for key, value in batch.items()} for batch in state.encode(state.ranges_rows, 1)]
+    inputs = {entry.name for entry in onnx.load(str(source), load_external_data=False).graph.input}
+    dataset = nncf.Dataset([{key: value for key, value in batch.items() if key in inputs} for batch in batches])
+    model = nncf.quantize(
+        onnx.load(str(source)), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+    )
+    path = folder / "nncf.onnx"
+    onnx.save(model, str(path))
+    return path
+
+
+def measure(title: str, source: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Rows of one model in every form."""
+    state, plain = float_file(options, source, folder)
+    found: dict[str, tuple[Path, EngineName, float, dict[str, Any]]] = {
+        FLOAT: (plain, "onnxruntime", score_of(state, plain, "fp32"), {})
+    }
+    for setting in options.settings:
+        path, score, facts = ours(setting, options, plain.parent, folder)
+        found[setting] = (path, facts.pop("engine"), score, facts)
+    rivals: dict[str, tuple[EngineName, Callable[[], Path]]] = {
+        OPTIMUM: ("onnxruntime", lambda: by_optimum(plain.parent, folder)),
+        NNCF: ("openvino", lambda: by_nncf(state, plain, folder)),
+    }
+    for name, (engine, make) in rivals.items():
+        path = make()
+        found[name] = (path, engine, score_of(state, path, "int8", engine=engine), {})
+    subjects = {name: Subject(path, engine, declared_shapes(path)) for name, (path, engine, *_) in found.items()}
+    config = BenchmarkConfig(rounds=options.rounds, max_seconds=300)
+    record = compare(subjects, Environment(), config, FLOAT, ConsoleProgress().step)
+    rows = []
+    for name, (path, engine, score, facts) in found.items():
+        result = record.variant(name)
+        rows.append(
+            {
+                "model": title,
+                "form": name,
+                "engine": engine,
+                "score": score,
+                "lost_points": 100 * (found[FLOAT][2] - score),
+                "speedup": result.speedup,
+                "low": result.speedup_low,
+                "high": result.speedup_high,
+                "p50_ms": result.p50_ms,
+                "onnx_bytes": path.stat().st_size,
+                "n": len(result.samples_ms),
+                "aa": [record.aa_ratio, record.aa_low, record.aa_high],
+                **facts,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="dense SST-2 classifier")
+    parser.add_argument("--members", type=Path, nargs="+", required=True, help="folders of members: dense, 3x …")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--steps", type=int, default=200, help="of QAT")
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rounds", type=int, default=60)
+    options = parser.parse_args()
+    rows, load_before = [], load_average()
+    for member in options.members:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure(member.name, member, options, Path(folder))
+    figures = {}
+    for row in rows:
+        if row["form"] != FLOAT:
+            name = f"{row['model']}_{row['form']}".replace(" ", "_").replace(",", "").replace("-", "_").lower()
+            figures[f"{name}_lost_points"] = Figure(row["lost_points"], "points", "report", 1)
+            figures[f"{name}_speedup"] = Figure(row["speedup"], "x", "report", row["n"], (row["low"], row["high"]))
+    packages = {name: importlib.metadata.version(name) for name in ("nncf", "optimum", "openvino")}
+    settings = {"task": "sst2", "packages": packages, "load_average_before": load_before, "steps": options.steps}
+    write_result("int8", figures, rows, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What zeros cost: 60, 80 and 90 % of a fine-tuned MiniLM, in one pass or several, as zeroed or trained after it.
+
+``python benchmarks/sparsity_accuracy.py --model CHECKPOINT --data FOLDER`` zeroes the dense SST-2 classifier (or
+``--member FOLDER``, a pruned one) and scores the ONNX files. With several passes the Hessians are collected anew before
+each. Figures: ``percent_of_dense_80`` and so on, the best of each sparsity; rows: all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Figure, load_average, write_result
+from family import CASES, TOWARDS_LOGITS
+
+from ziplm_deploy.checkpoints import load
+from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
+from ziplm_deploy.compression.sparsity import sparsify_model
+from ziplm_deploy.config import Recipe, SparsityConfig
+from ziplm_deploy.evaluation import score_of
+from ziplm_deploy.members import export_checked, export_dense
+from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.recovery.recover import distil
+from ziplm_deploy.run import Run
+
+SPARSITIES = (0.6, 0.8, 0.9)
+PASSES = (1, 8)
+
+
+def recipe_of(options: argparse.Namespace, folder: Path) -> Recipe:
+    case, data = CASES["sst2"], options.data.resolve() / CASES["sst2"].folder
+    losses = {key: value for key, value in TOWARDS_LOGITS.items() if key != "learning_rate"}
+    training = {"max_steps": options.steps, "learning_rate": options.learning_rate, "precision": options.precision}
+    return parse_recipe(
+        {
+            "name": "sparsity",
+            "output_dir": str(folder),
+            "model": {"path": str(options.model), "task": case.task},
+            "data": {
+                "calibration": str(data / "train.jsonl.gz"),
+                "evaluation": str(data / "validation.jsonl.gz"),
+                "n_train": case.n_train,
+            },
+            "speedups": [2],
+            "recover": losses,
+            "compress": {"variants": ["sparse"], "train": {"mode": "distil", **training}},
+        }
+    )
+
+
+def measure(state: Run, config: SparsityConfig, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Scores of one sparsity, as zeroed and trained."""
+    model = load(options.member or state.folder.member("dense"))
+    record = sparsify_model(model, state.calibration.hessian, config, memory_limit_bytes=2**33)
+    facts = {
+        "sparsity": record.sparsity,
+        "pattern": config.pattern,
+        "passes": config.passes,
+        "worst_relative_error": max(linear.relative_error for linear in record.linears),
+    }
+    rows = [{**facts, "trained_steps": 0, "score": score(state, model, folder)}]
+    if config.passes in options.train_passes:
+        with held(model, zero_masks(model)):
+            training = distil(state, model, state.recipe.compress.train, folder / "checkpoints" / "now", "sparse")
+        rows.append({**facts, "trained_steps": training.steps, "score": score(state, model, folder)})
+    print(json.dumps(rows), flush=True)
+    return rows
+
+
+def score(state: Run, model: Any, folder: Path) -> float:
+    export_checked(state, model, folder, "sparse")
+    check_masks_in_onnx(folder / "model.onnx", model)
+    return score_of(state, folder / "model.onnx", "sparse")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="dense SST-2 classifier")
+    parser.add_argument("--member", type=Path, help="folder of a pruned member to zero instead of the dense model")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--train-passes", type=int, nargs="*", default=[1, 8], help="numbers of passes to train after")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    options = parser.parse_args()
+    rows, load_before = [], load_average()
+    with tempfile.TemporaryDirectory() as name:
+        state = Run(recipe_of(options, Path(name)), ConsoleProgress())
+        export_dense(state)
+        dense = score_of(state, state.folder.member("dense") / "model.onnx", "fp32")
+        for sparsity in SPARSITIES:
+            for passes in PASSES:
+                config = SparsityConfig(sparsity=sparsity, passes=passes)
+                rows += measure(state, config, options, Path(name) / "sparse")
+    figures = {}
+    for sparsity in SPARSITIES:
+        own = [row for row in rows if abs(row["sparsity"] - sparsity) < 0.01]
+        for title, chosen in (
+            ("one_shot", [row for row in own if not row["trained_steps"]]),
+            ("trained", [row for row in own if row["trained_steps"]]),
+        ):
+            if chosen:
+                best = 100 * max(row["score"] for row in chosen) / dense
+                figures[f"percent_of_dense_{100 * sparsity:.0f}_{title}"] = Figure(best, "%", "report", len(chosen))
+    settings = {
+        "task": "sst2",
+        "dense_score": dense,
+        "calibration": state.recipe.data.n_calibration,
+        "train": state.recipe.compress.train.model_dump(mode="json"),
+        "load_average_before": load_before,
+    }
+    write_result("sparsity_accuracy", figures, rows, settings)
+
+
+if __name__ == "__main__":
+    main()
