@@ -3,7 +3,7 @@
 ``python benchmarks/compound_tables.py --model CHECKPOINT --data FOLDER`` asks for ``--targets`` over dense float32 ONNX
 Runtime, reached by 80 % zeros and INT8 on DeepSparse. *Deployed form*: the recipe says so (``compress.target``).
 *Float32*: as one would do it without: measure what zeros and INT8 bring to the dense model, divide the target by it,
-prune to that with the float32 table (of the same engine) and compress afterwards. Both get the same calibration data and
+prune to that with the float32 table (of the same engine) and compress afterwards. Both get the same calibration data,
 no training. Figures: how far each lands from the target, and its accuracy.
 """
 
