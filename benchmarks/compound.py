@@ -5,8 +5,8 @@
    their zeros held) and scores each file on the engine that runs it. Nothing is timed.
 2. ``--task sst2 --time`` times all of them in one run against dense ONNX Runtime float32; ``--batch-size 32`` for
    throughput.
-3. ``--bert-base --table TABLE`` times shapes of BERT-base with random weights in the same forms: dense, and the plan of
-   equal shares in every layer that the table says is 5x faster.
+3. ``--bert-base`` times shapes of BERT-base with random weights in the same forms: dense, and the plan of equal shares
+   in every layer that a coarse latency table of ONNX Runtime says is 5x faster.
 4. ``--merge`` writes ``benchmarks/results/compound.json``.
 """
 
@@ -30,10 +30,19 @@ from ziplm_deploy.compression.compress import compress_member
 from ziplm_deploy.compression.forms import target_form
 from ziplm_deploy.compression.records import facts_of
 from ziplm_deploy.compression.variants import ONNX_FILES, label
-from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe, Variant
+from ziplm_deploy.config import (
+    BenchmarkConfig,
+    EngineName,
+    Environment,
+    ExportConfig,
+    ProfileConfig,
+    Recipe,
+    Variant,
+)
 from ziplm_deploy.evaluation import accuracy_in, evaluate_member, open_runner, remembering
 from ziplm_deploy.members import export_member
 from ziplm_deploy.parents import DENSE
+from ziplm_deploy.profiling import measure_table
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.resizing import random_resized
@@ -42,6 +51,7 @@ from ziplm_deploy.run import Run
 ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
 VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "sparse", "sparse-int8")
 BASELINE = "dense, onnxruntime"
+OUTPUTS = ["last_hidden_state"]
 STATIC = {"shapes": "static", "opset": 16}  # what all three engines take
 
 
@@ -198,8 +208,10 @@ def uniform_sizes(table: LatencyTable, speedup: float) -> dict[str, int]:
 
 def bert_base(options: argparse.Namespace) -> None:
     """Shapes of BERT-base in every form on every engine; random weights, so no accuracy."""
-    dense, table = dense_model(SHAPES["bert-base"]), LatencyTable.load(options.table)
-    sizes, load = uniform_sizes(table, 5.0), load_average()
+    dense, load = dense_model(SHAPES["bert-base"]), load_average()
+    coarse = ProfileConfig(width_ratio=0.8, max_seconds=60)
+    table = measure_table(dense, Environment(), coarse, ExportConfig(), output_names=OUTPUTS)
+    sizes = uniform_sizes(table, 5.0)
     settings = ExportSettings("static", 16, options.batch_size, 128)
     subjects: dict[str, Subject] = {}
     rows = []
@@ -213,7 +225,7 @@ def bert_base(options: argparse.Namespace) -> None:
                 model = random_resized(dense, chosen or {})
                 path = options.work / "bert-base" / engine / f"{label(member, variant)}.onnx"
                 inputs = dummy_inputs(model, settings)
-                export_encoder(form.prepare(model) if form else model, inputs, ["last_hidden_state"], path, settings)
+                export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
                 if form:
                     form.finish(path, inputs)
                 name = f"{label(member, variant)}, {engine}"
@@ -267,7 +279,6 @@ def main() -> None:
     parser.add_argument("--members", nargs="+", default=["2x", "3x", "6x"])
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--bert-base", action="store_true")
-    parser.add_argument("--table", type=Path, help="latency table of BERT-base in ONNX Runtime float32")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compound")
     parser.add_argument("--sparsity", type=float, default=0.8)
