@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, Figure, commit, load_average, write_result
-from family import CASES, TOWARDS_LOGITS
+from family import CASES, TOWARDS_LOGITS, training_file
 from shapes import SHAPES, dense_model
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
@@ -68,6 +68,7 @@ def recipe_for(engine: EngineName, options: argparse.Namespace) -> Recipe:
             "data": {
                 "calibration": train,
                 "evaluation": str(data / f"{case.evaluation}.jsonl.gz"),
+                "train": training_file(options.task, Path(train), options.work),
                 "n_train": case.n_train,
             },
             "environment": {"engine": engine, "batch_size": 1, "seq_len": case.seq_len, "threads": 1},

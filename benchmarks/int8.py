@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, Figure, load_average, write_result
-from family import CASES, TOWARDS_LOGITS
+from family import CASES, TOWARDS_LOGITS, training_file
 
 from ziplm_deploy.benchmarking import Subject, compare, declared_shapes
 from ziplm_deploy.compression.quantise import quantise_member
@@ -57,7 +57,7 @@ def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argp
             "data": {
                 "calibration": str(data / "train.jsonl.gz"),
                 "evaluation": str(data / "validation.jsonl.gz"),
-                "n_train": case.n_train,
+                "train": training_file("sst2", data / "train.jsonl.gz", folder),
             },
             "environment": {"engine": engine},
             "speedups": [2],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, Figure, load_average, write_result
-from family import CASES, TOWARDS_LOGITS
+from family import CASES, TOWARDS_LOGITS, training_file
 
 from ziplm_deploy.checkpoints import load
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
@@ -43,7 +43,7 @@ def recipe_of(options: argparse.Namespace, folder: Path) -> Recipe:
             "data": {
                 "calibration": str(data / "train.jsonl.gz"),
                 "evaluation": str(data / "validation.jsonl.gz"),
-                "n_train": case.n_train,
+                "train": training_file("sst2", data / "train.jsonl.gz", folder),
             },
             "speedups": [2],
             "recover": losses,
