@@ -25,7 +25,7 @@ from shapes import SHAPES, dense_model
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable, write_text
-from ziplm_deploy.benchmarking import Subject, compare
+from ziplm_deploy.benchmarking import Subject, compare, start_worker
 from ziplm_deploy.compression.compress import compress_member
 from ziplm_deploy.compression.forms import target_form
 from ziplm_deploy.compression.records import facts_of
@@ -39,6 +39,7 @@ from ziplm_deploy.config import (
     Recipe,
     Variant,
 )
+from ziplm_deploy.errors import EngineError
 from ziplm_deploy.evaluation import accuracy_in, evaluate_member, open_runner, remembering
 from ziplm_deploy.members import export_member
 from ziplm_deploy.parents import DENSE
@@ -47,6 +48,7 @@ from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.resizing import random_resized
 from ziplm_deploy.run import Run
+from ziplm_deploy.trial import Trial
 
 ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
 VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "sparse", "sparse-int8")
@@ -123,26 +125,32 @@ def files_of(state: Run) -> list[dict[str, Any]]:
         export_member(state, name, state.folder.member(name))
         compress_member(state, name)
     rows = []
-    with open_runner(recipe.environment, state.folder.member(DENSE) / ONNX_FILES["fp32"]) as runner:
+    dense = Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], recipe.environment.engine, "static")
+    with (
+        open_runner(recipe.environment, dense.path) as runner,
+        Trial(lambda: start_worker(dense, recipe.environment)) as trial,
+    ):
         dense_run = remembering(runner)
         for name in state.names:
             for variant in VARIANTS:
-                folder = state.folder.member(name)
-                evaluate_member(state, name, folder, dense_run, variant)
-                path = folder / ONNX_FILES[variant]
-                rows.append(
-                    {
-                        "task": recipe.name,
-                        "member": name,
-                        "variant": variant,
-                        "engine": recipe.environment.engine,
-                        "path": str(path),
-                        "onnx_bytes": path.stat().st_size,
-                        "score": accuracy_in(state, folder, variant)[state.task.metric_name],
-                        "metric": state.task.metric_name,
-                        "facts": facts_of(state, name, variant),
-                    }
-                )
+                path = state.folder.member(name) / ONNX_FILES[variant]
+                row: dict[str, Any] = {
+                    "task": recipe.name,
+                    "member": name,
+                    "variant": variant,
+                    "engine": recipe.environment.engine,
+                    "path": str(path),
+                    "onnx_bytes": path.stat().st_size,
+                    "facts": facts_of(state, name, variant),
+                }
+                try:
+                    trial.load(path)
+                except EngineError:
+                    rows.append(row | {"refused": True})
+                    continue
+                evaluate_member(state, name, path.parent, dense_run, variant)
+                scores = accuracy_in(state, path.parent, variant)
+                rows.append(row | {"score": scores[state.task.metric_name], "metric": state.task.metric_name})
     return rows
 
 
@@ -153,11 +161,12 @@ def time_files(options: argparse.Namespace) -> None:
         sys.exit(f"expected prepared files in {path}, found none; run with --task and --run first")
     part, load = json.loads(path.read_text("utf-8")), load_average()
     subjects = {}
-    for row in part["rows"]:
+    runnable = [row for row in part["rows"] if not row.get("refused")]
+    for row in runnable:
         name = f"{label(row['member'], row['variant'])}, {row['engine']}"
         subjects[name] = Subject(Path(row["path"]), row["engine"], "static")
     record = timed(subjects, options)
-    for row in part["rows"]:
+    for row in runnable:
         result = record.variant(f"{label(row['member'], row['variant'])}, {row['engine']}")
         row |= timing_row(result)
     part["timing"] = timing_settings(record, load)
@@ -249,7 +258,7 @@ def best(rows: list[dict[str, Any]], percent: float) -> Figure:
         dense = next(
             row for row in own if row["member"] == DENSE and row["variant"] == "fp32" and row["engine"] == "onnxruntime"
         )
-        kept = [row for row in own if row["score"] >= percent / 100 * dense["score"]]
+        kept = [row for row in own if row.get("score", 0) >= percent / 100 * dense["score"]]
         fastest = max(kept, key=lambda row: row["speedup"])
         found.append((fastest["speedup"], fastest["low"], fastest["high"], fastest["n"]))
     value, low, high, n = min(found)
@@ -259,7 +268,7 @@ def best(rows: list[dict[str, Any]], percent: float) -> Figure:
 def merge(work: Path) -> None:
     parts = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(work.glob("*.json"))}
     rows = [row for part in parts.values() for row in part["rows"]]
-    if not rows or not all("speedup" in row for row in rows):
+    if not rows or not all("speedup" in row or row.get("refused") for row in rows):
         sys.exit(f"expected timed files in {work}, found {len(rows)} rows, not all timed; run --task and --time first")
     figures = {"best_speedup_at_99_percent": best(rows, 99.0), "best_speedup_at_95_percent": best(rows, 95.0)}
     shapes = [row for row in rows if row["member"] == "5x" and "score" not in row]

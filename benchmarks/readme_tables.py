@@ -1,6 +1,6 @@
 """Regenerate the tables between markers in README.md: ``python benchmarks/readme_tables.py``.
 
-``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``quickstart``, ``family`` and ``figures`` come from
+``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``quickstart``, ``family``, ``compound`` and ``figures`` come from
 ``benchmarks/results``, ``recipe`` from the recipe's own field descriptions. With ``--check`` nothing is written; exit
 code 1 says it is stale.
 """
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, ROOT
 from summary import read_results
@@ -81,6 +82,33 @@ def family_table() -> str:
     return "\n".join([*markdown_table(titles, cells), "", caption])
 
 
+def compound_table() -> str:
+    """Every form of every committed compound model on every engine: speedup and, where there are weights, accuracy."""
+    path = RESULTS / "compound.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    engines = list(dict.fromkeys(row["engine"] for row in result["rows"]))
+    found = {(row["task"], row["member"], row["variant"], row["engine"]): row for row in result["rows"]}
+    cells = []
+    for task, member, variant in dict.fromkeys(key[:3] for key in found):
+        own = [found[task, member, variant, engine] for engine in engines]
+        cells.append([task, member, variant, *map(_speedup_and_score, own)])
+    caption = (
+        f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1, 128 tokens, 1 "
+        f"thread, {result['machine']['cpu']} ({' '.join(flag for flag in result['machine']['isa'] if '8' in flag)}), "
+        f"{result['date'][:10]}; one seed."
+    )
+    return "\n".join([*markdown_table(["task", "pruned to", "form", *engines], cells), "", caption])
+
+
+def _speedup_and_score(row: dict[str, Any]) -> str:
+    if row.get("refused"):
+        return "not run by it"
+    speedup = f"{row['speedup']:.2f}x"
+    return f"{speedup}, {row['score']:.4f}" if "score" in row else speedup
+
+
 def all_figures() -> str:
     """Every figure of every committed result against its goal."""
     results = read_results(RESULTS)
@@ -90,6 +118,7 @@ def all_figures() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
     "family": family_table,
+    "compound": compound_table,
     "figures": all_figures,
     "recipe": recipe_reference,
 }

@@ -170,6 +170,7 @@ class LatencyTable(Artifact):
     dense: Timing  # the dense float32 model end to end on the baseline engine, same run
     unpruned: Timing | None = None  # the dense model in the form of the cells, on their engine; None: it is ``dense``
     cells: list[Cell]
+    refused: dict[str, str] = Field(default_factory=dict)  # cells that the engine cannot run, and what it said
     date: str
     measuring_seconds: float
     total_seconds: float

@@ -77,7 +77,7 @@ def compare(
     with contextlib.ExitStack() as stack:
         workers: dict[str, WorkerHandle] = {}
         for name, subject in [*entries.items(), (AA, entries[baseline])]:
-            workers[name] = stack.enter_context(_start_worker(subject, environment))
+            workers[name] = stack.enter_context(start_worker(subject, environment))
             workers[name].load(MODEL, Path(subject.path))
         for worker in workers.values():
             warm_up(worker)
@@ -130,7 +130,8 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
     return samples_ms
 
 
-def _start_worker(subject: Subject, environment: Environment) -> WorkerHandle:
+def start_worker(subject: Subject, environment: Environment) -> WorkerHandle:
+    """A worker of a file's engine, with nothing loaded."""
     engine = get_engine(subject.engine or environment.engine)
     options = WorkerOptions(
         threads=environment.threads,

@@ -14,6 +14,7 @@ from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable
 from ziplm_deploy.benchmarking import Subject, compare
 from ziplm_deploy.compression.checks import check_compression
 from ziplm_deploy.compression.forms import target_form
+from ziplm_deploy.compression.variants import label
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.machine import check_threads, machine_info
@@ -73,6 +74,8 @@ def profile(state: Run) -> LatencyTable:
     )
     state.folder.stage("profile", key, [state.folder.profile], lambda: _profile(state))
     table = LatencyTable.load(state.folder.profile)
+    left_out = f"{table.engine} cannot run these blocks, so no plan has them: {', '.join(table.refused)}"
+    state.folder.set_note("refused cells", left_out if table.refused else None)
     for target in recipe.speedups:
         check_target(table, target)
     return table
@@ -189,6 +192,7 @@ def compress(state: Run) -> None:
     state.begin("compress", f"{', '.join(state.recipe.compress.variants)} of every member")
     for name in state.names:
         compress_member(state, name)
+    subjects.try_files(state)
 
 
 def benchmark(state: Run) -> BenchmarkRecord:
@@ -227,7 +231,13 @@ def evaluate(state: Run) -> None:
     if state.recipe.data.evaluation is None:
         state.progress.note("no data.evaluation in the recipe: accuracy is not reported")
         return
-    files = [(name, state.folder.member(name), v) for name in state.names for v in state.recipe.variants]
+    refused = subjects.refused_files(state)
+    files = [
+        (name, state.folder.member(name), variant)
+        for name in state.names
+        for variant in state.recipe.variants
+        if label(name, variant) not in refused
+    ]
     if state.trains:
         files += [(name, state.folder.pruned(name), "fp32") for name in state.names if name != DENSE]
     dense_path = state.folder.member(DENSE) / "model.onnx"

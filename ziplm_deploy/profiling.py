@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import itertools
 import tempfile
 import time
@@ -25,11 +26,22 @@ from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.artifacts import LatencyTable, MachineInfo, ModelShape
 from ziplm_deploy.config import EngineName, Environment, ExportConfig, ProfileConfig, Variant
 from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
-from ziplm_deploy.errors import IncompatibleArtifactError
+from ziplm_deploy.errors import EngineError, IncompatibleArtifactError
 from ziplm_deploy.machine import machine_info
-from ziplm_deploy.profiling_models import BASE, DENSE, FLOAT32, UNPRUNED, DeployedForm, TableModel, Wrap, table_models
+from ziplm_deploy.profiling_models import (
+    BASE,
+    DENSE,
+    FLOAT32,
+    UNPRUNED,
+    DeployedForm,
+    TableModel,
+    Wrap,
+    needed_ids,
+    table_models,
+)
 from ziplm_deploy.statistics import is_stable, summarize
 from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure
+from ziplm_deploy.trial import Trial
 
 Progress = Callable[[int, int], None]  # (steps done, steps at most): exports, then rounds
 
@@ -86,6 +98,7 @@ class Workers:
 @dataclass(frozen=True)
 class _Measurement:
     samples: Samples
+    refused: dict[str, str]  # model id -> why the engine does not run it
     versions: dict[str, str]  # of each engine
     seconds: float  # exports not included
 
@@ -112,7 +125,8 @@ def measure_table(
     Raises:
         UnsupportedModelError: the architecture cannot be pruned or exported.
         EnvironmentMismatchError: more threads than granted.
-        EngineError: an engine is missing, rejects a cell, dies or hangs.
+        EngineError: an engine is missing, rejects a model that no table can do without, dies or hangs. Other cells that
+            it cannot run are left out, see ``LatencyTable.refused``.
     """
     started = time.monotonic()
     shape = model_shape(dense.config)  # type: ignore[arg-type]
@@ -140,6 +154,7 @@ def measure_table(
         dense=summarize(samples.ms[DENSE]),
         unpruned=summarize(samples.ms[UNPRUNED]) if unpruned else None,
         cells=cells_of(samples, shape, profile),
+        refused=measured.refused,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         measuring_seconds=measured.seconds,
         total_seconds=time.monotonic() - started,
@@ -155,22 +170,46 @@ def _measure_models(
     """Export, load and time all models."""
     steps = len(models) + profile.max_rounds
     ids = [model.model_id for model in models]
+    refused: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         engines = dict.fromkeys([place.environment.engine, place.baseline])
         by_engine = {name: stack.enter_context(place.start_worker(name)) for name in engines}
         workers = Workers({model_id: by_engine[place.engine_of(model_id)] for model_id in ids})
+        trials = {
+            name: stack.enter_context(Trial(functools.partial(place.start_worker, name)))
+            for name in engines
+            if get_engine(name).may_abort
+        }
         for done, model in enumerate(models, start=1):
             with tempfile.TemporaryDirectory(prefix="ziplm-profile-") as folder:
                 path = Path(folder) / f"{model.model_id.replace(' ', '-')}.onnx"
                 model.export(path, place.environment, place.export)
-                workers.load(model.model_id, path)
+                reason = _refusal(model, trials.get(place.engine_of(model.model_id)), path, shape)
+                if reason:
+                    refused[model.model_id] = reason
+                else:
+                    workers.load(model.model_id, path)
             report(done, steps)
+        ids = [model_id for model_id in ids if model_id not in refused]
         measuring = time.monotonic()
         samples = _measure(workers, ids, shape, profile, lambda rounds: report(len(models) + rounds, steps), seed)
         _remeasure(workers, samples, shape, profile, seed)
         seconds = time.monotonic() - measuring
     report(steps, steps)
-    return _Measurement(samples, {name: worker.version for name, worker in by_engine.items()}, seconds)
+    return _Measurement(samples, refused, {name: worker.version for name, worker in by_engine.items()}, seconds)
+
+
+def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelShape) -> str:
+    """Why the engine cannot run a cell that a table can do without; empty if it can."""
+    if trial is None:
+        return ""
+    try:
+        trial.load(path)
+    except EngineError as error:
+        if model.model_id in needed_ids(shape):
+            raise
+        return str(error)
+    return ""
 
 
 def graph_of(dense: nn.Module, output_names: Sequence[str]) -> str:

@@ -112,6 +112,12 @@ def cell_id(kind: str, size: int) -> str:
     return f"{kind} {size}" if size else "both dropped"
 
 
+def needed_ids(shape: ModelShape) -> set[str]:
+    """Models without which there is no table: references, dropped modules and full sizes."""
+    full = {cell_id("attention", shape.n_heads), cell_id("ffn", shape.intermediate_size), cell_id("ffn", 0)}
+    return {NONE, BASE, DENSE, UNPRUNED, *full}
+
+
 def cell_sizes(shape: ModelShape, profile: ProfileConfig) -> dict[ModuleKind, list[int]]:
     """Sizes that a table holds for each kind, descending, full size and 0 included."""
     return {

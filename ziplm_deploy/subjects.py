@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ziplm_deploy.benchmarking import Subject
+from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.benchmarking import Subject, start_worker
 from ziplm_deploy.compression.variants import ONNX_FILES, label
+from ziplm_deploy.config import EngineName
+from ziplm_deploy.engines import get_engine
+from ziplm_deploy.errors import EngineError
 from ziplm_deploy.parents import DENSE
 from ziplm_deploy.run import Run
+from ziplm_deploy.run_folder import content_key
+from ziplm_deploy.trial import Trial
 
 
 def in_closed_loop(state: Run, targets: Iterable[float]) -> dict[str, Subject]:
@@ -18,13 +25,72 @@ def in_closed_loop(state: Run, targets: Iterable[float]) -> dict[str, Subject]:
     for name in map(state.member_name, targets):
         exported = state.folder.pruned(name) / ONNX_FILES["fp32"]
         files[name] = exported if variant == "fp32" else state.folder.stand_in(name, variant)
-    return {DENSE: _baseline(state), **{name: _served(state, path) for name, path in files.items()}}
+    return {
+        DENSE: _baseline(state, state.recipe.baseline_engine),
+        **{name: _served(state, path) for name, path in files.items()},
+    }
 
 
 def in_the_end(state: Run) -> dict[str, Subject]:
-    """Every file of every member; the dense model also where the members serve, if its baseline is elsewhere."""
+    """Every file of every member that its engine can run; the dense model also where the members serve, if its baseline
+    is elsewhere."""
+    refused = refused_files(state)
+    return {name: subject for name, subject in _all_files(state).items() if name not in refused}
+
+
+def try_files(state: Run) -> None:
+    """Find the files that the engine cannot run, if it is one that may end its process over them.
+
+    Raises:
+        EngineError: it cannot run a file that a target is about.
+    """
+    recipe, path = state.recipe, _refused_path(state)
+    engine = get_engine(recipe.environment.engine)
+    if not engine.may_abort:
+        return
+    files = {name: subject for name, subject in _all_files(state).items() if name != DENSE}
+    key = content_key(
+        files={name: state.file_hash(subject.path) for name, subject in files.items()},
+        engine=engine.version(),
+        environment=recipe.environment,
+    )
+
+    def work() -> None:
+        refused: dict[str, str] = {}
+        asked_for = {label(state.member_name(target), recipe.compress.target) for target in recipe.speedups}
+        with Trial(lambda: start_worker(_baseline(state, recipe.environment.engine), recipe.environment)) as trial:
+            for index, (name, subject) in enumerate(files.items()):
+                try:
+                    trial.load(subject.path)
+                except EngineError as error:
+                    if name in asked_for:
+                        raise
+                    refused[name] = str(error)
+                state.progress.step(index + 1, len(files))
+        write_text(path, json.dumps(refused, indent=1) + "\n")
+
+    state.folder.stage("try files", key, [path], work)
+    refused = refused_files(state)
+    text = f"{recipe.environment.engine} cannot run these files, so they were not measured: {', '.join(refused)}"
+    state.folder.set_note("refused files", text if refused else None)
+
+
+def refused_files(state: Run) -> dict[str, str]:
+    """Names of files that the engine cannot run, and what it said."""
+    path = _refused_path(state)
+    if not path.exists() or not get_engine(state.recipe.environment.engine).may_abort:
+        return {}
+    refused: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return refused
+
+
+def _refused_path(state: Run) -> Path:
+    return state.folder.path / "compression" / "refused.json"
+
+
+def _all_files(state: Run) -> dict[str, Subject]:
     recipe = state.recipe
-    subjects = {DENSE: _baseline(state)}
+    subjects = {DENSE: _baseline(state, recipe.baseline_engine)}
     if recipe.baseline_engine != recipe.environment.engine:
         subjects[dense_as_served(state)] = _served(state, subjects[DENSE].path)
     for name in state.names:
@@ -39,9 +105,8 @@ def dense_as_served(state: Run) -> str:
     return f"{DENSE} ({state.recipe.environment.engine})"
 
 
-def _baseline(state: Run) -> Subject:
-    path = state.folder.member(DENSE) / ONNX_FILES["fp32"]
-    return Subject(path, state.recipe.baseline_engine, state.recipe.export.shapes)
+def _baseline(state: Run, engine: EngineName) -> Subject:
+    return Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], engine, state.recipe.export.shapes)
 
 
 def _served(state: Run, path: Path) -> Subject:

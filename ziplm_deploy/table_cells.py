@@ -63,7 +63,7 @@ def non_monotone(samples: Samples, shape: ModelShape, profile: ProfileConfig) ->
     """Neighbouring sizes of which the smaller one looks slower."""
     suspects = []
     for kind, sizes in cell_sizes(shape, profile).items():
-        ids = [cell_id(kind, size) for size in sizes]
+        ids = [cell_id(kind, size) for size in sizes if cell_id(kind, size) in samples.ms]
         medians = [float(np.median(samples.ms[model_id])) for model_id in ids]
         for index in range(len(ids) - 1):
             if medians[index + 1] > medians[index]:
@@ -81,6 +81,8 @@ def cells_of(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> lis
     cells = []
     for kind, sizes in cell_sizes(shape, profile).items():
         for size in sizes:
+            if cell_id(kind, size) not in samples.ms:  # the engine refused it
+                continue
             ms = samples.ms[cell_id(kind, size)]
             boot = (bootstrap_medians(ms, seed=3 + size) - none_boot) / depth - zero_boot
             cells.append(Cell(kind=kind, size=size, timing=_cell_timing((ms - none_ms) / depth - zero_ms, boot)))

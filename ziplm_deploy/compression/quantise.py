@@ -144,7 +144,8 @@ class _Quantisation:
         return choice
 
     def _reference_score(self) -> float:
-        return score_of(self.state, self.source / ONNX_FILES["fp32"], "sparse" if is_sparse(self.variant) else "fp32")
+        """Of the float32 file, in ONNX Runtime: its answers are those of every engine, and not every one can run it."""
+        return score_of(self.state, self.source / ONNX_FILES["fp32"], "fp32", engine="onnxruntime")
 
     def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""

@@ -64,6 +64,7 @@ class Engine(ABC):
 
     name: str
     notice: str = ""  # what users must know before they deploy with it
+    may_abort: bool = False  # whether a model that it cannot run may end its process
 
     @abstractmethod
     def version(self) -> str:

@@ -12,18 +12,22 @@ from ziplm_deploy.config import Variant
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.evaluation import accuracy_in
 from ziplm_deploy.run import Run
+from ziplm_deploy.subjects import refused_files
 
 GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
 
 
 def file_reports(state: Run, name: str, record: BenchmarkRecord) -> list[FileReport]:
-    """All files of a member, the exported one first.
+    """All files of a member that its engine runs, the exported one first.
 
     Raises:
         CorruptArtifactError: a file, or its timing, is missing.
     """
     reports: dict[Variant, FileReport] = {}
+    refused = refused_files(state)
     for variant in state.recipe.variants:
+        if label(name, variant) in refused:
+            continue
         parents = [reports[parent] for parent in parents_of(variant) if parent in reports]
         reports[variant] = _file_report(state, name, variant, timing_of(record, label(name, variant)), parents)
     return list(reports.values())

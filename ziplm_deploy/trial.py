@@ -1,0 +1,39 @@
+"""Models loaded once where it does no harm: some engines end their whole process at a model that they cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ziplm_deploy.engines import WorkerHandle
+from ziplm_deploy.errors import EngineError
+
+MODEL = "on trial"
+
+
+class Trial:
+    """A worker that may die; the next model then gets a new one. Use it as a context manager."""
+
+    def __init__(self, start: Callable[[], WorkerHandle]) -> None:
+        self._start = start
+        self._worker: WorkerHandle | None = None
+
+    def load(self, path: Path) -> None:
+        """Load a model and let go of it; raises :class:`EngineError` if the engine rejects it, dies or hangs."""
+        if self._worker is None:
+            self._worker = self._start()
+        try:
+            self._worker.load(MODEL, path)
+            self._worker.unload(MODEL)
+        except EngineError:
+            self._worker.close()
+            self._worker = None
+            raise
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
