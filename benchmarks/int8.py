@@ -49,6 +49,7 @@ def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argp
     case, data = CASES["sst2"], options.data.resolve() / CASES["sst2"].folder
     losses = {key: value for key, value in TOWARDS_LOGITS.items() if key != "learning_rate"}
     training = {"max_steps": options.steps, "learning_rate": options.learning_rate, "precision": options.precision}
+    mode = "distil" if int8.get("method") == "qat" else "none"
     return parse_recipe(
         {
             "name": name,
@@ -62,7 +63,7 @@ def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argp
             "environment": {"engine": engine},
             "speedups": [2],
             "recover": losses,
-            "compress": {"variants": ["int8"], "train": {"mode": "distil", **training}, "int8": int8},
+            "compress": {"variants": ["int8"], "train": {"mode": mode, **training}, "int8": int8},
         }
     )
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from ziplm_deploy.artifacts import (
     BenchmarkRecord,
     Cell,
     FamilyReport,
+    FileReport,
     LatencyTable,
     MachineInfo,
     MemberReport,
@@ -16,7 +24,11 @@ from ziplm_deploy.artifacts import (
     Timing,
     VariantResult,
 )
-from ziplm_deploy.config import Environment
+from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.compression.variants import ACCURACY_FILES, ONNX_FILES, label
+from ziplm_deploy.config import Environment, Variant
+from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.run_folder import RunFolder, file_hash
 
 DATE = "2026-01-01T00:00:00+00:00"
 
@@ -162,3 +174,86 @@ def family_report(*members: MemberReport, **changes: Any) -> FamilyReport:
         "date": DATE,
     }
     return FamilyReport(**{**fields, **changes})
+
+
+def file(variant: Variant, **changes: Any) -> FileReport:
+    fields: dict[str, Any] = {
+        "variant": variant,
+        "file": ONNX_FILES[variant],
+        "engine": "onnxruntime",
+        "measured_speedup": 2.0,
+        "measured_low": 1.99,
+        "measured_high": 2.01,
+        "p50_ms": 5.0,
+        "p99_ms": 6.0,
+        "throughput_per_second": 200.0,
+        "peak_memory_bytes": 2**20,
+        "onnx_bytes": 45_000_000,
+        "gzip_bytes": 40_000_000,
+        "accuracy": {"spearman": 0.86},
+        "recommended": True,
+    }
+    return FileReport(**{**fields, **changes})
+
+
+def int8_record(**changes: Any) -> Int8Record:
+    """Twelve linears, all in INT8, inside the accuracy budget."""
+    fields: dict[str, Any] = {
+        "method": "static",
+        "backend": "onnxruntime",
+        "ranges": "minmax",
+        "per_channel": True,
+        "weight_bits": 8,
+        "n_linears": 12,
+        "fp32_linears": [],
+        "reference_score": 0.87,
+        "scores": [0.865],
+        "within_budget": True,
+        "sensitivities": [],
+        "ruined_by_outliers": [],
+    }
+    return Int8Record(**{**fields, **changes})
+
+
+class State(SimpleNamespace):
+    """What reporting reads of a run."""
+
+    names = ("dense", "2x", "4x")
+
+    @staticmethod
+    def file_hash(path: Path) -> str:
+        return file_hash(path)
+
+    @staticmethod
+    def member_name(target: float) -> str:
+        return f"{target:g}x"
+
+    @staticmethod
+    def parent_of(target: float) -> SimpleNamespace:
+        return SimpleNamespace(key=lambda: "database")
+
+
+def finished_run(output_dir: Path, record: BenchmarkRecord, scores: Mapping[str, float], **settings: Any) -> State:
+    """A run of the targets 2x and 4x, by hand; ``scores``: of every member's files."""
+    given: dict[str, Any] = {
+        "name": "demo",
+        "output_dir": output_dir,
+        "model": {"path": "some/model", "task": "sentence-similarity"},
+        "data": {"evaluation": "some.jsonl"},
+        "speedups": [2, 4],
+    }
+    recipe = parse_recipe({**given, **settings})
+    folder = RunFolder(recipe)
+    task = SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction")
+    state = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"], trains=False)
+    record.save(folder.benchmark)
+    for name in State.names:
+        folder.member(name).mkdir()
+        save_file({"w": np.zeros((2, 8), np.float32)}, folder.member(name) / "pruned.safetensors")
+        for variant in recipe.variants:
+            (folder.member(name) / ONNX_FILES[variant]).write_bytes(b"x" * 100)
+            accuracy = json.dumps({"spearman": scores[label(name, variant)]})
+            (folder.member(name) / ACCURACY_FILES[variant]).write_text(accuracy, encoding="utf-8")
+    plan(2.0).save(folder.plan("2x"))
+    plan(4.0, search_loss=None, seed_losses={}).save(folder.plan("4x"))
+    return state

@@ -160,6 +160,24 @@ def test_time_limit_ends_after_a_few_whole_rounds() -> None:
     assert {len(samples) for samples in rounds.values()} == {3}
 
 
+@pytest.mark.parametrize(("n_files", "n_rounds"), [(5, 40), (10, 20), (20, 20), (30, 20)])
+def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_files: int, n_rounds: int) -> None:
+    now = [0.0]
+    monkeypatch.setattr(benchmarking.time, "monotonic", lambda: now[0])
+
+    class SlowWorker(ScriptedWorker):
+        def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
+            now[0] += 1.0
+            return super().time(model_id, n, warmup)
+
+    names = ["dense", *(f"file {index}" for index in range(1, n_files))]
+    workers = {name: SlowWorker(name, 10.0, [], {}) for name in names}
+    again = {AA: ScriptedWorker(AA, 10.0, [], {})}
+    config = BenchmarkConfig(rounds=1000, max_seconds=195.0)
+    rounds = benchmarking._interleave({**workers, **again}, "dense", config, None, seed=0)  # type: ignore[arg-type]
+    assert {len(samples) for samples in rounds.values()} == {n_rounds}
+
+
 def test_machine_drift_does_not_reach_the_speedup() -> None:
     clock: dict[str, float] = {}
 

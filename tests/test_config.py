@@ -78,6 +78,22 @@ def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("mode", ["distil", "gradual"])
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_training_without_anything_to_train_is_refused(mode: str, method: str) -> None:
+    compress = {"variants": ["int8"], "int8": {"method": method}, "train": {"mode": mode}}
+    with pytest.raises(RecipeError, match=rf"train\.mode {mode} .*int8\.method {method} .*none or int8\.method: qat"):
+        parse_recipe({**LEAST, "compress": compress})
+    changes: list[dict[str, Any]] = [
+        {"variants": ["int8", "sparse"]},
+        {"variants": ["sparse-int8"]},
+        {"int8": {"method": "qat"}},
+        {"train": {"mode": "none"}},
+    ]
+    for change in changes:
+        parse_recipe({**LEAST, "compress": {**compress, **change}})
+
+
 @pytest.mark.parametrize("field", ["name", "model", "speedups"])
 def test_missing_fields_are_named(field: str) -> None:
     with pytest.raises(RecipeError, match=f"{field}: required, but missing"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from helpers import MODEL_TYPES, tiny_model
@@ -218,6 +219,39 @@ def test_calibration_keeps_no_batches(static: Exported) -> None:
     streamed = _Streamed(static.batches[0])
     calibrated_ranges(static.path, streamed, Int8Config(ranges="percentile"))
     assert 0 < streamed.most <= 2 * len(static.batches[0])
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile"])
+def test_large_batches_go_in_pieces(dynamic: Exported, monkeypatch: pytest.MonkeyPatch, ranges: str) -> None:
+    large = {name: np.concatenate([batch[name] for batch in dynamic.batches] * 2) for name in dynamic.batches[0]}
+    config, sizes = Int8Config(ranges=ranges), list[int]()  # type: ignore[arg-type]
+    run = onnxruntime.InferenceSession.run
+
+    def noting(self: Any, outputs: Any, inputs: Batch, *more: Any) -> Any:
+        sizes.extend({len(array) for array in inputs.values()})
+        return run(self, outputs, inputs, *more)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", noting)
+    found = calibrated_ranges(dynamic.path, [large], config)
+    assert sizes == [8, 8, 4] * (1 if ranges == "minmax" else 2)
+    monkeypatch.setattr(int8_scales, "_EXAMPLES_AT_ONCE", 64)
+    whole = calibrated_ranges(dynamic.path, [large], config)
+    assert sizes[-1] == 20
+    assert found.keys() == whole.keys()
+    for name, values in found.items():
+        assert (values.low, values.high) == pytest.approx((whole[name].low, whole[name].high), rel=1e-5)
+
+
+def test_batches_of_a_fixed_size_stay_whole(static: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = calibrated_ranges(static.path, static.batches, Int8Config())
+    monkeypatch.setattr(int8_scales, "_EXAMPLES_AT_ONCE", 1)
+    assert calibrated_ranges(static.path, static.batches, Int8Config()) == expected
+
+
+def test_inputs_of_different_numbers_of_examples_are_refused(dynamic: Exported) -> None:
+    many = {name: np.repeat(array, 8, axis=0) for name, array in dynamic.batches[0].items()}
+    with pytest.raises(DataError, match="batches that the model takes"):
+        calibrated_ranges(dynamic.path, [{**many, "attention_mask": many["attention_mask"][:9]}], Int8Config())
 
 
 def test_given_ranges_spare_the_calibration(tmp_path: Path, static: Exported) -> None:

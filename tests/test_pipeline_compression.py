@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ import ziplm_deploy
 from tests.helpers import save_dense
 from tests.test_pipeline import raw_recipe, recipe, write_rows, written_again
 from ziplm_deploy.artifacts import FamilyReport, LatencyTable, TrainingRecord
+from ziplm_deploy.compression.compress import compress_member, sparsity_steps
 from ziplm_deploy.compression.int8 import linear_names, quantized_linears
 from ziplm_deploy.compression.masks import check_masks_in_onnx, sparsity_of
-from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.sparsity import SparsityRecord
-from ziplm_deploy.errors import CorruptArtifactError, EngineError, RecipeError
+from ziplm_deploy.config import CompressConfig
+from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
+from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, RecipeError
+from ziplm_deploy.members import export_member, save_checkpoint
 from ziplm_deploy.pipeline import run
+from ziplm_deploy.progress import Progress
 from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.resizing import random_resized
+from ziplm_deploy.run import Run
+from ziplm_deploy.trial import Trial
 
 VARIANTS = ["int8", "sparse", "sparse-int8"]
 COMPRESS = {"variants": VARIANTS, "int8": {"n_calibration": 16}}
@@ -59,7 +68,7 @@ def test_every_variant_is_a_file_of_its_own_with_accuracy_latency_and_size(made:
 
 
 def test_zeros_of_the_checkpoint_are_those_of_both_sparse_files(made: Path) -> None:
-    sparse = ziplm_deploy.load(made / "runs" / "tiny" / "compression" / "1.5x")
+    sparse = ziplm_deploy.load(made / "runs" / "tiny" / "compression" / "1.5x" / "sparse")
     assert sparsity_of(sparse) == pytest.approx(0.8, abs=0.01)
     for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
         check_masks_in_onnx(member(made) / name, sparse)
@@ -123,22 +132,79 @@ def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made:
 def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:
     settings = {
         "variants": ["sparse", "sparse-int8"],
-        "train": {"mode": "distil", "max_steps": 2, "batch_size": 8},
+        "train": {"mode": "gradual", "max_steps": 2, "batch_size": 8},
         "int8": {"method": "qat", "n_calibration": 8},
         "sparsity": {"pattern": "block4", "passes": 2, "distribution": "sensitivity"},
     }
     run(recipe(made, compress=settings, output_dir=str(tmp_path)))
     folder = tmp_path / "tiny"
-    assert TrainingRecord.load(folder / "compression" / "1.5x" / "training.json").steps == 2
+    assert TrainingRecord.load(folder / "compression" / "1.5x" / "sparse" / "training.json").steps == 2
     record = Int8Record.load(folder / "compression" / "1.5x" / "sparse-int8.json")
     assert record.training is not None
     assert record.training.steps == 2
-    sparse = ziplm_deploy.load(folder / "compression" / "1.5x")
+    sparse = ziplm_deploy.load(folder / "compression" / "1.5x" / "sparse")
     for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
         check_masks_in_onnx(folder / "1.5x" / name, sparse)
     plain, rounded = (weights(folder / "1.5x" / name) for name in ("model_sparse.onnx", "model_sparse_int8.onnx"))
     assert plain
     assert rounded
+    left = [path.name for path in (folder / "compression" / "1.5x").iterdir()]
+    assert sorted(left) == ["sparse", "sparse-int8.json", "sparsity.json"]
+    assert not (folder / "recovery").exists()
+
+
+def test_gradual_sparsity_grows_by_the_same_factor() -> None:
+    settings = {"train": {"mode": "gradual"}, "sparsity": {"sparsity": 0.875, "passes": 3}, "variants": ["sparse"]}
+    steps = sparsity_steps(CompressConfig.model_validate(settings))
+    assert [step.sparsity for step in steps] == pytest.approx([0.5, 0.75, 0.875])
+    assert {step.passes for step in steps} == {1}
+    distil = CompressConfig.model_validate({**settings, "train": {"mode": "distil"}})
+    assert sparsity_steps(distil) == [distil.sparsity]
+
+
+def test_variants_that_are_no_longer_asked_for_go(tmp_path: Path, made: Path) -> None:
+    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
+    run(recipe(made, output_dir=str(tmp_path)))
+    for name in ("dense", "1.5x"):
+        assert [path.name for path in (tmp_path / "tiny" / name).glob("*.onnx")] == ["model.onnx"]
+        assert not (tmp_path / "tiny" / name / "accuracy_int8.json").exists()
+
+
+def test_a_member_without_any_module_left_has_its_files_all_the_same(tmp_path: Path, made: Path) -> None:
+    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
+    state = Run(recipe(made, output_dir=str(tmp_path), compress=COMPRESS))
+    folder = state.folder.member("1.5x")
+    empty = random_resized(
+        ziplm_deploy.load(folder), dict.fromkeys(("0.attention", "0.ffn", "1.attention", "1.ffn"), 0)
+    )
+    save_checkpoint(state, folder, empty, {})
+    export_member(state, "1.5x", folder)
+    compress_member(state, "1.5x")
+    reference = (folder / "model.onnx").read_bytes()
+    assert (folder / "model_int8.onnx").read_bytes() == reference
+    assert Int8Record.load(int8_record_path(state, "1.5x", "int8")).n_linears == 0
+    assert SparsityRecord.load(state.folder.compressed("1.5x") / "sparsity.json").linears == []
+
+
+def test_trained_scales_survive_a_failure_after_training(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "variants": ["int8"],
+        "train": {"mode": "distil", "max_steps": 2, "batch_size": 8},
+        "int8": {"method": "qat", "n_calibration": 8},
+    }
+    changed = recipe(made, compress=settings, output_dir=str(tmp_path))
+    with monkeypatch.context() as broken:
+        broken.setattr("ziplm_deploy.compression.quantise.score_of", lambda *a, **k: float("nan"))
+        with pytest.raises(NumericalError, match="finite score"):
+            run(changed)
+    assert list((tmp_path / "tiny" / "recovery").glob("dense-int8-*/checkpoint-2"))
+    notes: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    run(changed, progress)
+    assert any("goes on from checkpoint-2" in note for note in notes)
 
 
 def weights(path: Path) -> dict[str, Any]:
@@ -220,3 +286,23 @@ def test_an_absent_back_end_is_found_before_any_work(
 def test_compress_without_variants_says_what_to_name(made: Path) -> None:
     with pytest.raises(RecipeError, match=r"compress\.variants"):
         ziplm_deploy.compress(recipe(made))
+
+
+def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    load = Trial.load
+
+    def refusing(self: Trial, path: Path) -> None:
+        if path.name == "model_int8.onnx" and path.parent.name == "1.5x":
+            raise EngineError("assertion failed")
+        load(self, path)
+
+    monkeypatch.setattr(Trial, "load", refusing)
+    settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
+    report = run(recipe(made, compress=settings, output_dir=str(tmp_path)))
+    assert [[file.variant for file in each.files] for each in report.members] == [["fp32", "int8"], ["fp32"]]
+    assert any("cannot run these files" in note and "1.5x int8" in note for note in report.notes)
+    with pytest.raises(EngineError, match="assertion failed"):
+        run(recipe(made, compress={**settings, "target": "int8"}, output_dir=str(tmp_path / "target")))

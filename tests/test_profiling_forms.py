@@ -17,9 +17,11 @@ from ziplm_deploy.architectures import layers_of
 from ziplm_deploy.artifacts import LatencyTable
 from ziplm_deploy.config import Environment, ExportConfig, ProfileConfig
 from ziplm_deploy.engines import WorkerHandle, get_engine
+from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.profiling import measure_table
 from ziplm_deploy.profiling_models import FLOAT32, DeployedForm, TableModel, table_models
+from ziplm_deploy.trial import Trial
 
 ENVIRONMENT = Environment(batch_size=2, seq_len=12)
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
@@ -139,3 +141,34 @@ def test_cells_on_deepsparse_against_onnx_runtime() -> None:
     )
     assert (table.engine, table.engine_version) == ("deepsparse", version)
     assert (table.variant, table.baseline_engine) == ("sparse", "onnxruntime")
+
+
+def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    trials: list[str] = []
+
+    def load(self: Trial, path: Path) -> None:
+        trials.append(path.stem)
+        if path.stem == "ffn-24":
+            raise EngineError("assertion failed")
+
+    monkeypatch.setattr(Trial, "load", load)
+    table = measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+    assert set(table.refused) == {"ffn 24"}
+    assert "assertion failed" in table.refused["ffn 24"]
+    assert 24 not in table.sizes("ffn")
+    assert {0, 64} <= set(table.sizes("ffn"))
+    assert len(trials) == len(set(trials)) > len(table.cells) - 2
+
+
+@pytest.mark.parametrize("needed", ["dense", "base", "both-dropped", "attention-4", "ffn-64"])
+def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+
+    def load(self: Trial, path: Path) -> None:
+        if path.stem == needed:
+            raise EngineError("assertion failed")
+
+    monkeypatch.setattr(Trial, "load", load)
+    with pytest.raises(EngineError, match="assertion failed"):
+        measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 import yaml
-from reports import benchmark_record, family_report, latency_table, member, plan
+from reports import State, benchmark_record, family_report, file, finished_run, int8_record, latency_table, member, plan
 from safetensors.numpy import save_file
 
-from ziplm_deploy.artifacts import FamilyReport
+from ziplm_deploy.artifacts import FamilyReport, TrainingRecord
+from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.config import BenchmarkConfig
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 from ziplm_deploy.members import member_key
-from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.reporting import console, family
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
 from ziplm_deploy.reporting.table import header, markdown_table, rows, shows_no_speedup
-from ziplm_deploy.run_folder import Correction, RunFolder, file_hash
+from ziplm_deploy.run_folder import Correction
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
 
@@ -49,12 +48,62 @@ def test_verdicts(measured: float, corrections: int, verdict: str, reason: str) 
     assert bool(why) == bool(reason)
 
 
+def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the_table() -> None:
+    slowed_by = kept_in_float32(int8_record(fp32_linears=["a", "b", "c"]))
+    for corrections in (0, 1, 3):
+        verdict, reason = family.judge(1.9, 2.0, SETTINGS, corrections, largest=4.0, slowed_by=slowed_by)
+        assert verdict == "missed"
+        assert reason.startswith("3 of 12 linears stayed float32 to hold the accuracy budget; raise")
+        assert "compress.int8.max_loss or lower max_fp32_share" in reason
+    assert "latency table" in family.judge(1.9, 5.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
+    assert family.judge(2.0, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by) == ("reached", "")
+    assert "3 corrections" in family.judge(2.3, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
+    assert kept_in_float32(int8_record()) == kept_in_float32(None) == ""
+
+
 def test_a_member_that_training_made_worse_is_named() -> None:
     worse = member("2x", accuracy={"spearman": 0.8}, accuracy_before_training={"spearman": 0.85})
     better = member("3x", accuracy={"spearman": 0.86}, accuracy_before_training={"spearman": 0.85})
     assert family.harmed_by_training([worse, better, member("4x", accuracy={})], "spearman") == [
         "2x: training lowered spearman from 0.8500 to 0.8000; try a smaller recover.learning_rate, or more steps"
     ]
+
+
+def test_what_training_did_is_judged_by_one_file() -> None:
+    before = {"spearman": 0.85}
+    files = [file("fp32", accuracy={"spearman": 0.86}), file("int8", accuracy={"spearman": 0.7})]
+    better = member("2x", variant="int8", files=files, accuracy={"spearman": 0.7}, accuracy_before_training=before)
+    assert family.harmed_by_training([better], "spearman") == []
+    files = [file("fp32", accuracy={"spearman": 0.8}), file("int8", accuracy={"spearman": 0.9})]
+    worse = member("2x", variant="int8", files=files, accuracy={"spearman": 0.9}, accuracy_before_training=before)
+    assert "from 0.8500 to 0.8000" in family.harmed_by_training([worse], "spearman")[0]
+    only_int8 = member("2x", variant="int8", files=files[1:], accuracy_before_training=before)
+    assert family.harmed_by_training([only_int8], "spearman") == []
+
+
+def test_a_score_before_training_stands_only_beside_that_of_the_same_file() -> None:
+    before = {"spearman": 0.85}
+    exported = member("2x", accuracy_before_training=before)
+    assert "before training" in header([member("dense"), exported], "spearman")
+    assert "0.8500" in rows([exported], "spearman")[0]
+    assert "| spearman, before training | 0.8500 |" in model_card(family_report(), exported, "ORTModel")
+    quantised = member("2x", variant="int8", files=[file("fp32"), file("int8")], accuracy_before_training=before)
+    assert "before training" not in header([member("dense"), quantised], "spearman")
+    assert "0.8500" not in rows([quantised], "spearman")[0]
+    card = model_card(family_report(), quantised, "ORTModel")
+    assert "| spearman, model.onnx before training | 0.8500 |" in card
+
+
+def test_markdown_says_what_training_did_to_the_exported_file() -> None:
+    training = TrainingRecord(
+        device="cpu", steps=6, examples_per_step=16, seconds=1.0, samples_per_second=96.0, losses=[(1, 0.5), (6, 0.1)]
+    )
+    files = [file("fp32", accuracy={"spearman": 0.86}), file("int8", accuracy={"spearman": 0.7})]
+    changes: dict[str, Any] = {"training": training, "variant": "int8", "files": files}
+    with_score = member("2x", accuracy_before_training={"spearman": 0.85}, **changes)
+    text = family_markdown(family_report(member("dense"), with_score, member("3x", **changes), recovery="one-shot"))
+    assert "| 0.5 to 0.1 | 0.8500 to 0.8600 |" in text
+    assert "| 0.5 to 0.1 | – |" in text
 
 
 def test_a_target_above_the_largest_speedup_says_so() -> None:
@@ -85,48 +134,12 @@ def test_damaged_weights_are_refused(tmp_path: Path, content: bytes) -> None:
         family.parameter_count(tmp_path / "none.safetensors")
 
 
-class State(SimpleNamespace):
-    """What reporting reads of a run."""
-
-    names = ("dense", "2x", "4x")
-
-    @staticmethod
-    def file_hash(path: Path) -> str:
-        return file_hash(path)
-
-    @staticmethod
-    def member_name(target: float) -> str:
-        return f"{target:g}x"
-
-    @staticmethod
-    def parent_of(target: float) -> SimpleNamespace:
-        return SimpleNamespace(key=lambda: "database")
-
-
 @pytest.fixture
 def state(tmp_path: Path) -> State:
-    """A finished run of two targets, by hand: 2x reached, 4x missed after three corrections."""
-    recipe = parse_recipe(
-        {
-            "name": "demo",
-            "output_dir": tmp_path,
-            "model": {"path": "some/model", "task": "sentence-similarity"},
-            "speedups": [2, 4],
-        }
-    )
-    folder = RunFolder(recipe)
-    task = SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction")
-    made = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"], trains=False)
-    benchmark_record(**{"2x": 2.01, "4x": 3.5}).save(folder.benchmark)
-    for name, accuracy in (("dense", 0.88), ("2x", 0.87), ("4x", 0.8)):
-        weights = np.zeros((2, 8), np.float32)
-        folder.member(name).mkdir()
-        save_file({"w": weights}, folder.member(name) / "pruned.safetensors")
-        (folder.member(name) / "model.onnx").write_bytes(b"x" * 100)
-        (folder.member(name) / "accuracy.json").write_text(json.dumps({"spearman": accuracy}), encoding="utf-8")
-    plan(2.0).save(folder.plan("2x"))
-    plan(4.0, search_loss=None, seed_losses={}).save(folder.plan("4x"))
-    folder.set_correction("4x", member_key(made, 4.0), Correction(4.2, 3))
+    """2x reached, 4x missed after three corrections."""
+    record = benchmark_record(**{"2x": 2.01, "4x": 3.5})
+    made = finished_run(tmp_path, record, {"dense": 0.88, "2x": 0.87, "4x": 0.8})
+    made.folder.set_correction("4x", member_key(made, 4.0), Correction(4.2, 3))
     return made
 
 
@@ -244,6 +257,55 @@ def test_console_prints_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     for wanted in ("[bold]not markup[/bold]", "[/] :smile:", "runs/demo/report.md", "2.00x [1.99, 2.01]", "0.995x"):
         assert wanted in printed.replace("[0.995, ", "0.995x ")
+
+
+def test_reports_say_which_engine_the_baseline_ran_on(capsys: pytest.CaptureFixture[str]) -> None:
+    other = family_report(engine="deepsparse", engine_version="1.8", baseline_engine="onnxruntime")
+    other = other.model_copy(update={"baseline_engine_version": "1.31"})
+    text = family_markdown(other)
+    assert "Dense is the float32 model on onnxruntime 1.31; members run on deepsparse 1.8." in text
+    assert "deepsparse 1.8, baseline on onnxruntime 1.31" in text
+    card = model_card(other, member("2x"), "ORTModel")
+    assert "| dense on onnxruntime 1.31, same run |" in card
+    assert "deepsparse 1.8, dense baseline on onnxruntime 1.31" in card
+    console.print_family(other, Path("runs/demo"))
+    assert "baseline: the dense model on onnxruntime 1.31" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_the_same_or_not_known_is_no_news(capsys: pytest.CaptureFixture[str]) -> None:
+    for baseline in ("onnxruntime", ""):
+        report = family_report(baseline_engine=baseline)
+        console.print_family(report, Path("runs/demo"))
+        assert "baseline: the dense model" not in capsys.readouterr().out
+        assert "members run on" not in family_markdown(report)
+    assert "| dense, same run |" in model_card(family_report(), member("2x"), "ORTModel")
+    assert "baseline on" not in family_markdown(family_report())
+
+
+def test_files_from_before_the_baseline_engine_was_recorded_are_read(tmp_path: Path) -> None:
+    family_report().save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    del saved["baseline_engine"], saved["baseline_engine_version"]
+    (tmp_path / "report.json").write_text(json.dumps(saved), encoding="utf-8")
+    assert FamilyReport.load(tmp_path / "report.json").baseline_engine == ""
+
+
+def test_the_snippet_of_a_card_loads_the_file_that_the_figures_are_of() -> None:
+    plain = model_card(family_report(), member("2x"), "ORTModel")
+    assert 'ORTModel.from_pretrained("2x")  # this folder' in plain
+    assert "Stock optimum" not in plain
+    quantised = member("2x", variant="int8", files=[file("fp32"), file("int8")])
+    card = model_card(family_report(), quantised, "ORTModel")
+    assert 'ORTModel.from_pretrained("2x", file_name="model_int8.onnx")' in card
+    assert 'ziplm_deploy.load("2x")  # torch: model.onnx, not model_int8.onnx' in card
+
+
+def test_a_card_says_when_its_figures_are_of_another_engine_than_the_snippet() -> None:
+    report = family_report(engine="deepsparse", baseline_engine="onnxruntime")
+    card = model_card(report, member("2x", variant="int8", files=[file("int8")]), "ORTModel")
+    assert "those of model_int8.onnx on deepsparse. Stock optimum runs it on ONNX Runtime" in card
+    assert "Stock optimum" not in model_card(report, member("dense"), "ORTModel")  # its figures are the baseline's
+    assert "on deepsparse. Stock optimum" in model_card(family_report(engine="deepsparse"), member("dense"), "ORTModel")
 
 
 def test_aa_line_tells_noise() -> None:

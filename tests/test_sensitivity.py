@@ -93,6 +93,12 @@ def test_zeros_are_no_outliers() -> None:
     assert all(row.weight_outliers == 1.0 for row in list_all(model))
 
 
+def test_progress_counts_the_linears() -> None:
+    model, seen = tiny_model("bert", num_hidden_layers=1), list[tuple[int, int]]()
+    listing(model, [tiny_inputs(model)], Divergence(model), CONFIG, True, lambda *step: seen.append(step))
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
 def test_divergence_or_weights_that_are_not_finite_name_the_linear() -> None:
     model = tiny_model("bert")
     with pytest.raises(NumericalError, match=r"with encoder\.layer\.0\.attention\.self\.query in INT8, found nan"):

@@ -14,6 +14,7 @@ from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeErr
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.side import ENVIRONMENTS, MARKER, NEURAL_COMPRESSOR, SideEnvironment, quiet_environment
 
+DEEPSPARSE_BASELINE: dict[str, object] = {"benchmark": {"baseline_engine": "deepsparse"}}
 HERE = (sys.version_info[0], sys.version_info[1])
 
 
@@ -93,6 +94,15 @@ def test_an_unsupported_python_is_refused(python: str | None) -> None:
         environment("json", pythons=((2, 7),)).create(python)
 
 
+@pytest.mark.parametrize("answer", ["-c import sys", "", "3.11", "3 11 0", "\\377"])
+def test_a_program_that_is_no_python_is_refused(cache: Path, answer: str) -> None:
+    program = cache / "program"
+    program.write_text(f"#!/bin/sh\nprintf '%b' '{answer}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    with pytest.raises(EnvironmentMismatchError, match=r"found a program that answers .*with --python"):
+        environment("json").create(str(program))
+
+
 @pytest.mark.parametrize("variable", ["NM_DISABLE_ANALYTICS", "ORT_DISABLE_TELEMETRY"])
 def test_analytics_are_off(variable: str) -> None:
     assert quiet_environment()[variable] == "1"
@@ -133,10 +143,12 @@ def test_doctor_lists_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tool["version"], tool["missing"], tool["notice"]) == ("2.6", "", NEURAL_COMPRESSOR.notice)
 
 
+@pytest.mark.parametrize("where", [{"environment": {"engine": "deepsparse"}}, DEEPSPARSE_BASELINE])
 @pytest.mark.parametrize("export", [{}, {"shapes": "static"}, {"opset": 16}])
-def test_deepsparse_takes_static_shapes_and_old_opsets_only(export: dict[str, object]) -> None:
-    raw: dict[str, object] = {"name": "x", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
-    raw["environment"] = {"engine": "deepsparse"}
+def test_deepsparse_takes_static_shapes_and_old_opsets_only(
+    export: dict[str, object], where: dict[str, object]
+) -> None:
+    raw: dict[str, object] = {"name": "x", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2], **where}
     with pytest.raises(RecipeError, match=r"export\.shapes: static and export\.opset: 16"):
         parse_recipe({**raw, "export": export})
     parse_recipe({**raw, "export": {"shapes": "static", "opset": 16}})

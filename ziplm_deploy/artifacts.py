@@ -293,7 +293,7 @@ class FileReport(BaseModel):
     peak_memory_bytes: int
     onnx_bytes: int
     gzip_bytes: int  # what a download weighs
-    accuracy: dict[str, float]
+    accuracy: dict[str, float]  # empty: not evaluated, or not on this engine
     facts: dict[str, str] = Field(default_factory=dict)  # how it was made: sparsity, INT8 method, what stayed float32
     recommended: bool
     reason: str = ""  # why it is not recommended
@@ -327,6 +327,13 @@ class MemberReport(BaseModel):
     verdict: Literal["baseline", "reached", "missed", "faster than asked"]
     reason: str = ""  # why a target was missed or overshot
 
+    @property
+    def exported_accuracy(self) -> dict[str, float]:
+        """Scores of ``model.onnx``, the only ones that those before training compare with; empty if it was not run."""
+        if self.variant == "fp32":
+            return self.accuracy
+        return next((file.accuracy for file in self.files if file.variant == "fp32"), {})
+
 
 class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
@@ -340,8 +347,10 @@ class FamilyReport(Artifact):
     method: str
     recovery: str = "none"  # mode of the training after pruning
     machine: MachineInfo
-    engine: str
+    engine: str  # where the members serve
     engine_version: str
+    baseline_engine: str = ""  # of the dense model that speedups are over; empty: from before it was recorded
+    baseline_engine_version: str = ""
     environment: Environment
     members: list[MemberReport]
     aa_ratio: float

@@ -30,6 +30,7 @@ AA = "baseline again"
 MODEL = "model"
 WARMUP_RUNS = 24
 WARMUP_SECONDS = 10.0
+FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
 
 
@@ -145,22 +146,27 @@ def start_worker(subject: Subject, environment: Environment) -> WorkerHandle:
 def _interleave(
     workers: Mapping[str, WorkerHandle], baseline: str, config: BenchmarkConfig, progress: Progress | None, seed: int
 ) -> dict[str, list[list[float]]]:
-    """Timed milliseconds, name → round → run."""
+    """Timed milliseconds, name → round → run; stops after the round in which the time limit passes."""
     generator = np.random.default_rng(seed)
     names = list(workers)
     rounds: dict[str, list[list[float]]] = {name: [] for name in names}
-    started = time.monotonic()
+    started, limit_s = time.monotonic(), _time_limit_s(config, len(names) - 1)
     for done in range(1, config.rounds + 1):
         for index in generator.permutation(len(names)):
             name = names[index]
             rounds[name].append(workers[name].time(MODEL, n=config.runs_per_round, warmup=1))
         if progress is not None:
             progress(done, config.rounds)
-        if time.monotonic() - started > config.max_seconds and done >= 3:
+        if time.monotonic() - started > limit_s and done >= 3:
             break
         if done >= config.rounds // 2 and _settled(rounds, baseline):
             break
     return rounds
+
+
+def _time_limit_s(config: BenchmarkConfig, n_files: int) -> float:
+    """More files take longer rounds: beyond ten the limit grows with them, so that no fewer rounds remain."""
+    return config.max_seconds * max(1.0, n_files / FILES_WITHIN_LIMIT)
 
 
 def _settled(rounds: Mapping[str, list[list[float]]], baseline: str) -> bool:

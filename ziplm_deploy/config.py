@@ -219,8 +219,9 @@ class Int8Config(Frozen):
 
 
 class CompressTrainConfig(TrainConfig):
-    mode: Literal["none", "distil"] = Field(
-        "none", description="`distil`: train sparse models with their zeros held, by the losses of `recover`."
+    mode: Literal["none", "distil", "gradual"] = Field(
+        "none",
+        description="`distil`: train with zeros held, by the losses of `recover`; `gradual`: after each sparsity pass.",
     )
 
 
@@ -260,6 +261,15 @@ class CompressConfig(Frozen):
             raise ValueError("int8.method qat needs int8.backend: onnxruntime; neural-compressor only calibrates here")
         return self
 
+    @model_validator(mode="after")
+    def _there_is_something_to_train(self) -> CompressConfig:
+        if self.trains and set(self.variants) == {"int8"} and self.int8.method != "qat":
+            raise ValueError(
+                f"compress.train.mode {self.train.mode} trains zeros, or the scales of int8.method qat; variants "
+                f"['int8'] with int8.method {self.int8.method} have neither: set train.mode: none or int8.method: qat"
+            )
+        return self
+
 
 class ExportConfig(Frozen):
     shapes: Literal["dynamic", "static"] = Field(
@@ -274,7 +284,9 @@ class ExportConfig(Frozen):
 class BenchmarkConfig(Frozen):
     rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …).")
     runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after one untimed run.")
-    max_seconds: float = Field(180.0, gt=0, description="Time limit; stops after the round in which it passes.")
+    max_seconds: float = Field(
+        180.0, gt=0, description="Time limit of the rounds for ten files; more files get proportionally more."
+    )
     tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
     overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")
     baseline_engine: EngineName | None = Field(
@@ -312,10 +324,12 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _engine_takes_the_export(self) -> Recipe:
-        if self.environment.engine == "deepsparse" and (self.export.shapes != "static" or self.export.opset > 16):
+        slow = self.export.shapes != "static" or self.export.opset > 16
+        if slow and "deepsparse" in (self.environment.engine, self.baseline_engine):
             raise ValueError(
-                "DeepSparse runs dynamic axes and opsets above 16 in a slow fallback: set export.shapes: static and "
-                f"export.opset: 16, found {self.export.shapes} and {self.export.opset}"
+                "DeepSparse (environment.engine or benchmark.baseline_engine) runs dynamic axes and opsets above 16 in "
+                "a slow fallback: set export.shapes: static and export.opset: 16, found "
+                f"{self.export.shapes} and {self.export.opset}"
             )
         return self
 

@@ -185,10 +185,12 @@ def export(state: Run) -> None:
 
 def compress(state: Run) -> None:
     """The further files of every member and of the dense model: zeros in their weights, 8-bit integers."""
-    if not state.recipe.compress.variants:
-        return
-    from ziplm_deploy.compression.compress import compress_member
+    from ziplm_deploy.compression.compress import compress_member, remove_unlisted
 
+    if not state.recipe.compress.variants:
+        for name in state.names:
+            remove_unlisted(state, name)
+        return
     state.begin("compress", f"{', '.join(state.recipe.compress.variants)} of every member")
     for name in state.names:
         compress_member(state, name)
@@ -239,7 +241,8 @@ def evaluate(state: Run) -> None:
         if label(name, variant) not in refused
     ]
     if state.trains:
-        files += [(name, state.folder.pruned(name), "fp32") for name in state.names if name != DENSE]
+        pruned = [name for name in state.names if name != DENSE and name not in refused]
+        files += [(name, state.folder.pruned(name), "fp32") for name in pruned]
     dense_path = state.folder.member(DENSE) / "model.onnx"
     baseline = state.recipe.environment.model_copy(update={"engine": state.recipe.baseline_engine})
     with evaluation.open_runner(baseline, dense_path) as runner:

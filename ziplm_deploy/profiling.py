@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import functools
 import itertools
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -206,9 +207,12 @@ def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelSha
     try:
         trial.load(path)
     except EngineError as error:
+        kept = Path(tempfile.mkdtemp(prefix="ziplm-refused-")) / path.name  # the message says how to reproduce it
+        shutil.copyfile(path, kept)
+        reason = str(error).replace(str(path), str(kept))
         if model.model_id in needed_ids(shape):
-            raise
-        return str(error)
+            raise EngineError(reason) from error
+        return reason
     return ""
 
 

@@ -255,13 +255,17 @@ class Run:
 
     @functools.cached_property
     def ranges_batches(self) -> list[Batch]:
-        """Calibration examples for INT8, of the shape that the ONNX files take."""
+        """Calibration examples for INT8, of the shape that the ONNX files take.
+
+        With static shapes every batch is whole; where there are fewer examples than that, they are repeated.
+        """
         recipe, rows = self.recipe, self.ranges_rows
         if recipe.export.shapes == "dynamic":
             return self.encode(rows)
         size = recipe.environment.batch_size
-        rows = rows[: len(rows) // size * size] or (rows * size)[:size]
-        return self.encode(rows, size, recipe.environment.seq_len)
+        # Encoding sorts by length and drops repeated texts: cut before it, look at what came out after it.
+        batches = self.encode(rows[: len(rows) // size * size] or rows, size, recipe.environment.seq_len)
+        return [batch for batch in batches if _count(batch) == size] or [_filled_up(batches[0], size)]
 
     def count_tokens(self) -> int:
         """Tokens that count; an image gives one for each of its patches."""
@@ -297,3 +301,14 @@ class Run:
         if not path.is_file():
             raise CorruptArtifactError(f"expected {path} from an earlier stage, found none; run all stages again")
         return file_hash(path)
+
+
+def _count(batch: Batch) -> int:
+    """Examples in a batch."""
+    return len(next(iter(batch.values())))
+
+
+def _filled_up(batch: Batch, size: int) -> Batch:
+    """A batch of ``size`` examples: those of ``batch``, again and again."""
+    rows = torch.arange(size) % _count(batch)
+    return {name: value[rows] for name, value in batch.items()}

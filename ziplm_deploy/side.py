@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,20 @@ class SideEnvironment:
             raise EngineError(f"expected {self.name} in {python}, found: {found}; run: {self._command}") from error
         return done.stdout.strip()
 
+    def check(self) -> None:
+        """Raise :class:`EngineError` unless the package is there, in the version that a set-up installs."""
+        found, wanted = self.version(), self._pinned_version
+        if found != wanted:
+            raise EngineError(
+                f"expected {self.name} {wanted} in {self.interpreter()}, found {found!r}; unset {self.variable} if it "
+                f"names another Python, and run: {self._command}"
+            )
+
+    @property
+    def _pinned_version(self) -> str:
+        start = f"{self.name}=="
+        return next(package.removeprefix(start) for package in self.packages if package.startswith(start))
+
     def create(self, python: str | None = None) -> str:
         """Make the environment anew and return its interpreter.
 
@@ -112,16 +127,21 @@ class SideEnvironment:
     def _check_version(self, python: str) -> None:
         code = "import sys; print(*sys.version_info[:2])"
         try:
-            done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+            done = subprocess.run([python, "-c", code], capture_output=True, text=True, errors="replace", check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise EnvironmentMismatchError(
                 f"expected a Python interpreter at {python}, found: {error}; name another one with --python"
             ) from error
-        found = tuple(map(int, done.stdout.split()))
-        if found not in self.pythons:
+        found = re.fullmatch(r"(\d+) (\d+)\s*", done.stdout)
+        if found is None:
             raise EnvironmentMismatchError(
-                f"expected Python {self._wanted} for {self.name}, found {'.'.join(map(str, found))} at {python}; "
-                "name another one with --python"
+                f"expected a Python interpreter at {python}, found a program that answers {done.stdout[:60]!r}; name "
+                "another one with --python"
+            )
+        if (int(found[1]), int(found[2])) not in self.pythons:
+            raise EnvironmentMismatchError(
+                f"expected Python {self._wanted} for {self.name}, found {found[1]}.{found[2]} at {python}; name "
+                "another one with --python"
             )
 
     @property

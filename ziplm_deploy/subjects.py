@@ -77,8 +77,8 @@ def try_files(state: Run) -> None:
 
 def refused_files(state: Run) -> dict[str, str]:
     """Names of files that the engine cannot run, and what it said."""
-    path = _refused_path(state)
-    if not path.exists() or not get_engine(state.recipe.environment.engine).may_abort:
+    path, recipe = _refused_path(state), state.recipe
+    if not recipe.compress.variants or not path.exists() or not get_engine(recipe.environment.engine).may_abort:
         return {}
     refused: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return refused

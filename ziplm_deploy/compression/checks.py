@@ -11,10 +11,10 @@ def check_compression(recipe: Recipe) -> None:
     """Refuse settings of ``compress`` that cannot work here.
 
     Raises:
-        EngineError: neural-compressor is not set up; says which command brings it.
+        EngineError: neural-compressor is not set up, or of another version; says which command brings it.
         UsageError: a task whose inputs compression cannot calibrate on.
     """
     if recipe.compress.makes_int8 and recipe.compress.int8.backend == "neural-compressor":
-        NEURAL_COMPRESSOR.interpreter()
+        NEURAL_COMPRESSOR.check()
     if recipe.compress.variants and recipe.data.calibration is None:
         raise UsageError("expected data.calibration for compress.variants, found none; give a data file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import atomic_path
@@ -11,8 +12,10 @@ from ziplm_deploy.compression.divergence import divergence_from
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
 from ziplm_deploy.compression.quantise import quantise_member
 from ziplm_deploy.compression.records import SPARSITY_RECORD
-from ziplm_deploy.compression.sparsity import sparsify_model
-from ziplm_deploy.compression.variants import ONNX_FILES, is_int8, is_sparse
+from ziplm_deploy.compression.sparsity import SparsityRecord, prunable_linears, sparsify_model
+from ziplm_deploy.compression.variants import ACCURACY_FILES, ONNX_FILES, is_int8, is_sparse
+from ziplm_deploy.config import CompressConfig, SparsityConfig
+from ziplm_deploy.errors import ParityError
 from ziplm_deploy.members import export_checked, export_key, save_checkpoint
 from ziplm_deploy.recovery.recover import distil, training_key
 from ziplm_deploy.run import Run
@@ -20,7 +23,8 @@ from ziplm_deploy.run_folder import content_key
 
 
 def compress_member(state: Run, name: str) -> None:
-    """Every variant that the recipe asks for, of one member or of the dense model."""
+    """Every variant that the recipe asks for, of one member or of the dense model; files of no other variant stay."""
+    remove_unlisted(state, name)
     variants = state.recipe.compress.variants
     if any(map(is_sparse, variants)):
         sparsify_member(state, name)
@@ -30,60 +34,140 @@ def compress_member(state: Run, name: str) -> None:
         quantise_member(state, name, variant)
 
 
+def remove_unlisted(state: Run, name: str) -> None:
+    """Delete files of variants that the recipe no longer asks for."""
+    if not distributed.is_first():
+        return
+    for variant in set(ONNX_FILES) - set(state.recipe.variants):
+        for file in (ONNX_FILES[variant], ACCURACY_FILES[variant]):
+            (state.folder.member(name) / file).unlink(missing_ok=True)
+
+
+def sparsity_steps(config: CompressConfig) -> list[SparsityConfig]:
+    """Sparsities after each of which the model is trained: one, or in ``gradual`` mode one for each pass.
+
+    The density falls by the same factor in each, as it does within :func:`sparsify_model`.
+    """
+    final = config.sparsity
+    if config.train.mode != "gradual":
+        return [final]
+    density = 1 - final.sparsity
+    shares = [(index + 1) / final.passes for index in range(final.passes)]
+    return [final.model_copy(update={"sparsity": 1 - density**share, "passes": 1}) for share in shares]
+
+
 def sparsify_member(state: Run, name: str) -> None:
-    """Sparse checkpoint and its ONNX file in the member's folder of compression; the file has exactly these zeros."""
+    """Sparse checkpoint of a member, and its ONNX file, which has exactly the same zeros."""
     recipe, config = state.recipe, state.recipe.compress
     source, folder = state.folder.member(name), state.folder.compressed(name)
-    trains, by_sensitivity = config.train.mode != "none", config.sparsity.distribution == "sensitivity"
+    sparse, record = folder / "sparse", folder / SPARSITY_RECORD
+    by_sensitivity = config.sparsity.distribution == "sensitivity"
     key = content_key(
         source=state.file_hash(source / "pruned.safetensors"),
         calibration=state.calibration_key,
         sparsity=config.sparsity,
-        training=training_key(state, config.train) if trains else None,
+        judged_on=recipe.prune.search.n_sequences if by_sensitivity else None,
+        training=training_key(state, config.train) if config.train.mode != "none" else None,
+        mode=config.train.mode,
     )
+    stage, outputs = f"sparsify {name}", [sparse / "pruned.safetensors", record]
+    if not (state.folder.is_current(stage, key) and all(path.exists() for path in outputs)):
+        made = source
+        for index, step in enumerate(sparsity_steps(config), start=1):
+            made = _zero(state, name, made, f"{index}", step, key)
+            if config.train.mode != "none":
+                made = _train(state, name, made, f"{index}", key)
+        state.folder.stage(stage, key, outputs, lambda: _keep(folder, made, sparse, record))
+    _export(state, name, sparse)
+
+
+def _zero(state: Run, name: str, source: Path, step: str, config: SparsityConfig, key: str) -> Path:
+    """Folder of ``source`` with its weights zeroed to this sparsity."""
+    folder = state.folder.compressed(name) / f"zeroed-{step}"
 
     def work() -> None:
         model = load(source)
-        record = sparsify_model(
-            model,
-            state.calibration.hessian,
-            config.sparsity,
-            memory_limit_bytes=int(recipe.prune.memory_limit_gb * 2**30),
-            progress=state.progress.step,
-            divergence=divergence_from(state.task, model, state.calibration.search) if by_sensitivity else None,
-        )
-        checkpoints = state.folder.path / "recovery" / f"{name}-sparse-{key[:12]}"
-        training = None
-        if trains:
-            with held(model, zero_masks(model)):
-                training = distil(state, model, config.train, checkpoints, f"{name} sparse")
+        if not prunable_linears(model):  # every module was dropped: there is nothing to zero
+            record = _nothing_zeroed(config)
+        else:
+            by_sensitivity = config.distribution == "sensitivity"
+            record = sparsify_model(
+                model,
+                state.calibration.hessian,
+                config,
+                memory_limit_bytes=int(state.recipe.prune.memory_limit_gb * 2**30),
+                progress=state.progress.step,
+                divergence=divergence_from(state.task, model, state.calibration.search) if by_sensitivity else None,
+            )
+        save_checkpoint(state, folder, model, {"member": name, "variant": "sparse"})
+        record.save(folder / SPARSITY_RECORD)
+
+    outputs = [folder / "pruned.safetensors", folder / SPARSITY_RECORD]
+    state.folder.stage(f"zero {name}, {step}", content_key(key=key, step=step), outputs, work)
+    return folder
+
+
+def _nothing_zeroed(config: SparsityConfig) -> SparsityRecord:
+    return SparsityRecord(
+        sparsity=0.0,
+        pattern=config.pattern,
+        distribution=config.distribution,
+        passes=config.passes,
+        relative_damping=config.damping,
+        n_tokens=0,
+        linears=[],
+    )
+
+
+def _train(state: Run, name: str, source: Path, step: str, key: str) -> Path:
+    """Folder of ``source`` trained with its zeros held."""
+    folder = state.folder.compressed(name) / f"trained-{step}"
+    checkpoints = state.folder.path / "recovery" / f"{name}-sparse-{step}-{key[:12]}"
+
+    def work() -> None:
+        model = load(source)
+        with held(model, zero_masks(model)):
+            training = distil(state, model, state.recipe.compress.train, checkpoints, f"{name} sparse")
         if distributed.is_first():
             save_checkpoint(state, folder, model, {"member": name, "variant": "sparse"})
-            record.save(folder / SPARSITY_RECORD)
-            if training is not None:
-                training.save(folder / "training.json")
+            training.save(folder / "training.json")
+            shutil.copyfile(source / SPARSITY_RECORD, folder / SPARSITY_RECORD)
             shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
-    state.folder.stage(
-        f"sparsify {name}", key, [folder / "pruned.safetensors", folder / SPARSITY_RECORD], work, together=trains
-    )
+    outputs = [folder / "pruned.safetensors", folder / SPARSITY_RECORD]
+    stage, its_key = f"train {name} sparse, {step}", content_key(key=key, step=step)
+    state.folder.stage(stage, its_key, outputs, work, together=True)
+    return folder
+
+
+def _keep(folder: Path, made: Path, sparse: Path, record: Path) -> None:
+    """The last step becomes the sparse checkpoint; those before it go."""
+    shutil.copyfile(made / SPARSITY_RECORD, record)
+    shutil.rmtree(sparse, ignore_errors=True)
+    made.rename(sparse)
+    for path in (*folder.glob("zeroed-*"), *folder.glob("trained-*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _export(state: Run, name: str, folder: Path) -> None:
     path = folder / ONNX_FILES["fp32"]
 
-    def export() -> None:
+    def work() -> None:
         model = load(folder)
         export_checked(state, model, folder, f"{name} sparse")
-        check_masks_in_onnx(path, model)
+        try:
+            check_masks_in_onnx(path, model)
+        except ParityError:
+            path.unlink()
+            raise
 
-    state.folder.stage(
-        f"export {name} sparse", export_key(state, state.file_hash(folder / "pruned.safetensors")), [path], export
-    )
+    key = export_key(state, state.file_hash(folder / "pruned.safetensors"))
+    state.folder.stage(f"export {name} sparse", key, [path], work)
 
 
 def _publish(state: Run, name: str) -> None:
-    source, target = (
-        state.folder.compressed(name) / ONNX_FILES["fp32"],
-        state.folder.member(name) / ONNX_FILES["sparse"],
-    )
+    source = state.folder.compressed(name) / "sparse" / ONNX_FILES["fp32"]
+    target = state.folder.member(name) / ONNX_FILES["sparse"]
 
     def copy() -> None:
         with atomic_path(target) as temporary:

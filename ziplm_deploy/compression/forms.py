@@ -46,7 +46,8 @@ def target_form(recipe: Recipe) -> DeployedForm | None:
     timed = int8.model_copy(update={"method": "static", "ranges": "minmax"} if int8.method != "dynamic" else {})
     words = []
     if is_sparse(variant):
-        words.append(f"{sparsity.sparsity:.0%} zeros, {sparsity.pattern}")
+        # All digits: this text is what keeps tables and stand-ins of different sparsities apart.
+        words.append(f"{sparsity.sparsity} of the weights are zero, {sparsity.pattern}")
     if is_int8(variant):
         scales = "scale for each output" if timed.per_channel else "scale for each tensor"
         words.append(f"{timed.method} INT8, {7 if reduces_range(int8) else 8}-bit weights, {scales}")
@@ -79,6 +80,7 @@ def export_stand_in(state: Run, name: str) -> None:
     key = content_key(
         source=state.file_hash(source / "pruned.safetensors"),
         form=form.description,
+        model=state.model_settings,
         seed=recipe.seed,
         export=recipe.export,
         environment=recipe.environment,

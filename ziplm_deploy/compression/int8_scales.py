@@ -27,6 +27,7 @@ ACTIVATION_LEVELS = 255  # uint8: 0 … 255
 _SAFE_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimd"}  # int8 products are summed in 32 bits
 # With ONNX Runtime's own 128 bins the entropy search has a single candidate: the whole range.
 _ENTROPY_BINS, _PERCENTILE_BINS = 1024, 2048
+_EXAMPLES_AT_ONCE = 8  # the inputs of all linears of BERT-base: 33 MB an example of 128 tokens
 _TINY = float(np.finfo(np.float32).tiny)
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -83,8 +84,9 @@ def calibrate(
 ) -> dict[str, ActivationRange]:
     """Ranges of tensors of a float32 model on calibration data, by ``config.ranges``.
 
-    Memory holds these tensors for one batch at a time. The result depends neither on the order of the examples nor on
-    how they are batched: histograms, which take a second pass, have the same bins for every batch.
+    Memory holds these tensors for one batch at a time, or for a few examples of it where the model takes any number.
+    The result depends neither on the order of the examples nor on how they are batched: histograms, which take a second
+    pass, have the same bins for every batch.
 
     Args:
         readers: tensor → the linear that reads it, for messages.
@@ -125,24 +127,39 @@ class _Tensors:
         )
 
     def of(self, batches: Sequence[Batch]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield (tensor name, values) of every batch."""
-        needed = [item.name for item in self._session.get_inputs()]
+        """Yield (tensor name, values) of every batch, or of every part of it."""
         for batch in batches:
-            missing = [name for name in needed if name not in batch]
-            if missing:
-                raise DataError(f"expected calibration inputs {needed}, found no {missing[0]!r} in a batch; add it")
-            try:
-                arrays = self._session.run(list(self._readers), {name: batch[name] for name in needed})
-            except Exception as error:  # ONNX Runtime's errors have no common base
-                raise DataError(f"expected calibration batches that the model takes, found: {error}") from error
-            for (tensor, reader), array in zip(self._readers.items(), arrays, strict=True):
-                if not array.size:
-                    raise DataError(f"expected calibration data that reaches {reader}, found an empty batch")
-                if not np.isfinite(array).all():
-                    raise NumericalError(
-                        f"expected finite inputs of {reader}, found NaN or infinity; check the checkpoint and the data"
-                    )
-                yield tensor, array
+            for part in self._parts(batch):
+                yield from self._values(part)
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """The model's inputs, a few examples at a time if it does not fix how many there are."""
+        declared = {item.name: item.shape for item in self._session.get_inputs()}
+        missing = [name for name in declared if name not in batch]
+        if missing:
+            raise DataError(f"expected calibration inputs {list(declared)}, found no {missing[0]!r} in a batch; add it")
+        inputs = {name: batch[name] for name in declared}
+        counts = {len(array) for array in inputs.values()}
+        fixed = any(isinstance(shape[0], int) for shape in declared.values())
+        if fixed or len(counts) != 1:  # inputs that do not belong together are the model's to refuse
+            yield inputs
+            return
+        for start in range(0, max(1, *counts), _EXAMPLES_AT_ONCE):
+            yield {name: array[start : start + _EXAMPLES_AT_ONCE] for name, array in inputs.items()}
+
+    def _values(self, inputs: Batch) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        try:
+            arrays = self._session.run(list(self._readers), dict(inputs))
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise DataError(f"expected calibration batches that the model takes, found: {error}") from error
+        for (tensor, reader), array in zip(self._readers.items(), arrays, strict=True):
+            if not array.size:
+                raise DataError(f"expected calibration data that reaches {reader}, found an empty batch")
+            if not np.isfinite(array).all():
+                raise NumericalError(
+                    f"expected finite inputs of {reader}, found NaN or infinity; check the checkpoint and the data"
+                )
+            yield tensor, array
 
 
 def _histogram_ranges(

@@ -11,12 +11,18 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from exporters import to_integer_matmul
+from exporters import ExportError, to_integer_matmul
 from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import TrainingRecord, atomic_path
 from ziplm_deploy.checkpoints import load
 from ziplm_deploy.compression.divergence import divergence_from
-from ziplm_deploy.compression.fake_quant import insert, learned_ranges, observed_ranges, remove
+from ziplm_deploy.compression.fake_quant import (
+    insert,
+    learned_ranges,
+    observed_ranges,
+    quantizable_linears,
+    remove,
+)
 from ziplm_deploy.compression.forms import reduces_range, served_int8
 from ziplm_deploy.compression.int8 import ActivationRange, LinearScales, calibrated_ranges, quantize
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
@@ -24,7 +30,9 @@ from ziplm_deploy.compression.neural_compressor import quantize_with_neural_comp
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity, int8_record_path
 from ziplm_deploy.compression.sensitivity import Fp32Choice, SensitivityRow, keep_in_fp32, listing
 from ziplm_deploy.compression.variants import ONNX_FILES, is_sparse, label
-from ziplm_deploy.config import Variant
+from ziplm_deploy.config import EngineName, Variant
+from ziplm_deploy.engines import get_engine
+from ziplm_deploy.errors import UsageError
 from ziplm_deploy.evaluation import score_of
 from ziplm_deploy.members import export_checked
 from ziplm_deploy.recovery.recover import distil, training_key
@@ -37,7 +45,7 @@ Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
 def quantise_member(state: Run, name: str, variant: Variant) -> None:
     """``model_int8.onnx`` or ``model_sparse_int8.onnx`` of a member, and the record of how it was made."""
     recipe, config = state.recipe, served_int8(state.recipe)
-    source = state.folder.compressed(name) if is_sparse(variant) else state.folder.member(name)
+    source = state.folder.compressed(name) / "sparse" if is_sparse(variant) else state.folder.member(name)
     target, record = state.folder.member(name) / ONNX_FILES[variant], int8_record_path(state, name, variant)
     trains = config.method == "qat"
     key = content_key(
@@ -49,63 +57,76 @@ def quantise_member(state: Run, name: str, variant: Variant) -> None:
         environment=recipe.environment,
         training=training_key(state, recipe.compress.train) if trains else None,
     )
-    work = _Quantisation(state, name, variant, source)
-    state.folder.stage(
-        f"quantise {label(name, variant)}",
-        key,
-        [target, record],
-        lambda: work.run(target, record, key),
-        together=trains,
-    )
+    checkpoints = state.folder.path / "recovery" / f"{label(name, variant).replace(' ', '-')}-{key[:12]}"
+    quantisation = _Quantisation(state, name, variant, source, checkpoints)
+
+    def work() -> None:
+        quantisation.run(target, record)
+
+    state.folder.stage(f"quantise {label(name, variant)}", key, [target, record], work, together=trains)
 
 
 class _Quantisation:
     """One file on its way from float32 to INT8."""
 
-    def __init__(self, state: Run, name: str, variant: Variant, source: Path) -> None:
+    def __init__(self, state: Run, name: str, variant: Variant, source: Path, checkpoints: Path) -> None:
         self.state, self.name, self.variant, self.source = state, name, variant, source
+        self.checkpoints = checkpoints
         self.config = served_int8(state.recipe)
         self.reduce_range = reduces_range(self.config)
         self.engine = state.recipe.environment.engine
 
-    def run(self, target: Path, record: Path, key: str) -> None:
-        state, onnx = self.state, self.source / ONNX_FILES["fp32"]
-        model, batches = load(self.source), state.ranges_batches
-        looked_at = state.encode(state.ranges_rows)  # unpadded: there is a forward pass for each linear
-        divergence = divergence_from(state.task, model, looked_at)
-        sensitivities = listing(model, looked_at, divergence, self.config, self.reduce_range)
-        training: TrainingRecord | None = None
+    def run(self, target: Path, record: Path) -> None:
+        """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
+        model = load(self.source)
+        if not quantizable_linears(model):  # every module was dropped: the float32 file is the INT8 file
+            if distributed.is_first():
+                _publish(self.source / ONNX_FILES["fp32"], target)
+                self._record([], None, None).save(record)
+            return
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
-            ranges: Ranges = None
-            if self.config.method == "qat":
-                ranges, training = self._train(model, batches, key)
-                export_checked(state, model, Path(scratch), f"{label(self.name, self.variant)}, trained")
-                onnx = Path(scratch) / ONNX_FILES["fp32"]
+            made = Path(scratch) / "made.onnx"
+            found = self._make(model, made, Path(scratch))
             if not distributed.is_first():
                 return
+            if is_sparse(self.variant):
+                check_masks_in_onnx(made, model)
+            _publish(made, target)
+        found.save(record)
+        shutil.rmtree(self.checkpoints.parent, ignore_errors=True)
+
+    def _make(self, model: nn.Module, made: Path, scratch: Path) -> Int8Record:
+        """Write the file, as the first process; all of them train."""
+        state, onnx, batches = self.state, self.source / ONNX_FILES["fp32"], self.state.ranges_batches
+        looked_at = state.encode(state.ranges_rows)  # unpadded: there is a forward pass for each linear
+        divergence, step = divergence_from(state.task, model, looked_at), state.progress.step
+        sensitivities = listing(model, looked_at, divergence, self.config, self.reduce_range, progress=step)
+        training: TrainingRecord | None = None
+        ranges: Ranges = None
+        if self.config.method == "qat":
+            ranges, training = self._train(model, batches)
+            export_checked(state, model, scratch, f"{label(self.name, self.variant)}, trained")
+            onnx = scratch / ONNX_FILES["fp32"]
+        choice: Fp32Choice | None = None
+        if distributed.is_first():
             if self.config.backend == "neural-compressor":
-                choice = self._by_neural_compressor(onnx, target)
+                choice = self._by_neural_compressor(onnx, made)
             else:
                 if self.config.method == "static":
                     ranges = calibrated_ranges(onnx, _arrays(batches), self.config)
-                choice = self._within_budget(onnx, target, ranges, sensitivities)
-        if is_sparse(self.variant):
-            check_masks_in_onnx(target, model)
-        self._record(sensitivities, choice, training).save(record)
+                choice = self._within_budget(onnx, made, ranges, sensitivities)
+        return self._record(sensitivities, choice, training)
 
     def _train(
-        self, model: nn.Module, batches: list[dict[str, Tensor]], key: str
+        self, model: nn.Module, batches: list[dict[str, Tensor]]
     ) -> tuple[dict[str, LinearScales], TrainingRecord]:
         """Weights, in place, and scales, trained together; zeros of a sparse model stay."""
         state, title = self.state, label(self.name, self.variant)
-        checkpoints = state.folder.path / "recovery" / f"{title.replace(' ', '-')}-{key[:12]}"
         insert(model, observed_ranges(model, batches), self.config, self.reduce_range)
         with held(model, zero_masks(model)) if is_sparse(self.variant) else contextlib.nullcontext():
-            training = distil(state, model, state.recipe.compress.train, checkpoints, title)
+            training = distil(state, model, state.recipe.compress.train, self.checkpoints, title)
         ranges = learned_ranges(model)
         remove(model)
-        if distributed.is_first():
-            shutil.rmtree(checkpoints.parent, ignore_errors=True)
         return ranges, training
 
     def _within_budget(
@@ -133,7 +154,7 @@ class _Quantisation:
             with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
                 candidate = Path(folder) / "model.onnx"
                 write(keep, candidate)
-                score = score_of(self.state, candidate, self.variant)
+                score = score_of(self.state, candidate, self.variant, engine=self._judge)
             self.state.progress.note(
                 f"{label(self.name, self.variant)}: {score:.4f} with {len(keep)} linears in float32"
             )
@@ -142,6 +163,11 @@ class _Quantisation:
         choice = keep_in_fp32(sensitivities, evaluate, self._reference_score(), self.config)
         write(choice.kept, target)
         return choice
+
+    @property
+    def _judge(self) -> EngineName:
+        """Engine that scores candidates: the one that serves, unless a candidate may end its process."""
+        return "onnxruntime" if get_engine(self.engine).may_abort else self.engine
 
     def _reference_score(self) -> float:
         """Of the float32 file, in ONNX Runtime: its answers are those of every engine, and not every one can run it."""
@@ -172,7 +198,13 @@ class _Quantisation:
             )
             with atomic_path(target) as temporary:
                 if self.engine == "deepsparse":
-                    to_integer_matmul(made, temporary)
+                    try:
+                        to_integer_matmul(made, temporary)
+                    except ExportError as error:
+                        raise UsageError(
+                            f"expected a file of neural-compressor that DeepSparse's form can express, found: {error}; "
+                            "use int8.backend onnxruntime"
+                        ) from error
                 else:
                     shutil.copyfile(made, temporary)
         if not judged:
@@ -200,6 +232,11 @@ class _Quantisation:
             ruined_by_outliers=[row.name for row in sensitivities if row.ruined_by_outliers],
             training=training,
         )
+
+
+def _publish(made: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(made, temporary)
 
 
 def _arrays(batches: list[dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:

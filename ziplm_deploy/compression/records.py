@@ -49,12 +49,38 @@ def int8_record_path(state: Run, name: str, variant: Variant) -> Path:
     return state.folder.compressed(name) / f"{variant}.json"
 
 
+def int8_record(state: Run, name: str, variant: Variant) -> Int8Record | None:
+    """How a member's file became INT8; None for one that is not INT8.
+
+    Raises:
+        CorruptArtifactError: the record is missing or damaged.
+    """
+    return Int8Record.load(int8_record_path(state, name, variant)) if is_int8(variant) else None
+
+
+def outside_budget(record: Int8Record | None) -> str:
+    """That a file loses more accuracy than its budget allows, in figures; empty if not."""
+    if record is None or record.within_budget is not False:
+        return ""
+    return f"outside the accuracy budget ({max(record.scores):.4f} against {record.reference_score:.4f})"
+
+
+def kept_in_float32(record: Int8Record | None) -> str:
+    """Why a file is slower than INT8 throughout; empty if no linear stayed float32."""
+    if record is None or not record.fp32_linears:
+        return ""
+    return (
+        f"{len(record.fp32_linears)} of {record.n_linears} linears stayed float32 to hold the accuracy budget; raise "
+        "compress.int8.max_loss or lower max_fp32_share"
+    )
+
+
 def int8_notes(state: Run, name: str) -> list[str]:
     """Warnings about a member's INT8 files that lose more accuracy than the budget allows, and which linears do it."""
     notes = []
-    for variant in filter(is_int8, state.recipe.compress.variants):
-        record = Int8Record.load(int8_record_path(state, name, variant))
-        if record.within_budget is not False:
+    for variant in state.recipe.compress.variants:
+        record = int8_record(state, name, variant)
+        if record is None or record.within_budget is not False:
             continue
         worst = record.ruined_by_outliers or [row.name for row in record.sensitivities[:3]]
         why = "outliers ruin" if record.ruined_by_outliers else "most sensitive are"
@@ -73,8 +99,8 @@ def facts_of(state: Run, name: str, variant: Variant) -> dict[str, str]:
     if is_sparse(variant):
         record = SparsityRecord.load(state.folder.compressed(name) / SPARSITY_RECORD)
         facts["zeros"] = f"{record.sparsity:.1%} ({record.pattern})"
-    if is_int8(variant):
-        int8 = Int8Record.load(int8_record_path(state, name, variant))
+    int8 = int8_record(state, name, variant)
+    if int8 is not None:
         by = "" if int8.backend == "onnxruntime" else f" by {int8.backend}"
         facts["INT8"] = f"{int8.method}{by}, {int8.weight_bits}-bit weights"
         if int8.fp32_linears:

@@ -13,6 +13,7 @@ from ziplm_deploy.compression.fake_quant import insert, observed_ranges, quantiz
 from ziplm_deploy.config import Int8Config
 from ziplm_deploy.errors import NumericalError, UsageError
 
+Progress = Callable[[int, int], None]  # (linears done, linears in all)
 # All but one value in a thousand then share 255 / 16 ≈ 16 steps: 4 bits.
 RUINOUS_OUTLIERS = 16.0
 _SHARE = 0.999
@@ -58,12 +59,14 @@ def listing(
     divergence: Callable[[nn.Module], float],
     config: Int8Config,
     reduce_range: bool,
+    progress: Progress | None = None,
 ) -> list[SensitivityRow]:
     """Every linear of the encoder's layers, the most sensitive first; the model is unchanged afterwards.
 
     Args:
         batches: inputs that the ranges are taken from; gone through twice.
         divergence: of the model as it is now from the float32 model; called once a linear.
+        progress: called after every linear.
 
     Raises:
         DataError: no data reached a linear.
@@ -73,7 +76,7 @@ def listing(
     ranges = observed_ranges(model, batches)
     outliers = _activation_outliers(model, batches, linears)
     rows = []
-    for name, linear in linears.items():
+    for done, (name, linear) in enumerate(linears.items(), start=1):
         weight = _weight_outliers(name, linear.weight.detach(), config.per_channel)
         others = [other for other in linears if other != name]
         insert(model, ranges, config, reduce_range, keep_fp32=others)
@@ -84,6 +87,8 @@ def listing(
         if not math.isfinite(value):
             raise NumericalError(f"expected a finite divergence with {name} in INT8, found {value}")
         rows.append(SensitivityRow(name, value, outliers[name], weight))
+        if progress is not None:
+            progress(done, len(linears))
     return sorted(rows, key=lambda row: (-row.divergence, row.name))
 
 

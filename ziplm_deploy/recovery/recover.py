@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ziplm_deploy import distributed
+from ziplm_deploy.architectures import dense_modules, prunable_modules
 from ziplm_deploy.artifacts import TrainingRecord
 from ziplm_deploy.checkpoints import load
 from ziplm_deploy.config import TrainConfig
@@ -30,6 +31,15 @@ def recover_member(state: Run, name: str) -> None:
 
     def work() -> None:
         model = load(source)
+        if _is_teacher(state, model):  # rounding in the teacher's answers would be all that there is to learn
+            result = TrainingRecord(
+                device="none", steps=0, examples_per_step=0, seconds=0.0, samples_per_second=0.0, losses=[]
+            )
+            state.progress.note(f"{name}: nothing was pruned, so it is not trained")
+            if distributed.is_first():
+                save_checkpoint(state, folder, model, {"member": name, "recovery": config.mode})
+                result.save(folder / RECORD)
+            return
         checkpoints = state.folder.path / "recovery" / f"{name}-{key[:12]}"
         result = distil(state, model, config, checkpoints, name)
         if distributed.is_first():
@@ -38,6 +48,13 @@ def recover_member(state: Run, name: str) -> None:
             shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
     state.folder.stage(f"recover {name}", key, [folder / "pruned.safetensors", folder / RECORD], work, together=True)
+
+
+def _is_teacher(state: Run, model: nn.Module) -> bool:
+    """Whether a member is the dense model itself, which is its teacher."""
+    whole = {module.name: module.structures for module in dense_modules(model)}
+    now = {module.name: module.structures for module in prunable_modules(model)}
+    return now == whole and state.recipe.recover.teacher is None and not state.recipe.recover.task_weight
 
 
 def recovery_key(state: Run, name: str) -> str:

@@ -6,7 +6,7 @@ import yaml
 
 from ziplm_deploy.artifacts import FamilyReport, MemberReport
 from ziplm_deploy.compression.variants import ONNX_FILES
-from ziplm_deploy.reporting.table import file_header, file_rows, markdown_table, shows_no_speedup
+from ziplm_deploy.reporting.table import baseline_of, file_header, file_rows, markdown_table, shows_no_speedup
 
 
 def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
@@ -18,7 +18,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
         f"# {title}\n\n{_summary(report, member)}",
         "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
-        _usage(member, ort_class),
+        _usage(report, member, ort_class),
         "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -70,9 +70,18 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
         [f"{ONNX_FILES[member.variant]} bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
         *([key, f"{value:.4f}", figure(dense.accuracy.get(key), "{:.4f}")] for key, value in member.accuracy.items()),
-        *([f"{key}, before training", f"{v:.4f}", "–"] for key, v in member.accuracy_before_training.items()),
+        *(
+            [f"{key}, {_before_training(member)}", f"{value:.4f}", "–"]
+            for key, value in member.accuracy_before_training.items()
+        ),
     ]
-    return markdown_table(["", member.name, "dense, same run"], cells)
+    baseline = f"dense on {baseline_of(report)}, same run" if report.baseline_engine else "dense, same run"
+    return markdown_table(["", member.name, baseline], cells)
+
+
+def _before_training(member: MemberReport) -> str:
+    """What the scores before training are of, where the others are not of the same file."""
+    return "before training" if member.variant == "fp32" else f"{ONNX_FILES['fp32']} before training"
 
 
 def _files(report: FamilyReport, member: MemberReport) -> list[str]:
@@ -82,28 +91,44 @@ def _files(report: FamilyReport, member: MemberReport) -> list[str]:
 
 def _conditions(report: FamilyReport) -> list[str]:
     machine, environment = report.machine, report.environment
+    baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [
         f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), batch "
         f"{environment.batch_size}, {environment.seq_len} tokens, {report.engine} {report.engine_version}, "
-        f"{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
+        f"{baseline}{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
     ]
 
 
-def _usage(member: MemberReport, ort_class: str) -> str:
+def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
+    exported, file = ONNX_FILES["fp32"], ONNX_FILES[member.variant]
+    name, origin = ("", "") if file == exported else (f', file_name="{file}"', f": {exported}, not {file}")
     return "\n".join(
         [
             "## Use",
             "",
+            *_other_engine(report, member),
             "```python",
             f"from optimum.onnxruntime import {ort_class}",
             "",
-            f'model = {ort_class}.from_pretrained("{member.folder}")  # this folder',
+            f'model = {ort_class}.from_pretrained("{member.folder}"{name})  # this folder',
             "```",
             "",
             "```python",
             "import ziplm_deploy",
             "",
-            f'model = ziplm_deploy.load("{member.folder}")  # torch',
+            f'model = ziplm_deploy.load("{member.folder}")  # torch{origin}',
             "```",
         ]
     )
+
+
+def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
+    """That the figures are not those of the engine that the snippet uses."""
+    engine = report.engine if member.speedup_target is not None else report.baseline_engine or report.engine
+    if engine == "onnxruntime":
+        return []
+    return [
+        f"The figures above are those of {ONNX_FILES[member.variant]} on {engine}. Stock optimum runs it on ONNX "
+        "Runtime, where its latency is another one and its scores may differ.",
+        "",
+    ]

@@ -33,6 +33,8 @@ def print_family(report: FamilyReport, folder: Path) -> None:
             members.rows(report.members, report.metric),
         )
     )
+    if members.has_other_baseline(report):
+        line(console, f"baseline: the dense model on {members.baseline_of(report)}; members run on {report.engine}")
     line(console, aa_line(report.aa_ratio, report.aa_low, report.aa_high))
     for member in report.members:
         if member.reason:

@@ -19,7 +19,7 @@ from ziplm_deploy.artifacts import (
     TrainingRecord,
     write_text,
 )
-from ziplm_deploy.compression.records import int8_notes
+from ziplm_deploy.compression.records import int8_notes, int8_record, kept_in_float32
 from ziplm_deploy.compression.variants import label
 from ziplm_deploy.config import BenchmarkConfig, Variant
 from ziplm_deploy.engines import get_engine
@@ -55,6 +55,7 @@ def collect(state: Run) -> FamilyReport:
     """Everything that is known about the members; measures and writes nothing."""
     recipe = state.recipe
     record = BenchmarkRecord.load(state.folder.benchmark)
+    baseline = timing_of(record, record.baseline)
     members = [_dense(state, record)]
     members += [_member(state, target, record) for target in recipe.speedups]
     return FamilyReport(
@@ -67,6 +68,8 @@ def collect(state: Run) -> FamilyReport:
         machine=record.machine,
         engine=record.engine,
         engine_version=record.engine_version,
+        baseline_engine=baseline.engine,
+        baseline_engine_version=baseline.engine_version,
         environment=record.environment,
         members=members,
         aa_ratio=record.aa_ratio,
@@ -85,10 +88,10 @@ def collect(state: Run) -> FamilyReport:
 
 
 def harmed_by_training(members: list[MemberReport], metric: str) -> list[str]:
-    """A note for every member whose score was higher before it was trained."""
+    """A note for every member whose ``model.onnx`` scored higher before it was trained."""
     notes = []
     for member in members:
-        before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.accuracy))
+        before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
         if before is not None and after is not None and after < before:
             notes.append(
                 f"{member.name}: training lowered {metric} from {before:.4f} to {after:.4f}; try a smaller "
@@ -98,16 +101,18 @@ def harmed_by_training(members: list[MemberReport], metric: str) -> list[str]:
 
 
 def judge(
-    measured: float, target: float, settings: BenchmarkConfig, corrections: int, largest: float
+    measured: float, target: float, settings: BenchmarkConfig, corrections: int, largest: float, slowed_by: str = ""
 ) -> tuple[str, str]:
     """Verdict on a member and, if it is not "reached", the reason.
 
-    ``largest`` is the speedup that the table predicts with every module at its fastest.
+    ``largest`` is the speedup that the table predicts with every module at its fastest; ``slowed_by`` says what the
+    closed loop could not correct, because it happened to the file afterwards.
     """
     if measured < target * (1 - settings.tolerance):
         if target > largest:
             return "missed", f"the largest speedup that the latency table allows is {largest:.2f}x"
-        return "missed", _why_not_closer(settings, corrections, "faster", f" (largest predicted: {largest:.2f}x)")
+        closer = _why_not_closer(settings, corrections, "faster", f" (largest predicted: {largest:.2f}x)")
+        return "missed", slowed_by or closer
     if measured > target * (1 + settings.overshoot):
         return "faster than asked", _why_not_closer(settings, corrections, "slower", "")
     return "reached", ""
@@ -165,7 +170,8 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     corrections = correction.count if correction else 0
     variant = state.recipe.compress.target
     result = timing_of(record, label(name, variant))
-    verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table))
+    slowed_by = kept_in_float32(int8_record(state, name, variant))
+    verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table), slowed_by)
     if verdict == "faster than asked" and plan.sizes == _full_sizes(state):
         reason = f"nothing was pruned: the {variant} file is that fast as it is"
     return _fill(

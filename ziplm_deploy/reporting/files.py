@@ -6,40 +6,51 @@ import zlib
 from pathlib import Path
 
 from ziplm_deploy.artifacts import BenchmarkRecord, FileReport, VariantResult
-from ziplm_deploy.compression.records import facts_of
+from ziplm_deploy.compression.records import facts_of, int8_record, outside_budget
 from ziplm_deploy.compression.variants import ONNX_FILES, label, parents_of
 from ziplm_deploy.config import Variant
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.evaluation import accuracy_in
+from ziplm_deploy.parents import DENSE
 from ziplm_deploy.run import Run
-from ziplm_deploy.subjects import refused_files
+from ziplm_deploy.subjects import dense_as_served, refused_files
 
 GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
 
 
 def file_reports(state: Run, name: str, record: BenchmarkRecord) -> list[FileReport]:
-    """All files of a member that its engine runs, the exported one first.
+    """All files of a member that its engine runs, the exported one first, each after those it is made from.
 
     Raises:
-        CorruptArtifactError: a file, or its timing, is missing.
+        CorruptArtifactError: a file, its timing, or the record of how it was made is missing.
     """
-    reports: dict[Variant, FileReport] = {}
+    reports: list[FileReport] = []
     refused = refused_files(state)
-    for variant in state.recipe.variants:
-        if label(name, variant) in refused:
-            continue
-        parents = [reports[parent] for parent in parents_of(variant) if parent in reports]
-        reports[variant] = _file_report(state, name, variant, timing_of(record, label(name, variant)), parents)
-    return list(reports.values())
+    for variant, timed_as in _timings(state, name):
+        if timed_as not in refused:
+            reports.append(_file_report(state, name, variant, timing_of(record, timed_as), reports))
+    return reports
+
+
+def _timings(state: Run, name: str) -> list[tuple[Variant, str]]:
+    """Files of a member and their names in the benchmark; ``model.onnx`` of dense twice if it ran on two engines."""
+    recipe = state.recipe
+    files = [(variant, label(name, variant)) for variant in ONNX_FILES if variant in recipe.variants]
+    if name == DENSE and recipe.baseline_engine != recipe.environment.engine:
+        files.insert(1, ("fp32", dense_as_served(state)))
+    return files
 
 
 def _file_report(
-    state: Run, name: str, variant: Variant, result: VariantResult, parents: list[FileReport]
+    state: Run, name: str, variant: Variant, result: VariantResult, before: list[FileReport]
 ) -> FileReport:
+    """``before``: the member's files that were looked at already."""
     path = state.folder.member(name) / ONNX_FILES[variant]
     if not path.exists():
         raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
-    reason = next(filter(None, (why_not(result, parent) for parent in parents)), "")
+    only_timed = result.name == dense_as_served(state)  # scores of dense are those of the baseline's engine
+    reasons = [outside_budget(int8_record(state, name, variant)), *_slower_than(result, variant, before)]
+    reason = next(filter(None, reasons), "")
     return FileReport(
         variant=variant,
         file=path.name,
@@ -53,11 +64,21 @@ def _file_report(
         peak_memory_bytes=result.peak_memory_bytes,
         onnx_bytes=path.stat().st_size,
         gzip_bytes=state.folder.remembered("gzip_bytes", state.file_hash(path), lambda: gzip_bytes(path)),
-        accuracy=accuracy_in(state, state.folder.member(name), variant),
+        accuracy={} if only_timed else accuracy_in(state, state.folder.member(name), variant),
         facts=facts_of(state, name, variant),
         recommended=not reason,
         reason=reason,
     )
+
+
+def _slower_than(result: VariantResult, variant: Variant, before: list[FileReport]) -> list[str]:
+    """Beside each file that this one is made from, as timed on the same engine: engines are not compared here."""
+    return [
+        why_not(result, file)
+        for parent in parents_of(variant)
+        for file in before
+        if file.variant == parent and file.engine == result.engine
+    ]
 
 
 def why_not(result: VariantResult, parent: FileReport) -> str:

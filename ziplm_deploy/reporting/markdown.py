@@ -6,8 +6,10 @@ from ziplm_deploy.artifacts import FamilyReport, MemberReport
 from ziplm_deploy.reporting.console import aa_line
 from ziplm_deploy.reporting.table import (
     MISSING,
+    baseline_of,
     file_header,
     file_rows,
+    has_other_baseline,
     header,
     markdown_table,
     rows,
@@ -46,6 +48,7 @@ def family_markdown(report: FamilyReport) -> str:
 def _explanations(report: FamilyReport) -> list[str]:
     lines = [
         "Speedup is the median over interleaved rounds of dense latency / member latency, with its 95 % interval.",
+        *_baseline(report),
         "Scores are those of the ONNX files themselves.",
         "",
         f"- {aa_line(report.aa_ratio, report.aa_low, report.aa_high)}",
@@ -56,6 +59,14 @@ def _explanations(report: FamilyReport) -> list[str]:
         if shows_no_speedup(member):
             lines.append(f"- {member.name}: the interval includes 1, so no speedup is shown")
     return lines
+
+
+def _baseline(report: FamilyReport) -> list[str]:
+    """Which engine ran the dense model that speedups are over; nothing in files from before it was recorded."""
+    if not report.baseline_engine:
+        return []
+    members = f"; members run on {report.engine} {report.engine_version}" if has_other_baseline(report) else ""
+    return [f"Dense is the float32 model on {baseline_of(report)}{members}."]
 
 
 def _deviations(report: FamilyReport) -> list[str]:
@@ -82,7 +93,8 @@ def _files(report: FamilyReport) -> list[list[str]]:
         return []
     text = (
         "Speedups are over the dense float32 model of the same run; scores are those of each file on the engine that "
-        "runs it. A file that is not faster, beyond noise, than the one it was made from is not recommended."
+        "runs it. A file that is not faster, beyond noise, than the one it was made from, on the same engine, is not "
+        "recommended; nor is one outside the accuracy budget."
     )
     rows = file_rows(report.members, report.metric)
     return [["## Files", "", text, "", *markdown_table(file_header(report.members, report.metric), rows)]]
@@ -155,6 +167,7 @@ def _training(report: FamilyReport) -> list[list[str]]:
             f"{record.samples_per_second:.0f}",
             record.device,
             f"{record.losses[0][1]:.4g} to {record.losses[-1][1]:.4g}" if record.losses else MISSING,
+            _change(member, report.metric),
         ]
         for member, record in trained
     ]
@@ -163,13 +176,22 @@ def _training(report: FamilyReport) -> list[list[str]]:
         "gradual": "Each member was pruned from the trained one before it, then trained.",
     }[report.recovery]
     titles = ["model", "steps", "examples a step", "seconds", "examples/s", "device", "loss"]
+    titles += [f"{report.metric} of model.onnx"]
     return [["## Training", "", text, "", *markdown_table(titles, cells)]]
+
+
+def _change(member: MemberReport, metric: str) -> str:
+    """What training did to the score of one file, whichever file the target is about."""
+    before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
+    return MISSING if before is None or after is None else f"{before:.4f} to {after:.4f}"
 
 
 def _environment(report: FamilyReport) -> list[str]:
     machine = report.machine
+    baseline = f", baseline on {baseline_of(report)}" if report.baseline_engine else ""
     return [
-        f"- {report.environment.describe()} ({report.environment.scenario}), {report.engine} {report.engine_version}",
+        f"- {report.environment.describe()} ({report.environment.scenario}), {report.engine} {report.engine_version}"
+        f"{baseline}",
         f"- {machine.cpu_model}; {' '.join(machine.isa_flags)}",
         f"- {machine.usable_cores} of {machine.logical_cores} cores granted, "
         f"{machine.memory_bytes / 2**30:.1f} GiB, {machine.operating_system}",

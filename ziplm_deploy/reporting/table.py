@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ziplm_deploy.artifacts import FileReport, MemberReport
+from ziplm_deploy.artifacts import FamilyReport, FileReport, MemberReport
 
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
+
+
+def baseline_of(report: FamilyReport) -> str:
+    """Engine and version that the dense model of all speedups ran on; empty in files from before it was recorded."""
+    return f"{report.baseline_engine} {report.baseline_engine_version}".strip()
+
+
+def has_other_baseline(report: FamilyReport) -> bool:
+    """Whether speedups are over the dense model on another engine than the members'."""
+    return report.baseline_engine not in ("", report.engine)
 
 
 def metric_columns(members: Sequence[MemberReport], metric: str) -> dict[str, str]:
@@ -32,7 +42,12 @@ def rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
 
 def _trained(members: Sequence[MemberReport]) -> bool:
     """Whether there is a score before training to show."""
-    return any(member.accuracy_before_training for member in members)
+    return any(map(_before_training, members))
+
+
+def _before_training(member: MemberReport) -> dict[str, float]:
+    """Scores of ``model.onnx`` as pruned; none beside those of another file, which they do not compare with."""
+    return member.accuracy_before_training if member.variant == "fp32" else {}
 
 
 def shows_no_speedup(member: MemberReport) -> bool:
@@ -47,7 +62,7 @@ def verdict(member: MemberReport) -> str:
 
 
 def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> list[str]:
-    before = [] if metric_before is None else [member.accuracy_before_training.get(metric_before)]
+    before = [] if metric_before is None else [_before_training(member).get(metric_before)]
     dense = member.speedup_target is None
     return [
         member.name,
@@ -68,20 +83,27 @@ FILE_TITLES = ["model", "file", "measured [95 %]", "p50 ms", "MB", "gzip MB"]
 
 def file_header(members: Sequence[MemberReport], metric: str) -> list[str]:
     """Column titles of :func:`file_rows`."""
-    return [*FILE_TITLES, *metric_columns(members, metric).values(), "how", "verdict"]
+    engine = ["engine"] if _on_several_engines(members) else []
+    return [*FILE_TITLES[:2], *engine, *FILE_TITLES[2:], *metric_columns(members, metric).values(), "how", "verdict"]
 
 
 def file_rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
     """One row a file of every member."""
-    scores = list(metric_columns(members, metric))
-    return [_file_row(member, file, scores) for member in members for file in member.files]
+    scores, engines = list(metric_columns(members, metric)), _on_several_engines(members)
+    return [_file_row(member, file, scores, engines) for member in members for file in member.files]
 
 
-def _file_row(member: MemberReport, file: FileReport, scores: list[str]) -> list[str]:
-    baseline = member.speedup_target is None and file.variant == "fp32"
+def _on_several_engines(members: Sequence[MemberReport]) -> bool:
+    """Whether a file's row must say which engine ran it."""
+    return len({file.engine for member in members for file in member.files}) > 1
+
+
+def _file_row(member: MemberReport, file: FileReport, scores: list[str], engines: bool) -> list[str]:
+    baseline = member.speedup_target is None and file is member.files[0]  # model.onnx may follow on another engine
     return [
         member.name,
         file.file,
+        *([file.engine] if engines else []),
         "1x" if baseline else f"{file.measured_speedup:.2f}x [{file.measured_low:.2f}, {file.measured_high:.2f}]",
         f"{file.p50_ms:.2f}",
         f"{file.onnx_bytes / 1e6:.1f}",
