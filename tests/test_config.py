@@ -155,3 +155,13 @@ def test_reference_names_every_field_once() -> None:
 
 def test_every_field_has_a_description() -> None:
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_a_rule_over_several_fields_is_told_without_the_whole_recipe() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**LEAST, "environment": {"engine": "deepsparse"}})
+    text = str(caught.value)
+    assert "recipe: DeepSparse" in text
+    assert "export.shapes: static" in text
+    assert "Value error" not in text
+    assert "{" not in text

@@ -74,6 +74,8 @@ def _explain(error: ValidationError, source: str) -> str:
             lines.append(f"  {location}: unknown field; valid here: {', '.join(_siblings(item['loc']))}")
         elif item["type"] == "missing":
             lines.append(f"  {location}: required, but missing")
+        elif item["type"] == "value_error":  # a rule over several fields: its message says what was found
+            lines.append(f"  {location or 'recipe'}: {item['msg'].removeprefix('Value error, ')}")
         else:
             lines.append(f"  {location}: {item['msg']}, found {item['input']!r}")
     return "\n".join(lines)
