@@ -41,6 +41,8 @@ from ziplm_deploy.run_folder import content_key
 
 Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
 
+LOOKED_AT = 32  # examples for the sensitivity of linears: each linear takes a forward pass over them
+
 
 def quantise_member(state: Run, name: str, variant: Variant) -> None:
     """``model_int8.onnx`` or ``model_sparse_int8.onnx`` of a member, and the record of how it was made."""
@@ -98,7 +100,7 @@ class _Quantisation:
     def _make(self, model: nn.Module, made: Path, scratch: Path) -> Int8Record:
         """Write the file, as the first process; all of them train."""
         state, onnx, batches = self.state, self.source / ONNX_FILES["fp32"], self.state.ranges_batches
-        looked_at = state.encode(state.ranges_rows)  # unpadded: there is a forward pass for each linear
+        looked_at = state.encode(state.ranges_rows[:LOOKED_AT])  # unpadded
         divergence, step = divergence_from(state.task, model, looked_at), state.progress.step
         sensitivities = listing(model, looked_at, divergence, self.config, self.reduce_range, progress=step)
         training: TrainingRecord | None = None
