@@ -71,7 +71,7 @@ def write_result(
     machine = machine_info()
     result = {
         "name": name,
-        "command": shlex.join(["python", _relative(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join(["python", _relative(Path(sys.argv[0])), *map(_anonymous, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": {
@@ -126,6 +126,11 @@ def load_average() -> float:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _anonymous(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _relative(path: Path) -> str:

@@ -114,7 +114,7 @@ def prepare(options: argparse.Namespace) -> None:
             shutil.copytree(recipe_for(ENGINES[0], options).run_dir, recipe.run_dir)
         take_members(options, recipe)
         rows += files_of(Run(recipe, ConsoleProgress()))
-    part = {"commit": commit(), "rows": rows, "settings": recipe.model_dump(mode="json", include={"compress", "data"})}
+    part = {"commit": commit(), "rows": rows, "settings": recipe.model_dump(mode="json", include={"compress"})}
     write_text(options.work / f"{options.task}.json", json.dumps(part, indent=1) + "\n")
 
 

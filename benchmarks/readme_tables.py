@@ -97,7 +97,9 @@ def compound_table() -> str:
     caption = (
         f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1, 128 tokens, 1 "
         f"thread, {result['machine']['cpu']} ({' '.join(flag for flag in result['machine']['isa'] if '8' in flag)}), "
-        f"{result['date'][:10]}; one seed."
+        f"{result['date'][:10]}; one seed. The dense model against itself in the same run: "
+        + ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(*part["timing"]["aa"]) for part in result["settings"].values())
+        + "."
     )
     return "\n".join([*markdown_table(["task", "pruned to", "form", *engines], cells), "", caption])
 
