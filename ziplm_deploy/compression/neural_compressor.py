@@ -91,22 +91,16 @@ def quantize_with_neural_compressor(
     nodes = _nodes(source)
     interpreter = NEURAL_COMPRESSOR.interpreter()
     with _folder() as folder:
-        static = config.method == "static"
         request = {
             "source": str(source.resolve()),
             "target": str(folder / "result.onnx"),
             "nodes": list(nodes),
-            "approach": config.method,
-            "ranges": config.ranges,
-            "percentile": config.percentile,
-            "batches": _write_batches(source, batches, folder) if static else [],
-            "per_channel": config.per_channel,
+            "batches": _write_batches(source, batches, folder) if config.method == "static" else [],
             "reduce_range": reduce_range,
             "tune": evaluate is not None,
-            "max_loss": config.max_loss,
-            "max_fp32_share": config.max_fp32_share,
             "max_trials": max_trials,
             "tuning_seconds": tuning_seconds,
+            **_settings(config),
         }
         (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
         with _Worker(interpreter, folder, timeout_seconds) as worker:
@@ -119,6 +113,18 @@ def quantize_with_neural_compressor(
         fp32_linears=tuple(nodes[name] for name in reply["fp32_nodes"]),
         met=reply["met"],
     )
+
+
+def _settings(config: Int8Config) -> dict[str, Any]:
+    """The recipe's part of a request."""
+    return {
+        "approach": config.method,
+        "ranges": config.ranges,
+        "percentile": config.percentile,
+        "per_channel": config.per_channel,
+        "max_loss": config.max_loss,
+        "max_fp32_share": config.max_fp32_share,
+    }
 
 
 def _nodes(source: Path) -> dict[str, str]:
