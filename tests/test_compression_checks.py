@@ -14,11 +14,11 @@ from helpers import save_dense, sentences
 from ziplm_deploy.compression.checks import check_compression
 from ziplm_deploy.compression.forms import export_stand_in, target_form
 from ziplm_deploy.config import Recipe
-from ziplm_deploy.errors import EngineError, UsageError
+from ziplm_deploy.errors import EngineError
 from ziplm_deploy.members import save_checkpoint
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.run import Run
-from ziplm_deploy.side import NEURAL_COMPRESSOR
+from ziplm_deploy.side_environments import NEURAL_COMPRESSOR
 
 TOOL = {"variants": ["int8"], "int8": {"backend": "neural-compressor"}}
 SPARSE = {"variants": ["sparse"], "target": "sparse"}
@@ -82,11 +82,6 @@ def test_who_does_not_use_neural_compressor_needs_none(tmp_path: Path, monkeypat
     pretend(tmp_path, monkeypatch, "2.5")
     check_compression(recipe(compress={"variants": ["int8"]}))
     check_compression(recipe(compress={"variants": ["sparse"], "int8": {"backend": "neural-compressor"}}))
-
-
-def test_compression_needs_calibration_data() -> None:
-    with pytest.raises(UsageError, match=r"data\.calibration for compress\.variants"):
-        check_compression(recipe(compress={"variants": ["int8"]}, data={}))
 
 
 @pytest.mark.parametrize("task", ["sentence-similarity", "text-classification"])

@@ -12,7 +12,7 @@ from ziplm_deploy.cli import app
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError
 from ziplm_deploy.recipes import parse_recipe
-from ziplm_deploy.side import ENVIRONMENTS, MARKER, NEURAL_COMPRESSOR, SideEnvironment, quiet_environment
+from ziplm_deploy.side_environments import ENVIRONMENTS, MARKER, NEURAL_COMPRESSOR, SideEnvironment, quiet_environment
 
 DEEPSPARSE_BASELINE: dict[str, object] = {"benchmark": {"baseline_engine": "deepsparse"}}
 HERE = (sys.version_info[0], sys.version_info[1])

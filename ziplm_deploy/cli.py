@@ -252,7 +252,7 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The whole way: profile, calibrate, prune, export, benchmark, recover, evaluate, report."""
+    """The whole way: profile, calibrate, prune, export, benchmark, recover, compress, evaluate, report."""
     resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
@@ -275,7 +275,7 @@ def setup(
     python: Annotated[str | None, typer.Option(help="Interpreter to build on, such as python3.11.")] = None,
 ) -> None:
     """Install an engine or tool whose packages do not fit beside the others, in an environment of its own."""
-    from ziplm_deploy.side import ENVIRONMENTS
+    from ziplm_deploy.side_environments import ENVIRONMENTS
 
     if name not in ENVIRONMENTS:
         raise UsageError(f"expected what needs a set-up: {' or '.join(ENVIRONMENTS)}, found {name!r}")

@@ -16,7 +16,7 @@ from ziplm_deploy.engines import ENGINES, Engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import machine_info
 from ziplm_deploy.run_folder import versions
-from ziplm_deploy.side import NEURAL_COMPRESSOR, SideEnvironment
+from ziplm_deploy.side_environments import NEURAL_COMPRESSOR, SideEnvironment
 
 TOOLS = (NEURAL_COMPRESSOR,)
 ROUNDS = 40

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ziplm_deploy.config import Recipe
-from ziplm_deploy.errors import UsageError
-from ziplm_deploy.side import NEURAL_COMPRESSOR
+from ziplm_deploy.side_environments import NEURAL_COMPRESSOR
 
 
 def check_compression(recipe: Recipe) -> None:
@@ -12,9 +11,6 @@ def check_compression(recipe: Recipe) -> None:
 
     Raises:
         EngineError: neural-compressor is not set up, or of another version; says which command brings it.
-        UsageError: a task whose inputs compression cannot calibrate on.
     """
     if recipe.compress.makes_int8 and recipe.compress.int8.backend == "neural-compressor":
         NEURAL_COMPRESSOR.check()
-    if recipe.compress.variants and recipe.data.calibration is None:
-        raise UsageError("expected data.calibration for compress.variants, found none; give a data file")

@@ -9,8 +9,8 @@ from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.checkpoints import load
 from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.int8_members import quantise_member
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
-from ziplm_deploy.compression.quantise import quantise_member
 from ziplm_deploy.compression.records import SPARSITY_RECORD
 from ziplm_deploy.compression.sparsity import SparsityRecord, prunable_linears, sparsify_model
 from ziplm_deploy.compression.variants import ACCURACY_FILES, ONNX_FILES, is_int8, is_sparse

@@ -1,7 +1,7 @@
 """INT8 by Intel's neural-compressor 2.6, which keeps single linears in float32 until an accuracy budget holds.
 
-It runs in an environment of its own (``ziplm-deploy setup neural-compressor``), driven through ``nc_worker.py``; the
-scores of its candidates are measured here, where task and data are.
+It runs in an environment of its own (``ziplm-deploy setup neural-compressor``), driven through
+``neural_compressor_worker.py``; the scores of its candidates are measured here, where task and data are.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.int8 import linear_names
 from ziplm_deploy.config import Int8Config
 from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
-from ziplm_deploy.side import NEURAL_COMPRESSOR, quiet_environment
+from ziplm_deploy.side_environments import NEURAL_COMPRESSOR, quiet_environment
 
-WORKER = Path(__file__).with_name("nc_worker.py")
+WORKER = Path(__file__).with_name("neural_compressor_worker.py")
 MAX_TRIALS = 150  # enough to try every linear of twelve layers alone, and then a good half of them together
 TIMEOUT_SECONDS = 1800.0
 TUNING_SECONDS = 3600.0

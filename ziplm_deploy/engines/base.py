@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import allowed_cpus, check_threads
-from ziplm_deploy.side import quiet_environment
+from ziplm_deploy.side_environments import quiet_environment
 
 WORKER = Path(__file__).with_name("worker.py")
 Array = npt.NDArray[Any]

@@ -6,7 +6,7 @@ from ziplm_deploy.artifacts import MachineInfo
 from ziplm_deploy.engines.base import Engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import machine_info
-from ziplm_deploy.side import DEEPSPARSE
+from ziplm_deploy.side_environments import DEEPSPARSE
 
 
 def check_instruction_sets(machine: MachineInfo) -> None:

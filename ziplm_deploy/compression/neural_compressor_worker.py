@@ -2,8 +2,8 @@
 
 One self-contained file that needs only what its own interpreter has: neural-compressor, numpy, onnx, onnxruntime.
 
-``python nc_worker.py request.json`` reads its request (:class:`Request`) from a file. While it tunes, it prints
-``{"evaluate": PATH}`` and waits for a line ``{"score": number}`` on stdin; the higher, the better. It ends with
+``python neural_compressor_worker.py request.json`` reads its request (:class:`Request`) from a file. While it tunes, it
+prints ``{"evaluate": PATH}`` and waits for a line ``{"score": number}`` on stdin; the higher, the better. It ends with
 ``{"ok": true, "scores": […], "fp32_nodes": […], "met": …}`` or ``{"ok": false, "error": …}``. neural-compressor writes
 into the current folder; start it in an empty one.
 """
