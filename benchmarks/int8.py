@@ -23,7 +23,7 @@ from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
 
 from ziplm_deploy.benchmarking import Subject, compare, declared_shapes
-from ziplm_deploy.compression.quantise import quantise_member
+from ziplm_deploy.compression.int8_members import quantise_member
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.variants import ONNX_FILES
 from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe
