@@ -47,6 +47,7 @@ def measured_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "name": recipe.name,
         "targets": list(recipe.speedups),
         "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": usage.ru_maxrss * 1024,
         "scores": [member.accuracy.get(report.metric) for member in report.members],
         "samples_per_second": [m.training.samples_per_second for m in report.members if m.training is not None],
@@ -93,9 +94,11 @@ def main() -> None:
             separate.append(measured_run(parse_recipe(alone), options.work))
         plain = plain_fine_tuning(parse_recipe(raw), min(options.steps, 100))
     whole = sum(run["seconds"] for run in separate)
+    computed = sum(run["cpu_seconds"] for run in separate)
     rates = family["samples_per_second"]
     figures = {
         "family_cost_ratio": Figure(family["seconds"] / whole, "", "<= 1", 1),
+        "family_cpu_ratio": Figure(family["cpu_seconds"] / computed, "", "report", 1),
         "family_seconds": Figure(family["seconds"], "s", "report", 1),
         "separate_seconds": Figure(whole, "s", "report", len(separate)),
         "family_peak_bytes": Figure(family["peak_bytes"], "bytes", "report", 1),
