@@ -76,7 +76,7 @@ CASES = {
         train="train_first44",
         dense={"epochs": 2, "learning_rate": 2e-4},
         recover=TOWARDS_LOGITS | {"batch_size": 16},
-        n_evaluation=3000,  # the first 14 of 48 articles: the whole set takes an hour of a core for a family
+        n_evaluation=3000,  # the first 10 of 48 articles: the whole set takes an hour of a core for a family
         seq_len=256,
     ),
 }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from exporters.files import atomic_path
 from exporters.heads import EmbeddingModel, evaluation_mode
 
 # protobuf cannot hold more in one file; the margin is for the graph itself.
@@ -115,7 +113,7 @@ def export_encoder(
     dynamic_axes = _dynamic_axes(names, ranks) if settings.shapes == "dynamic" else None
     wrapped = _Positional(model, names, output_names)
     try:
-        with evaluation_mode(wrapped), _atomic(path) as temporary, warnings.catch_warnings():
+        with evaluation_mode(wrapped), atomic_path(path) as temporary, warnings.catch_warnings():
             # Tracer warnings tell about Python branches on shapes; parity is checked on other shapes afterwards.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -171,19 +169,3 @@ def _check_positions(config: Any, seq_len: int) -> None:
 
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-@contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -20,7 +20,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import helper, numpy_helper
 
-from exporters.encoder import ExportError, _atomic
+from exporters.encoder import ExportError
+from exporters.files import atomic_path
 
 LARGEST_OPSET, LARGEST_IR = 16, 9  # later opsets fall back to slow kernels or are refused
 
@@ -47,7 +48,7 @@ def to_integer_matmul(source: Path, target: Path) -> None:
     kept = [helper.make_opsetid(item.domain, item.version) for item in imports]
     del model.opset_import[:]  # quantizers import domains that no node uses, which DeepSparse refuses
     model.opset_import.extend(kept)
-    with _atomic(target) as temporary:
+    with atomic_path(target) as temporary:
         onnx.save(model, str(temporary))
 
 

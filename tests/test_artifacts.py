@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from reports import benchmark_record, family_report, latency_table, plan
 
+import exporters.files
 from ziplm_deploy.artifacts import (
     Artifact,
     BenchmarkRecord,
@@ -98,6 +102,38 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt"):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("atomic", [atomic_path, exporters.files.atomic_path])
+def test_an_interrupt_at_any_moment_of_a_write_leaves_nothing(tmp_path: Path, atomic: Any) -> None:
+    """Ctrl-C raises KeyboardInterrupt after whichever call it met: here after each one in turn."""
+
+    def write(stop_at: int) -> int:
+        count = 0
+
+        def after_a_call(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event == "c_return"
+            if event == "c_return" and count == stop_at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(after_a_call)  # type: ignore[arg-type]
+        try:
+            with atomic(tmp_path / "a.txt") as temporary:
+                temporary.write_text("new", encoding="utf-8")
+        finally:
+            sys.setprofile(None)
+        return count
+
+    moments = write(0)
+    assert moments > 20
+    for moment in range(1, moments):
+        (tmp_path / "a.txt").unlink(missing_ok=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            write(moment)
+        assert set(os.listdir(tmp_path)) <= {"a.txt"}, moment
 
 
 @pytest.mark.parametrize("failing", ["write_text", "replace"])

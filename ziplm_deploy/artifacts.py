@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,12 +29,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    temporary: Path | None = None
+    # Named before it exists: an interrupt while it is made must find the name, or the file stays.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -45,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
         ) from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(NotADirectoryError):  # then nothing was made, and the error above says so
             temporary.unlink(missing_ok=True)
 
 
