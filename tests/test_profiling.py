@@ -309,7 +309,7 @@ def test_worker_that_dies_ends_the_profile_with_an_engine_error(monkeypatch: pyt
 
     def dying(self: WorkerHandle, model_id: str, path: Path) -> Any:
         if model_id == "attention 2":
-            self._kill()
+            self._process.kill()
         return load(self, model_id, path)
 
     monkeypatch.setattr(WorkerHandle, "load", dying)

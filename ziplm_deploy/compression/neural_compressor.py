@@ -9,14 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import select
 import shlex
 import shutil
-import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +27,7 @@ from ziplm_deploy.compression.int8 import linear_names
 from ziplm_deploy.config import Int8Config
 from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
 from ziplm_deploy.side_environments import NEURAL_COMPRESSOR, quiet_environment
+from ziplm_deploy.worker_process import WorkerGoneError, WorkerProcess
 
 WORKER = Path(__file__).with_name("neural_compressor_worker.py")
 MAX_TRIALS = 150  # enough to try every linear of twelve layers alone, and then a good half of them together
@@ -186,18 +182,11 @@ class _Worker:
     def __init__(self, interpreter: str, folder: Path, timeout_seconds: float) -> None:
         self._command = [interpreter, str(WORKER), "request.json"]
         self._folder, self._timeout_seconds = folder, timeout_seconds
-        self._pending = b""
         try:
-            with (folder / "log.txt").open("wb") as log:
-                self._process = subprocess.Popen(
-                    self._command,
-                    cwd=folder,  # neural-compressor writes its history into the current folder
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env=quiet_environment(),
-                    start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers
-                )
+            # It writes its history into the current folder.
+            self._process = WorkerProcess(
+                self._command, folder / "log.txt", environment=quiet_environment(), cwd=folder
+            )
         except OSError as error:
             raise self._failure(str(error)) from error
 
@@ -205,68 +194,27 @@ class _Worker:
         """Answer the worker's questions until it is done; returns its reply."""
         while True:
             try:
-                reply: dict[str, Any] = json.loads(self._read_line())
-            except ValueError as error:  # half a reply: the process is gone
-                raise self._failure("half a reply") from error
+                reply = self._process.receive(self._timeout_seconds)
+            except WorkerGoneError as error:
+                raise self._failure(str(error), self._process.last_words()) from error
             if "evaluate" in reply and evaluate is not None:
-                self._send({"score": _score(evaluate, Path(reply["evaluate"]))})
+                self._process.send({"score": _score(evaluate, Path(reply["evaluate"]))})
             elif reply.get("ok"):
                 return reply
             else:
-                raise self._failure(str(reply.get("error", reply)))
+                raise self._failure(str(reply.get("error", reply)), self._process.last_words())
 
-    def _send(self, answer: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # a dead process shows when its next line is read
-            self._process.stdin.write(json.dumps(answer).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _read_line(self) -> bytes:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        deadline = time.monotonic() + self._timeout_seconds
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise self._failure(f"no answer within {self._timeout_seconds:g} s")
-            chunk = os.read(descriptor, 1 << 16)
-            if not chunk:
-                raise self._failure(f"the process died ({self._exit_status()})")
-            self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
-
-    def _exit_status(self) -> str:
-        try:
-            code = self._process.wait(timeout=5.0)
-        except subprocess.TimeoutExpired:
-            return "stopped answering"
-        if code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            return f"signal {signal.Signals(-code).name}"
-        return f"signal {-code}"
-
-    def _failure(self, found: str) -> EngineError:
-        log = self._folder / "log.txt"
-        tail = log.read_text(encoding="utf-8", errors="replace").strip()[-800:] if log.exists() else ""
+    def _failure(self, found: str, last_words: str = "") -> EngineError:
         return EngineError(
             f"expected neural-compressor to quantise the model, found: {found}; reproduce with: "
-            f"cd {shlex.quote(str(self._folder))} && {shlex.join(self._command)}"
-            + (f"\nlast lines of the worker:\n{tail}" if tail else "")
+            f"cd {shlex.quote(str(self._folder))} && {shlex.join(self._command)}{last_words}"
         )
 
     def __enter__(self) -> _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # at the end of its reply it has nothing left to do
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        self._process.close()  # at the end of its reply it has nothing left to do
 
 
 def _score(evaluate: Callable[[Path], float], path: Path) -> float:

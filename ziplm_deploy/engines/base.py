@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import json
-import os
-import select
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,6 +20,7 @@ import numpy.typing as npt
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import allowed_cpus, check_threads
 from ziplm_deploy.side_environments import quiet_environment
+from ziplm_deploy.worker_process import WorkerGoneError, WorkerProcess
 
 WORKER = Path(__file__).with_name("worker.py")
 Array = npt.NDArray[Any]
@@ -105,9 +99,7 @@ class WorkerHandle:
         ]
         self._interpreter = interpreter
         self._paths: dict[str, Path] = {}
-        self._pending = b""
         self._folder = tempfile.TemporaryDirectory(prefix="ziplm-worker-")
-        self._log = Path(self._folder.name) / "stderr.txt"
         self._process = self._spawn()
         _LIVE.add(self)
         try:
@@ -116,17 +108,11 @@ class WorkerHandle:
             self.close()
             raise
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> WorkerProcess:
+        environment = {**quiet_environment(), "OMP_NUM_THREADS": str(self.options.threads)}
+        log = Path(self._folder.name) / "stderr.txt"
         try:
-            with self._log.open("wb") as log:
-                return subprocess.Popen(
-                    [self._interpreter, str(WORKER), *self._arguments],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env={**quiet_environment(), "OMP_NUM_THREADS": str(self.options.threads)},
-                    start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends its workers in order
-                )
+            return WorkerProcess([self._interpreter, str(WORKER), *self._arguments], log, environment=environment)
         except OSError as error:
             self._folder.cleanup()
             raise EngineError(
@@ -171,20 +157,7 @@ class WorkerHandle:
     def close(self) -> None:
         """End the process; safe to call twice and after a failure."""
         _LIVE.discard(self)
-        process = self._process
-        if process.poll() is None:
-            with contextlib.suppress(OSError, ValueError):
-                assert process.stdin is not None
-                process.stdin.write(b'{"do": "quit"}\n')
-                process.stdin.flush()
-            try:
-                process.wait(timeout=2.0)
-            except subprocess.TimeoutExpired:
-                self._kill()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        self._process.close({"do": "quit"})
         self._folder.cleanup()
 
     def __enter__(self) -> WorkerHandle:
@@ -194,63 +167,26 @@ class WorkerHandle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self._kill()
+            self._process.kill()
         self.close()
-
-    def _kill(self) -> None:
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
     def _request(self, do: str, **fields: Any) -> dict[str, Any]:
         model_id = fields.get("id")
+        self._process.send({"do": do, **fields})
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
-            self._process.stdin.flush()
-            reply: dict[str, Any] = json.loads(self._read_line(do, model_id))
-        except (OSError, ValueError) as error:  # a closed pipe, or half a reply: the process is gone
-            raise self._failure(f"the worker process died ({self._exit_status()})", do, model_id) from error
+            reply = self._process.receive(self.options.timeout_seconds)
+        except WorkerGoneError as error:
+            raise self._failure(str(error), do, model_id) from error
         if not reply["ok"]:
             raise self._failure(str(reply["error"]), do, model_id)
         return reply
 
-    def _read_line(self, do: str, model_id: str | None) -> bytes:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        deadline = time.monotonic() + self.options.timeout_seconds
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                self._kill()
-                raise self._failure(f"no answer within {self.options.timeout_seconds:g} s", do, model_id)
-            chunk = os.read(descriptor, 1 << 16)
-            if not chunk:
-                raise OSError("end of stream")
-            self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
-
-    def _exit_status(self) -> str:
-        try:
-            code = self._process.wait(timeout=5.0)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            return "stopped answering"
-        if code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            return f"signal {signal.Signals(-code).name}"
-        return f"signal {-code}"
-
     def _failure(self, found: str, do: str, model_id: str | None) -> EngineError:
-        tail = self._log.read_text(encoding="utf-8", errors="replace").strip()[-800:] if self._log.exists() else ""
         path = self._paths.get(model_id) if model_id is not None else None
         what = f"the engine to {do} {path or 'its models'}"
-        command = [self._interpreter, str(WORKER), *self._arguments, "--probe", str(path or "MODEL.onnx")]
+        command = [*self._process.command, "--probe", str(path or "MODEL.onnx")]
         return EngineError(
-            f"expected {what}, found: {found}; reproduce with: {shlex.join(command)}"
-            + (f"\nlast lines of the worker:\n{tail}" if tail else "")
+            f"expected {what}, found: {found}; reproduce with: {shlex.join(command)}{self._process.last_words()}"
         )
 
 
