@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,8 +130,8 @@ class ScriptedWorker:
     def __init__(self, name: str, milliseconds: float, calls: list[str], clock: dict[str, float]) -> None:
         self.name, self.milliseconds, self.calls, self.clock = name, milliseconds, calls, clock
 
-    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
-        assert warmup == 1
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        assert (warmup, warmup_ms) == (1, 10.0)  # of a short model as of a long one
         self.calls.append(self.name)
         return [self.milliseconds * self.clock.setdefault("speed", 1.0)] * n
 
@@ -166,9 +167,9 @@ def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_fi
     monkeypatch.setattr(benchmarking.time, "monotonic", lambda: now[0])
 
     class SlowWorker(ScriptedWorker):
-        def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
+        def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
             now[0] += 1.0
-            return super().time(model_id, n, warmup)
+            return super().time(model_id, n, warmup, warmup_ms)
 
     names = ["dense", *(f"file {index}" for index in range(1, n_files))]
     workers = {name: SlowWorker(name, 10.0, [], {}) for name in names}
@@ -224,9 +225,9 @@ def test_interrupt_leaves_no_worker(models: dict[str, Path], monkeypatch: pytest
     pids: list[int] = []
     time_runs = WorkerHandle.time
 
-    def noting(self: WorkerHandle, model_id: str, n: int, warmup: int = 1) -> list[float]:
+    def noting(self: WorkerHandle, *arguments: Any, **options: Any) -> list[float]:
         pids.append(self._process.pid)
-        return time_runs(self, model_id, n, warmup)
+        return time_runs(self, *arguments, **options)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt

@@ -141,6 +141,15 @@ def test_unknown_input_type_is_refused(tmp_path: Path) -> None:
         worker.load("text", path)
 
 
+def test_short_models_are_warmed_up_by_time(tmp_path: Path) -> None:
+    with start() as worker:
+        worker.load("a", write_mlp(tmp_path / "a.onnx", 8))
+        for warmup_ms, least_s in ((300.0, 0.3), (0.0, 0.0)):
+            began = time.monotonic()
+            assert len(worker.time("a", n=2, warmup=1, warmup_ms=warmup_ms)) == 2
+            assert least_s <= time.monotonic() - began < least_s + 0.25  # a run takes microseconds
+
+
 def test_rejected_models_leave_the_worker_usable(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"this is not a protobuf")

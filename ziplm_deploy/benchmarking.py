@@ -29,6 +29,9 @@ Progress = Callable[[int, int], None]  # (rounds done, rounds at most)
 AA = "baseline again"
 MODEL = "model"
 WARMUP_RUNS = 24
+# Before each turn. A process that has just been woken needs milliseconds until caches and clock are those of a server
+# that is kept busy: one untimed run is enough for 40 ms of dense model, but made one of 2 ms look 6 % slower.
+TURN_WARMUP_MS = 10.0
 WARMUP_SECONDS = 10.0
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
@@ -58,10 +61,10 @@ def compare(
     """Time ``subjects`` (name → :class:`Subject`, or just an ONNX file) against ``baseline``, one of their names.
 
     Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. In each round
-    the workers take turns in random order: one untimed run, then ``runs_per_round`` timed ones. Speedup is the median
-    over rounds of the ratio within a round; the baseline's side of it is the mean of its two processes, because where a
-    process lies in memory shifts its latency a little. Threads, batch size and tokens are those of ``environment`` on
-    every engine.
+    the workers take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones.
+    Speedup is the median over rounds of the ratio within a round; the baseline's side of it is the mean of its two
+    processes, because where a process lies in memory shifts its latency a little. Threads, batch size and tokens are
+    those of ``environment`` on every engine.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -154,7 +157,7 @@ def _interleave(
     for done in range(1, config.rounds + 1):
         for index in generator.permutation(len(names)):
             name = names[index]
-            rounds[name].append(workers[name].time(MODEL, n=config.runs_per_round, warmup=1))
+            rounds[name].append(workers[name].time(MODEL, n=config.runs_per_round, warmup_ms=TURN_WARMUP_MS))
         if progress is not None:
             progress(done, config.rounds)
         if time.monotonic() - started > limit_s and done >= 3:

@@ -283,7 +283,7 @@ class ExportConfig(Frozen):
 
 class BenchmarkConfig(Frozen):
     rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …).")
-    runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after one untimed run.")
+    runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after 10 ms of untimed ones.")
     max_seconds: float = Field(
         180.0, gt=0, description="Time limit of the rounds for ten files; more files get proportionally more."
     )

@@ -131,9 +131,9 @@ class WorkerHandle:
         reply = self._request("load", id=model_id, path=str(path))
         return ModelSignature(*(tuple(map(_tensor_info, reply[side])) for side in ("inputs", "outputs")))
 
-    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
-        """Milliseconds of ``n`` consecutive runs after ``warmup`` untimed ones."""
-        return list(map(float, self._request("run", id=model_id, n=n, warmup=warmup)["ms"]))
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        """Milliseconds of ``n`` consecutive runs after untimed ones, at least ``warmup`` and ``warmup_ms``."""
+        return list(map(float, self._request("run", id=model_id, n=n, warmup=warmup, warmup_ms=warmup_ms)["ms"]))
 
     def time_many(self, order: Sequence[str], warmup: int = 1) -> list[float]:
         """Milliseconds of one run of each model in ``order``, each after ``warmup`` untimed ones."""

@@ -3,8 +3,8 @@
 One self-contained file that needs numpy and its engine only, so that another interpreter can run it too. It speaks JSON
 lines: a request on stdin, a reply ``{"ok": true, …}`` or ``{"ok": false, "error": …}`` on stdout. It ends at EOF.
 
-Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, n, warmup}`` · ``run_many {order, warmup}`` ·
-``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` · ``quit``.
+Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, n, warmup, warmup_ms}`` ·
+``run_many {order, warmup}`` · ``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` · ``quit``.
 
 By hand, to reproduce a failure: ``python worker.py --probe model.onnx --batch-size 1 --seq-len 128``.
 """
@@ -260,8 +260,10 @@ class Worker:
         }
 
     def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
-        for _ in range(request["warmup"]):
-            self._timed_run(request["id"])
+        spent_ms, runs = 0.0, 0
+        while runs < request["warmup"] or spent_ms < request["warmup_ms"]:
+            spent_ms += self._timed_run(request["id"])
+            runs += 1
         return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
 
     def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +341,7 @@ def main(arguments: list[str]) -> int:
     if options.probe:
         requests = [
             {"do": "load", "id": "probe", "path": options.probe},
-            {"do": "run", "id": "probe", "n": 5, "warmup": 1},
+            {"do": "run", "id": "probe", "n": 5, "warmup": 1, "warmup_ms": 0.0},
         ]
         answers = [worker.answer(json.dumps(request)) for request in requests]
         print(*map(json.dumps, answers), sep="\n", file=replies, flush=True)
