@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from ziplm_deploy.architectures import PrunableModule, output_linear, prunable_modules
 from ziplm_deploy.pruning.levels import LevelWeights
@@ -166,3 +166,17 @@ def labelled_rows(name: str, count: int) -> list[dict[str, Any]]:
             for text in texts
         ]
     return [{"text": text} for text in texts]
+
+
+def tiny_batches(model: nn.Module, n: int = 12) -> list[dict[str, Tensor]]:
+    return [tiny_inputs(model, batch_size=8, seed=seed) for seed in range(n)]
+
+
+def last_states(model: nn.Module, data: list[dict[str, Tensor]]) -> Tensor:
+    """Last hidden states [N, hidden] of real tokens."""
+    rows = []
+    with torch.no_grad():
+        for batch in data:
+            last = model.base_model(**batch).last_hidden_state  # type: ignore[operator, union-attr]
+            rows.append(last[batch["attention_mask"] == 1] if "attention_mask" in batch else last.flatten(0, 1))
+    return torch.cat(rows)

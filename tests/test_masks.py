@@ -9,13 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import random_entries, tiny_inputs, tiny_model
+from helpers import random_entries, tiny_batches, tiny_inputs, tiny_model
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import write
-from torch import Tensor, nn
+from torch import nn
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
-from ziplm_deploy.calibration import Batch
 from ziplm_deploy.compression.int8 import quantize
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, random_masks, zero_masks
 from ziplm_deploy.compression.sparsity import (
@@ -34,20 +33,6 @@ SIZES = {"0.attention": 2, "0.ffn": 24, "1.attention": 0, "1.ffn": 13, "2.ffn": 
 QUERY = "encoder.layer.0.attention.self.query"
 
 
-def batches(model: nn.Module, n: int = 12) -> list[Batch]:
-    return [tiny_inputs(model, batch_size=8, seed=seed) for seed in range(n)]
-
-
-def states(model: nn.Module, data: list[Batch]) -> Tensor:
-    """Last hidden states [N, hidden] of real tokens."""
-    rows = []
-    with torch.no_grad():
-        for batch in data:
-            last = model.base_model(**batch).last_hidden_state  # type: ignore[operator, union-attr]
-            rows.append(last[batch["attention_mask"] == 1] if "attention_mask" in batch else last.flatten(0, 1))
-    return torch.cat(rows)
-
-
 def export(model: nn.Module, path: Path, opset: int = 17) -> Path:
     settings = ExportSettings(seq_len=16, opset=opset)
     output = "logits" if model.config.model_type == "vit" else "last_hidden_state"  # type: ignore[union-attr]
@@ -64,7 +49,7 @@ def test_zeros_stay_in_training(optimizer: type[torch.optim.Optimizer], bf16: bo
     model = tiny_model("distilbert")
     random_masks(model, SparsityConfig(sparsity=0.6), 0)
     masks, start = zero_masks(model), copy.deepcopy(model.state_dict())
-    data = batches(model, 3)
+    data = tiny_batches(model, 3)
     with held(model, masks):
         steps = optimizer(model.parameters(), lr=1e-2, weight_decay=0.1)  # type: ignore[call-arg]
         for batch in data:

@@ -13,22 +13,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-import torch
+from helpers import tiny_model
+from neural_compressor_files import BATCH, DYNAMIC, N_LINEARS, TOKENS, answers, export, make_batches, partly_zero, run
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters import ExportSettings, export_encoder, to_integer_matmul
-from tests.helpers import tiny_inputs, tiny_model
+from exporters import to_integer_matmul
 from ziplm_deploy.compression import neural_compressor_worker
 from ziplm_deploy.compression.int8 import calibrated_ranges, linear_names, quantized_linears
-from ziplm_deploy.compression.neural_compressor import NeuralCompressorResult, quantize_with_neural_compressor
+from ziplm_deploy.compression.neural_compressor import NeuralCompressorResult
 from ziplm_deploy.config import Int8Config
 from ziplm_deploy.errors import CorruptArtifactError, DataError, EngineError, NumericalError, UsageError
 from ziplm_deploy.side_environments import NEURAL_COMPRESSOR
-
-BATCH, TOKENS, N_LINEARS = 2, 9, 18
-STATIC, DYNAMIC = Int8Config(method="static"), Int8Config(method="dynamic")
 
 
 @pytest.fixture(autouse=True)
@@ -40,40 +36,9 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def export(path: Path, model: torch.nn.Module | None = None) -> Path:
-    model = model or tiny_model("bert", "text-classification")
-    inputs = tiny_inputs(model, BATCH, TOKENS)
-    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    export_encoder(model, inputs, ["logits"], path, ExportSettings(opset=16, shapes="static"))
-    return path
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that also has a linear without weights and one with an output without any."""
-    model = tiny_model("bert", "text-classification")
-    model.get_parameter("bert.encoder.layer.0.output.dense.weight").data.zero_()
-    model.get_parameter("bert.encoder.layer.1.output.dense.weight").data[3] = 0.0
-    return export(tmp_path_factory.mktemp("source") / "model.onnx", model)
-
-
-def make_batches(count: int = 4) -> list[dict[str, np.ndarray]]:
-    generator = np.random.default_rng(0)
-    shape = (BATCH, TOKENS)
-    return [
-        {
-            "input_ids": generator.integers(5, 19, shape),
-            "attention_mask": np.ones(shape, np.int64),
-            "token_type_ids": np.zeros(shape, np.int64),
-            "labels": np.zeros(BATCH, np.int64),  # not an input of the model
-        }
-        for _ in range(count)
-    ]
-
-
-def answers(path: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(path))
-    return session.run(None, {entry.name: batch[entry.name] for entry in session.get_inputs()})[0]
+    return partly_zero(tmp_path_factory.mktemp("source") / "model.onnx")
 
 
 # --- the protocol, with stand-ins for the worker ---
@@ -100,11 +65,6 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(NEURAL_COMPRESSOR.variable, str(interpreter))
 
     return install
-
-
-def run(source: Path, target: Path, config: Int8Config = STATIC, **settings: Any) -> NeuralCompressorResult:
-    settings = {"batches": make_batches(), "reduce_range": True, "evaluate": None, **settings}
-    return quantize_with_neural_compressor(source, target, config, **settings)
 
 
 def test_the_request_says_everything(source: Path, tmp_path: Path, temporary: Path, pretend: Any) -> None:

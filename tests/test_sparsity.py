@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, random_entries, tiny_inputs, tiny_model
+from helpers import MODEL_TYPES, last_states, random_entries, tiny_batches, tiny_inputs, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -37,23 +37,9 @@ SIZES = {"0.attention": 2, "0.ffn": 24, "1.attention": 0, "1.ffn": 13, "2.ffn": 
 QUERY = "encoder.layer.0.attention.self.query"
 
 
-def batches(model: nn.Module, n: int = 12) -> list[Batch]:
-    return [tiny_inputs(model, batch_size=8, seed=seed) for seed in range(n)]
-
-
 def sparsify(model: nn.Module, data: list[Batch] | None = None, **fields: object) -> SparsityRecord:
     config = SparsityConfig.model_validate(fields)
-    return sparsify_model(model, batches(model) if data is None else data, config, memory_limit_bytes=PLENTY)
-
-
-def states(model: nn.Module, data: list[Batch]) -> Tensor:
-    """Last hidden states [N, hidden] of real tokens."""
-    rows = []
-    with torch.no_grad():
-        for batch in data:
-            last = model.base_model(**batch).last_hidden_state  # type: ignore[operator, union-attr]
-            rows.append(last[batch["attention_mask"] == 1] if "attention_mask" in batch else last.flatten(0, 1))
-    return torch.cat(rows)
+    return sparsify_model(model, tiny_batches(model) if data is None else data, config, memory_limit_bytes=PLENTY)
 
 
 def inputs_and_outputs(model: nn.Module, linear: nn.Linear, data: list[Batch]) -> tuple[Tensor, Tensor]:
@@ -72,8 +58,8 @@ def inputs_and_outputs(model: nn.Module, linear: nn.Linear, data: list[Batch]) -
 
 
 def divergence_from(dense: nn.Module, data: list[Batch]) -> Callable[[nn.Module], float]:
-    wanted = states(dense, data)
-    return lambda model: float((states(model, data) - wanted).square().mean())
+    wanted = last_states(dense, data)
+    return lambda model: float((last_states(model, data) - wanted).square().mean())
 
 
 # --- which linears ---------------------------------------------------------------------------------------------------
@@ -141,7 +127,7 @@ def test_one_linear_is_a_least_squares_fit_of_weights_and_bias(monkeypatch: pyte
     monkeypatch.setattr(sparsegpt, "REFIT_TOLERANCE", 0.0)
     monkeypatch.setattr(sparsegpt.sparsify, "__kwdefaults__", {**sparsegpt.sparsify.__kwdefaults__, "refit_steps": 300})
     dense = tiny_model("bert")
-    model, data = copy.deepcopy(dense), batches(dense, 20)
+    model, data = copy.deepcopy(dense), tiny_batches(dense, 20)
     record = sparsify(model, data, sparsity=0.5, damping=1e-6)
     before, after = (prunable_linears(m)[QUERY] for m in (dense, model))
     x, y = inputs_and_outputs(dense, before, data)
@@ -158,7 +144,7 @@ def test_one_linear_is_a_least_squares_fit_of_weights_and_bias(monkeypatch: pyte
 
 def test_a_linear_without_bias_is_fitted_to_plain_moments() -> None:
     dense = tiny_model("vit", qkv_bias=False)
-    model, data = copy.deepcopy(dense), batches(dense)
+    model, data = copy.deepcopy(dense), tiny_batches(dense)
     record = sparsify(model, data, sparsity=0.5)
     name = "vit.encoder.layer.0.attention.attention.query"
     x, y = inputs_and_outputs(dense, prunable_linears(dense)[name], data)
@@ -170,7 +156,7 @@ def test_a_linear_without_bias_is_fitted_to_plain_moments() -> None:
 def test_later_linears_see_the_sparse_ones_before_them() -> None:
     """The recorded error of the last linear holds on the inputs that it gets in the finished model."""
     dense = tiny_model("bert")
-    model, data = copy.deepcopy(dense), batches(dense)
+    model, data = copy.deepcopy(dense), tiny_batches(dense)
     record = sparsify(model, data, sparsity=0.6)
     for name in ("encoder.layer.1.attention.self.value", "encoder.layer.2.output.dense"):
         before, after = (prunable_linears(m)[name] for m in (dense, model))
@@ -183,14 +169,14 @@ def test_later_linears_see_the_sparse_ones_before_them() -> None:
 
 def test_padding_does_not_count() -> None:
     model = tiny_model("bert")
-    data = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches(model, 4)]
+    data = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in tiny_batches(model, 4)]
     padded = [
         {name: torch.cat([t, torch.zeros(8, 5, dtype=torch.int64)], 1) for name, t in batch.items()} for batch in data
     ]
     one, other = copy.deepcopy(model), copy.deepcopy(model)
     records = sparsify(one, data, sparsity=0.5), sparsify(other, padded, sparsity=0.5)
     assert records[0].n_tokens == records[1].n_tokens == 4 * 8 * 9
-    torch.testing.assert_close(states(one, data), states(other, data), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(last_states(one, data), last_states(other, data), rtol=1e-2, atol=1e-2)
 
 
 def test_passes_keep_zeros_and_end_at_the_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +195,7 @@ def test_passes_keep_zeros_and_end_at_the_sparsity(monkeypatch: pytest.MonkeyPat
     steps: list[tuple[int, int]] = []
     config = SparsityConfig(sparsity=0.75, passes=2)
     record = sparsify_model(
-        model, iter(batches(model)), config, memory_limit_bytes=PLENTY, progress=lambda *step: steps.append(step)
+        model, iter(tiny_batches(model)), config, memory_limit_bytes=PLENTY, progress=lambda *step: steps.append(step)
     )
     assert record.sparsity == 0.75
     assert steps == [(done, 2 * 12) for done in range(1, 25)]  # q, k and v are one input
@@ -221,7 +207,7 @@ def test_passes_keep_zeros_and_end_at_the_sparsity(monkeypatch: pytest.MonkeyPat
 
 def test_several_passes_do_not_lose_to_one_by_much() -> None:
     dense = tiny_model("bert")
-    divergence = divergence_from(dense, batches(dense))
+    divergence = divergence_from(dense, tiny_batches(dense))
     found = []
     for passes in (1, 4):
         model = copy.deepcopy(dense)
@@ -247,7 +233,7 @@ def test_inputs_that_never_vary_lose_their_weights_first_and_cost_nothing() -> N
     model = copy.deepcopy(dense)
     sparsify(model, sparsity=0.3)
     assert not prunable_linears(model)["encoder.layer.0.intermediate.dense"].weight[:, :6].any()
-    assert bool(torch.isfinite(states(model, batches(model))).all())
+    assert bool(torch.isfinite(last_states(model, tiny_batches(model))).all())
 
 
 def test_the_record_survives_its_file(tmp_path: Path) -> None:
@@ -261,7 +247,7 @@ def test_the_record_survives_its_file(tmp_path: Path) -> None:
 
 def test_sensitive_linears_stay_denser_at_the_same_number_of_zeros() -> None:
     dense = tiny_model("bert")
-    model, data = copy.deepcopy(dense), batches(dense)
+    model, data = copy.deepcopy(dense), tiny_batches(dense)
     divergence = divergence_from(dense, data)
     config = SparsityConfig(sparsity=0.6, distribution="sensitivity")
     steps: list[tuple[int, int]] = []
@@ -303,7 +289,7 @@ def test_measuring_leaves_the_weights_as_they_were() -> None:
 
     config = SparsityConfig(distribution="sensitivity")
     with pytest.raises(NumericalError, match=r"encoder\.layer\.2\.output\.dense"):
-        sparsify_model(model, batches(model, 3), config, memory_limit_bytes=PLENTY, divergence=stop_at_the_last)
+        sparsify_model(model, tiny_batches(model, 3), config, memory_limit_bytes=PLENTY, divergence=stop_at_the_last)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -383,5 +369,5 @@ def test_the_memory_limit_names_linear_and_field() -> None:
     model = tiny_model("bert")
     limit = sparsity_bytes(32, 64)
     with pytest.raises(UsageError, match=r"layer\.0\.output\.dense within prune\.memory_limit_gb"):
-        sparsify_model(model, batches(model), SparsityConfig(), memory_limit_bytes=limit)
-    sparsify_model(model, batches(model), SparsityConfig(), memory_limit_bytes=sparsity_bytes(64, 32))
+        sparsify_model(model, tiny_batches(model), SparsityConfig(), memory_limit_bytes=limit)
+    sparsify_model(model, tiny_batches(model), SparsityConfig(), memory_limit_bytes=sparsity_bytes(64, 32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,95 +76,93 @@ def inspect(
     console.print_json(rows) if as_json else console.print_rows(model, rows)
 
 
-@app.command()
-def profile(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-) -> None:
+def _stage(work: Callable[[Recipe, Progress], None]) -> Callable[[Recipe, Progress], None]:
+    """Make a command of ``work``: it gets a recipe and what users may change in it by options."""
+
+    def command(
+        recipe: RecipePath,
+        output_dir: OutputDir = None,
+        speedups: Speedups = None,
+        seed: Seed = None,
+        threads: Threads = None,
+        quiet: Quiet = False,
+    ) -> None:
+        work(resolved_recipe(recipe, output_dir, speedups, seed, threads), _progress(quiet))
+
+    app.command(work.__name__, help=work.__doc__)(command)
+    return work
+
+
+def _reporting_stage(
+    work: Callable[[Recipe, Progress], FamilyReport],
+) -> Callable[[Recipe, Progress], FamilyReport]:
+    """The same for work that ends in a report, which may be printed as JSON."""
+
+    def command(
+        recipe: RecipePath,
+        output_dir: OutputDir = None,
+        speedups: Speedups = None,
+        seed: Seed = None,
+        threads: Threads = None,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
+    ) -> None:
+        resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
+        _finish(work(resolved, _progress(quiet)), resolved, as_json)
+
+    app.command(work.__name__, help=work.__doc__)(command)
+    return work
+
+
+@_stage
+def profile(resolved: Recipe, progress: Progress) -> None:
     """Measure the latency table of the recipe's model on this CPU."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    table = api.profile(resolved, _progress(quiet))
+    table = api.profile(resolved, progress)
     typer.echo(
         f"{len(table.cells)} cells in {table.total_seconds:.0f} s, dense {table.dense.median_ms:.2f} ms, "
         f"base {table.base.median_ms:.2f} ms: {resolved.run_dir / 'profile.json'}"
     )
 
 
-@app.command()
-def prune(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-) -> None:
+@_stage
+def prune(resolved: Recipe, progress: Progress) -> None:
     """Profile where needed, then plan and build a smaller torch model for every target."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    for name, plan in api.prune(resolved, _progress(quiet)).items():
+    for name, plan in api.prune(resolved, progress).items():
         place = resolved.run_dir if resolved.recover.mode == "none" else resolved.run_dir / "pruning"
         typer.echo(f"{name}: predicted {plan.predicted_speedup:.2f}x: {place / name}")
 
 
-@app.command()
-def recover(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-) -> None:
+@_stage
+def recover(resolved: Recipe, progress: Progress) -> None:
     """Prune to measured targets, then train each member towards the dense model's answers."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    for name, record in api.recover(resolved, _progress(quiet)).items():
+    for name, record in api.recover(resolved, progress).items():
         typer.echo(
             f"{name}: {record.steps} steps in {record.seconds:.0f} s on {record.device}, "
             f"{record.samples_per_second:.0f} examples/s: {resolved.run_dir / name}"
         )
 
 
-@app.command()
-def export(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-) -> None:
+@_stage
+def export(resolved: Recipe, progress: Progress) -> None:
     """Prune where needed, then write model.onnx of the dense model and of every member."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    for name, path in api.export(resolved, _progress(quiet)).items():
+    for name, path in api.export(resolved, progress).items():
         typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
-@app.command()
-def compress(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-) -> None:
+@_stage
+def compress(resolved: Recipe, progress: Progress) -> None:
     """Make the further files of every member: model_int8.onnx, model_sparse.onnx, model_sparse_int8.onnx."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    for name, path in api.compress(resolved, _progress(quiet)).items():
+    for name, path in api.compress(resolved, progress).items():
         typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
@@ -225,38 +224,20 @@ def benchmark(
         raise typer.Exit(MISSED_TARGET)
 
 
-@app.command()
-def report(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@_reporting_stage
+def report(resolved: Recipe, progress: Progress) -> FamilyReport:
     """Evaluate and report a benchmarked run again; measures no latency."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    _finish(api.report(resolved, _progress(quiet)), resolved, as_json)
+    return api.report(resolved, progress)
 
 
-@app.command()
-def run(
-    recipe: RecipePath,
-    output_dir: OutputDir = None,
-    speedups: Speedups = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@_reporting_stage
+def run(resolved: Recipe, progress: Progress) -> FamilyReport:
     """The whole way: profile, calibrate, prune, export, benchmark, recover, compress, evaluate, report."""
-    resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
     from ziplm_deploy import api
 
-    _finish(api.run_recipe(resolved, _progress(quiet)), resolved, as_json)
+    return api.run_recipe(resolved, progress)
 
 
 @app.command()
