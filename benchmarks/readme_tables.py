@@ -1,8 +1,7 @@
 """Regenerate the tables between markers in README.md: ``python benchmarks/readme_tables.py``.
 
-``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``quickstart``, ``family``, ``compound`` and ``figures`` come from
-``benchmarks/results``, ``recipe`` from the recipe's own field descriptions. With ``--check`` nothing is written; exit
-code 1 says it is stale.
+``<!-- table:NAME -->`` … ``<!-- end:NAME -->``: ``recipe`` comes from the recipe's own field descriptions, the others
+from ``benchmarks/results``. With ``--check`` nothing is written; exit code 1 says it is stale.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def family_table() -> str:
             f"{row['dense_score']:.4f}",
             f"{row['score_before_training']:.4f}",
             f"{row['score']:.4f}",
-            f"{row['percent_of_dense']:.1f} %",
+            _percent(row["percent_of_dense"]),
             str(row["training"]["steps"]),
             f"{row['training']['seconds']:.0f}",
         ]
@@ -80,6 +79,44 @@ def family_table() -> str:
         f"One gradual run a task, on {cores} core(s) of {result['machine']['cpu']}, {result['date'][:10]}; one seed."
     )
     return "\n".join([*markdown_table(titles, cells), "", caption])
+
+
+def ablation_table() -> str:
+    """What is left of the dense score with each part of recovery changed, target by target."""
+    path = RESULTS / "ablation.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    targets = sorted({row["target"] for row in result["rows"]})
+    found = {(row["task"], row["variant"], row["target"]): row["percent_of_dense"] for row in result["rows"]}
+    cells = [
+        [task, variant, *(_percent(found.get((task, variant, target))) for target in targets)]
+        for task, variant in dict.fromkeys(key[:2] for key in found)
+    ]
+    return "\n".join(markdown_table(["task", "training", *(f"{target:g}x" for target in targets)], cells))
+
+
+def pareto_table() -> str:
+    """Scores of every method at its measured speedup, after the same training."""
+    path = RESULTS / "pareto.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cells = [
+        [
+            row["task"],
+            row["method"],
+            f"{row['measured_speedup']:.2f}x [{row['measured_low']:.2f}, {row['measured_high']:.2f}]",
+            f"{row['score']:.4f}",
+            _percent(row["percent_of_dense"]),
+        ]
+        for row in sorted(result["rows"], key=lambda row: (row["task"], row["target"]))
+    ]
+    return "\n".join(markdown_table(["task", "method", "measured [95 %]", "score", "of dense"], cells))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} %"
 
 
 def compound_table() -> str:
@@ -120,6 +157,8 @@ def all_figures() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
     "family": family_table,
+    "ablation": ablation_table,
+    "pareto": pareto_table,
     "compound": compound_table,
     "figures": all_figures,
     "recipe": recipe_reference,
