@@ -2,8 +2,10 @@
 
 ``python benchmarks/pareto.py --task stsb --data FOLDER --table TABLE`` prunes all-MiniLM-L6-v2 by every method to the
 same measured speedups and trains all of them alike; beside them stand the dense model and a fresh 3-layer student made
-of every other layer and trained as long. ``--merge`` writes ``benchmarks/results/pareto.json`` and a plot from all
-tasks' rows. ``wins_fraction``: share of (task, target, rival) cells in which this method's score is at least as high.
+of every other layer and trained as long. What drops whole layers cannot reach any speedup: there this method gets what
+three and two layers reach as its targets. Runs that are in the work folder already are not repeated. ``--merge`` writes
+``benchmarks/results/pareto.json`` and a plot from all tasks' rows. ``wins_fraction``: share of (task, target, rival)
+cells in which this method's score is at least as high.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run import BATCH_SIZE, Run
 
-OURS = "ziplm"
-METHODS = (OURS, "flap", "magnitude", "layer-drop")
+OURS, LAYER_DROP = "ziplm", "layer-drop"
+METHODS = (OURS, "flap", "magnitude", LAYER_DROP)
 TARGETS = (2.0, 3.0)
+LAYERS = (3, 2)  # that whole-layer rivals keep
 FRESH = "3-layer student"
+BELOW = 0.97  # of its own speedup: a model of whole layers has no neighbour to correct a small miss with
 
 
 class EveryOther(Student):
@@ -70,11 +74,21 @@ def every_other_layer(dense: nn.Module) -> tuple[nn.Module, list[int]]:
     return model, kept
 
 
-def fresh_speedup(table: LatencyTable) -> float:
-    """What the table predicts for the 3-layer student: this method gets the same latency as one more target."""
+def layers_speedup(table: LatencyTable, n_layers: int) -> float:
+    """What the table predicts for so many whole layers: this method gets the same latency as one more target."""
     shape = table.shape
     layer_ms = table.latency_ms("attention", shape.n_heads) + table.latency_ms("ffn", shape.intermediate_size)
-    return round(table.dense.median_ms / (table.base.median_ms + shape.n_layers // 2 * layer_ms), 2)
+    return round(table.dense.median_ms / (table.base.median_ms + n_layers * layer_ms), 2)
+
+
+def targets_of(method: str, table: LatencyTable) -> list[float]:
+    """At which speedups a method stands in the comparison."""
+    of_layers = [layers_speedup(table, n_layers) for n_layers in LAYERS]
+    return {
+        OURS: sorted({*TARGETS, *of_layers}),
+        LAYER_DROP: of_layers,
+        FRESH: of_layers[:1],
+    }.get(method, list(TARGETS))
 
 
 def method_recipe(method: str, targets: list[float], options: argparse.Namespace) -> Recipe:
@@ -87,13 +101,15 @@ def method_recipe(method: str, targets: list[float], options: argparse.Namespace
 
 
 def run_method(method: str, targets: list[float], options: argparse.Namespace) -> list[dict[str, Any]]:
-    recipe = method_recipe(method, targets, options)
+    asked = [round(BELOW * target, 2) for target in targets] if method == LAYER_DROP else targets
+    recipe = method_recipe(method, asked, options)
     report = run_recipe(recipe, ConsoleProgress())
     shutil.rmtree(recipe.run_dir)
-    return [{"method": method, **row} for row in rows_of(options.task, report)]
+    rows = zip(targets, rows_of(options.task, report), strict=True)
+    return [{"method": method, **row, "target": target} for target, row in rows]
 
 
-def run_fresh(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The 3-layer student: trained with the same teacher, data, steps and losses; timed beside the dense model."""
     with tempfile.TemporaryDirectory() as folder:
         raw = method_recipe(OURS, [2.0], options).model_dump(mode="json") | {"output_dir": folder}
@@ -128,7 +144,7 @@ def run_fresh(options: argparse.Namespace) -> list[dict[str, Any]]:
             "method": FRESH,
             "task": options.task,
             "metric": state.task.metric_name,
-            "target": options.fresh_target,
+            "target": target,
             "measured_speedup": timing.speedup,
             "measured_low": timing.speedup_low,
             "measured_high": timing.speedup_high,
@@ -144,11 +160,13 @@ def run_task(options: argparse.Namespace) -> None:
     """All methods of one task, each kept as soon as it is done."""
     path = options.work / f"{options.task}.json"
     part = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": []}
-    options.fresh_target = fresh_speedup(LatencyTable.load(Path(options.table)))
+    table = LatencyTable.load(Path(options.table))
     for method in options.methods:
-        targets = sorted({*TARGETS, options.fresh_target}) if method == OURS else list(TARGETS)
-        rows = run_fresh(options) if method == FRESH else run_method(method, targets, options)
-        part["rows"] = [row for row in part["rows"] if row["method"] != method] + rows
+        done = [row["target"] for row in part["rows"] if row["method"] == method]
+        targets = [target for target in targets_of(method, table) if target not in done]
+        if not targets:
+            continue
+        part["rows"] += run_fresh(targets[0], options) if method == FRESH else run_method(method, targets, options)
         recover = recipe_of(options.task, options).recover.model_dump(mode="json")
         part |= {"commit": commit(), "recover": recover | {"mode": "one-shot"}}
         write_text(path, json.dumps(part, indent=1) + "\n")
