@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Figure, commit, write_result
-from family import CASES, MODEL, recipe_of, rows_of
+from common import Figure, commit, write_result
+from family import MODEL, one_task_parser, recipe_of, rows_of
 
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import write_text
@@ -85,17 +85,8 @@ def merge(work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(CASES), default="stsb")
-    parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one")
+    parser = one_task_parser(__doc__, "ablation", "optimiser steps between two targets")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one for each variant")
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps between two targets")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--merge", action="store_true", help="only write the result file")
     options = parser.parse_args()
     options.targets = list(TARGETS)
     if options.merge:

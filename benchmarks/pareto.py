@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Figure, commit, write_result
-from family import CASES, MODEL, recipe_of, rows_of
+from common import RESULTS, Figure, commit, write_result
+from family import MODEL, one_task_parser, recipe_of, rows_of
 from torch import Tensor, nn
 
 from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
@@ -212,17 +212,8 @@ def merge(work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(CASES), default="stsb")
-    parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one for each method")
+    parser = one_task_parser(__doc__, "pareto", "optimiser steps of every model")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, FRESH], default=[*METHODS, FRESH])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pareto")
-    parser.add_argument("--table", help="latency table of the task's model")
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of every model")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--merge", action="store_true", help="only write the result file and the plot")
     options = parser.parse_args()
     options.targets = list(TARGETS)
     if options.merge:
