@@ -64,8 +64,10 @@ def measure(state: Run, config: SparsityConfig, options: argparse.Namespace, fol
     }
     rows = [{**facts, "trained_steps": 0, "score": score(state, model, folder)}]
     if config.passes in options.train_passes:
+        # A folder of its own: training would go on from the last checkpoint that it finds there.
+        checkpoints = folder / "checkpoints" / f"{config.sparsity:g}-{config.passes}"
         with held(model, zero_masks(model)):
-            training = distil(state, model, state.recipe.compress.train, folder / "checkpoints" / "now", "sparse")
+            training = distil(state, model, state.recipe.compress.train, checkpoints, "sparse")
         rows.append({**facts, "trained_steps": training.steps, "score": score(state, model, folder)})
     print(json.dumps(rows), flush=True)
     return rows
