@@ -120,7 +120,7 @@ class FormulaWorker:
         kind, size = model_id.split()
         return 0.3 + 4 * (truth_ms(kind, int(size)) + 0.1)
 
-    def time_many(self, order: list[str], warmup: int = 1) -> list[float]:
+    def time_many(self, order: list[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
         samples = []
         for model_id in order:
             self.runs += 1

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 from ziplm_deploy.artifacts import BenchmarkRecord, VariantResult
 from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment
-from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import machine_info
 from ziplm_deploy.statistics import is_stable, median_ratio, relative_standard_error, summarize
@@ -29,9 +29,6 @@ Progress = Callable[[int, int], None]  # (rounds done, rounds at most)
 AA = "baseline again"
 MODEL = "model"
 WARMUP_RUNS = 24
-# Before each turn. A process that has just been woken needs milliseconds until caches and clock are those of a server
-# that is kept busy: one untimed run is enough for 40 ms of dense model, but made one of 2 ms look 6 % slower.
-TURN_WARMUP_MS = 10.0
 WARMUP_SECONDS = 10.0
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision

@@ -26,7 +26,7 @@ from torch import nn
 from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.artifacts import LatencyTable, MachineInfo, ModelShape
 from ziplm_deploy.config import EngineName, Environment, ExportConfig, ProfileConfig, Variant
-from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError, IncompatibleArtifactError
 from ziplm_deploy.machine import machine_info
 from ziplm_deploy.profiling_models import (
@@ -88,11 +88,11 @@ class Workers:
     def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
         return self._of_model[model_id].time(model_id, n=n, warmup=warmup)
 
-    def time_many(self, order: Sequence[str], warmup: int = 1) -> list[float]:
+    def time_many(self, order: Sequence[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
         """Milliseconds of one run of each model in ``order``, in that order, whichever engine has it."""
         samples_ms: list[float] = []
         for worker, ids in itertools.groupby(order, key=self._of_model.__getitem__):
-            samples_ms += worker.time_many(list(ids), warmup=warmup)
+            samples_ms += worker.time_many(list(ids), warmup, warmup_ms)
         return samples_ms
 
 
@@ -315,7 +315,7 @@ def _warm_up(workers: Workers, ids: Sequence[str]) -> None:
 
 def _round(workers: Workers, ids: Sequence[str], samples: Samples, generator: np.random.Generator) -> None:
     order = [ids[index] for index in generator.permutation(len(ids))]
-    samples.add(order, workers.time_many(order))
+    samples.add(order, workers.time_many(order, warmup_ms=TURN_WARMUP_MS))
 
 
 def _remeasure(workers: Workers, samples: Samples, shape: ModelShape, profile: ProfileConfig, seed: int) -> None:

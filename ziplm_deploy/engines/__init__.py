@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from ziplm_deploy.engines.base import Engine, ModelSignature, TensorInfo, WorkerHandle, WorkerOptions
+from ziplm_deploy.engines.base import TURN_WARMUP_MS, Engine, ModelSignature, TensorInfo, WorkerHandle, WorkerOptions
 from ziplm_deploy.engines.deepsparse import DeepSparseEngine
 from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ziplm_deploy.engines.openvino import OpenVinoEngine
 from ziplm_deploy.errors import EngineError
 
-__all__ = ["ENGINES", "Engine", "ModelSignature", "TensorInfo", "WorkerHandle", "WorkerOptions", "get_engine"]
+__all__ = [
+    "ENGINES",
+    "TURN_WARMUP_MS",
+    "Engine",
+    "ModelSignature",
+    "TensorInfo",
+    "WorkerHandle",
+    "WorkerOptions",
+    "get_engine",
+]
 
 ENGINES: dict[str, type[Engine]] = {
     engine.name: engine for engine in (OnnxRuntimeEngine, OpenVinoEngine, DeepSparseEngine)

@@ -4,7 +4,8 @@ One self-contained file that needs numpy and its engine only, so that another in
 lines: a request on stdin, a reply ``{"ok": true, …}`` or ``{"ok": false, "error": …}`` on stdout. It ends at EOF.
 
 Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, n, warmup, warmup_ms}`` ·
-``run_many {order, warmup}`` · ``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` · ``quit``.
+``run_many {order, warmup, warmup_ms}`` · ``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` ·
+``quit``.
 
 By hand, to reproduce a failure: ``python worker.py --probe model.onnx --batch-size 1 --seq-len 128``.
 """
@@ -260,19 +261,21 @@ class Worker:
         }
 
     def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
-        spent_ms, runs = 0.0, 0
-        while runs < request["warmup"] or spent_ms < request["warmup_ms"]:
-            spent_ms += self._timed_run(request["id"])
-            runs += 1
+        self._warm_up(request["id"], request)
         return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
 
     def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
         samples_ms = []
         for model_id in request["order"]:
-            for _ in range(request["warmup"]):
-                self._timed_run(model_id)
+            self._warm_up(model_id, request)
             samples_ms.append(self._timed_run(model_id))
         return {"ms": samples_ms}
+
+    def _warm_up(self, model_id: str, request: dict[str, Any]) -> None:
+        spent_ms, runs = 0.0, 0
+        while runs < request["warmup"] or spent_ms < request["warmup_ms"]:
+            spent_ms += self._timed_run(model_id)
+            runs += 1
 
     def do_infer(self, request: dict[str, Any]) -> dict[str, Any]:
         session = self.sessions[request["id"]]
