@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -188,32 +187,6 @@ def test_without_a_set_up_the_command_is_named(source: Path, tmp_path: Path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(EngineError, match="run: ziplm-deploy setup neural-compressor"):
         run(source, tmp_path / "int8.onnx")
-
-
-def request(**changes: Any) -> neural_compressor_worker.Request:
-    fields: dict[str, Any] = {"source": "s.onnx", "target": "t.onnx", "nodes": ("a", "b", "c", "d")}
-    fields |= {"approach": "static", "ranges": "minmax", "percentile": 99.99, "batches": (), "per_channel": True}
-    fields |= {"reduce_range": False, "tune": True, "max_loss": 0.1, "max_fp32_share": 0.5, "max_trials": 9}
-    return neural_compressor_worker.Request(**{**fields, "tuning_seconds": 60.0, **changes})
-
-
-def candidate(float32: str) -> onnx.ModelProto:
-    """A model in which the named MatMuls of ``abcd`` are float32."""
-    nodes = [helper.make_node("MatMul", ["x", "w"], [n], name=n if n in float32 else f"{n}_quant") for n in "abcd"]
-    return helper.make_model(helper.make_graph(nodes, "g", [], []))
-
-
-@pytest.fixture
-def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A tuning with given answers: baseline first; ``asked`` are the paths that it sent."""
-
-    def start(*scores: float, **changes: Any) -> tuple[neural_compressor_worker.Tuning, io.StringIO]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps({"score": s}) + "\n" for s in scores)))
-        replies = io.StringIO()
-        return neural_compressor_worker.Tuning(request(**changes), replies), replies
-
-    return start
 
 
 # --- the real one ---
