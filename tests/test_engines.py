@@ -198,6 +198,13 @@ def test_killed_worker_names_model_and_signal(tmp_path: Path) -> None:
             worker.time("a", n=1)
 
 
+def test_a_closed_worker_says_so() -> None:
+    worker = start()
+    worker.close()
+    with pytest.raises(EngineError, match=r"ended before \(exit code 0\)"):
+        worker.peak_memory_bytes()
+
+
 def test_hung_worker_is_killed_after_the_timeout(tmp_path: Path) -> None:
     with start(WorkerOptions(timeout_seconds=20.0)) as worker:
         worker.load("a", write_mlp(tmp_path / "slow.onnx", 8))

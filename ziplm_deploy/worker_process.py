@@ -55,7 +55,7 @@ class WorkerProcess:
     def send(self, message: Mapping[str, Any]) -> None:
         """Write one line. A process that is gone shows when its answer is read."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -76,6 +76,8 @@ class WorkerProcess:
 
     def _read_line(self, timeout_seconds: float) -> bytes:
         assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            raise WorkerGoneError(f"the process was ended before ({self._exit_status()})")
         descriptor = self._process.stdout.fileno()
         deadline = time.monotonic() + timeout_seconds
         while b"\n" not in self._pending:

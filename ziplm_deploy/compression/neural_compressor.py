@@ -41,8 +41,7 @@ Batch = Mapping[str, npt.NDArray[Any]]
 class NeuralCompressorResult:
     """What the tuning came to. Linears are module paths of the model."""
 
-    trials: int  # candidates that were scored; 0 without ``evaluate``
-    scores: tuple[float, ...]  # in the order in which they were tried
+    scores: tuple[float, ...]  # of candidates, in the order in which they were tried; none without ``evaluate``
     fp32_linears: tuple[str, ...]  # that stayed float32, in graph order
     met: bool | None  # whether the written file holds ``max_loss``; None: nothing was scored
 
@@ -104,7 +103,6 @@ def quantize_with_neural_compressor(
         with atomic_path(target) as temporary:
             shutil.copyfile(folder / "result.onnx", temporary)
     return NeuralCompressorResult(
-        trials=len(reply["scores"]),
         scores=tuple(reply["scores"]),
         fp32_linears=tuple(nodes[name] for name in reply["fp32_nodes"]),
         met=reply["met"],
