@@ -1,12 +1,13 @@
 """Does the latency table predict whole models? Random non-uniform models, predicted against measured speedup.
 
 For each case (shape and environment) a table is measured, models between 1.5x and 10x are drawn from its levels,
-exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + all cells).
+exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + all cells,
+corrected by the table's few whole models, which are other ones than those drawn here).
 Figures: ``worst_deviation_percent`` and ``median_deviation_percent`` of |predicted / measured - 1| over all models;
 the spread of the first is the range of the cases' worst, that of the second of the cases' medians.
 With ``--compound`` cells and models are sparse or INT8, on the engine that serves such files; speedups are over dense
 float32 ONNX Runtime (``compound_additivity``).
-The same with the sum of the dense cells instead of the dense latency is recorded beside it (``…_of_sums``).
+The same without the correction is recorded beside it (``…_of_sums``).
 """
 
 from __future__ import annotations
@@ -187,8 +188,7 @@ def row(
 ) -> dict[str, Any]:
     measured = record.variant(name)
     predicted = table.dense.median_ms / table.predict_ms(sizes)
-    # as if the sum of the unpruned cells were what the unpruned model takes
-    predicted_of_sums = predicted * table.predict_dense_ms() / (table.unpruned or table.dense).median_ms
+    predicted_of_sums = table.dense.median_ms / table.sum_ms(sizes)
     return {
         "case": case.name,
         "model": name,

@@ -78,7 +78,7 @@ def layers_speedup(table: LatencyTable, n_layers: int) -> float:
     """What the table predicts for so many whole layers: this method gets the same latency as one more target."""
     shape = table.shape
     layer_ms = table.latency_ms("attention", shape.n_heads) + table.latency_ms("ffn", shape.intermediate_size)
-    return round(table.dense.median_ms / (table.base.median_ms + n_layers * layer_ms), 2)
+    return round(table.predict_speedup(n_layers * layer_ms), 2)
 
 
 def targets_of(method: str, table: LatencyTable) -> list[float]:

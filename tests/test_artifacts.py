@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from reports import benchmark_record, family_report, latency_table, plan
+from reports import benchmark_record, family_report, latency_table, plan, timing
 
 import exporters.files
 from ziplm_deploy.artifacts import (
@@ -22,6 +22,7 @@ from ziplm_deploy.artifacts import (
     FamilyReport,
     LatencyTable,
     PruningPlan,
+    WholeModel,
     atomic_path,
     write_bytes_with,
     write_text,
@@ -157,16 +158,37 @@ def test_a_file_in_the_way_of_a_folder_is_a_storage_error(tmp_path: Path) -> Non
 def test_predictions_are_sums_of_cells() -> None:
     table = latency_table()
     assert table.predict_ms({"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 16}) == pytest.approx(7.2)
-    assert table.predict_dense_ms() == pytest.approx(10.0)
+    assert table.sum_dense_ms() == pytest.approx(10.0)
     assert table.sizes("ffn") == [0, 8, 16]
     with pytest.raises(KeyError):
         table.latency_ms("ffn", 9)
 
 
+def test_budgets_and_predicted_speedups_agree() -> None:
+    whole = WholeModel(sizes={"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8}, timing=timing(7.0))
+    for table in (latency_table(), latency_table(wholes=[whole])):
+        for modules_ms in (0.4, 3.0, 8.0):
+            assert table.modules_budget_ms(table.predict_speedup(modules_ms)) == pytest.approx(modules_ms)
+        assert table.modules_budget_ms(table.dense.median_ms / table.base.median_ms * 1.01) < 0
+
+
+def test_whole_models_correct_the_sums_of_cells() -> None:
+    sizes = {"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8}  # 2 + 0.6 + 1.5 + 0.1 + 1.5
+    full = {"0.attention": 2, "0.ffn": 16, "1.attention": 2, "1.ffn": 16}
+    table = latency_table(wholes=[WholeModel(sizes=sizes, timing=timing(5.7 * 1.1))], dense=timing(10.5))
+    assert table.sum_ms(sizes) == pytest.approx(5.7)
+    assert table.predict_ms(sizes) == pytest.approx(5.7 * 1.1)
+    assert table.predict_ms(full) == pytest.approx(10.5)  # what was measured
+    between = {"0.attention": 2, "0.ffn": 8, "1.attention": 2, "1.ffn": 16}
+    assert 1.05 < table.predict_ms(between) / table.sum_ms(between) < 1.1
+    compressed = latency_table(wholes=table.wholes, dense=timing(30.0), unpruned=timing(10.2))
+    assert compressed.predict_ms(full) == pytest.approx(10.2)
+
+
 @pytest.mark.parametrize(
     ("artifact", "newer"),
     [
-        (latency_table(), ["form", "baseline_engine", "baseline_engine_version", "unpruned"]),
+        (latency_table(), ["form", "baseline_engine", "baseline_engine_version", "unpruned", "wholes"]),
         (benchmark_record(**{"2x": 2.0}), []),
     ],
     ids=lambda value: getattr(value, "KIND", ""),
@@ -186,7 +208,7 @@ def test_files_from_before_several_engines_are_read(tmp_path: Path, artifact: Ar
 def test_the_published_table_is_read() -> None:
     table = LatencyTable.load(next(PROFILES.glob("*.json")))
     assert (table.baseline_engine, table.baseline_engine_version) == (table.engine, table.engine_version)
-    assert (table.variant, table.form, table.unpruned) == ("fp32", "", None)
+    assert (table.variant, table.form, table.unpruned, table.wholes) == ("fp32", "", None, [])
 
 
 def test_an_engine_of_its_own_is_kept() -> None:

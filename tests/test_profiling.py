@@ -22,8 +22,8 @@ from ziplm_deploy.errors import (
     UnsupportedModelError,
 )
 from ziplm_deploy.profiling import Workers, check_table, measure_table
-from ziplm_deploy.profiling_models import cell_id, cell_sizes, random_stack, without_layers
-from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure
+from ziplm_deploy.profiling_models import WHOLE_SHARES, cell_id, cell_sizes, random_stack, whole_sizes, without_layers
+from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
 
 ENVIRONMENT = Environment(batch_size=2, seq_len=12)
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
@@ -45,7 +45,7 @@ def test_table_holds_every_size_with_intervals(table: LatencyTable, tmp_path: Pa
     assert table.dense.median_ms > table.base.median_ms > 0
     assert table.noise["rounds"] == 3
     assert table.total_seconds > table.measuring_seconds > 0
-    assert table.noise["sum_of_parts_over_dense"] == pytest.approx(table.predict_dense_ms() / table.dense.median_ms)
+    assert table.noise["sum_of_parts_over_dense"] == pytest.approx(table.sum_dense_ms() / table.dense.median_ms)
     assert (table.variant, table.form, table.unpruned) == ("fp32", "", None)
     assert (table.baseline_engine, table.baseline_engine_version) == (table.engine, table.engine_version)
     table.save(tmp_path / "table.json")
@@ -206,15 +206,46 @@ def test_two_workers_are_timed_in_the_order_that_one_would_be() -> None:
     assert workers.time("dense", n=3) == alone.time("dense", n=3)
 
 
-def test_the_unpruned_model_asks_for_no_further_rounds_but_says_what_is_negligible() -> None:
+def test_the_unpruned_model_says_what_is_negligible() -> None:
     shape, profile = model_shape(tiny_model("bert").config), ProfileConfig()
-    noisy = np.array([5.0, 10.0, 15.0, 20.0])
-    samples = Samples(ms={"dense": np.full(4, 1e6), "unpruned": noisy, "base": np.full(4, 1.0), "ffn 64": noisy / 100})
-    assert unsure(samples, shape, profile) == [
-        "ffn 64"
-    ]  # not negligible in 12 ms, though it would be in the dense 1000 s
+    noisy = np.array([5.0, 10.0, 15.0, 20.0]) / 100
+    samples = Samples(ms={"dense": np.full(4, 1e6), "unpruned": np.full(4, 12.0), "base": np.full(4, 1.0)})
+    samples.ms["ffn 64"] = noisy
+    assert unsure(samples, shape, profile) == ["ffn 64"]  # not negligible in 12 ms, though it is in the dense 1000 s
     del samples.ms["unpruned"]
     assert unsure(samples, shape, profile) == []
+
+
+def cells_in(sizes: dict[str, int]) -> set[str]:
+    return {cell_id(name.split(".")[1], size) for name, size in sizes.items()}
+
+
+def test_whole_models_are_uneven_and_ever_smaller() -> None:
+    shape = model_shape(tiny_model("bert", num_hidden_layers=12).config)
+    wholes = whole_sizes(shape, QUICK)
+    assert wholes == whole_sizes(shape, QUICK)
+    full = {"attention": shape.n_heads, "ffn": shape.intermediate_size}
+    shares = [float(np.mean([size / full[name.split(".")[1]] for name, size in w.items()])) for w in wholes.values()]
+    assert shares == pytest.approx(WHOLE_SHARES, abs=0.12)
+    assert shares == sorted(shares, reverse=True)
+    levels = cell_sizes(shape, QUICK)
+    known = {cell_id(kind, size) for kind in levels for size in levels[kind]}
+    for sizes in wholes.values():
+        assert 2 < len(cells_in(sizes) & known) == len(cells_in(sizes))
+
+
+def test_whole_models_of_refused_cells_are_left_out() -> None:
+    shape = model_shape(tiny_model("bert").config)
+    sizes, levels = whole_sizes(shape, QUICK), cell_sizes(shape, QUICK)
+    ids = [*sizes, *(cell_id(kind, size) for kind in levels for size in levels[kind])]
+    samples = Samples(ms={model_id: np.full(3, 2.0) for model_id in ids})
+    assert [whole.sizes for whole in wholes_of(samples, shape, QUICK)] == list(sizes.values())
+    refused = next(model_id for model_id in sorted(cells_in(sizes["whole 0"])) if model_id != "both dropped")
+    del samples.ms[refused], samples.ms["whole 3"]
+    left = [whole.sizes for whole in wholes_of(samples, shape, QUICK)]
+    assert sizes["whole 0"] not in left
+    assert sizes["whole 3"] not in left
+    assert not any(refused in cells_in(sizes) for sizes in left)
 
 
 def arguments(table: LatencyTable) -> dict[str, Any]:

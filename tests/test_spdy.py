@@ -60,10 +60,3 @@ def test_infeasible_budgets_raise() -> None:
     for B in (0.99 * sum(x.min() for x in t), 0.0, -1.0):
         with pytest.raises(spdy.InfeasibleBudgetError):
             spdy.solve(t, e, B)
-
-
-def test_budget_and_largest_speedup_agree() -> None:
-    t = [np.array([4.0, 1.0]), np.array([6.0, 2.0])]
-    largest = spdy.largest_speedup(dense_ms=11.0, base_ms=1.0, t=t)
-    assert largest == pytest.approx(11.0 / 4.0)
-    assert spdy.budget_ms(11.0, 1.0, largest) == pytest.approx(3.0)

@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from ziplm_deploy.config import Environment, Variant
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
+from ziplm_deploy.sum_correction import SumCorrection
 
 ModuleKind = Literal["attention", "ffn"]
 
@@ -143,11 +144,18 @@ class Cell(BaseModel):
     timing: Timing
 
 
+class WholeModel(BaseModel):
+    """Latency of a whole model with these sizes, ``{"0.attention": heads, "0.ffn": width, …}``."""
+
+    sizes: dict[str, int]
+    timing: Timing
+
+
 class LatencyTable(Artifact):
     """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine.
 
-    Cells and base are in the form of ``variant`` on ``engine``: their sum predicts a member. ``dense`` is what speedups
-    are over: the float32 model on ``baseline_engine``.
+    Cells and base are in the form of ``variant`` on ``engine``: their sum predicts a member, corrected by what some
+    whole models took. ``dense`` is what speedups are over: the float32 model on ``baseline_engine``.
     """
 
     KIND: ClassVar[str] = "latency_table"
@@ -169,6 +177,7 @@ class LatencyTable(Artifact):
     dense: Timing  # the dense float32 model end to end on the baseline engine, same run
     unpruned: Timing | None = None  # the dense model in the form of the cells, on their engine; None: it is ``dense``
     cells: list[Cell]
+    wholes: list[WholeModel] = Field(default_factory=list)  # in the form of the cells; none: sums are not corrected
     refused: dict[str, str] = Field(default_factory=dict)  # cells that the engine cannot run, and what it said
     date: str
     measuring_seconds: float
@@ -192,16 +201,35 @@ class LatencyTable(Artifact):
     def _by_size(self) -> dict[tuple[str, int], float]:
         return {(cell.kind, cell.size): cell.timing.median_ms for cell in self.cells}
 
-    def predict_ms(self, sizes: dict[str, int]) -> float:
-        """Predicted end-to-end latency of a plan ``{"0.attention": heads, "0.ffn": width, …}``."""
+    def sum_ms(self, sizes: dict[str, int]) -> float:
+        """Base and cells of a plan ``{"0.attention": heads, "0.ffn": width, …}`` added up."""
         lookup = self._by_size()
         return self.base.median_ms + sum(lookup[name.split(".")[1], size] for name, size in sizes.items())
 
-    def predict_dense_ms(self) -> float:
-        """Predicted latency of the dense shapes in the table's form: near ``(unpruned or dense).median_ms``."""
+    def sum_dense_ms(self) -> float:
+        """The same for the dense shapes in the table's form: near ``(unpruned or dense).median_ms``."""
         shape = self.shape
         layer_ms = self.latency_ms("attention", shape.n_heads) + self.latency_ms("ffn", shape.intermediate_size)
         return self.base.median_ms + shape.n_layers * layer_ms
+
+    def predict_ms(self, sizes: dict[str, int]) -> float:
+        """Predicted end-to-end latency of a plan."""
+        return self._correction().whole_ms(self.sum_ms(sizes))
+
+    def predict_speedup(self, modules_ms: float) -> float:
+        """Predicted speedup of a model whose modules sum up to this many milliseconds."""
+        return self.dense.median_ms / self._correction().whole_ms(self.base.median_ms + modules_ms)
+
+    def modules_budget_ms(self, speedup: float) -> float:
+        """What all modules may sum up to for a predicted speedup; not positive if the base alone takes too long."""
+        return self._correction().sum_ms(self.dense.median_ms / speedup) - self.base.median_ms
+
+    def _correction(self) -> SumCorrection:
+        if not self.wholes:
+            return SumCorrection([])
+        full = (self.sum_dense_ms(), (self.unpruned or self.dense).median_ms)
+        base = (self.base.median_ms, self.base.median_ms)
+        return SumCorrection([base, full, *((self.sum_ms(w.sizes), w.timing.median_ms) for w in self.wholes)])
 
 
 class PruningPlan(Artifact):

@@ -4,6 +4,7 @@ A cell is a stack of ``stack_depth`` identical layers with only attention (or on
 and loaded exactly like a family member (:mod:`ziplm_deploy.profiling_models`); see :mod:`ziplm_deploy.table_cells` for
 how its latency follows. The base (embeddings and head without layers) and the dense model are timed in the same
 interleaved run. The dense model is what speedups are over: float32, on the baseline engine, which may be another one.
+A few pruned models are timed with them, and correct sums of cells (:mod:`ziplm_deploy.sum_correction`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ziplm_deploy.profiling_models import (
     table_models,
 )
 from ziplm_deploy.statistics import is_stable, summarize
-from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure
+from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
 from ziplm_deploy.trial import Trial
 
 Progress = Callable[[int, int], None]  # (steps done, steps at most): exports, then rounds
@@ -155,13 +156,14 @@ def measure_table(
         dense=summarize(samples.ms[DENSE]),
         unpruned=summarize(samples.ms[UNPRUNED]) if unpruned else None,
         cells=cells_of(samples, shape, profile),
+        wholes=wholes_of(samples, shape, profile),
         refused=measured.refused,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         measuring_seconds=measured.seconds,
         total_seconds=time.monotonic() - started,
         noise=noise_of(samples),
     )
-    table.noise["sum_of_parts_over_dense"] = table.predict_dense_ms() / (table.unpruned or table.dense).median_ms
+    table.noise["sum_of_parts_over_dense"] = table.sum_dense_ms() / (table.unpruned or table.dense).median_ms
     return table
 
 

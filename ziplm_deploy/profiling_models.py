@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
@@ -22,6 +23,8 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 NONE, BASE, DENSE, UNPRUNED = "none", "base", "dense", "unpruned"
 HIDDEN = ("last_hidden_state",)
+# Whole models that show how far sums of cells are off: mean share of a module that each of them keeps.
+WHOLE_SHARES = (0.55, 0.3, 0.16, 0.08)
 TINY_VOCABULARY = 64  # a stack needs no real vocabulary, and its export would be mostly that
 
 
@@ -99,6 +102,9 @@ def table_models(
     yield TableModel(DENSE, lambda: wrap(dense), output_names, FLOAT32)
     if unpruned:
         yield TableModel(UNPRUNED, lambda: wrap(form.prepare(copy.deepcopy(dense))), output_names, form)
+    for model_id, plan in whole_sizes(model_shape(dense.config), profile).items():  # type: ignore[arg-type]
+        whole = lambda plan=plan: wrap(form.prepare(copy.deepcopy(random_resized(dense, plan))))  # noqa: E731
+        yield TableModel(model_id, whole, output_names, form)
     yield TableModel(BASE, lambda: wrap(base_of(dense)), output_names, form)
     yield TableModel(NONE, lambda: base_of(stack), HIDDEN, form)
     for kind, sizes in cell_sizes(model_shape(dense.config), profile).items():  # type: ignore[arg-type]
@@ -124,6 +130,28 @@ def cell_sizes(shape: ModelShape, profile: ProfileConfig) -> dict[ModuleKind, li
         "attention": sorted(head_counts(shape.n_heads), reverse=True),
         "ffn": ffn_widths(shape.intermediate_size, profile.width_ratio, profile.width_align),
     }
+
+
+def whole_sizes(shape: ModelShape, profile: ProfileConfig) -> dict[str, dict[str, int]]:
+    """Model id and sizes of every whole model of a table: the same ones whenever a shape is profiled.
+
+    Uneven as pruned models are: u ** (1/share - 1) with u uniform in [0, 1] is the share of a module that is kept, most
+    of them near 0 if the mean share is small.
+    """
+    levels = cell_sizes(shape, profile)
+    names = [(layer, kind) for layer in range(shape.n_layers) for kind in levels]
+    wholes = {}
+    for index, mean in enumerate(WHOLE_SHARES):
+        u = (np.random.default_rng(index).permutation(len(names)) + 0.5) / len(names)
+        kept = u ** (1 / mean - 1)  # [2 * layers]
+        wholes[f"whole {index}"] = {
+            f"{layer}.{kind}": _nearest(levels[kind], share) for (layer, kind), share in zip(names, kept, strict=True)
+        }
+    return wholes
+
+
+def _nearest(sizes: list[int], share: float) -> int:
+    return min(sizes, key=lambda size: abs(size - share * max(sizes)))
 
 
 def without_layers(dense: nn.Module) -> nn.Module:

@@ -13,10 +13,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ziplm_deploy.artifacts import Cell, ModelShape, Timing
+from ziplm_deploy.artifacts import Cell, ModelShape, Timing, WholeModel
 from ziplm_deploy.config import ProfileConfig
-from ziplm_deploy.profiling_models import BASE, DENSE, NONE, UNPRUNED, cell_id, cell_sizes
-from ziplm_deploy.statistics import Floats, bootstrap_medians, interval, relative_standard_error, remove_drift
+from ziplm_deploy.profiling_models import BASE, DENSE, NONE, UNPRUNED, cell_id, cell_sizes, whole_sizes
+from ziplm_deploy.statistics import (
+    Floats,
+    bootstrap_medians,
+    interval,
+    relative_standard_error,
+    remove_drift,
+    summarize,
+)
 
 # A cell is also sure enough when its error, in every layer of the model, is this fraction of the whole latency.
 NEGLIGIBLE = 0.0005
@@ -47,12 +54,11 @@ def unsure(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[
     """Models whose median is neither precise by itself nor negligible in the whole model."""
     whole_ms = samples.ms.get(UNPRUNED, samples.ms[DENSE])
     negligible_ms = NEGLIGIBLE * float(np.median(whole_ms))
+    whole = {DENSE, UNPRUNED, BASE, *whole_sizes(shape, profile)}
     found = []
     for model_id, ms in samples.ms.items():
-        if model_id == UNPRUNED:  # no prediction is made from it
-            continue
         error = relative_standard_error(ms)
-        multiplicity = 1.0 if model_id in (DENSE, BASE) else shape.n_layers / profile.stack_depth
+        multiplicity = 1.0 if model_id in whole else shape.n_layers / profile.stack_depth
         precision = profile.precision / 2 if model_id == DENSE else profile.precision
         if error > precision and error * float(np.median(ms)) * multiplicity > negligible_ms:
             found.append(model_id)
@@ -87,6 +93,15 @@ def cells_of(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> lis
             boot = (bootstrap_medians(ms, seed=3 + size) - none_boot) / depth - zero_boot
             cells.append(Cell(kind=kind, size=size, timing=_cell_timing((ms - none_ms) / depth - zero_ms, boot)))
     return cells
+
+
+def wholes_of(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[WholeModel]:
+    """The whole models that ran, of cells that ran too."""
+    return [
+        WholeModel(sizes=sizes, timing=summarize(samples.ms[model_id]))
+        for model_id, sizes in whole_sizes(shape, profile).items()
+        if {model_id, *(cell_id(name.split(".")[1], size) for name, size in sizes.items())} <= samples.ms.keys()
+    ]
 
 
 def _cell_timing(values_ms: Floats, boot_ms: Floats) -> Timing:

@@ -46,8 +46,8 @@ def table_sizes(table: LatencyTable) -> dict[ModuleKind, list[int]]:
 def check_target(table: LatencyTable, speedup_target: float) -> None:
     """Raise :class:`TargetUnreachableError`, naming the largest speedup, if the table rules the target out."""
     sizes = table_sizes(table)
-    fastest = [np.array([min(table.latency_ms(kind, s) for s in sizes[kind])]) for kind in sizes]
-    largest = spdy.largest_speedup(table.dense.median_ms, table.base.median_ms, fastest * table.shape.n_layers)
+    fastest_ms = sum(min(table.latency_ms(kind, size) for size in sizes[kind]) for kind in sizes)
+    largest = table.predict_speedup(table.shape.n_layers * fastest_ms)
     if speedup_target > largest:
         raise TargetUnreachableError(
             f"expected a speedup that some plan can reach, found {speedup_target:g}x; with every layer dropped this "
@@ -153,15 +153,17 @@ class Planner:
         Raises:
             TargetUnreachableError: no plan of this space fits.
         """
-        dense_ms, base_ms = self.table.dense.median_ms, self.table.base.median_ms
-        largest = spdy.largest_speedup(dense_ms, base_ms, self.space.latency_ms)
+        largest = self._largest_speedup()
         if predicted_target > largest:
             raise TargetUnreachableError(
                 f"expected a plan that is predicted {predicted_target:.3g}x faster, found that the fastest one "
                 f"reaches {largest:.2f}x; ask for less",
                 largest,
             )
-        return spdy.budget_ms(dense_ms, base_ms, predicted_target)
+        return self.table.modules_budget_ms(predicted_target)
+
+    def _largest_speedup(self) -> float:
+        return self.table.predict_speedup(self.space.plan_ms(self.space.fastest()))
 
     def changes(self, plan: PruningPlan, predicted_target: float) -> bool:
         """Whether a budget for ``predicted_target`` forces, or lets, a plan become another one."""
@@ -226,8 +228,7 @@ class Planner:
                 self.prune.method, self.space, budget_ms, self.database.scores, self.seed
             )
         except spdy.InfeasibleBudgetError as error:
-            largest = spdy.largest_speedup(self.table.dense.median_ms, self.table.base.median_ms, self.space.latency_ms)
-            raise TargetUnreachableError(str(error), largest) from error
+            raise TargetUnreachableError(str(error), self._largest_speedup()) from error
         return self.space.as_sizes(plan)
 
 

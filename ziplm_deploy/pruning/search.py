@@ -34,6 +34,10 @@ class SearchSpace:
     def plan_ms(self, plan: Plan) -> float:
         return sum(float(levels[s]) for levels, s in zip(self.latency_ms, plan, strict=True))
 
+    def fastest(self) -> Plan:
+        """The plan that takes the fastest level everywhere."""
+        return tuple(int(np.argmin(levels)) for levels in self.latency_ms)
+
     def as_sizes(self, plan: Plan) -> dict[str, int]:
         return {name: self.sizes[i][plan[i]] for i, name in enumerate(self.modules)}
 

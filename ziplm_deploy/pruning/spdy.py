@@ -27,16 +27,6 @@ class InfeasibleBudgetError(ValueError):
     """Even the fastest level of every module does not fit the budget."""
 
 
-def budget_ms(dense_ms: float, base_ms: float, speedup_target: float) -> float:
-    """Milliseconds left for the modules: ``T_dense/σ − T_base``, both measured end to end."""
-    return dense_ms / speedup_target - base_ms
-
-
-def largest_speedup(dense_ms: float, base_ms: float, t: Sequence[Array]) -> float:
-    """The speedup of the plan that takes the fastest level everywhere."""
-    return dense_ms / (base_ms + sum(float(np.min(levels)) for levels in t))
-
-
 def solve(t: Sequence[Array], e: Sequence[Array], B: float, K: int = 10_000) -> list[int]:
     """Choose one level a module so that Σ t ≤ B and Σ e is least (up to the rounding of t to buckets).
 

@@ -144,7 +144,7 @@ def parameter_count(path: Path) -> int:
 def largest_speedup(table: LatencyTable) -> float:
     """Predicted speedup when every module is as fast as any measured size of its kind."""
     fastest = {kind: min(table.latency_ms(kind, size) for size in table.sizes(kind)) for kind in ("attention", "ffn")}
-    return table.dense.median_ms / (table.base.median_ms + table.shape.n_layers * sum(fastest.values()))
+    return table.predict_speedup(table.shape.n_layers * sum(fastest.values()))
 
 
 def _dense(state: Run, record: BenchmarkRecord) -> MemberReport:
