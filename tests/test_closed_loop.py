@@ -132,3 +132,68 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
         machine.limit = 4.2  # the larger aim is out of reach, the target itself is not
         closed_loop.carry_over(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
         assert machine.corrections == {}
+
+
+class SlowedMachine(Machine):
+    """INT8 files in which linears stay in float32, and which are ``slowdown`` times slower for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slowdown: float, kept: str = "3 of 12", limit: float = 100.0):
+        super().__init__(monkeypatch, (2.0, 4.0), bias=1.0, limit=limit)
+        self.slowdown, self.trains = slowdown, False
+        self.recipe.compress = SimpleNamespace(target="int8")
+        self.recipe.finishes_after_pruning = True
+        self.folder.step_benchmark = lambda parent: parent
+        monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: self.measure()))
+        monkeypatch.setattr(closed_loop, "int8_record", lambda state, name, variant: name)
+        monkeypatch.setattr(closed_loop, "kept_in_float32", lambda name: kept if name == "4x" else "")
+
+    def final(self) -> Any:
+        def variant(name: str) -> Any:
+            plain = name.removesuffix(" int8")
+            return SimpleNamespace(speedup=self.predicted[plain] / (self.slowdown if plain == "4x" else 1.0))
+
+        return SimpleNamespace(variant=variant)
+
+    def finish(self) -> int:
+        """As the pipeline does it; how often there was room to be made."""
+        self.run()
+        rooms = 0
+        while closed_loop.make_room(self, self.final()):  # type: ignore[arg-type]
+            rooms += 1
+            for name in self.corrections:
+                self._prune(self, float(name.removesuffix("x")))
+            self.run()
+        return rooms
+
+
+def test_linears_that_stay_in_float32_are_made_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SlowedMachine(monkeypatch, slowdown=1.3)
+    assert machine.finish() == 1
+    assert 4.0 <= machine.final().variant("4x int8").speedup <= 4.1
+    assert machine.predicted["2x"] == 2.0
+    assert machine.corrections["4x"].slowdown == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "kept", "limit"), [(1.01, "3 of 12", 100.0), (1.3, "", 100.0), (1.3, "3 of 12", 5.0)]
+)
+def test_no_room_is_made_without_need_or_hope(
+    monkeypatch: pytest.MonkeyPatch, slowdown: float, kept: str, limit: float
+) -> None:
+    machine = SlowedMachine(monkeypatch, slowdown, kept, limit)
+    assert machine.finish() == 0
+    assert machine.corrections == {}
+
+
+def test_room_is_made_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SlowedMachine(monkeypatch, slowdown=1.3)
+    final = machine.final()
+    machine.final = lambda: final  # type: ignore[method-assign]
+    final.variant = lambda name: SimpleNamespace(speedup=3.0)  # whatever is tried
+    assert machine.finish() == closed_loop.MAX_ROOMS
+
+
+def test_trained_members_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SlowedMachine(monkeypatch, slowdown=1.3)
+    machine.trains = True
+    assert machine.finish() == 0

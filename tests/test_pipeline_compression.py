@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import pytest
 import ziplm_deploy
 from tests.helpers import save_dense
 from tests.test_pipeline import raw_recipe, recipe, write_rows, written_again
-from ziplm_deploy.artifacts import FamilyReport, LatencyTable, TrainingRecord
+from ziplm_deploy import pipeline
+from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
+from ziplm_deploy.compression import int8_members
 from ziplm_deploy.compression.compress import compress_member, sparsity_steps
 from ziplm_deploy.compression.int8 import linear_names, quantized_linears
 from ziplm_deploy.compression.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
+from ziplm_deploy.compression.sensitivity import Fp32Choice
 from ziplm_deploy.compression.sparsity import SparsityRecord
 from ziplm_deploy.config import CompressConfig
 from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
@@ -125,6 +129,35 @@ def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made:
     assert faster.accuracy == file.accuracy
     with pytest.raises(ziplm_deploy.errors.IncompatibleArtifactError, match="variant"):
         run(recipe(made, name="other", output_dir=str(tmp_path), profile={"table": str(folder / "profile.json")}))
+
+
+def test_a_target_that_float32_linears_cost_is_solved_again(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> Fp32Choice:
+        return Fp32Choice(tuple(row.name for row in rows[:2]), reference, reference, ((2, reference),), True)
+
+    plans: list[PruningPlan] = []
+
+    def slower_at_first(state: Run) -> BenchmarkRecord:
+        record = benchmark(state)
+        plans.append(PruningPlan.load(state.folder.plan("2x")))
+        found = record.variant("2x int8")
+        monkeypatch.setattr(found, "speedup", 1.4 if len(plans) == 1 else 2.0)
+        return record
+
+    benchmark = pipeline.benchmark
+    monkeypatch.setattr(int8_members, "keep_in_fp32", keep_two)
+    monkeypatch.setattr(pipeline, "benchmark", slower_at_first)
+    settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), speedups=[2.0])
+    run(parse_recipe(data))
+    before, after = plans
+    assert after.budget_ms < before.budget_ms
+    assert after.predicted_speedup > before.predicted_speedup
+    manifest = json.loads((tmp_path / "tiny" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["corrections"]["2x"]["rooms"] == 1
+    assert manifest["corrections"]["2x"]["slowdown"] > 1
 
 
 def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:

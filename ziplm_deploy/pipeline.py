@@ -35,7 +35,9 @@ def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
     state = Run(recipe, progress)
     build(state)
     compress(state)
-    benchmark(state)
+    while closed_loop.make_room(state, benchmark(state)):
+        build(state)
+        compress(state)
     evaluate(state)
     return report(state)
 

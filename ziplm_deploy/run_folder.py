@@ -71,11 +71,17 @@ def content_key(**inputs: Any) -> str:
 
 @dataclass(frozen=True)
 class Correction:
-    """State of the closed loop for one member: the predicted speedup to aim for, and what earlier aims measured."""
+    """State of the closed loop for one member: the predicted speedup to aim for, and what earlier aims measured.
+
+    ``slowdown``: how much slower the member's last file was than the one that the loop measures, because linears stayed
+    in float32; ``rooms``: how often the loop has begun again for that.
+    """
 
     predicted_target: float
     count: int = 0
     history: list[tuple[float, float]] = field(default_factory=list)  # (aim, measured speedup)
+    slowdown: float = 1.0
+    rooms: int = 0
 
 
 class RunFolder:
@@ -168,7 +174,8 @@ class RunFolder:
         if not entry or entry["key"] != key:
             return None
         history = [(float(aim), float(measured)) for aim, measured in entry["history"]]
-        return Correction(entry["predicted_target"], entry["count"], history)
+        facts = {name: entry[name] for name in ("predicted_target", "count", "slowdown", "rooms") if name in entry}
+        return Correction(history=history, **facts)
 
     def set_correction(self, name: str, key: str, correction: Correction) -> None:
         self._manifest["corrections"][name] = {"key": key, **asdict(correction)}

@@ -167,7 +167,7 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     name, settings = state.member_name(target), state.recipe.benchmark
     plan = PruningPlan.load(state.folder.plan(name))
     correction = state.folder.correction(name, member_key(state, target))
-    corrections = correction.count if correction else 0
+    corrections = correction.count + correction.rooms if correction else 0
     variant = state.recipe.compress.target
     result = timing_of(record, label(name, variant))
     slowed_by = kept_in_float32(int8_record(state, name, variant))
