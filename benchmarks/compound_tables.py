@@ -17,7 +17,7 @@ from typing import Any
 from common import ROOT, Figure, load_average, write_result
 from family import CASES
 
-from ziplm_deploy.api import run_recipe
+from ziplm_deploy.api import profile, run_recipe
 from ziplm_deploy.artifacts import FamilyReport, LatencyTable
 from ziplm_deploy.config import Recipe
 from ziplm_deploy.progress import ConsoleProgress
@@ -71,6 +71,12 @@ def rows_of(table: str, targets: list[float], report: FamilyReport) -> list[dict
     return rows
 
 
+def unpruned_share(table: LatencyTable) -> float:
+    """Latency of the dense model in the table's form, as a share of the dense float32 model on ONNX Runtime."""
+    assert table.unpruned is not None
+    return table.unpruned.median_ms / table.dense.median_ms
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="dense SST-2 classifier")
@@ -79,10 +85,9 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
     options = parser.parse_args()
     targets, load_before = sorted(options.targets), load_average()
+    float_share = unpruned_share(profile(recipe_of("float32", "fp32", targets[:1], options), ConsoleProgress()))
     with_form = run_recipe(recipe_of("deployed-form", "sparse-int8", targets, options), ConsoleProgress())
-    table = LatencyTable.load(options.work / "deployed-form" / "profile.json")
-    assert table.unpruned is not None
-    factor = table.dense.median_ms / table.unpruned.median_ms  # of zeros and INT8, on the dense model
+    factor = float_share / unpruned_share(LatencyTable.load(options.work / "deployed-form" / "profile.json"))
     float_targets = [target / factor for target in targets]
     without = run_recipe(
         recipe_of("float32", "fp32", [max(1.01, t) for t in float_targets], options), ConsoleProgress()

@@ -93,10 +93,7 @@ def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path
 
 def benchmark(recipe: Recipe, progress: Progress | None = None) -> BenchmarkRecord:
     """All members against the dense model; members that miss their target are solved again, as the recipe allows."""
-    state = Run(recipe, progress)
-    pipeline.build(state)
-    pipeline.compress(state)
-    return pipeline.benchmark(state)
+    return pipeline.measured(Run(recipe, progress))
 
 
 def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:

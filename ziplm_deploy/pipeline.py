@@ -33,13 +33,19 @@ def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
         ZipLMError: see :mod:`ziplm_deploy.errors`; nothing half-written is left behind.
     """
     state = Run(recipe, progress)
-    build(state)
-    compress(state)
-    while closed_loop.make_room(state, benchmark(state)):
-        build(state)
-        compress(state)
+    measured(state)
     evaluate(state)
     return report(state)
+
+
+def measured(state: Run) -> BenchmarkRecord:
+    """All files of all members, the targets reached if they can be."""
+    build(state)
+    compress(state)
+    while closed_loop.make_room(state, record := benchmark(state)):
+        build(state)
+        compress(state)
+    return record
 
 
 def build(state: Run) -> None:
