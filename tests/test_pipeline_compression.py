@@ -135,7 +135,8 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> Fp32Choice:
-        return Fp32Choice(tuple(row.name for row in rows[:2]), reference, reference, ((2, reference),), True)
+        kept = tuple(row.name for row in rows[:2])
+        return Fp32Choice(kept, evaluate(kept), reference, ((2, reference),), True)
 
     plans: list[PruningPlan] = []
 

@@ -152,18 +152,19 @@ class _Quantisation:
             write((), target)
             return None
 
+        candidates: dict[tuple[str, ...], Path] = {}
+
         def evaluate(keep: tuple[str, ...]) -> float:
-            with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
-                candidate = Path(folder) / "model.onnx"
-                write(keep, candidate)
-                score = score_of(self.state, candidate, self.variant, engine=self._judge)
+            candidates[keep] = target.with_name(f"candidate-{len(candidates)}.onnx")
+            write(keep, candidates[keep])
+            score = score_of(self.state, candidates[keep], self.variant, engine=self._judge)
             self.state.progress.note(
                 f"{label(self.name, self.variant)}: {score:.4f} with {len(keep)} linears in float32"
             )
             return score
 
         choice = keep_in_fp32(sensitivities, evaluate, self._reference_score(), self.config)
-        write(choice.kept, target)
+        candidates[choice.kept].replace(target)
         return choice
 
     @property
