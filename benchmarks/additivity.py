@@ -259,7 +259,7 @@ def result_name(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=sorted(ALL_CASES))
+    parser.add_argument("--cases", nargs="*", choices=sorted(ALL_CASES), help="none, with --keep: only the figures")
     parser.add_argument("--compound", action="store_true", help="tables and models in sparse and INT8 forms")
     parser.add_argument("--models", type=int, default=12, help="random models a case")
     parser.add_argument("--shapes", choices=("dynamic", "static"), default="dynamic")
@@ -273,7 +273,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/additivity.json")
     parser.add_argument("--keep", action="store_true", help="keep the other cases of the result file that is there")
     options = parser.parse_args()
-    options.cases = options.cases or (list(COMPOUND_CASES) if options.compound else DEFAULT_CASES)
+    if options.cases is None:
+        options.cases = list(COMPOUND_CASES) if options.compound else DEFAULT_CASES
     rows, cases = kept(options) if options.keep else ([], [])
     for name in options.cases:
         case_rows, about = run_case(ALL_CASES[name], options)
