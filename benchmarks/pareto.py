@@ -74,20 +74,27 @@ def every_other_layer(dense: nn.Module) -> tuple[nn.Module, list[int]]:
     return model, kept
 
 
-def layers_speedup(table: LatencyTable, n_layers: int) -> float:
-    """What the table predicts for so many whole layers: this method gets the same latency as one more target."""
-    shape = table.shape
-    layer_ms = table.latency_ms("attention", shape.n_heads) + table.latency_ms("ffn", shape.intermediate_size)
-    return round(table.predict_speedup(n_layers * layer_ms), 2)
+def layers_speedup(table: LatencyTable, n_layers: int, *, removed: bool) -> float:
+    """What the table predicts for so many whole layers: this method gets the same latency as one more target.
+
+    ``removed``: the others are gone; else they leave their residual additions and normalisations.
+    """
+    attention_ms, ffn_ms = (
+        n_layers * table.latency_ms(kind, full)
+        + (0 if removed else (table.shape.n_layers - n_layers) * table.latency_ms(kind, 0))
+        for kind, full in (("attention", table.shape.n_heads), ("ffn", table.shape.intermediate_size))
+    )
+    return round(table.predict_speedup(attention_ms + ffn_ms), 2)
 
 
 def targets_of(method: str, table: LatencyTable) -> list[float]:
     """At which speedups a method stands in the comparison."""
-    of_layers = [layers_speedup(table, n_layers) for n_layers in LAYERS]
+    dropped = [layers_speedup(table, n_layers, removed=False) for n_layers in LAYERS]
+    student = layers_speedup(table, LAYERS[0], removed=True)
     return {
-        OURS: sorted({*TARGETS, *of_layers}),
-        LAYER_DROP: of_layers,
-        FRESH: of_layers[:1],
+        OURS: sorted({*TARGETS, *dropped, student}),
+        LAYER_DROP: dropped,
+        FRESH: [student],
     }.get(method, list(TARGETS))
 
 
