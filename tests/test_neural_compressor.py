@@ -37,7 +37,9 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return partly_zero(tmp_path_factory.mktemp("source") / "model.onnx")
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "config.json").write_text("{}", encoding="utf-8")  # as in a member's folder
+    return partly_zero(folder / "model.onnx")
 
 
 # --- the protocol, with stand-ins for the worker ---
@@ -96,7 +98,7 @@ def test_scores_are_asked_for_and_reported(source: Path, tmp_path: Path, pretend
         return 0.75 + len(asked)
 
     result = run(source, tmp_path / "int8.onnx", evaluate=evaluate)
-    assert asked == [source, Path("/a/candidate.onnx")]
+    assert [path.name for path in asked] == ["model.onnx", "candidate.onnx"]
     assert (result.scores, result.met) == ((2.75,), True)
     assert result.fp32_linears == linear_names(source)[:2]
 
@@ -124,7 +126,7 @@ def test_failures_of_the_worker_say_how_to_reproduce(
     assert f"cd {folder} && " in str(caught.value)
     assert "neural_compressor_worker.py request.json" in str(caught.value)
     left = {path.name for path in folder.iterdir()}
-    assert left == {"request.json", "log.txt", *(f"batch{index}.npz" for index in range(4))}
+    assert left == {"request.json", "log.txt", "source", *(f"batch{index}.npz" for index in range(4))}
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])

@@ -86,8 +86,10 @@ def quantize_with_neural_compressor(
     nodes = _nodes(source)
     interpreter = NEURAL_COMPRESSOR.interpreter()
     with _folder() as folder:
+        alone = folder / "source"  # beside a config.json, neural-compressor would import transformers
+        alone.mkdir()
         request = {
-            "source": str(source.resolve()),
+            "source": str(shutil.copyfile(source, alone / source.name)),
             "target": str(folder / "result.onnx"),
             "nodes": list(nodes),
             "batches": _write_batches(source, batches, folder) if config.method == "static" else [],
@@ -159,7 +161,7 @@ def _write_batches(source: Path, batches: Sequence[Batch], folder: Path) -> list
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """Where the worker runs; after its failure the request and its batches stay there, to reproduce it."""
+    """Where the worker runs; after its failure the request, its model and batches stay there, to reproduce it."""
     folder = Path(tempfile.mkdtemp(prefix="ziplm-neural-compressor-"))
     try:
         yield folder
