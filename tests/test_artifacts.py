@@ -172,6 +172,13 @@ def test_budgets_and_predicted_speedups_agree() -> None:
         assert table.modules_budget_ms(table.dense.median_ms / table.base.median_ms * 1.01) < 0
 
 
+@pytest.mark.parametrize(("size", "median_ms"), [(9, 7.0), (8, 0.0)])
+def test_whole_models_of_unknown_cells_or_without_time_are_refused(size: int, median_ms: float) -> None:
+    whole = WholeModel(sizes={"0.attention": 1, "0.ffn": size}, timing=timing(median_ms))
+    with pytest.raises(ValueError, match="whole models of measured cells"):
+        latency_table(wholes=[whole])
+
+
 def test_whole_models_correct_the_sums_of_cells() -> None:
     sizes = {"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8}  # 2 + 0.6 + 1.5 + 0.1 + 1.5
     full = {"0.attention": 2, "0.ffn": 16, "1.attention": 2, "1.ffn": 16}

@@ -190,6 +190,15 @@ class LatencyTable(Artifact):
             self.baseline_engine, self.baseline_engine_version = self.engine, self.engine_version
         return self
 
+    @model_validator(mode="after")
+    def _wholes_are_of_cells(self) -> Self:
+        known = {f"{cell.kind} {cell.size}" for cell in self.cells}
+        for whole in self.wholes:
+            unknown = {f"{name.split('.')[-1]} {size}" for name, size in whole.sizes.items()} - known
+            if unknown or whole.timing.median_ms <= 0:
+                raise ValueError(f"expected timed whole models of measured cells, found others: {sorted(unknown)}")
+        return self
+
     def latency_ms(self, kind: ModuleKind, size: int) -> float:
         """Milliseconds of one sub-block; raises ``KeyError`` for a size that was not measured."""
         return self._by_size()[kind, size]
