@@ -86,10 +86,8 @@ def quantize_with_neural_compressor(
     nodes = _nodes(source)
     interpreter = NEURAL_COMPRESSOR.interpreter()
     with _folder() as folder:
-        alone = folder / "source"  # beside a config.json, neural-compressor would import transformers
-        alone.mkdir()
         request = {
-            "source": str(shutil.copyfile(source, alone / source.name)),
+            "source": str(_alone(source, folder / "source")),
             "target": str(folder / "result.onnx"),
             "nodes": list(nodes),
             "batches": _write_batches(source, batches, folder) if config.method == "static" else [],
@@ -109,6 +107,12 @@ def quantize_with_neural_compressor(
         fp32_linears=tuple(nodes[name] for name in reply["fp32_nodes"]),
         met=reply["met"],
     )
+
+
+def _alone(source: Path, folder: Path) -> Path:
+    """A copy in a folder of its own: beside a config.json, neural-compressor would import transformers."""
+    folder.mkdir()
+    return Path(shutil.copyfile(source, folder / source.name))
 
 
 def _settings(config: Int8Config) -> dict[str, Any]:
