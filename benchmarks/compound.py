@@ -3,19 +3,20 @@
 1. ``python benchmarks/compound.py --task sst2 --run FOLDER`` takes the members of a finished family run
    (``benchmarks/family.py --keep``), makes their sparse and INT8 files for every engine (the sparse ones trained with
    their zeros held) and scores each file on the engine that runs it. Nothing is timed.
-2. ``--task sst2 --time`` times all of them in one run against dense ONNX Runtime float32; ``--batch-size 32`` for
-   throughput.
-3. ``--bert-base`` times shapes of BERT-base with random weights in the same forms: dense, and the plan of equal shares
-   in every layer that a coarse latency table of ONNX Runtime says is 5x faster.
+2. ``--task sst2 --time`` times all of them in one run against dense ONNX Runtime float32.
+3. ``--shapes bert-base`` times shapes with random weights in the same forms: dense, and the plan of equal shares in
+   every layer that a coarse latency table of ONNX Runtime says is 5x faster; ``--batch-size 32`` for throughput.
 4. ``--merge`` writes ``benchmarks/results/compound.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +176,17 @@ def time_files(options: argparse.Namespace) -> None:
 
 def timed(subjects: dict[str, Subject], options: argparse.Namespace) -> BenchmarkRecord:
     environment = Environment(batch_size=options.batch_size, seq_len=128, threads=1)
-    config = BenchmarkConfig(rounds=options.rounds, max_seconds=options.max_seconds)
+    config = BenchmarkConfig(
+        rounds=options.rounds, runs_per_round=options.runs_per_round, max_seconds=options.max_seconds
+    )
     return compare(subjects, environment, config, BASELINE, ConsoleProgress().step)
 
 
-def timing_row(result: Any) -> dict[str, Any]:
+def timing_row(result: Any, batch_size: int = 1) -> dict[str, Any]:
     return {
+        "batch_size": batch_size,
         "p50_ms": result.p50_ms,
+        "examples_per_second": 1000 * batch_size / result.p50_ms,
         "speedup": result.speedup,
         "low": result.speedup_low,
         "high": result.speedup_high,
@@ -216,37 +221,48 @@ def uniform_sizes(table: LatencyTable, speedup: float) -> dict[str, int]:
     sys.exit(f"expected a uniform plan of {speedup:g}x in this table, found none")
 
 
-def bert_base(options: argparse.Namespace) -> None:
-    """Shapes of BERT-base in every form on every engine; random weights, so no accuracy."""
-    dense, load = dense_model(SHAPES["bert-base"]), load_average()
+def time_shapes(name: str, options: argparse.Namespace) -> None:
+    """One shape in every form on every engine; random weights, so no accuracy."""
+    dense, load = dense_model(SHAPES[name]), load_average()
+    environment = Environment(batch_size=options.batch_size, seq_len=128, threads=1)
     coarse = ProfileConfig(width_ratio=0.8, max_seconds=60)
-    table = measure_table(dense, Environment(), coarse, ExportConfig(), output_names=OUTPUTS)
-    sizes = uniform_sizes(table, 5.0)
-    settings = ExportSettings("static", 16, options.batch_size, 128)
+    sizes = uniform_sizes(measure_table(dense, environment, coarse, ExportConfig(), output_names=OUTPUTS), 5.0)
     subjects: dict[str, Subject] = {}
-    rows = []
-    options.task = "sst2"  # any recipe: only its compression is read
-    for member, chosen in ((DENSE, None), ("5x", sizes)):
-        for engine in ENGINES:
-            raw = recipe_for(engine, options).model_dump(mode="json")
-            for variant in VARIANTS:
-                raw["compress"]["target"] = variant
-                form = target_form(parse_recipe(raw))
-                model = random_resized(dense, chosen or {})
-                path = options.work / "bert-base" / engine / f"{label(member, variant)}.onnx"
-                inputs = dummy_inputs(model, settings)
-                export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
-                if form:
-                    form.finish(path, inputs)
-                name = f"{label(member, variant)}, {engine}"
-                subjects[name] = Subject(path, engine, "static")
-                rows.append(
-                    {"task": "bert-base shapes", "member": member, "variant": variant, "engine": engine, "name": name}
-                )
+    rows: list[dict[str, Any]] = []
+    for engine in ENGINES:
+        with Trial(partial(start_worker, Subject(options.work, engine, "static"), environment)) as trial:
+            for member, variant in itertools.product((DENSE, "5x"), options.variants):
+                title = f"{label(member, variant)}, {engine}"
+                path = options.work / name / engine / f"{label(member, variant)}.onnx"
+                export_form(random_resized(dense, sizes if member != DENSE else {}), engine, variant, path, options)
+                row = {"task": f"{name} shapes, batch {options.batch_size}", "member": member, "variant": variant}
+                rows.append(row | {"engine": engine, "title": title})
+                try:
+                    trial.load(path)
+                except EngineError:
+                    rows[-1]["refused"] = True
+                    continue
+                subjects[title] = Subject(path, engine, "static")
     record = timed(subjects, options)
-    rows = [{**row, "path": "", **timing_row(record.variant(row.pop("name")))} for row in rows]
+    for row in rows:
+        title = row.pop("title")
+        if title in subjects:
+            row |= timing_row(record.variant(title), options.batch_size)
     part = {"commit": commit(), "rows": rows, "sizes": sizes, "timing": timing_settings(record, load)}
-    write_text(options.work / "bert-base.json", json.dumps(part, indent=1) + "\n")
+    write_text(options.work / f"{name}-batch-{options.batch_size}.json", json.dumps(part, indent=1) + "\n")
+    shutil.rmtree(options.work / name)
+
+
+def export_form(model: Any, engine: EngineName, variant: Variant, path: Path, options: argparse.Namespace) -> None:
+    """The ONNX file of ``model`` as this engine would get it in a run whose target is this variant."""
+    options.task = "sst2"  # any recipe: only its compression is read
+    raw = recipe_for(engine, options).model_dump(mode="json")
+    raw["compress"]["target"] = variant
+    form, settings = target_form(parse_recipe(raw)), ExportSettings("static", 16, options.batch_size, 128)
+    inputs = dummy_inputs(model, settings)
+    export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
+    if form:
+        form.finish(path, inputs)
 
 
 def best(rows: list[dict[str, Any]], percent: float) -> Figure:
@@ -271,12 +287,14 @@ def merge(work: Path) -> None:
     if not rows or not all("speedup" in row or row.get("refused") for row in rows):
         sys.exit(f"expected timed files in {work}, found {len(rows)} rows, not all timed; run --task and --time first")
     figures = {"best_speedup_at_99_percent": best(rows, 99.0), "best_speedup_at_95_percent": best(rows, 95.0)}
-    shapes = [row for row in rows if row["member"] == "5x" and "score" not in row]
-    if shapes:
-        top = max(shapes, key=lambda row: row["speedup"])
-        figures["bert_base_5x_compound_speedup"] = Figure(
-            top["speedup"], "x", ">= 15", top["n"], (top["low"], top["high"])
-        )
+    for task in dict.fromkeys(row["task"] for row in rows if " shapes, " in row["task"]):
+        own = [row for row in rows if row["task"] == task and row["member"] == "5x" and not row.get("refused")]
+        top = max(own, key=lambda row: row["speedup"])
+        shape, _, batch = task.partition(" shapes, ")
+        title, goal = f"{shape.replace('-', '_')}_5x_compound_speedup", ">= 15" if shape == "bert-base" else "report"
+        if batch != "batch 1":
+            title, goal = f"{title}_{batch.replace(' ', '_')}", "report"
+        figures[title] = Figure(top["speedup"], "x", goal, top["n"], (top["low"], top["high"]))
     about = {name: {key: value for key, value in part.items() if key != "rows"} for name, part in parts.items()}
     write_result("compound", figures, [{k: v for k, v in row.items() if k != "path"} for row in rows], about)
 
@@ -288,7 +306,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="dense checkpoint of that run, if the run did not train it itself")
     parser.add_argument("--members", nargs="+", default=["2x", "3x", "6x"])
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--bert-base", action="store_true")
+    parser.add_argument("--shapes", choices=list(SHAPES), help="time a shape with random weights")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="forms of --shapes")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compound")
     parser.add_argument("--sparsity", type=float, default=0.8)
@@ -296,16 +315,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="training steps of every sparse model")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1, help="of --shapes")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--runs-per-round", type=int, default=3)
     parser.add_argument("--max-seconds", type=float, default=600.0)
     parser.add_argument("--merge", action="store_true")
     options = parser.parse_args()
     options.work = options.work.resolve()
     if options.merge:
         merge(options.work)
-    elif options.bert_base:
-        bert_base(options)
+    elif options.shapes:
+        time_shapes(options.shapes, options)
     elif options.time:
         time_files(options)
     else:
