@@ -58,7 +58,7 @@ CASES = {
         "text-classification",
         "sst2",
         dense={"epochs": 1, "learning_rate": 1.5e-4},
-        recover=TOWARDS_LOGITS,
+        recover=TOWARDS_LOGITS | {"teacher_cache_gb": 5.0},  # of hidden states, for several epochs and members
         min_words=8,  # the training set is mostly phrases, the validation set whole sentences
     ),
     "banking77": Case(

@@ -132,8 +132,9 @@ def compound_table() -> str:
         own = [found[task, member, variant, engine] for engine in engines]
         cells.append([task, member, variant, *map(_speedup_and_score, own)])
     caption = (
-        f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1 where no other is "
-        f"named, 128 tokens, 1 thread, {result['machine']['cpu']} ({' '.join(flag for flag in result['machine']['isa'] if '8' in flag)}), "
+        f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1 where no other "
+        f"is named, 128 tokens, 1 thread, {result['machine']['cpu']} "
+        f"({' '.join(flag for flag in result['machine']['isa'] if '8' in flag)}), "
         f"{result['date'][:10]}; one seed. The dense model against itself in the same run: "
         + ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(*part["timing"]["aa"]) for part in result["settings"].values())
         + "."

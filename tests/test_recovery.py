@@ -106,6 +106,24 @@ def test_cached_answers_equal_the_teachers(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(one, other, atol=5e-3, rtol=2e-3)  # float16
 
 
+def test_the_teacher_answers_in_the_precision_of_the_training(tmp_path: Path) -> None:
+    task, dense = get_task("text-classification"), tiny_model("bert", "text-classification")
+    examples = made_examples(tmp_path, task)
+    batch, positions = batch_of(examples, [30, 5, 0])
+    seen: list[torch.dtype] = []
+    layers_of(dense)[1].output.dense.register_forward_hook(lambda *call: seen.append(call[2].dtype))  # type: ignore[union-attr, operator]
+    exact = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 0)(batch, positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 10**8)
+        found, remembered = teacher(batch, positions), teacher(batch, positions)
+    assert seen == [torch.float32, torch.bfloat16]  # and the second time from the cache
+    for answers in (found, remembered):
+        assert answers.features.dtype == torch.float32
+        torch.testing.assert_close(answers.features, exact.features, atol=2e-2, rtol=2e-2)
+        for one, other in zip(answers.hidden, exact.hidden, strict=True):
+            torch.testing.assert_close(one.float(), other, atol=5e-2, rtol=2e-2)
+
+
 def test_a_cache_that_is_too_small_is_not_begun(tmp_path: Path) -> None:
     task, dense = get_task("sentence-similarity"), tiny_model("bert")
     examples = made_examples(tmp_path, task)

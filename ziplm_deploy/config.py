@@ -132,7 +132,8 @@ class TrainConfig(Frozen):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Mixed precision; bf16 pays on CPUs with AMX or AVX-512 BF16, fp16 needs a GPU."
+        "fp32",
+        description="Mixed precision, also of a teacher; bf16 pays on CPUs with AMX or AVX-512 BF16, fp16 needs a GPU.",
     )
     report_to: str = Field("none", description="Logger of Trainer, e.g. `tensorboard`; by default nothing is logged.")
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints; a killed run goes on from the last.")

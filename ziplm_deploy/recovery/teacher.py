@@ -60,19 +60,19 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, positions: Tensor) -> TeacherAnswers:
-        """Answers to ``batch``, whose rows are the examples ``positions`` ``[batch]``; on the device of ``batch``."""
-        with torch.autocast(
-            positions.device.type, enabled=False
-        ):  # targets stay exact whatever the student computes in
-            return self._answer(batch, positions.tolist(), positions.device)
+        """Answers to ``batch``, whose rows are the examples ``positions`` ``[batch]``; on the device of ``batch``.
 
-    def _answer(self, batch: Batch, rows: list[int], device: torch.device) -> TeacherAnswers:
+        Computed in the precision of the training, whose autocast is on: a teacher in float32 takes most of the time
+        of a step in bf16, and its answers are kept in float16 anyway.
+        """
+        rows, device = positions.tolist(), positions.device
         if all(row in self._known for row in rows):
-            return self._recall(batch, [self._known[row] for row in rows])
+            with torch.autocast(device.type, enabled=False):  # which knows no float16 on CPUs
+                return self._recall(batch, [self._known[row] for row in rows])
         if next(self.model.parameters()).device != device:
             self.model = copy.deepcopy(self.model).to(device)  # the given one stays where it is
         with LayerOutputs(self.model, self.layers) as recorded:
-            outputs = self.task.forward(self.model, batch)
+            outputs = {name: value.float() for name, value in self.task.forward(self.model, batch).items()}
         hidden = recorded.packed(batch.get("attention_mask"))
         if self.caching:
             self._keep(rows, batch, outputs, hidden)
