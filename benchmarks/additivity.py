@@ -164,8 +164,8 @@ def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, An
         for name, sizes in plans.items():
             model = random_resized(dense, sizes)
             paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case, config, form)
-        subjects = {name: Subject(path, shapes=config.shapes) for name, path in paths.items()}
-        subjects["dense"] = Subject(paths["dense"], "onnxruntime", config.shapes)
+        subjects = {name: Subject(path) for name, path in paths.items()}
+        subjects["dense"] = Subject(paths["dense"], "onnxruntime")
         record = compare(subjects, case.environment, benchmark, "dense")
     rows = [
         row(case, name, float(target), plans[name], table, record) for name, target in zip(plans, targets, strict=True)

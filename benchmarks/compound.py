@@ -126,7 +126,7 @@ def files_of(state: Run) -> list[dict[str, Any]]:
         export_member(state, name, state.folder.member(name))
         compress_member(state, name)
     rows = []
-    dense = Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], recipe.environment.engine, "static")
+    dense = Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], recipe.environment.engine)
     with (
         open_runner(recipe.environment, dense.path) as runner,
         Trial(lambda: start_worker(dense, recipe.environment)) as trial,
@@ -165,7 +165,7 @@ def time_files(options: argparse.Namespace) -> None:
     runnable = [row for row in part["rows"] if not row.get("refused")]
     for row in runnable:
         name = f"{label(row['member'], row['variant'])}, {row['engine']}"
-        subjects[name] = Subject(Path(row["path"]), row["engine"], "static")
+        subjects[name] = Subject(Path(row["path"]), row["engine"])
     record = timed(subjects, options)
     for row in runnable:
         result = record.variant(f"{label(row['member'], row['variant'])}, {row['engine']}")
@@ -230,7 +230,7 @@ def time_shapes(name: str, options: argparse.Namespace) -> None:
     subjects: dict[str, Subject] = {}
     rows: list[dict[str, Any]] = []
     for engine in ENGINES:
-        with Trial(partial(start_worker, Subject(options.work, engine, "static"), environment)) as trial:
+        with Trial(partial(start_worker, Subject(options.work, engine), environment)) as trial:
             for member, variant in itertools.product((DENSE, "5x"), options.variants):
                 title = f"{label(member, variant)}, {engine}"
                 path = options.work / name / engine / f"{label(member, variant)}.onnx"
@@ -242,7 +242,7 @@ def time_shapes(name: str, options: argparse.Namespace) -> None:
                 except EngineError:
                     rows[-1]["refused"] = True
                     continue
-                subjects[title] = Subject(path, engine, "static")
+                subjects[title] = Subject(path, engine)
     record = timed(subjects, options)
     for row in rows:
         title = row.pop("title")

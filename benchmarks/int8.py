@@ -22,7 +22,7 @@ from typing import Any
 from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
 
-from ziplm_deploy.benchmarking import Subject, compare, declared_shapes
+from ziplm_deploy.benchmarking import Subject, compare
 from ziplm_deploy.compression.int8_members import quantise_member
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.variants import ONNX_FILES
@@ -140,7 +140,7 @@ def measure(title: str, source: Path, options: argparse.Namespace, folder: Path)
     for name, (engine, make) in rivals.items():
         path = make()
         found[name] = (path, engine, score_of(state, path, "int8", engine=engine), {})
-    subjects = {name: Subject(path, engine, declared_shapes(path)) for name, (path, engine, *_) in found.items()}
+    subjects = {name: Subject(path, engine) for name, (path, engine, *_) in found.items()}
     config = BenchmarkConfig(rounds=options.rounds, max_seconds=300)
     record = compare(subjects, Environment(), config, FLOAT, ConsoleProgress().step)
     rows = []

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import torch
 from torch import nn
 
 from exporters.files import atomic_path
 from exporters.heads import EmbeddingModel, evaluation_mode
+from exporters.residuals import residuals_as_sums
 
 # protobuf cannot hold more in one file; the margin is for the graph itself.
 _LARGEST_MODEL_BYTES = 2**31 - 2**25
@@ -127,6 +129,9 @@ def export_encoder(
                 do_constant_folding=True,
                 dynamo=False,
             )
+            exported = onnx.load(str(temporary))
+            residuals_as_sums(exported)
+            onnx.save(exported, str(temporary))
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(f"expected a model that opset {settings.opset} can express, found: {error}") from error
 

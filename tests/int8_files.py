@@ -52,12 +52,10 @@ def tensors(values: Batch) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in values.items()}
 
 
-def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+
+
+def kernels_of(path: Path) -> Counter[str]:
+    """How often each operator stands in the graph that a session of ONNX Runtime with default options runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that a file so optimised suits this machine only
+    options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def write_mlp(

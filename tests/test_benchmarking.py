@@ -12,7 +12,7 @@ from onnx_models import write_mlp
 
 from ziplm_deploy import benchmarking
 from ziplm_deploy.artifacts import BenchmarkRecord
-from ziplm_deploy.benchmarking import AA, Subject, compare, declared_shapes
+from ziplm_deploy.benchmarking import AA, Subject, compare
 from ziplm_deploy.config import BenchmarkConfig, Environment
 from ziplm_deploy.engines import WorkerHandle, get_engine
 from ziplm_deploy.errors import EngineError, UsageError
@@ -86,7 +86,7 @@ def test_deepsparse_beside_onnx_runtime(tmp_path: Path) -> None:
     except EngineError as missing:
         pytest.skip(str(missing))
     path = write_mlp(tmp_path / "a.onnx", 64, batch=2, tokens=32, opset=16)
-    on = {name: Subject(path, name, declared_shapes(path)) for name in ("onnxruntime", "deepsparse")}  # type: ignore[arg-type]
+    on = {name: Subject(path, name) for name in ("onnxruntime", "deepsparse")}  # type: ignore[arg-type]
     record = compare(on, ENVIRONMENT, QUICK, "onnxruntime")
     assert {variant.engine for variant in record.variants} == set(on)
     dynamic = write_mlp(tmp_path / "dynamic.onnx", 64, opset=16)
@@ -103,25 +103,6 @@ def test_a_missing_engine_is_named_before_anything_is_timed(
     subjects = {"dense": models["dense"], "3x": Subject(models["3x"], "deepsparse")}
     with pytest.raises(EngineError, match="ziplm-deploy setup deepsparse"):
         compare(subjects, ENVIRONMENT, QUICK, "dense")
-
-
-def test_how_a_file_was_exported_is_read_from_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    static = write_mlp(tmp_path / "static.onnx", 8, batch=2, tokens=32)
-    half = write_mlp(tmp_path / "half.onnx", 8, batch=2)
-    assert declared_shapes(static) == "static"
-    assert declared_shapes(half) == declared_shapes(write_mlp(tmp_path / "dynamic.onnx", 8)) == "dynamic"
-    (tmp_path / "broken.onnx").write_bytes(b"broken")
-    assert declared_shapes(tmp_path / "broken.onnx") == "dynamic"
-    seen: list[tuple[str, ...]] = []
-    request = WorkerHandle._request
-
-    def noting(self: WorkerHandle, do: str, **fields: object) -> object:
-        seen.append(self.options.disabled_optimizers)
-        return request(self, do, **fields)
-
-    monkeypatch.setattr(WorkerHandle, "_request", noting)
-    compare({"a": Subject(static, shapes="static")}, ENVIRONMENT, QUICK, "a")
-    assert set(seen) == {("SkipLayerNormFusion",)}
 
 
 class ScriptedWorker:

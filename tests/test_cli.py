@@ -236,10 +236,10 @@ def test_benchmark_on_several_engines(tmp_path: Path, monkeypatch: pytest.Monkey
     result = invoke("benchmark", *files, *engines, "--seq-len", 32, "--quiet")
     assert result.exit_code == 0, result.stderr
     assert seen["models"] == {
-        "A (openvino)": Subject(files[0], "openvino", "static"),
-        "B (openvino)": Subject(files[1], "openvino", "dynamic"),
-        "A (onnxruntime)": Subject(files[0], "onnxruntime", "static"),
-        "B (onnxruntime)": Subject(files[1], "onnxruntime", "dynamic"),
+        "A (openvino)": Subject(files[0], "openvino"),
+        "B (openvino)": Subject(files[1], "openvino"),
+        "A (onnxruntime)": Subject(files[0], "onnxruntime"),
+        "B (onnxruntime)": Subject(files[1], "onnxruntime"),
     }
     assert seen["baseline"] == "A (openvino)"
     assert seen["environment"].engine == "openvino"

@@ -43,12 +43,6 @@ def test_registry_and_unknown_engine() -> None:
         get_engine("tensorrt")
 
 
-def test_only_static_shapes_leave_the_slow_fusion_out() -> None:
-    engine = get_engine("onnxruntime")
-    assert engine.disabled_optimizers("static") == ("SkipLayerNormFusion",)
-    assert engine.disabled_optimizers("dynamic") == ()
-
-
 def test_load_time_infer_unload(tmp_path: Path) -> None:
     path = write_mlp(tmp_path / "a.onnx", 32)
     with start() as worker:

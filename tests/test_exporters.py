@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import MODEL_TYPES, TEXT_TASKS, output_tensors, random_entries, save_dense, tiny_inputs, tiny_model
+from onnx_models import kernels_of
 from torch import nn
 
 from exporters import (
@@ -85,6 +86,25 @@ def test_static_export_fixes_the_shapes(model_type: str, tmp_path: Path) -> None
     assert check_parity(model, path, inputs, atol=1e-4) < 1e-4
     for item in onnxruntime.InferenceSession(path).get_inputs():
         assert item.shape == list(inputs[item.name].shape)
+
+
+@pytest.mark.parametrize("opset", [16, 17])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_onnx_runtime_does_not_merge_residuals_into_its_slow_kernel(
+    model_type: str, opset: int, tmp_path: Path
+) -> None:
+    model = resized_model(model_type)
+    settings = ExportSettings(shapes="static", opset=opset, batch_size=2, seq_len=11)
+    path = tmp_path / "model.onnx"
+    export_encoder(model, dummy_inputs(model, settings), default_outputs(model_type), path, settings)
+    found = kernels_of(path)
+    assert found["SkipLayerNormalization"] == 0
+    assert found["LayerNormalization"] > found["Sum"] > 0
+    exported = onnx.load(path)
+    for node in exported.graph.node:  # as torch writes it: the kernel that this test is about would be there
+        node.op_type = "Add" if node.op_type == "Sum" else node.op_type
+    onnx.save(exported, tmp_path / "plain.onnx")
+    assert kernels_of(tmp_path / "plain.onnx")["SkipLayerNormalization"] > 0
 
 
 @pytest.mark.parametrize("opset", [14, 17, 20])

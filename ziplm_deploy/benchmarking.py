@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no types of its own
 
 from ziplm_deploy.artifacts import BenchmarkRecord, VariantResult
 from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment
@@ -36,14 +34,10 @@ EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds 
 
 @dataclass(frozen=True)
 class Subject:
-    """One ONNX file in a benchmark, and the engine that runs it (None: that of the environment).
-
-    ``shapes`` says how the file was exported, which decides the graph optimisations that are left out.
-    """
+    """One ONNX file in a benchmark, and the engine that runs it (None: that of the environment)."""
 
     path: Path
     engine: EngineName | None = None
-    shapes: Literal["dynamic", "static"] = "dynamic"
 
 
 def compare(
@@ -108,20 +102,6 @@ def compare(
     )
 
 
-def declared_shapes(path: Path) -> Literal["dynamic", "static"]:
-    """How an ONNX file was exported: "static" if every axis of its inputs is fixed.
-
-    A file that is no ONNX model counts as dynamic: the engine that rejects it says more about it.
-    """
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except DecodeError:
-        return "dynamic"
-    weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
-    shapes = [value.type.tensor_type.shape for value in graph.input if value.name not in weights]
-    return "static" if all(axis.dim_value > 0 for shape in shapes for axis in shape.dim) else "dynamic"
-
-
 def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
     """Run until the last windows of timings agree, within limits; returns the milliseconds seen."""
     samples_ms: list[float] = []
@@ -138,7 +118,6 @@ def start_worker(subject: Subject, environment: Environment) -> WorkerHandle:
         threads=environment.threads,
         batch_size=environment.batch_size,
         seq_len=environment.seq_len,
-        disabled_optimizers=engine.disabled_optimizers(subject.shapes),
     )
     return engine.start_worker(options)
 

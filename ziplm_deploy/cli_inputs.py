@@ -68,11 +68,10 @@ def onnx_files(paths: list[Path]) -> dict[str, Path]:
 
 def on_engines(files: dict[str, Path], engines: list[EngineName]) -> dict[str, Subject]:
     """Every file on every engine."""
-    from ziplm_deploy.benchmarking import Subject, declared_shapes
+    from ziplm_deploy.benchmarking import Subject
 
-    shapes = {name: declared_shapes(path) for name, path in files.items()}
     return {
-        f"{name} ({engine})" if len(engines) > 1 else name: Subject(path, engine, shapes[name])
+        f"{name} ({engine})" if len(engines) > 1 else name: Subject(path, engine)
         for engine in engines
         for name, path in files.items()
     }

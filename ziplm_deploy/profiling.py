@@ -71,7 +71,6 @@ class _Place:
             threads=self.environment.threads,
             batch_size=self.environment.batch_size,
             seq_len=self.environment.seq_len,
-            disabled_optimizers=engine.disabled_optimizers(self.export.shapes),
             shared_arena=True,  # sixty sessions with an arena each would take gigabytes
         )
         return engine.start_worker(options)

@@ -106,8 +106,8 @@ def dense_as_served(state: Run) -> str:
 
 
 def _baseline(state: Run, engine: EngineName) -> Subject:
-    return Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], engine, state.recipe.export.shapes)
+    return Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], engine)
 
 
 def _served(state: Run, path: Path) -> Subject:
-    return Subject(path, state.recipe.environment.engine, state.recipe.export.shapes)
+    return Subject(path, state.recipe.environment.engine)

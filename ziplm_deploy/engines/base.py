@@ -37,7 +37,6 @@ class WorkerOptions:
     threads: int = 1
     batch_size: int = 1
     seq_len: int = 128
-    disabled_optimizers: tuple[str, ...] = ()
     shared_arena: bool = False  # for a worker that holds many sessions
     timeout_seconds: float = 600.0  # for one request; a hung engine is killed after it
 
@@ -68,10 +67,6 @@ class Engine(ABC):
     def version(self) -> str:
         """Installed version; raises EngineError with the command that installs it."""
 
-    @abstractmethod
-    def disabled_optimizers(self, shapes: str) -> tuple[str, ...]:
-        """Graph optimisations that make models of ``shapes`` (dynamic/static) slower on this engine."""
-
     def interpreter(self) -> str:
         """Python that has the engine."""
         return sys.executable
@@ -97,8 +92,7 @@ class WorkerHandle:
         cpus = allowed_cpus()[-options.threads :]
         self._arguments = [
             *("--engine", engine, "--threads", str(options.threads), "--batch-size", str(options.batch_size)),
-            *("--seq-len", str(options.seq_len), "--disabled-optimizers", ",".join(options.disabled_optimizers)),
-            *("--cpus", ",".join(map(str, cpus))),
+            *("--seq-len", str(options.seq_len), "--cpus", ",".join(map(str, cpus))),
             *(["--shared-arena"] if options.shared_arena else []),
         ]
         self._interpreter = interpreter

@@ -31,6 +31,3 @@ class DeepSparseEngine(Engine):
 
     def interpreter(self) -> str:
         return DEEPSPARSE.interpreter()
-
-    def disabled_optimizers(self, shapes: str) -> tuple[str, ...]:
-        return ()

@@ -9,7 +9,7 @@ from ziplm_deploy.errors import EngineError
 
 
 class OnnxRuntimeEngine(Engine):
-    """Intra-op threads as asked, no spinning, all graph optimisations but those that cost time."""
+    """Intra-op threads as asked, no spinning, otherwise a default session."""
 
     name = "onnxruntime"
 
@@ -20,8 +20,3 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(
                 "expected the engine onnxruntime, found it not installed; run: pip install onnxruntime"
             ) from None
-
-    def disabled_optimizers(self, shapes: str) -> tuple[str, ...]:
-        # The SkipLayerNormalization CPU kernel takes several times as long as Add + LayerNormalization and made dense
-        # BERT-base 10 % slower. The fusion needs constant shapes, so only static exports are hit.
-        return ("SkipLayerNormFusion",) if shapes == "static" else ()

@@ -20,6 +20,3 @@ class OpenVinoEngine(Engine):
             raise EngineError(
                 'expected the engine openvino, found it not installed; run: pip install "ziplm-deploy[openvino]"'
             ) from None
-
-    def disabled_optimizers(self, shapes: str) -> tuple[str, ...]:
-        return ()

@@ -50,7 +50,6 @@ class OnnxRuntime:
         # Threads that spin after a run disturb whatever is timed next.
         self.session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session_options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self.disabled = [name for name in options.disabled_optimizers.split(",") if name]
         if options.shared_arena:  # sixty sessions with an arena each would hold sixty peaks of activations
             memory = onnxruntime.OrtMemoryInfo(
                 "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
@@ -59,9 +58,7 @@ class OnnxRuntime:
             self.session_options.add_session_config_entry("session.use_env_allocators", "1")
 
     def load(self, path: str) -> Any:
-        return self.ort.InferenceSession(
-            path, self.session_options, providers=["CPUExecutionProvider"], disabled_optimizers=self.disabled
-        )
+        return self.ort.InferenceSession(path, self.session_options, providers=["CPUExecutionProvider"])
 
 
 class OpenVino:
@@ -326,7 +323,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--disabled-optimizers", default="", help="comma-separated graph optimizers to leave out")
     parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
     parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
     parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
