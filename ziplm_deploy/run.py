@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ziplm_deploy.allocator import keep_freed_memory
 from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.artifacts import LatencyTable, ModelShape
 from ziplm_deploy.checkpoints import load_dense
@@ -45,6 +46,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, progress: Progress | None = None) -> None:
         torch.set_num_threads(usable_cores())
+        keep_freed_memory()
         self.recipe = recipe
         self.progress = progress or Progress()
         self.folder = RunFolder(recipe)
