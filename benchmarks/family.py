@@ -49,9 +49,10 @@ class Case:
     seq_len: int = 128
 
 
-# A rate of 6e-4, which suits the embedding model, made a 2x classifier worse than pruning had left it (.883 to .842);
-# with 2e-4 and mostly hidden states to imitate, it stays within 0.3 points.
-TOWARDS_LOGITS = {"learning_rate": 2e-4, "logit_weight": 0.1, "token_weight": 1.0}
+# Pruning leaves weights that are the best in closed form, and Adam's first steps undo much of that: the distance of a 2x
+# SST-2 model to its teacher, .070 at the start, was .061 after 160 steps at 5e-5, .062 at 1e-4, .067 at 2e-4, .097 at
+# 5e-4; at 6e-4 it was less accurate (.842) than before (.883).
+TOWARDS_LOGITS = {"learning_rate": 1e-4, "logit_weight": 0.1, "token_weight": 1.0}
 CASES = {
     "stsb": Case("sentence-similarity", "stsb", recover={"learning_rate": 6e-4}),
     "sst2": Case(
@@ -77,7 +78,7 @@ CASES = {
         "squad",
         train="train_first44",
         dense={"max_steps": 560, "learning_rate": 2e-4},  # 1.5 epochs
-        recover=TOWARDS_LOGITS | {"batch_size": 16},
+        recover=TOWARDS_LOGITS | {"batch_size": 16, "teacher_cache_gb": 10.0},
         search={"n_sequences": 32, "n_rerank": 64, "swap_evaluations": 40},  # a third: a plan takes 10 s with all
         n_evaluation=1000,  # of the first articles: the whole set takes an hour of a core for a family
         seq_len=256,

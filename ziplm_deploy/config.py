@@ -152,6 +152,9 @@ class RecoverConfig(TrainConfig):
         "none",
         description="`one-shot`: prune each target from dense, then train; `gradual`: from the one trained before.",
     )
+    learning_rate: float = Field(
+        1e-4, gt=0, le=1.0, description="Peak of AdamW's learning rate; a high one undoes what pruning got right."
+    )
     task_weight: float = Field(0.0, ge=0, description="Weight of the task's own loss; needs labels.")
     logit_weight: float = Field(0.5, ge=0, description="Weight of the distance to the teacher's outputs (KL, cosine).")
     token_weight: float = Field(
