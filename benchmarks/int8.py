@@ -142,7 +142,9 @@ def measure(title: str, source: Path, options: argparse.Namespace, folder: Path)
         found[name] = (path, engine, score_of(state, path, "int8", engine=engine), {})
     subjects = {name: Subject(path, engine) for name, (path, engine, *_) in found.items()}
     config = BenchmarkConfig(rounds=options.rounds, max_seconds=300)
-    record = compare(subjects, Environment(), config, FLOAT, ConsoleProgress().step)
+    progress = ConsoleProgress()
+    progress.stage(f"benchmark: all forms of {title}, interleaved", 1, 1)
+    record = compare(subjects, Environment(), config, FLOAT, progress.step)
     rows = []
     for name, (path, engine, score, facts) in found.items():
         result = record.variant(name)

@@ -74,9 +74,13 @@ def family_table() -> str:
         ]
         for row in result["rows"]
     ]
-    cores = result["machine"]["cores"]
+    places: dict[str, list[str]] = {}
+    for task, about in result["settings"]["tasks"].items():
+        origin = result | about
+        place = f"{origin['machine']['cores']} core(s) of {origin['machine']['cpu']}, {origin['date'][:10]}"
+        places.setdefault(place, []).append(task)
     caption = (
-        f"One gradual run a task, on {cores} core(s) of {result['machine']['cpu']}, {result['date'][:10]}; one seed."
+        "One gradual run a task, one seed: " + "; ".join(f"{', '.join(t)} on {p}" for p, t in places.items()) + "."
     )
     return "\n".join([*markdown_table(titles, cells), "", caption])
 
