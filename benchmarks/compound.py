@@ -145,7 +145,7 @@ def files_of(state: Run) -> list[dict[str, Any]]:
                     "facts": facts_of(state, name, variant),
                 }
                 try:
-                    trial.load(path)
+                    trial.run(path)
                 except EngineError:
                     rows.append(row | {"refused": True})
                     continue
@@ -238,7 +238,7 @@ def time_shapes(name: str, options: argparse.Namespace) -> None:
                 row = {"task": f"{name} shapes, batch {options.batch_size}", "member": member, "variant": variant}
                 rows.append(row | {"engine": engine, "title": title})
                 try:
-                    trial.load(path)
+                    trial.run(path)
                 except EngineError:
                     rows[-1]["refused"] = True
                     continue

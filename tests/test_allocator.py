@@ -13,7 +13,7 @@ import resource, sys, torch
 from ziplm_deploy.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(5):  # until small blocks in between have found their places
+for _ in range(20):  # until small blocks in between have found their places
     torch.ones(2**24).sum()  # 64 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):

@@ -32,6 +32,13 @@ def test_the_rank_decides_who_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.is_first()
 
 
+def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert distributed.threads_of_this_process(8) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert [distributed.threads_of_this_process(granted) for granted in (8, 2)] == [2, 1]
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_family(tmp_path: Path) -> None:
     save_dense(tmp_path / "model", task="text-classification", hidden_size=128, intermediate_size=512)

@@ -18,7 +18,14 @@ from tests.helpers import labelled_rows, save_dense, tiny_model, tiny_tokenizer
 from ziplm_deploy.architectures import layers_of
 from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import ModelConfig, RecoverConfig
-from ziplm_deploy.errors import DataError, NumericalError, RecipeError, StorageError, UsageError
+from ziplm_deploy.errors import (
+    DataError,
+    EnvironmentMismatchError,
+    NumericalError,
+    RecipeError,
+    StorageError,
+    UsageError,
+)
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recovery.checks import check_teacher
 from ziplm_deploy.recovery.examples import Examples, LengthGrouped
@@ -337,6 +344,23 @@ def test_a_full_disk_while_checkpointing_is_a_storage_error(tmp_path: Path, monk
         trained(tmp_path, 10)
 
 
+def test_other_failures_are_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ziplm_deploy.recovery import training
+
+    def fail_with(error: Exception) -> None:
+        def fail(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(training, "save_model", fail)
+
+    fail_with(ConnectionError("the logger's server is away"))
+    with pytest.raises(ConnectionError):
+        trained(tmp_path, 10)
+    fail_with(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))
+    with pytest.raises(EnvironmentMismatchError, match="expected cpu to hold a step of"):
+        trained(tmp_path, 10)
+
+
 def test_a_logger_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="report_to, found 'carrier-pigeon'"):
         trained(tmp_path, 5, report_to="carrier-pigeon")
@@ -372,20 +396,40 @@ def test_grouping_by_length_is_a_permutation_that_depends_on_the_epoch() -> None
         ({"hidden_size": 16, "intermediate_size": 64}, "hidden_size 32"),
         ({"num_hidden_layers": 2}, "layers 3"),
         ({"num_labels": 5}, "num_labels 3"),
+        ({"max_position_embeddings": 16}, "takes 32 tokens, found one for 16"),
+        ({"id2label": {0: "no", 1: "maybe", 2: "yes"}}, "labels yes, maybe, no in this order, found no, maybe, yes"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(changes: dict[str, int], message: str) -> None:
     dense = tiny_model("bert", "text-classification")
+    dense.config.id2label = {0: "Yes", 1: "Maybe", 2: "No"}  # type: ignore[union-attr]
     other = tiny_model("bert", "text-classification", **changes)
     with pytest.raises(UsageError, match=message):
-        check_teacher(other, dense, RecoverConfig())
-    check_teacher(dense, dense, RecoverConfig())
+        check_teacher(other, dense, RecoverConfig(), 32)
+    check_teacher(dense, dense, RecoverConfig(), 32)
 
 
 def test_only_what_is_compared_must_fit() -> None:
     dense = tiny_model("bert", "text-classification")
-    check_teacher(tiny_model("bert", "text-classification", num_hidden_layers=2), dense, RecoverConfig(token_weight=0))
-    check_teacher(tiny_model("bert", "text-classification", num_labels=5), dense, RecoverConfig(logit_weight=0))
+    fewer_layers = tiny_model("bert", "text-classification", num_hidden_layers=2)
+    check_teacher(fewer_layers, dense, RecoverConfig(token_weight=0), 32)
+    check_teacher(tiny_model("bert", "text-classification", num_labels=5), dense, RecoverConfig(logit_weight=0), 32)
+    short = tiny_model("bert", "text-classification", max_position_embeddings=16)
+    check_teacher(short, dense, RecoverConfig(), 16)
+
+
+def test_a_teacher_that_no_loss_reads_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model("bert", "text-classification")
+    task = get_task(ModelConfig(path="x", task="text-classification"))
+    examples = made_examples(tmp_path, task)
+    batch, positions = batch_of(examples, [0, 1])
+    student = Student(dense, task, [0, 1], dropout=False)
+    asked: list[Tensor] = []
+    monkeypatch.setattr(Teacher, "__call__", lambda teacher, batch, positions: asked.append(positions))
+    labels_only = objective(task, dense, examples, task_weight=1.0, logit_weight=0.0, token_weight=0.0)
+    with torch.no_grad():
+        assert float(labels_only(student(**batch), batch, positions, student.layers)) > 0
+    assert not asked
 
 
 def test_a_new_head_is_made_only_where_training_asks_for_it(tmp_path: Path) -> None:

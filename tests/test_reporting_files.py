@@ -10,7 +10,7 @@ import pytest
 from reports import State, benchmark_record, finished_run, int8_record, variant
 
 from ziplm_deploy.artifacts import BenchmarkRecord, FileReport
-from ziplm_deploy.compression.records import int8_record_path
+from ziplm_deploy.compression.records import int8_note, int8_record_path
 from ziplm_deploy.compression.sparsity import SparsityRecord
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.reporting import family
@@ -24,7 +24,7 @@ DEEPSPARSE = {
 }
 INT8 = {"variants": ["int8"], "int8": {"method": "static"}}
 NAMES = ("dense", "2x", "4x")
-SCORES = {f"{name}{ending}": 0.8 for name in NAMES for ending in ("", " int8", " sparse", " sparse-int8")}
+SCORES = {f"{name}{ending}": 0.865 for name in NAMES for ending in ("", " int8", " sparse", " sparse-int8")}
 
 
 def record_on_two_engines(as_served: float | None, **speedups: float) -> BenchmarkRecord:
@@ -59,7 +59,7 @@ def test_dense_int8_is_compared_with_dense_on_its_own_engine(
         ("model_int8.onnx", "deepsparse", recommended),
     ]
     assert reports[1].measured_speedup == as_served
-    assert reports[0].accuracy == {"spearman": 0.8}
+    assert reports[0].accuracy == {"spearman": 0.865}
     assert reports[1].accuracy == {}  # dense was scored on the baseline's engine
 
 
@@ -144,6 +144,41 @@ def test_a_file_outside_the_accuracy_budget_is_not_recommended_however_fast(tmp_
     assert [each.recommended for each in lossy.files] == [True, False]
     assert lossy.files[1].reason == "outside the accuracy budget (0.7120 against 0.8700)"
     assert [each.recommended for each in good.files] == [True, True]
+
+
+def test_the_budget_holds_where_the_file_serves_too(tmp_path: Path) -> None:
+    record = benchmark_record(**{"2x": 2.0, "2x int8": 2.5})
+    state = int8_run(tmp_path, record, compress={**INT8, "int8": {"max_loss": 0.02}})
+    int8_record(reference_score=0.9, scores=[0.895]).save(int8_record_path(state, "2x", "int8"))
+    accuracy = state.folder.member("2x") / "accuracy_int8.json"
+    accuracy.write_text('{"spearman": 0.883}', encoding="utf-8")
+    assert file_reports(state, "2x", record)[1].recommended
+    accuracy.write_text('{"spearman": 0.881}', encoding="utf-8")
+    served = file_reports(state, "2x", record)[1]
+    assert not served.recommended
+    assert served.reason == "outside the accuracy budget on the engine that serves (0.8810 against 0.9000)"
+
+
+def test_a_target_missed_after_the_closed_loop_says_that_it_was_reached_there(tmp_path: Path) -> None:
+    timed = {"2x": 1.5, "4x": 2.0, "dense int8": 1.5, "2x int8": 1.8, "4x int8": 3.0}
+    state = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
+    benchmark_record(**{"2x": 2.01, "4x": 3.0}).save(state.folder.step_benchmark("dense"))
+    _, reached, never = family.collect(state).members
+    assert reached.reason.startswith("it was fast enough (2.01x) when the closed loop measured it")
+    assert "levels are too far apart" in never.reason
+
+
+def test_notes_name_the_linears_that_they_are_about() -> None:
+    outliers = {"ruined_by_outliers": ["c", "d"]}
+    assert int8_note("2x int8", int8_record(), 0.01) == int8_note("2x int8", int8_record(**outliers), 0.01) == ""
+    kept = int8_note("2x int8", int8_record(fp32_linears=["a", "b"]), 0.01)
+    assert kept == "2x int8: stayed float32 to hold the accuracy budget: a, b"
+    unjudged = int8_record(**outliers, reference_score=None, scores=[], within_budget=None)
+    assert "outliers ruin c, d, and nothing judged its accuracy" in int8_note("2x int8", unjudged, 0.01)
+    lost = int8_record(**outliers, scores=[0.7, 0.71], fp32_linears=["a"], within_budget=False)
+    note = int8_note("2x int8", lost, 0.01)
+    assert "0.7100 is outside the accuracy budget (max_loss 0.01 of 0.8700), the best of 2 tried" in note
+    assert "with 1 of 12 linears in float32: a; outliers ruin c, d; try" in note
 
 
 @pytest.mark.parametrize("within_budget", [True, None])

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.reports import machine
 from ziplm_deploy.cli import app
 from ziplm_deploy.engines import get_engine
-from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError
+from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError, StorageError
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.side_environments import ENVIRONMENTS, MARKER, NEURAL_COMPRESSOR, SideEnvironment, quiet_environment
 
@@ -122,12 +123,33 @@ def test_setup_makes_the_environment_that_is_named(monkeypatch: pytest.MonkeyPat
         return "/there/bin/python"
 
     monkeypatch.setattr(SideEnvironment, "create", create)
-    monkeypatch.setattr(SideEnvironment, "version", lambda made: "2.6")
+    monkeypatch.setattr(SideEnvironment, "version", lambda made, python: "2.6")
+    monkeypatch.setenv(NEURAL_COMPRESSOR.variable, "/other/python")
     done = CliRunner().invoke(app, ["setup", "neural-compressor", "--python", "python3.11"])
     assert done.exit_code == 0
     assert asked == [("neural-compressor", "python3.11")]
     assert "neural-compressor 2.6: /there/bin/python" in done.output
     assert NEURAL_COMPRESSOR.notice in done.output
+    assert f"{NEURAL_COMPRESSOR.variable} names another Python" in done.output
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="XDG_CACHE_HOME"):
+        environment("json").create()
+
+
+def test_a_cpu_that_deepsparse_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = machine().model_copy(update={"isa_flags": ("sse4_2", "avx")})
+    monkeypatch.setattr("ziplm_deploy.engines.deepsparse.machine_info", lambda: old)
+    with pytest.raises(EngineError, match="expected a CPU with AVX2"):
+        get_engine("deepsparse").version()
+    monkeypatch.setattr("ziplm_deploy.machine.machine_info", lambda: old)
+    monkeypatch.setattr(SideEnvironment, "create", lambda made, python: pytest.fail("nothing can be made for it"))
+    done = CliRunner().invoke(app, ["setup", "deepsparse"])
+    assert done.exit_code == 1
+    assert "sse4_2 avx; use engine onnxruntime" in done.output
 
 
 def test_doctor_lists_tools(monkeypatch: pytest.MonkeyPatch) -> None:

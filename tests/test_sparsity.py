@@ -316,6 +316,15 @@ def test_densities_are_bounded_monotone_and_add_up(rows: list[tuple[float, int]]
                 assert value >= found[other]
 
 
+def test_what_is_zero_stays_zero_and_the_others_make_up_for_it() -> None:
+    sizes, sensitivities = dict.fromkeys("abc", 100), {"a": 8.0, "b": 1.0, "c": 1.0}
+    assert allocate_densities(sensitivities, sizes, 0.2)["a"] > 0.25
+    found = allocate_densities(sensitivities, sizes, 0.2, {"a": 0.25, "b": 0.5, "c": 0.5})
+    assert found == pytest.approx({"a": 0.25, "b": 0.175, "c": 0.175})
+    nothing_left = allocate_densities(sensitivities, sizes, 0.2, {"a": 0.05, "b": 0.5, "c": 0.5})
+    assert nothing_left == pytest.approx({"a": 0.05, "b": 0.275, "c": 0.275})
+
+
 def test_equal_sensitivity_per_weight_is_uniform() -> None:
     sizes = {"a": 10, "b": 20}
     assert allocate_densities({"a": 0.0, "b": -1e-9}, sizes, 0.2) == {"a": 0.2, "b": 0.2}

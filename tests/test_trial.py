@@ -22,8 +22,8 @@ def test_a_good_model_is_let_go_of_again(tmp_path: Path) -> None:
     path = tmp_path / "good.onnx"
     write_mlp(path, 8)
     with Trial(start) as trial:
-        trial.load(path)
-        trial.load(path)  # the same name is free again
+        trial.run(path)
+        trial.run(path)  # the same name is free again
 
 
 def test_after_a_rejected_model_and_a_dead_process_the_next_one_is_tried(tmp_path: Path) -> None:
@@ -38,12 +38,12 @@ def test_after_a_rejected_model_and_a_dead_process_the_next_one_is_tried(tmp_pat
 
     with Trial(counted) as trial:
         with pytest.raises(EngineError, match=r"bad\.onnx"):
-            trial.load(bad)
-        trial.load(good)
+            trial.run(bad)
+        trial.run(good)
         os.kill(workers[-1]._process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="SIGKILL"):
-            trial.load(good)
-        trial.load(good)
+            trial.run(good)
+        trial.run(good)
     assert len(workers) == 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -195,7 +196,10 @@ def benchmark(
         environments = [validated(Environment, engine=name, **shape) for name in names]
         settings = validated(BenchmarkConfig, rounds=rounds)
         from ziplm_deploy.benchmarking import compare
+        from ziplm_deploy.engines import get_engine
 
+        for notice in filter(None, (get_engine(item.engine).notice for item in environments)):
+            typer.echo(notice, err=True)
         progress, subjects = _progress(quiet), on_engines(files, [item.engine for item in environments])
         what = f"{len(files)} ONNX file(s) on {', '.join(names)}"
         progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
@@ -260,10 +264,17 @@ def setup(
 
     if name not in ENVIRONMENTS:
         raise UsageError(f"expected what needs a set-up: {' or '.join(ENVIRONMENTS)}, found {name!r}")
+    if name == "deepsparse":
+        from ziplm_deploy.engines.deepsparse import check_instruction_sets
+        from ziplm_deploy.machine import machine_info
+
+        check_instruction_sets(machine_info())
     environment = ENVIRONMENTS[name]
     typer.echo(f"{environment.notice}; installing into {environment.folder}", err=True)
     interpreter = environment.create(python)
-    typer.echo(f"{name} {environment.version()}: {interpreter}")
+    typer.echo(f"{name} {environment.version(interpreter)}: {interpreter}")
+    if environment.variable in os.environ:
+        typer.echo(f"{environment.variable} names another Python, which is used instead; unset it", err=True)
 
 
 @app.command("recipe-reference")

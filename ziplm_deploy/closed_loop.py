@@ -80,7 +80,9 @@ def _make_room(state: Run, target: float, record: BenchmarkRecord) -> bool:
     if not _fits(state, target, aim):
         return False
     without = BenchmarkRecord.load(state.folder.step_benchmark(DENSE)).variant(name).speedup
-    state.folder.set_correction(name, key, Correction(aim, slowdown=without / measured, rooms=before.rooms + 1))
+    state.folder.set_correction(
+        name, key, Correction(aim, slowdown=max(1.0, without / measured), rooms=before.rooms + 1)
+    )
     return True
 
 

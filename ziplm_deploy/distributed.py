@@ -18,6 +18,11 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def threads_of_this_process(granted: int) -> int:
+    """Its share of the threads that all processes of this launch on this machine have together."""
+    return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def is_first() -> bool:
     """Whether this process is the one that measures and writes."""
     return n_processes() == 1 or int(os.environ.get("RANK", "0")) == 0

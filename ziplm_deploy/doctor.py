@@ -37,9 +37,11 @@ def examine(rounds: int = ROUNDS) -> dict[str, Any]:
 
 def _finding(name: str, found: Engine | SideEnvironment) -> dict[str, Any]:
     try:
+        if isinstance(found, SideEnvironment):
+            found.check()
         return {"name": name, "version": found.version(), "missing": "", "notice": found.notice}
     except EngineError as error:
-        return {"name": name, "version": None, "missing": str(error), "notice": ""}
+        return {"name": name, "version": None, "missing": str(error), "notice": found.notice}
 
 
 def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:

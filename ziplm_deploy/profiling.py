@@ -206,7 +206,7 @@ def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelSha
     if trial is None:
         return ""
     try:
-        trial.load(path)
+        trial.run(path)
     except EngineError as error:
         kept = Path(tempfile.mkdtemp(prefix="ziplm-refused-")) / path.name  # the message says how to reproduce it
         shutil.copyfile(path, kept)

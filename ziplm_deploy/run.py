@@ -15,7 +15,7 @@ from ziplm_deploy.allocator import keep_freed_memory
 from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.artifacts import LatencyTable, ModelShape
 from ziplm_deploy.checkpoints import load_dense
-from ziplm_deploy.config import Recipe
+from ziplm_deploy.config import EngineName, Recipe
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.machine import machine_info, usable_cores
 from ziplm_deploy.parents import DENSE, Parent
@@ -114,6 +114,11 @@ class Run:
         return [DENSE, *map(self.member_name, self.recipe.speedups)]
 
     @property
+    def engines(self) -> tuple[EngineName, ...]:
+        """The one that serves, and that of the baseline if it is another one."""
+        return tuple(dict.fromkeys((self.recipe.environment.engine, self.recipe.baseline_engine)))
+
+    @property
     def model_settings(self) -> dict[str, Any]:
         """Model section without where the model lies: its content has a hash of its own."""
         return self.recipe.model.model_dump(exclude={"path", "revision"})
@@ -125,7 +130,9 @@ class Run:
         if self.folder.is_current("train dense", self.dense_key()) and self.folder.dense_checkpoint.is_dir():
             trained = self.recipe.model.model_copy(update={"path": str(self.folder.dense_checkpoint), "revision": None})
             return load_dense(trained)
-        return load_dense(self.recipe.model, self.task.head_settings(self.raw_train_rows))
+        with torch.random.fork_rng():  # a new head starts from the recipe's seed
+            torch.manual_seed(self.recipe.seed)
+            return load_dense(self.recipe.model, self.task.head_settings(self.raw_train_rows))
 
     def dense_key(self) -> str:
         """Everything that a dense model trained by this run depends on."""

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ziplm_deploy.errors import EngineError, EnvironmentMismatchError
+from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, StorageError
 
 MARKER = "ziplm-environment.json"
 
@@ -69,10 +69,14 @@ class SideEnvironment:
     def _command(self) -> str:
         return f"ziplm-deploy setup {self.name}"
 
-    def version(self) -> str:
-        """Installed version of the package, without importing it; raises :class:`EngineError`."""
+    def version(self, python: str | None = None) -> str:
+        """Version of the package in :meth:`interpreter` or ``python``, without importing it.
+
+        Raises:
+            EngineError: it is not there.
+        """
         code = f"import importlib.metadata as m; print(m.version({self.name!r}))"
-        python = self.interpreter()
+        python = python or self.interpreter()
         try:
             done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -100,11 +104,18 @@ class SideEnvironment:
         Raises:
             EnvironmentMismatchError: no interpreter of a version that the package supports.
             EngineError: installing failed, or the package cannot be imported.
+            StorageError: the cache folder cannot be written.
         """
         base = python or self._base_python()
         self._check_version(base)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"expected to make an environment in {self.folder}, found: {error}; let XDG_CACHE_HOME name a folder "
+                "that can be written"
+            ) from error
         own = str(self.folder / "bin" / "python")
         self._run([base, "-m", "venv", str(self.folder)])
         self._run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.packages])

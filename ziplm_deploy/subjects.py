@@ -61,7 +61,7 @@ def try_files(state: Run) -> None:
         with Trial(lambda: start_worker(_baseline(state, recipe.environment.engine), recipe.environment)) as trial:
             for index, (name, subject) in enumerate(files.items()):
                 try:
-                    trial.load(subject.path)
+                    trial.run(subject.path)
                 except EngineError as error:
                     if name in asked_for:
                         raise

@@ -1,4 +1,4 @@
-"""Models loaded once where it does no harm: some engines end their whole process at a model that they cannot run."""
+"""Models run once where it does no harm: some engines end their whole process at a model that they cannot run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ class Trial:
         self._start = start
         self._worker: WorkerHandle | None = None
 
-    def load(self, path: Path) -> None:
-        """Load a model and let go of it; raises :class:`EngineError` if the engine rejects it, dies or hangs."""
+    def run(self, path: Path) -> None:
+        """Load a model, run it once and let go of it.
+
+        Raises:
+            EngineError: the engine rejects it, dies or hangs.
+        """
         if self._worker is None:
             self._worker = self._start()
         try:
             self._worker.load(MODEL, path)
+            self._worker.time(MODEL, n=1, warmup=0)
             self._worker.unload(MODEL)
         except EngineError:
             self._worker.close()

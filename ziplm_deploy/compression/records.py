@@ -58,11 +58,20 @@ def int8_record(state: Run, name: str, variant: Variant) -> Int8Record | None:
     return Int8Record.load(int8_record_path(state, name, variant)) if is_int8(variant) else None
 
 
-def outside_budget(record: Int8Record | None) -> str:
-    """That a file loses more accuracy than its budget allows, in figures; empty if not."""
-    if record is None or record.within_budget is not False:
+def outside_budget(record: Int8Record | None, served_score: float | None = None, max_loss: float = 0.0) -> str:
+    """That a file loses more accuracy than its budget allows, in figures; empty if not.
+
+    ``served_score``: on the engine that serves, which may not be the one that candidates were judged on; ``max_loss``
+    is relative to the score before INT8.
+    """
+    if record is None or record.reference_score is None:
         return ""
-    return f"outside the accuracy budget ({max(record.scores):.4f} against {record.reference_score:.4f})"
+    reference = record.reference_score
+    if record.within_budget is False:
+        return f"outside the accuracy budget ({max(record.scores):.4f} against {reference:.4f})"
+    if served_score is not None and reference - served_score > max_loss * abs(reference):
+        return f"outside the accuracy budget on the engine that serves ({served_score:.4f} against {reference:.4f})"
+    return ""
 
 
 def kept_in_float32(record: Int8Record | None) -> str:
@@ -76,21 +85,30 @@ def kept_in_float32(record: Int8Record | None) -> str:
 
 
 def int8_notes(state: Run, name: str) -> list[str]:
-    """Warnings about a member's INT8 files that lose more accuracy than the budget allows, and which linears do it."""
-    notes = []
-    for variant in state.recipe.compress.variants:
-        record = int8_record(state, name, variant)
-        if record is None or record.within_budget is not False:
-            continue
-        worst = record.ruined_by_outliers or [row.name for row in record.sensitivities[:3]]
-        why = "outliers ruin" if record.ruined_by_outliers else "most sensitive are"
-        notes.append(
-            f"{label(name, variant)}: {max(record.scores):.4f} is outside the accuracy budget (max_loss "
-            f"{state.recipe.compress.int8.max_loss:g} of {record.reference_score:.4f}) with up to "
-            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32; {why} {', '.join(worst)}; try "
-            "int8.method qat, or a larger max_fp32_share"
+    """What a member's INT8 files did to its linears: which stayed float32, and which cost more than is allowed."""
+    variants, max_loss = state.recipe.compress.variants, state.recipe.compress.int8.max_loss
+    records = {variant: int8_record(state, name, variant) for variant in variants}
+    notes = (int8_note(label(name, variant), record, max_loss) for variant, record in records.items() if record)
+    return [note for note in notes if note]
+
+
+def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
+    """What to know about an INT8 file, with the names of the linears it is about; empty if nothing."""
+    outliers = f"outliers ruin {', '.join(record.ruined_by_outliers)}" if record.ruined_by_outliers else ""
+    kept = f": {', '.join(record.fp32_linears)}" if record.fp32_linears else ""
+    if record.within_budget is False:
+        why = outliers or f"most sensitive are {', '.join(row.name for row in record.sensitivities[:3])}"
+        return (
+            f"{title}: {max(record.scores):.4f} is outside the accuracy budget (max_loss {max_loss:g} of "
+            f"{record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
+            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32{kept}; {why}; try int8.method qat, "
+            "or a larger max_fp32_share"
         )
-    return notes
+    if kept:
+        return f"{title}: stayed float32 to hold the accuracy budget{kept}"
+    if outliers and record.within_budget is None:
+        return f"{title}: {outliers}, and nothing judged its accuracy; give data.evaluation, or try int8.method qat"
+    return ""
 
 
 def facts_of(state: Run, name: str, variant: Variant) -> dict[str, str]:

@@ -150,7 +150,8 @@ def sparsify_model(
         sizes = {name: goal.weight.numel() for name, goal in goals.items()}
         densities = dict.fromkeys(goals, 1 - config.sparsity)
         if sensitivities:
-            densities = allocate_densities(sensitivities, sizes, 1 - config.sparsity)
+            present = {name: float((goal.weight != 0).double().mean()) for name, goal in goals.items()}
+            densities = allocate_densities(sensitivities, sizes, 1 - config.sparsity, present)
         for index in range(config.passes):
             fits = work.run({name: density ** ((index + 1) / config.passes) for name, density in densities.items()})
     finally:
@@ -159,7 +160,10 @@ def sparsify_model(
 
 
 def allocate_densities(
-    sensitivities: Mapping[str, float], sizes: Mapping[str, int], density: float
+    sensitivities: Mapping[str, float],
+    sizes: Mapping[str, int],
+    density: float,
+    present: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """A density for each linear with, all together, ``density · Σ sizes`` weights left.
 
@@ -170,6 +174,7 @@ def allocate_densities(
         sensitivities: divergence of the model with that linear alone sparse; below 0 counts as 0.
         sizes: weights of each linear.
         density: overall, inside (0, 1).
+        present: densities before, which none can rise above; default: 1.
     """
     names = list(sizes)
     n = torch.tensor([sizes[name] for name in names], dtype=torch.float64)
@@ -177,9 +182,11 @@ def allocate_densities(
     if float(s.max()) == 0:
         return dict.fromkeys(names, density)
     # The floor lets the insensitive ones rise as well where all others are at their bound.
-    low, high = DENSITY_RANGE[0] * density, min(1.0, DENSITY_RANGE[1] * density)
+    most = torch.tensor([(present or {}).get(name, 1.0) for name in names], dtype=torch.float64)
+    high = most.clamp(max=DENSITY_RANGE[1] * density)
+    low = high.clamp(max=DENSITY_RANGE[0] * density)
     weights = ((s / n) / (s / n).max()).clamp(min=1e-12) ** SENSITIVITY_EXPONENT
-    below, above = 0.0, high / float(weights.min())
+    below, above = 0.0, float(high.max() / weights.min())
     for _ in range(100):  # bisection on the factor: the sum grows with it
         factor = (below + above) / 2
         total = float(n @ (factor * weights).clamp(low, high))

@@ -58,7 +58,7 @@ def _check_recovery(state: Run) -> None:
             "labelled data in data.train or set recover.task_weight: 0"
         )
     if config.teacher is not None:
-        check_teacher(load_teacher(state), state.dense, config)
+        check_teacher(load_teacher(state), state.dense, config, state.recipe.environment.seq_len)
 
 
 def _labelled(state: Run) -> bool:
@@ -80,7 +80,7 @@ def load_teacher(state: Run) -> nn.Module:
     return model
 
 
-def check_teacher(teacher: nn.Module, dense: nn.Module, config: RecoverConfig) -> None:
+def check_teacher(teacher: nn.Module, dense: nn.Module, config: RecoverConfig, seq_len: int) -> None:
     """Raise :class:`UsageError` unless the teacher's hidden states and outputs can be compared with the student's."""
     own, other = model_shape(dense.config), model_shape(teacher.config)  # type: ignore[arg-type]
     found = {"hidden_size": (own.hidden_size, other.hidden_size)}
@@ -94,6 +94,25 @@ def check_teacher(teacher: nn.Module, dense: nn.Module, config: RecoverConfig) -
                 f"expected a teacher with {name} {wanted} as the model, found {has}; choose another recover.teacher"
                 + (", or set recover.token_weight: 0" if name == "layers" else "")
             )
+    positions = getattr(teacher.config, "max_position_embeddings", seq_len)
+    if positions < min(seq_len, getattr(dense.config, "max_position_embeddings", seq_len)):
+        raise UsageError(
+            f"expected a teacher that takes {seq_len} tokens, found one for {positions}; choose another "
+            "recover.teacher, or a smaller environment.seq_len"
+        )
+    labels, others = _label_names(dense), _label_names(teacher)
+    if config.logit_weight and labels and others and labels != others:
+        raise UsageError(
+            f"expected a teacher with the labels {', '.join(labels)} in this order, found {', '.join(others)}; choose "
+            "another recover.teacher, or set recover.logit_weight: 0"
+        )
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    """What the outputs of a classifier mean, lower case; empty where its configuration only numbers them."""
+    known: dict[int, str] = getattr(model.config, "id2label", None) or {}
+    names = [str(known[index]).lower() for index in sorted(known)]
+    return [] if any(name.startswith("label_") for name in names) else names
 
 
 def _check_dense(state: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from ziplm_deploy import distributed
 from ziplm_deploy.artifacts import TrainingRecord
 from ziplm_deploy.config import TrainConfig
 from ziplm_deploy.errors import DataError, EnvironmentMismatchError, NumericalError, RecipeError, StorageError
@@ -44,13 +46,19 @@ class DistillationTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         batch = {name: value for name, value in inputs.items() if name != POSITION}
-        loss = self._objective(model(**batch), batch, inputs[POSITION], self.student.layers)
+        with self.accelerator.autocast():  # the teacher too; Trainer itself gives a GPU's precision to the student only
+            loss = self._objective(model(**batch), batch, inputs[POSITION], self.student.layers)
         if not bool(torch.isfinite(loss)):
             raise NumericalError(
                 f"expected a finite loss, found {loss.item()} in step {self.state.global_step + 1}; lower the learning "
-                "rate or use precision fp32. Checkpoints up to the last good step are kept"
+                f"rate or use precision fp32. {self._kept()}"
             )
         return loss
+
+    def _kept(self) -> str:
+        """What a failure leaves."""
+        checkpoint = last_checkpoint(Path(self.args.output_dir or "."))
+        return "No checkpoint was due yet" if checkpoint is None else f"{checkpoint.name} is kept"
 
     def typical_batch(self, quantile: float) -> Batch:
         """A batch of neighbours in length at a quantile of all lengths."""
@@ -75,7 +83,7 @@ class DistillationTrainer(transformers.Trainer):
         if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
             raise NumericalError(
                 f"expected finite weights, found NaN or infinity after step {self.state.global_step}; lower the "
-                "learning rate or use precision fp32. Checkpoints up to the last good step are kept"
+                f"learning rate or use precision fp32. {self._kept()}"
             )
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,15 +159,17 @@ def train(
         if left <= 0:  # it was trained to its end, but not saved
             return _finished(trainer, checkpoint, watcher, batch)
     student.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(distributed.threads_of_this_process(threads))
     try:
         progress.note(f"{title}: {left} steps of {batch} examples on {arguments.device}, {_eta(trainer, left)}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentMismatchError(
-            f"expected {arguments.device} to hold a step of {config.batch_size} examples, found: {error}; lower "
-            "batch_size or environment.seq_len"
-        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise EnvironmentMismatchError(
+                f"expected {arguments.device} to hold a step of {config.batch_size} examples, found: {error}; lower "
+                "batch_size or environment.seq_len"
+            ) from error
         if not _is_full_disk(error):
             raise
         raise StorageError(
@@ -168,6 +178,7 @@ def train(
         ) from error
     finally:
         student.eval()
+        torch.set_num_threads(threads)
     return watcher.record(trainer.state, str(arguments.device), batch)
 
 
@@ -273,6 +284,12 @@ def _eta(trainer: DistillationTrainer, total: int) -> str:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed; safetensors and torch report that as errors of their own."""
-    text = str(error).lower()
-    return isinstance(error, OSError) or any(part in text for part in ("no space", "enospc", "writing file"))
+    """Whether a write found no room; safetensors and torch report that as errors of their own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(part in str(error).lower() for part in ("no space", "enospc", "writing file"))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU, whose allocator has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error).lower()

@@ -6,6 +6,7 @@ import yaml
 
 from ziplm_deploy.artifacts import FamilyReport, MemberReport
 from ziplm_deploy.compression.variants import ONNX_FILES
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.reporting.table import baseline_of, file_header, file_rows, markdown_table, shows_no_speedup
 
 
@@ -18,6 +19,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
         f"# {title}\n\n{_summary(report, member)}",
         "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
+        *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
         _usage(report, member, ort_class),
         "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
     ]
@@ -122,9 +124,13 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
     )
 
 
+def _baseline_engine(report: FamilyReport) -> str:
+    return report.baseline_engine or report.engine
+
+
 def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
     """That the figures are not those of the engine that the snippet uses."""
-    engine = report.engine if member.speedup_target is not None else report.baseline_engine or report.engine
+    engine = report.engine if member.speedup_target is not None else _baseline_engine(report)
     if engine == "onnxruntime":
         return []
     return [

@@ -49,7 +49,10 @@ def _file_report(
     if not path.exists():
         raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
     only_timed = result.name == dense_as_served(state)  # scores of dense are those of the baseline's engine
-    reasons = [outside_budget(int8_record(state, name, variant)), *_slower_than(result, variant, before)]
+    accuracy = {} if only_timed else accuracy_in(state, state.folder.member(name), variant)
+    served, max_loss = accuracy.get(state.task.metric_name), state.recipe.compress.int8.max_loss
+    beyond = outside_budget(int8_record(state, name, variant), served, max_loss)
+    reasons = [beyond, *_slower_than(result, variant, before)]
     reason = next(filter(None, reasons), "")
     return FileReport(
         variant=variant,
@@ -64,7 +67,7 @@ def _file_report(
         peak_memory_bytes=result.peak_memory_bytes,
         onnx_bytes=path.stat().st_size,
         gzip_bytes=state.folder.remembered("gzip_bytes", state.file_hash(path), lambda: gzip_bytes(path)),
-        accuracy={} if only_timed else accuracy_in(state, state.folder.member(name), variant),
+        accuracy=accuracy,
         facts=facts_of(state, name, variant),
         recommended=not reason,
         reason=reason,
