@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +191,17 @@ def test_killed_worker_names_model_and_signal(tmp_path: Path) -> None:
         os.kill(worker._process.pid, signal.SIGABRT)
         with pytest.raises(EngineError, match=r"(?s)victim\.onnx.*SIGABRT.*reproduce with"):
             worker.time("a", n=1)
+
+
+def test_a_worker_that_dies_over_several_models_names_the_one(tmp_path: Path) -> None:
+    paths = {name: write_mlp(tmp_path / f"{name}.onnx", 8) for name in ("first", "second")}
+    with start() as worker:
+        for name, path in paths.items():
+            worker.load(name, path)
+        worker.time_many(["first", "second"])
+        threading.Timer(0.5, os.kill, (worker._process.pid, signal.SIGKILL)).start()
+        with pytest.raises(EngineError, match=r"(?s)to run \S*second\.onnx.*SIGKILL.*--probe \S*second\.onnx"):
+            worker.time_many(["first", *["second"] * 200_000])
 
 
 def test_a_closed_worker_says_so() -> None:

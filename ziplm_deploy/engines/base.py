@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ziplm_deploy.engines.worker import TURN_VARIABLE
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine import allowed_cpus, check_threads
 from ziplm_deploy.side_environments import quiet_environment
@@ -108,6 +109,7 @@ class WorkerHandle:
 
     def _spawn(self) -> WorkerProcess:
         environment = {**quiet_environment(), "OMP_NUM_THREADS": str(self.options.threads)}
+        environment[TURN_VARIABLE] = str(self._turn)
         log = Path(self._folder.name) / "stderr.txt"
         try:
             return WorkerProcess([self._interpreter, str(WORKER), *self._arguments], log, environment=environment)
@@ -175,14 +177,23 @@ class WorkerHandle:
         try:
             reply = self._process.receive(self.options.timeout_seconds)
         except WorkerGoneError as error:
-            raise self._failure(str(error), do, model_id) from error
+            raise self._failure(str(error), do, model_id or self._whose_turn(do)) from error
         if not reply["ok"]:
             raise self._failure(str(reply["error"]), do, model_id)
         return reply
 
+    @property
+    def _turn(self) -> Path:
+        return Path(self._folder.name) / "turn.txt"
+
+    def _whose_turn(self, do: str) -> str | None:
+        """The model that a worker ran when it died over several."""
+        said = self._turn.read_text(encoding="utf-8").strip() if self._turn.is_file() else ""
+        return said if said and do == "run_many" else None
+
     def _failure(self, found: str, do: str, model_id: str | None) -> EngineError:
         path = self._paths.get(model_id) if model_id is not None else None
-        what = f"the engine to {do} {path or 'its models'}"
+        what = f"the engine to {do.removesuffix('_many')} {path or model_id or 'its models'}"
         command = [*self._process.command, "--probe", str(path or "MODEL.onnx")]
         return EngineError(
             f"expected {what}, found: {found}; reproduce with: {shlex.join(command)}{self._process.last_words()}"

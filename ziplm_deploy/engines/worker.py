@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 INPUT_SEED = 0
+TURN_VARIABLE = "ZIPLM_WORKER_TURN"  # names the file in which a worker says which of several models it runs
+TURN_BYTES = 256
 IMAGE_SIZE = {"channel": 3, "height": 224, "width": 224}
 NUMPY_TYPES = {
     "tensor(int64)": np.int64,
@@ -243,6 +245,8 @@ class Worker:
         self.engine = ENGINES[options.engine](options)
         self.sessions: dict[str, Any] = {}
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
+        turn = os.environ.get(TURN_VARIABLE)
+        self.turn = open(turn, "wb", buffering=0) if turn else None  # noqa: SIM115 (open as long as the process)
 
     def do_hello(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"version": self.engine.version, "pid": os.getpid()}
@@ -264,9 +268,16 @@ class Worker:
     def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
         samples_ms = []
         for model_id in request["order"]:
+            self._announce(model_id)
             self._warm_up(model_id, request)
             samples_ms.append(self._timed_run(model_id))
         return {"ms": samples_ms}
+
+    def _announce(self, model_id: str) -> None:
+        """Leave word of whose turn it is, for a parent that finds this process dead."""
+        if self.turn is not None:
+            self.turn.seek(0)
+            self.turn.write(model_id.encode().ljust(TURN_BYTES))  # over the last one: it is whole at any moment
 
     def _warm_up(self, model_id: str, request: dict[str, Any]) -> None:
         spent_ms, runs = 0.0, 0
