@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, goal_met
 from summary import read_results
 from summary import table as figures_table
 
@@ -153,9 +153,54 @@ def _speedup_and_score(row: dict[str, Any]) -> str:
     return f"{speedup}, {row['score']:.4f}" if "score" in row else speedup
 
 
-def all_figures() -> str:
-    """Every figure of every committed result against its goal."""
+def int8_table() -> str:
+    """Every way to INT8 of every committed model: what it costs and what it brings."""
+    path = RESULTS / "int8.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cells = [
+        [
+            row["model"],
+            row["form"],
+            row["engine"],
+            f"{row['score']:.4f}",
+            f"{row['lost_points']:+.2f}",
+            f"{row['speedup']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]",
+            f"{row['onnx_bytes'] / 1e6:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    titles = ["model", "form", "engine", "accuracy", "points lost", "over float32 [95 %]", "ONNX MB"]
+    return "\n".join(markdown_table(titles, cells))
+
+
+def compound_targets_table() -> str:
+    """The same compound targets, searched with a table in the deployed form and with a float32 table."""
+    path = RESULTS / "compound_tables.json"
+    if not path.exists():
+        return PENDING
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cells = [
+        [
+            f"{row['target']:g}x",
+            row["table"],
+            f"{row['measured_speedup']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]",
+            f"{row['error_percent']:+.1f} %",
+            str(row["corrections"]),
+            f"{row['score']:.4f}",
+        ]
+        for row in sorted(result["rows"], key=lambda row: row["target"])
+    ]
+    titles = ["target", "table", "measured [95 %]", "off by", "corrections", "accuracy"]
+    return "\n".join(markdown_table(titles, cells))
+
+
+def figures_with_goals() -> str:
+    """Every figure of every committed result that has a goal, against it."""
     results = read_results(RESULTS)
+    for result in results:
+        result["figures"] = {k: v for k, v in result["figures"].items() if goal_met(v["value"], v["goal"]) is not None}
     return figures_table(results) if results else PENDING
 
 
@@ -165,7 +210,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation_table,
     "pareto": pareto_table,
     "compound": compound_table,
-    "figures": all_figures,
+    "compound_tables": compound_targets_table,
+    "int8": int8_table,
+    "figures": figures_with_goals,
     "recipe": recipe_reference,
 }
 

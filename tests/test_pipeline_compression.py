@@ -319,14 +319,14 @@ def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
-    load = Trial.load
+    run_once = Trial.run
 
     def refusing(self: Trial, path: Path) -> None:
         if path.name == "model_int8.onnx" and path.parent.name == "1.5x":
             raise EngineError("assertion failed")
-        load(self, path)
+        run_once(self, path)
 
-    monkeypatch.setattr(Trial, "load", refusing)
+    monkeypatch.setattr(Trial, "run", refusing)
     settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
     report = run(recipe(made, compress=settings, output_dir=str(tmp_path)))
     assert [[file.variant for file in each.files] for each in report.members] == [["fp32", "int8"], ["fp32"]]

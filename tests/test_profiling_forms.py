@@ -153,7 +153,7 @@ def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytes
         if path.stem == "ffn-24":
             raise EngineError("assertion failed")
 
-    monkeypatch.setattr(Trial, "load", load)
+    monkeypatch.setattr(Trial, "run", load)
     table = measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
     assert set(table.refused) == {"ffn 24"}
     assert "assertion failed" in table.refused["ffn 24"]
@@ -170,6 +170,6 @@ def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPat
         if path.stem == needed:
             raise EngineError("assertion failed")
 
-    monkeypatch.setattr(Trial, "load", load)
+    monkeypatch.setattr(Trial, "run", load)
     with pytest.raises(EngineError, match="assertion failed"):
         measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
