@@ -138,7 +138,7 @@ def compound_table() -> str:
     caption = (
         f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1 where no other "
         f"is named, 128 tokens, 1 thread, {result['machine']['cpu']} "
-        f"({' '.join(flag for flag in result['machine']['isa'] if '8' in flag)}), "
+        f"({' '.join(flag for flag in result['machine']['isa'] if 'vnni' in flag or 'int8' in flag)}), "
         f"{result['date'][:10]}; one seed. The dense model against itself in the same run: "
         + ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(*part["timing"]["aa"]) for part in result["settings"].values())
         + "."
