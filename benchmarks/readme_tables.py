@@ -26,12 +26,17 @@ README = ROOT / "README.md"
 PENDING = "No result is committed yet."
 
 
+def committed(name: str) -> dict[str, Any] | None:
+    """The result of a program; None before there is one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def quickstart_table() -> str:
     """Members of the committed quickstart run, and where it was measured."""
-    path = RESULTS / "quickstart.json"
-    if not path.exists():
+    result = committed("quickstart")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     members = [MemberReport.model_validate(row) for row in result["rows"]]
     settings, metric = result["settings"], result["settings"]["metric"]
     ratio, low, high = settings["aa"]
@@ -45,10 +50,9 @@ def quickstart_table() -> str:
 
 def family_table() -> str:
     """Members of the committed families: what training brought back, and what it took."""
-    path = RESULTS / "family.json"
-    if not path.exists():
+    result = committed("family")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     titles = [
         "task",
         "measured [95 %]",
@@ -87,10 +91,9 @@ def family_table() -> str:
 
 def ablation_table() -> str:
     """What is left of the dense score with each part of recovery changed, target by target."""
-    path = RESULTS / "ablation.json"
-    if not path.exists():
+    result = committed("ablation")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     targets = sorted({row["target"] for row in result["rows"]})
     found = {(row["task"], row["variant"], row["target"]): row["percent_of_dense"] for row in result["rows"]}
     cells = [
@@ -102,10 +105,9 @@ def ablation_table() -> str:
 
 def pareto_table() -> str:
     """Scores of every method at its measured speedup, after the same training."""
-    path = RESULTS / "pareto.json"
-    if not path.exists():
+    result = committed("pareto")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     cells = [
         [
             row["task"],
@@ -125,10 +127,9 @@ def _percent(value: float | None) -> str:
 
 def compound_table() -> str:
     """Every form of every committed compound model on every engine: speedup and, where there are weights, accuracy."""
-    path = RESULTS / "compound.json"
-    if not path.exists():
+    result = committed("compound")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     engines = list(dict.fromkeys(row["engine"] for row in result["rows"]))
     found = {(row["task"], row["member"], row["variant"], row["engine"]): row for row in result["rows"]}
     cells = []
@@ -155,10 +156,9 @@ def _speedup_and_score(row: dict[str, Any]) -> str:
 
 def int8_table() -> str:
     """Every way to INT8 of every committed model: what it costs and what it brings."""
-    path = RESULTS / "int8.json"
-    if not path.exists():
+    result = committed("int8")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     cells = [
         [
             row["model"],
@@ -177,10 +177,9 @@ def int8_table() -> str:
 
 def compound_targets_table() -> str:
     """The same compound targets, searched with a table in the deployed form and with a float32 table."""
-    path = RESULTS / "compound_tables.json"
-    if not path.exists():
+    result = committed("compound_tables")
+    if result is None:
         return PENDING
-    result = json.loads(path.read_text(encoding="utf-8"))
     cells = [
         [
             f"{row['target']:g}x",

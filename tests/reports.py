@@ -26,7 +26,7 @@ from ziplm_deploy.artifacts import (
 )
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.compression.variants import ACCURACY_FILES, ONNX_FILES, label
-from ziplm_deploy.config import EngineName, Environment, Variant
+from ziplm_deploy.config import Environment, Variant
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.run import Step
 from ziplm_deploy.run_folder import RunFolder, file_hash
@@ -221,10 +221,6 @@ class State(SimpleNamespace):
 
     names = ("dense", "2x", "4x")
     steps = (Step("dense", (2.0, 4.0)),)
-
-    @property
-    def engines(self) -> tuple[EngineName, ...]:
-        return (self.recipe.environment.engine, self.recipe.baseline_engine)
 
     @staticmethod
     def file_hash(path: Path) -> str:

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
-from tests.helpers import labelled_rows, save_dense, tiny_model, tiny_tokenizer
+from tests.helpers import labelled_rows, tiny_model, tiny_tokenizer
 from ziplm_deploy.architectures import layers_of
-from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import ModelConfig, RecoverConfig
 from ziplm_deploy.errors import (
     DataError,
@@ -24,11 +22,9 @@ from ziplm_deploy.errors import (
     NumericalError,
     RecipeError,
     StorageError,
-    UsageError,
 )
 from ziplm_deploy.progress import Progress
-from ziplm_deploy.recovery.checks import check_teacher
-from ziplm_deploy.recovery.examples import Examples, LengthGrouped
+from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.recovery.losses import LayerOutputs, remaining_layers, token_loss
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.teacher import Teacher
@@ -326,7 +322,7 @@ def test_a_loss_that_becomes_nan_names_its_step_and_keeps_the_last_good_checkpoi
         nan.teacher = goal.teacher  # type: ignore[attr-defined]
         return nan
 
-    with pytest.raises(NumericalError, match="found nan in step 8"):
+    with pytest.raises(NumericalError, match=r"found nan in step 8.*checkpoint-5 is kept"):
         trained(tmp_path, 20, change=poisoned)
     kept = last_checkpoint(tmp_path / "ckpt")
     assert kept is not None
@@ -376,48 +372,6 @@ def test_steps_are_counted_from_epochs_unless_given() -> None:
     assert total_steps(RecoverConfig(max_steps=7), 100, 32) == 7
 
 
-def test_grouping_by_length_is_a_permutation_that_depends_on_the_epoch() -> None:
-    lengths = torch.randint(1, 50, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    sampler = LengthGrouped(lengths, 10, seed=1)
-    first, again = list(sampler), list(sampler)
-    sampler.set_epoch(1)
-    assert first == again != list(sampler)
-    assert sorted(first) == list(range(500))
-    spread = [
-        max(lengths[i] for i in first[k : k + 10]) - min(lengths[i] for i in first[k : k + 10])
-        for k in range(0, 500, 10)
-    ]
-    assert sum(spread) / len(spread) < 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden_size": 16, "intermediate_size": 64}, "hidden_size 32"),
-        ({"num_hidden_layers": 2}, "layers 3"),
-        ({"num_labels": 5}, "num_labels 3"),
-        ({"max_position_embeddings": 16}, "takes 32 tokens, found one for 16"),
-        ({"id2label": {0: "no", 1: "maybe", 2: "yes"}}, "labels yes, maybe, no in this order, found no, maybe, yes"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused(changes: dict[str, int], message: str) -> None:
-    dense = tiny_model("bert", "text-classification")
-    dense.config.id2label = {0: "Yes", 1: "Maybe", 2: "No"}  # type: ignore[union-attr]
-    other = tiny_model("bert", "text-classification", **changes)
-    with pytest.raises(UsageError, match=message):
-        check_teacher(other, dense, RecoverConfig(), 32)
-    check_teacher(dense, dense, RecoverConfig(), 32)
-
-
-def test_only_what_is_compared_must_fit() -> None:
-    dense = tiny_model("bert", "text-classification")
-    fewer_layers = tiny_model("bert", "text-classification", num_hidden_layers=2)
-    check_teacher(fewer_layers, dense, RecoverConfig(token_weight=0), 32)
-    check_teacher(tiny_model("bert", "text-classification", num_labels=5), dense, RecoverConfig(logit_weight=0), 32)
-    short = tiny_model("bert", "text-classification", max_position_embeddings=16)
-    check_teacher(short, dense, RecoverConfig(), 16)
-
-
 def test_a_teacher_that_no_loss_reads_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_model("bert", "text-classification")
     task = get_task(ModelConfig(path="x", task="text-classification"))
@@ -430,18 +384,3 @@ def test_a_teacher_that_no_loss_reads_is_not_asked(tmp_path: Path, monkeypatch: 
     with torch.no_grad():
         assert float(labels_only(student(**batch), batch, positions, student.layers)) > 0
     assert not asked
-
-
-def test_a_new_head_is_made_only_where_training_asks_for_it(tmp_path: Path) -> None:
-    from ziplm_deploy.errors import UnsupportedModelError
-
-    save_dense(tmp_path / "base", "bert", "sentence-similarity")
-    settings = ModelConfig(path=str(tmp_path / "base"), task="text-classification")
-    with pytest.raises(UnsupportedModelError, match="they would be random"):
-        load_dense(settings)
-    model, _ = load_dense(settings, {"num_labels": 5})
-    assert model.config.num_labels == 5  # type: ignore[union-attr]
-    assert isinstance(model, transformers.BertForSequenceClassification)
-    base, _ = load_dense(ModelConfig(path=str(tmp_path / "base"), task="sentence-similarity"))
-    for name, parameter in base.named_parameters():
-        torch.testing.assert_close(parameter, model.bert.get_parameter(name))  # type: ignore[operator, union-attr]

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from ziplm_deploy.artifacts import FamilyReport, TrainingRecord
 from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.config import BenchmarkConfig
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 from ziplm_deploy.members import member_key
 from ziplm_deploy.reporting import console, family
@@ -92,6 +93,12 @@ def test_a_score_before_training_stands_only_beside_that_of_the_same_file() -> N
     assert "0.8500" not in rows([quantised], "spearman")[0]
     card = model_card(family_report(), quantised, "ORTModel")
     assert "| spearman, model.onnx before training | 0.8500 |" in card
+
+
+def test_the_licence_of_an_engine_stands_in_the_card_also_if_only_the_baseline_ran_on_it() -> None:
+    notice = get_engine("deepsparse").notice
+    for changes, times in ({}, 0), ({"engine": "deepsparse"}, 1), ({"baseline_engine": "deepsparse"}, 1):
+        assert model_card(family_report(**changes), member("2x"), "ORTModel").count(notice) == times
 
 
 def test_markdown_says_what_training_did_to_the_exported_file() -> None:

@@ -96,7 +96,7 @@ def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner, vari
     key = content_key(
         file=state.file_hash(path),
         dense=state.file_hash(state.folder.member(DENSE) / "model.onnx"),
-        engines=[[engine, get_engine(engine).version()] for engine in state.engines],
+        engines=state.engine_versions,
         batch_size=batch_size,
         data=state.evaluation_key,
     )

@@ -16,6 +16,7 @@ from ziplm_deploy.architectures import model_shape
 from ziplm_deploy.artifacts import LatencyTable, ModelShape
 from ziplm_deploy.checkpoints import load_dense
 from ziplm_deploy.config import EngineName, Recipe
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.machine import machine_info, usable_cores
 from ziplm_deploy.parents import DENSE, Parent
@@ -113,10 +114,11 @@ class Run:
         """The dense model first, then the members by target."""
         return [DENSE, *map(self.member_name, self.recipe.speedups)]
 
-    @property
-    def engines(self) -> tuple[EngineName, ...]:
-        """The one that serves, and that of the baseline if it is another one."""
-        return tuple(dict.fromkeys((self.recipe.environment.engine, self.recipe.baseline_engine)))
+    @functools.cached_property
+    def engine_versions(self) -> dict[EngineName, str]:
+        """Of the engine that serves, and of the baseline's; asking takes a process where it has its own environment."""
+        names = (self.recipe.environment.engine, self.recipe.baseline_engine)
+        return {name: get_engine(name).version() for name in dict.fromkeys(names)}
 
     @property
     def model_settings(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def collect(state: Run) -> FamilyReport:
             *state.notes,
             *harmed_by_training(members, state.task.metric_name),
             *(note for name in state.names for note in int8_notes(state, name)),
-            *filter(None, (get_engine(name).notice for name in state.engines)),
+            *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
         ],
         stage_seconds=state.folder.seconds,
         versions=versions(),
