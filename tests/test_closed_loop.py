@@ -9,7 +9,7 @@ import pytest
 
 from ziplm_deploy import closed_loop
 from ziplm_deploy.config import BenchmarkConfig
-from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.run import Step
 from ziplm_deploy.run_folder import Correction
 
@@ -132,6 +132,49 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
         machine.limit = 4.2  # the larger aim is out of reach, the target itself is not
         closed_loop.carry_over(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
         assert machine.corrections == {}
+
+
+class AbortingMachine(Machine):
+    """Its engine ends its process over members predicted within ``bad``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: tuple[float, float], limit: float = 100.0):
+        super().__init__(monkeypatch, (1.5, 2.0), bias=1.0, limit=limit)
+        self.bad = bad
+        monkeypatch.setattr(closed_loop, "refused_targets", lambda state, targets: self.refused(targets))
+
+    def refused(self, targets: tuple[float, ...]) -> list[float]:
+        return [target for target in targets if self.bad[0] <= self.predicted[self.member_name(target)] <= self.bad[1]]
+
+    def measure(self) -> Any:
+        if self.refused(self.recipe.speedups):
+            raise EngineError("the process died")
+        return super().measure()
+
+
+@pytest.mark.parametrize("upper", [2.0, 2.05])
+def test_a_member_that_the_engine_cannot_run_gives_way_to_a_slightly_faster_one(
+    monkeypatch: pytest.MonkeyPatch, upper: float
+) -> None:
+    machine = AbortingMachine(monkeypatch, (1.9, upper))
+    assert upper < machine.run().variant("2x").speedup <= upper * closed_loop.SIDESTEP
+    assert machine.corrections.keys() == {"2x"}
+    assert machine.corrections["2x"].count == 0  # all corrections are still to be had
+
+
+@pytest.mark.parametrize(("upper", "limit"), [(50.0, 100.0), (2.0, 2.01)])
+def test_sidesteps_are_bounded(monkeypatch: pytest.MonkeyPatch, upper: float, limit: float) -> None:
+    machine = AbortingMachine(monkeypatch, (1.9, upper), limit)
+    with pytest.raises(EngineError, match="the process died"):
+        machine.run()
+    assert machine.predicted["2x"] <= 2.0 * closed_loop.SIDESTEP**closed_loop.MAX_SIDESTEPS * 1.0001
+
+
+def test_an_engine_that_fails_without_a_culprit_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = AbortingMachine(monkeypatch, (1.9, 2.0))
+    monkeypatch.setattr(closed_loop, "refused_targets", lambda state, targets: [])
+    with pytest.raises(EngineError, match="the process died"):
+        machine.run()
+    assert machine.corrections == {}
 
 
 class SlowedMachine(Machine):

@@ -23,6 +23,7 @@ from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.sensitivity import Fp32Choice
 from ziplm_deploy.compression.sparsity import SparsityRecord
 from ziplm_deploy.config import CompressConfig
+from ziplm_deploy.engines import ModelSignature, WorkerHandle
 from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, RecipeError
 from ziplm_deploy.members import export_member, save_checkpoint
@@ -333,3 +334,26 @@ def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
     assert any("cannot run these files" in note and "1.5x int8" in note for note in report.notes)
     with pytest.raises(EngineError, match="assertion failed"):
         run(recipe(made, compress={**settings, "target": "int8"}, output_dir=str(tmp_path / "target")))
+
+
+def test_a_pruned_model_that_the_engine_cannot_run_is_pruned_a_little_further(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    load, bad = WorkerHandle.load, []
+
+    def dying(self: WorkerHandle, model_id: str, path: Path) -> ModelSignature:
+        if path.parent.name == "1.5x":
+            bad.append(path.read_bytes())
+            if path.read_bytes() == bad[0]:  # what the first plan became
+                raise EngineError("the process died")
+        return load(self, model_id, path)
+
+    monkeypatch.setattr(WorkerHandle, "load", dying)
+    settings = recipe(made, output_dir=str(tmp_path), profile={"table": str(made / "runs" / "tiny" / "profile.json")})
+    report = run(settings)
+    assert {member.name for member in report.members} == {"dense", "1.5x"}
+    served = (tmp_path / "tiny" / "1.5x" / "model.onnx").read_bytes()
+    assert served != bad[0]
+    correction = json.loads((tmp_path / "tiny" / "manifest.json").read_text())["corrections"]["1.5x"]
+    assert correction["sidesteps"] >= 1

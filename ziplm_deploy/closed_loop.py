@@ -8,14 +8,17 @@ from dataclasses import replace
 from ziplm_deploy.artifacts import BenchmarkRecord, PruningPlan
 from ziplm_deploy.compression.records import int8_record, kept_in_float32
 from ziplm_deploy.compression.variants import label
-from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.members import export_pruned, member_key, prune_member
 from ziplm_deploy.parents import DENSE
 from ziplm_deploy.run import Run, Step
 from ziplm_deploy.run_folder import Correction
+from ziplm_deploy.subjects import refused_targets
 
 MARGIN = 1.005  # aim this much above the target when correcting, so that noise does not undo the correction
 MAX_ROOMS = 2
+SIDESTEP = 1.01  # aim this much higher for another plan than one whose file the engine cannot run
+MAX_SIDESTEPS = 5
 
 
 def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]) -> BenchmarkRecord:
@@ -23,18 +26,49 @@ def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]
 
     Latency does not depend on weights, so this is done before members are trained; half of the tolerance is then
     left for the final measurement.
+
+    Raises:
+        EngineError: the engine cannot run a member's file, nor those of plans that are a little faster.
     """
     while True:
-        record = measure()
-        corrected = [target for target in step.targets if _correct(state, target, record)]
-        if not corrected:
-            return record
+        try:
+            record = measure()
+        except EngineError as error:
+            corrected, why = _sidestep(state, step, error), "because the engine cannot run these files"
+        else:
+            corrected, why = [target for target in step.targets if _correct(state, target, record)], "to be on target"
+            if not corrected:
+                return record
         names = ", ".join(map(state.member_name, corrected))
-        state.progress.note(f"solved again with a corrected budget: {names}")
+        state.progress.note(f"solved again with a corrected budget, {why}: {names}")
         for target in corrected:
             name = state.member_name(target)
             prune_member(state, target)
             export_pruned(state, name)
+
+
+def _sidestep(state: Run, step: Step, error: EngineError) -> list[float]:
+    """Ask for slightly faster members than those whose files the engine cannot run, though it ran every block of them.
+
+    Raises:
+        EngineError: ``error``, if it is about something else or nothing is left to try.
+    """
+    refused = refused_targets(state, step.targets)
+    if not refused:
+        raise error
+    for target in refused:
+        name, key = state.member_name(target), member_key(state, target)
+        before = state.folder.correction(name, key) or Correction(target)
+        plan, planner = PruningPlan.load(state.folder.plan(name)), state.parent_of(target).planner
+        aim, n_steps = before.predicted_target, before.sidesteps
+        while True:
+            aim, n_steps = aim * SIDESTEP, n_steps + 1
+            if n_steps > MAX_SIDESTEPS or not _fits(state, target, aim):
+                raise error
+            if planner.changes(plan, aim):
+                break
+        state.folder.set_correction(name, key, replace(before, predicted_target=aim, sidesteps=n_steps))
+    return refused
 
 
 def carry_over(state: Run, step: Step) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.benchmarking import Subject, start_worker
 from ziplm_deploy.compression.variants import ONNX_FILES, label
-from ziplm_deploy.config import EngineName
+from ziplm_deploy.config import EngineName, Recipe
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.parents import DENSE
@@ -29,6 +29,15 @@ def in_closed_loop(state: Run, targets: Iterable[float]) -> dict[str, Subject]:
         DENSE: _baseline(state, state.recipe.baseline_engine),
         **{name: _served(state, path) for name, path in files.items()},
     }
+
+
+def refused_targets(state: Run, targets: Iterable[float]) -> list[float]:
+    """Targets whose files the engine cannot run, if it is one that may end its process over them."""
+    recipe, files = state.recipe, in_closed_loop(state, targets)
+    if not get_engine(recipe.environment.engine).may_abort:
+        return []
+    with _trial(recipe) as trial:
+        return [target for target in targets if _refusal(trial, files[state.member_name(target)]) is not None]
 
 
 def in_the_end(state: Run) -> dict[str, Subject]:
@@ -58,13 +67,11 @@ def try_files(state: Run) -> None:
     def work() -> None:
         refused: dict[str, str] = {}
         asked_for = {label(state.member_name(target), recipe.compress.target) for target in recipe.speedups}
-        with Trial(lambda: start_worker(_baseline(state, recipe.environment.engine), recipe.environment)) as trial:
+        with _trial(recipe) as trial:
             for index, (name, subject) in enumerate(files.items()):
-                try:
-                    trial.run(subject.path)
-                except EngineError as error:
+                if (error := _refusal(trial, subject)) is not None:
                     if name in asked_for:
-                        raise
+                        raise error
                     refused[name] = str(error)
                 state.progress.step(index + 1, len(files))
         write_text(path, json.dumps(refused, indent=1) + "\n")
@@ -73,6 +80,19 @@ def try_files(state: Run) -> None:
     refused = refused_files(state)
     text = f"{recipe.environment.engine} cannot run these files, so they were not measured: {', '.join(refused)}"
     state.folder.set_note("refused files", text if refused else None)
+
+
+def _trial(recipe: Recipe) -> Trial:
+    served = Subject(Path(), recipe.environment.engine)
+    return Trial(lambda: start_worker(served, recipe.environment))
+
+
+def _refusal(trial: Trial, subject: Subject) -> EngineError | None:
+    try:
+        trial.run(subject.path)
+    except EngineError as error:
+        return error
+    return None
 
 
 def refused_files(state: Run) -> dict[str, str]:
