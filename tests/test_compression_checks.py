@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
-from helpers import save_dense, sentences
+from helpers import save_dense, sentences, tiny_model
+from int8_files import constants, exported, tensors
 
+from ziplm_deploy.architectures import layers_of
 from ziplm_deploy.compression.checks import check_compression
 from ziplm_deploy.compression.forms import export_stand_in, target_form
 from ziplm_deploy.config import Recipe
@@ -123,6 +127,23 @@ def test_every_digit_of_the_sparsity_is_in_the_form() -> None:
     assert len({form.description for form in forms if form is not None}) == 3
     assert forms[0] is not None
     assert forms[0].description == "0.8 of the weights are zero, unstructured"
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_a_table_without_layers_rounds_embeddings_like_its_members(
+    tmp_path: Path, layers: int, embeddings: bool
+) -> None:
+    settings = {"variants": ["int8"], "target": "int8", "int8": {"embeddings": embeddings}}
+    form = target_form(recipe(compress=settings))
+    assert form is not None
+    assert ("8-bit embeddings" in form.description) is embeddings
+    model = tiny_model("bert", num_hidden_layers=1, vocab_size=24_000)
+    del layers_of(model)[layers:]
+    source = exported(tmp_path, model=model)
+    form.finish(source.path, tensors(source.batches[0]))
+    kinds = {value.dtype for value in constants(onnx.load(str(source.path)).graph).values() if len(value) == 24_000}
+    assert kinds == {np.dtype("int8" if embeddings else "float32")}
 
 
 def test_a_stand_in_is_made_again_for_another_pooling(tmp_path: Path, checkpoint: Path) -> None:

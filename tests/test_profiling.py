@@ -71,6 +71,22 @@ def test_every_architecture_can_be_profiled(model_type: str) -> None:
     assert done[-1][0] == done[-1][1]
 
 
+def test_whole_models_have_a_process_each_and_cells_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[WorkerHandle, list[str]] = {}
+    load = WorkerHandle.load
+
+    def recorded(self: WorkerHandle, model_id: str, path: Path) -> Any:
+        held.setdefault(self, []).append(model_id)
+        return load(self, model_id, path)
+
+    monkeypatch.setattr(WorkerHandle, "load", recorded)
+    measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+    together = {worker: ids for worker, ids in held.items() if len(ids) > 1}
+    alone = sorted(ids[0] for worker, ids in held.items() if worker not in together)
+    assert alone == ["dense", "whole 0", "whole 1", "whole 2", "whole 3"]
+    assert [worker.options.shared_arena for worker in together] == [True]
+
+
 def test_wrapped_and_static() -> None:
     table = measure_table(
         tiny_model("bert"),

@@ -214,6 +214,9 @@ class Int8Config(Frozen):
     reduce_range: bool | None = Field(
         None, description="7-bit weights, which do not saturate without VNNI; default: by the CPU's flags."
     )
+    embeddings: bool = Field(
+        True, description="Word embeddings in 8 bits, too: files of small models halve, and are up to 2 % slower."
+    )
     max_loss: float = Field(
         0.01, ge=0, lt=1, description="Accuracy budget: largest loss of the metric, relative to the model before INT8."
     )

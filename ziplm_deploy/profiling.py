@@ -4,7 +4,8 @@ A cell is a stack of ``stack_depth`` identical layers with only attention (or on
 and loaded exactly like a family member (:mod:`ziplm_deploy.profiling_models`); see :mod:`ziplm_deploy.table_cells` for
 how its latency follows. The base (embeddings and head without layers) and the dense model are timed in the same
 interleaved run. The dense model is what speedups are over: float32, on the baseline engine, which may be another one.
-A few pruned models are timed with them, and correct sums of cells (:mod:`ziplm_deploy.sum_correction`).
+A few pruned models are timed with them, and correct sums of cells (:mod:`ziplm_deploy.sum_correction`). Every model
+with all its layers has a process of its own, as where it serves.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ziplm_deploy.profiling_models import (
     Wrap,
     needed_ids,
     table_models,
+    whole_ids,
 )
 from ziplm_deploy.statistics import is_stable, summarize
 from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
@@ -65,19 +67,19 @@ class _Place:
     def engine_of(self, model_id: str) -> EngineName:
         return self.baseline if model_id == DENSE else self.environment.engine
 
-    def start_worker(self, name: EngineName) -> WorkerHandle:
+    def start_worker(self, name: EngineName, *, holds_many: bool = False) -> WorkerHandle:
         engine = get_engine(name)
         options = WorkerOptions(
             threads=self.environment.threads,
             batch_size=self.environment.batch_size,
             seq_len=self.environment.seq_len,
-            shared_arena=True,  # sixty sessions with an arena each would take gigabytes
+            shared_arena=holds_many,  # sixty sessions with an arena each would take gigabytes
         )
         return engine.start_worker(options)
 
 
 class Workers:
-    """The workers of one table, one an engine; times models of all of them in one order, as a single worker would."""
+    """The workers of one table; times models of all of them in one order, as a single worker would."""
 
     def __init__(self, of_model: Mapping[str, WorkerHandle]) -> None:
         self._of_model = of_model
@@ -174,12 +176,16 @@ def _measure_models(
     ids = [model.model_id for model in models]
     refused: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        engines = dict.fromkeys([place.environment.engine, place.baseline])
-        by_engine = {name: stack.enter_context(place.start_worker(name)) for name in engines}
-        workers = Workers({model_id: by_engine[place.engine_of(model_id)] for model_id in ids})
+        engine = place.environment.engine
+        together = stack.enter_context(place.start_worker(engine, holds_many=True))
+        alone = {
+            model_id: stack.enter_context(place.start_worker(place.engine_of(model_id)))
+            for model_id in sorted(whole_ids(shape, profile).intersection(ids))
+        }
+        workers = Workers({model_id: alone.get(model_id, together) for model_id in ids})
         trials = {
             name: stack.enter_context(Trial(functools.partial(place.start_worker, name)))
-            for name in engines
+            for name in {engine, place.baseline}
             if get_engine(name).may_abort
         }
         for done, model in enumerate(models, start=1):
@@ -198,7 +204,7 @@ def _measure_models(
         _remeasure(workers, samples, shape, profile, seed)
         seconds = time.monotonic() - measuring
     report(steps, steps)
-    return _Measurement(samples, refused, {name: worker.version for name, worker in by_engine.items()}, seconds)
+    return _Measurement(samples, refused, {place.baseline: alone[DENSE].version, engine: together.version}, seconds)
 
 
 def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelShape) -> str:

@@ -74,8 +74,8 @@ class Correction:
     """State of the closed loop for one member: the predicted speedup to aim for, and what earlier aims measured.
 
     ``slowdown``: how much slower the member's last file was than the one that the loop measures, because linears stayed
-    in float32; ``rooms``: how often the loop has begun again for that. ``sidesteps``: how often it aimed a little higher
-    because the engine could not run the member's file.
+    in float32; ``rooms``: how often the loop has begun again for that. ``sidesteps``: how often it aimed a little
+    higher because the engine could not run the member's file.
     """
 
     predicted_target: float

@@ -2,7 +2,8 @@
 
 A cell is timed in a stack of equal layers. Where four of them stay in a cache that a whole model leaves, as INT8 layers
 of a small model do, sums of cells promise too much, most for medium sizes. Some whole models are therefore timed along
-with the cells; between them log(measured/sum) is interpolated over log(sum), outside of them it is constant.
+with the cells, each in a process of its own; between them log(measured/sum) is interpolated over log(sum), outside of
+them it is constant.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 
 from ziplm_deploy.artifacts import Cell, ModelShape, Timing, WholeModel
 from ziplm_deploy.config import ProfileConfig
-from ziplm_deploy.profiling_models import BASE, DENSE, NONE, UNPRUNED, cell_id, cell_sizes, whole_sizes
+from ziplm_deploy.profiling_models import BASE, DENSE, NONE, UNPRUNED, cell_id, cell_sizes, whole_ids, whole_sizes
 from ziplm_deploy.statistics import (
     Floats,
     bootstrap_medians,
@@ -54,7 +54,7 @@ def unsure(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[
     """Models whose median is neither precise by itself nor negligible in the whole model."""
     whole_ms = samples.ms.get(UNPRUNED, samples.ms[DENSE])
     negligible_ms = NEGLIGIBLE * float(np.median(whole_ms))
-    whole = {DENSE, UNPRUNED, BASE, *whole_sizes(shape, profile)}
+    whole = {BASE, *whole_ids(shape, profile)}
     found = []
     for model_id, ms in samples.ms.items():
         error = relative_standard_error(ms)

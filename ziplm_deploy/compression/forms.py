@@ -16,6 +16,7 @@ from exporters import ExportSettings, dummy_inputs
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.checkpoints import load
 from ziplm_deploy.compression.int8 import default_reduce_range, linear_names, quantize
+from ziplm_deploy.compression.int8_embeddings import round_embeddings_of
 from ziplm_deploy.compression.masks import random_masks
 from ziplm_deploy.compression.variants import ONNX_FILES, is_int8, is_sparse
 from ziplm_deploy.config import Int8Config, Recipe
@@ -50,7 +51,8 @@ def target_form(recipe: Recipe) -> DeployedForm | None:
         words.append(f"{sparsity.sparsity} of the weights are zero, {sparsity.pattern}")
     if is_int8(variant):
         scales = "scale for each output" if timed.per_channel else "scale for each tensor"
-        words.append(f"{timed.method} INT8, {7 if reduces_range(int8) else 8}-bit weights, {scales}")
+        embeddings = ", 8-bit embeddings" if timed.embeddings else ""
+        words.append(f"{timed.method} INT8, {7 if reduces_range(int8) else 8}-bit weights, {scales}{embeddings}")
 
     def prepare(model: nn.Module) -> nn.Module:
         if is_sparse(variant):
@@ -58,7 +60,9 @@ def target_form(recipe: Recipe) -> DeployedForm | None:
         return model
 
     def finish(path: Path, inputs: Mapping[str, Tensor]) -> None:
-        if is_int8(variant) and linear_names(path):
+        if not is_int8(variant):
+            return
+        if linear_names(path):
             batch = {name: value.numpy() for name, value in inputs.items()}
             quantize(
                 path,
@@ -68,6 +72,8 @@ def target_form(recipe: Recipe) -> DeployedForm | None:
                 reduce_range=reduces_range(int8),
                 batches=[] if timed.method == "dynamic" else [batch],
             )
+        elif timed.embeddings:
+            round_embeddings_of(path)
 
     return DeployedForm(variant, prepare, finish, "; ".join(words))
 

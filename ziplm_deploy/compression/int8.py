@@ -1,5 +1,7 @@
 """INT8 ONNX files from float32 ones: the linears of the encoder's layers compute in integers, heads stay float32.
 
+Word embeddings are stored in 8 bits, too (:mod:`ziplm_deploy.compression.int8_embeddings`), unless the settings say no.
+
 ``dynamic`` is ONNX Runtime's ``quantize_dynamic``. ``static`` and ``qat`` are written here as QuantizeLinear and
 DequantizeLinear around every linear, with the scales that ``quantize_static`` would choose. It is not called because it
 rounds a linear's input for *every* reader: the residual stream would pass through 8 bits, too.
@@ -22,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import helper, numpy_helper
 
 from exporters import ExportError, to_integer_matmul
 from ziplm_deploy.artifacts import atomic_path
+from ziplm_deploy.compression.int8_embeddings import round_embeddings
 from ziplm_deploy.compression.int8_scales import (
     ACTIVATION_LEVELS,
     ActivationRange,
@@ -39,8 +41,9 @@ from ziplm_deploy.compression.int8_scales import (
     weight_limit,
     weight_scales,
 )
+from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
 from ziplm_deploy.config import EngineName, Int8Config
-from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, UsageError
+from ziplm_deploy.errors import EngineError, NumericalError, UsageError
 
 __all__ = [
     "ActivationRange",
@@ -62,7 +65,7 @@ def linear_names(path: Path) -> tuple[str, ...]:
     Raises:
         CorruptArtifactError: no ONNX file.
     """
-    return tuple(_linears(_load(path)))
+    return tuple(_linears(load_onnx(path)))
 
 
 def quantized_linears(path: Path) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ def quantized_linears(path: Path) -> tuple[str, ...]:
     Raises:
         CorruptArtifactError: no ONNX file.
     """
-    graph = _load(path).graph
+    graph = load_onnx(path).graph
     dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     names = []
     for node in graph.node:
@@ -111,9 +114,12 @@ def quantize(
         EngineError: ONNX Runtime's quantizer left a linear as it was.
     """
     _check_request(config, engine, ranges)
-    model = _load(source)
+    model = load_onnx(source)
     linears = _chosen(model, source, keep_fp32)
     _check_weights(model, linears)
+    if config.embeddings:
+        round_embeddings(model)
+        linears = _chosen(model, source, keep_fp32)  # the nodes are new ones
     if config.method == "dynamic":
         _write_dynamic(model, linears, target, config.per_channel, reduce_range)
         return
@@ -142,7 +148,7 @@ def calibrated_ranges(
 
     Memory holds the linears' inputs of one batch at a time, however many batches there are.
     """
-    model = _load(source)
+    model = load_onnx(source)
     return _calibrate(model, _chosen(model, source, keep_fp32), batches, config)
 
 
@@ -162,30 +168,6 @@ def _check_request(
             "expected int8.per_channel: false for deepsparse, whose fast kernels take one weight scale for each "
             "tensor, found true; change it"
         )
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(str(path))
-    except (OSError, DecodeError) as error:
-        raise CorruptArtifactError(f"expected an ONNX file at {path}, found: {error}; export it again") from error
-    if not model.graph.node:
-        raise CorruptArtifactError(f"expected an ONNX file at {path}, found a graph without nodes; export it again")
-    _inline_aliases(model.graph)
-    return model
-
-
-def _inline_aliases(graph: onnx.GraphProto) -> None:
-    """Let readers of ``Identity(constant)`` read the constant: so the exporter stores equal weights once."""
-    constants = {item.name for item in graph.initializer}
-    outputs = {output.name for output in graph.output}
-    aliases: dict[str, str] = {}
-    for node in list(graph.node):
-        for place, name in enumerate(node.input):
-            node.input[place] = aliases.get(name, name)
-        if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in outputs:
-            aliases[node.output[0]] = node.input[0]
-            graph.node.remove(node)
 
 
 def _module_path(node_name: str) -> str | None:
@@ -343,7 +325,7 @@ def _insert_pairs(
             nodes.append(_node("DequantizeLinear", [stored.name, *parameters], f"{node.name}_weight", axis=1))
             node.input[:] = [pairs[key], f"{node.name}_weight"]
         nodes.append(node)
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _keep_matmuls(model: onnx.ModelProto) -> None:
@@ -367,7 +349,7 @@ def _keep_matmuls(model: onnx.ModelProto) -> None:
                 stored = numpy_helper.from_array(bias.reshape(1, 1, -1), f"{node.name}_bias")
                 graph.initializer.append(stored)
                 node.input[place] = stored.name
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
 def _node(op_type: str, inputs: list[str], output: str, axis: int | None = None) -> onnx.NodeProto:
@@ -379,18 +361,3 @@ def _constants(graph: onnx.GraphProto, name: str, scale: Any, zero_point: Any) -
     for constant, value in zip(names, (scale, zero_point), strict=True):
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), constant))
     return names
-
-
-def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Set the nodes and drop initializers that none of them reads."""
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # `nodes` live in the graph
-    del graph.node[:]
-    graph.node.extend(copies)
-    _drop_unread(graph)
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for index in reversed(range(len(graph.initializer))):
-        if graph.initializer[index].name not in read:
-            del graph.initializer[index]

@@ -25,6 +25,7 @@ from ziplm_deploy.compression.fake_quant import (
 )
 from ziplm_deploy.compression.forms import reduces_range, served_int8
 from ziplm_deploy.compression.int8 import ActivationRange, LinearScales, calibrated_ranges, quantize
+from ziplm_deploy.compression.int8_embeddings import round_embeddings_of
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
 from ziplm_deploy.compression.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity, int8_record_path
@@ -81,13 +82,16 @@ class _Quantisation:
     def run(self, target: Path, record: Path) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
         model = load(self.source)
-        if not quantizable_linears(model):  # every module was dropped: the float32 file is the INT8 file
-            if distributed.is_first():
-                _publish(self.source / ONNX_FILES["fp32"], target)
-                self._record([], None, None).save(record)
-            return
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
             made = Path(scratch) / "made.onnx"
+            if not quantizable_linears(model):  # every module was dropped: the float32 file is nearly the INT8 file
+                if distributed.is_first():
+                    shutil.copyfile(self.source / ONNX_FILES["fp32"], made)
+                    if self.config.embeddings:
+                        round_embeddings_of(made)
+                    _publish(made, target)
+                    self._record([], None, None).save(record)
+                return
             found = self._make(model, made, Path(scratch))
             if not distributed.is_first():
                 return
@@ -179,18 +183,21 @@ class _Quantisation:
     def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
-
-        def evaluate(path: Path) -> float:
-            scores.append(score_of(self.state, path, self.variant, engine="onnxruntime"))
-            self.state.progress.note(
-                f"{label(self.name, self.variant)}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
-            )
-            return scores[-1]
-
         batches = _arrays(self.state.ranges_batches)
         judged = self.state.recipe.data.evaluation is not None
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
-            made = Path(folder) / "model.onnx"
+            made, candidate = Path(folder) / "model.onnx", Path(folder) / "candidate.onnx"
+
+            def evaluate(path: Path) -> float:
+                shutil.copyfile(path, candidate)
+                if scores and self.config.embeddings:  # the first one is the float32 file
+                    round_embeddings_of(candidate)
+                scores.append(score_of(self.state, candidate, self.variant, engine="onnxruntime"))
+                self.state.progress.note(
+                    f"{label(self.name, self.variant)}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
+                )
+                return scores[-1]
+
             result = quantize_with_neural_compressor(
                 onnx,
                 made,
@@ -199,6 +206,8 @@ class _Quantisation:
                 reduce_range=self.reduce_range,
                 evaluate=evaluate if judged else None,
             )
+            if self.config.embeddings:
+                round_embeddings_of(made)
             with atomic_path(target) as temporary:
                 if self.engine == "deepsparse":
                     try:
@@ -226,6 +235,7 @@ class _Quantisation:
             ranges=self.config.ranges,
             per_channel=self.config.per_channel,
             weight_bits=7 if self.reduce_range else 8,
+            embeddings=self.config.embeddings,
             n_linears=len(sensitivities),
             fp32_linears=[] if choice is None else list(choice.kept),
             reference_score=None if choice is None else choice.reference_score,

@@ -35,6 +35,7 @@ class Int8Record(Artifact):
     ranges: str
     per_channel: bool
     weight_bits: int
+    embeddings: bool = False  # word embeddings in 8 bits, too; files from before: float32
     n_linears: int
     fp32_linears: list[str]  # stayed float32 to hold the budget
     reference_score: float | None  # of the file before INT8; None: no evaluation data, so no budget
@@ -120,7 +121,8 @@ def facts_of(state: Run, name: str, variant: Variant) -> dict[str, str]:
     int8 = int8_record(state, name, variant)
     if int8 is not None:
         by = "" if int8.backend == "onnxruntime" else f" by {int8.backend}"
-        facts["INT8"] = f"{int8.method}{by}, {int8.weight_bits}-bit weights"
+        embeddings = ", 8-bit embeddings" if int8.embeddings else ""
+        facts["INT8"] = f"{int8.method}{by}, {int8.weight_bits}-bit weights{embeddings}"
         if int8.fp32_linears:
             facts["float32"] = f"{len(int8.fp32_linears)} of {int8.n_linears} linears"
         if int8.within_budget is False:
