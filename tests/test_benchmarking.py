@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -160,6 +161,61 @@ def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_fi
     assert {len(samples) for samples in rounds.values()} == {n_rounds}
 
 
+@pytest.mark.parametrize(
+    ("rounds", "processes", "shares"),
+    [(60, 3, [20, 20, 20]), (32, 3, [11, 11, 10]), (25, 3, [13, 12]), (19, 3, [19]), (60, 1, [60]), (5, 9, [5])],
+)
+def test_rounds_are_shared_among_processes(rounds: int, processes: int, shares: list[int]) -> None:
+    parts = benchmarking._parts(BenchmarkConfig(rounds=rounds, processes=processes, max_seconds=90))
+    assert [part.rounds for part in parts] == shares
+    assert sum(part.max_seconds for part in parts) == pytest.approx(90)
+
+
+class StagedWorker(contextlib.nullcontext["StagedWorker"]):
+    """Of the processes that are started for ``2x``, the second is a third slower than the others."""
+
+    version = "1.0"
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, subject: Subject, environment: Environment) -> None:
+        super().__init__(self)
+        self.name = subject.path.stem
+        self.started.append(self.name)
+        slow = self.name == "2x" and self.started.count("2x") == 2
+        self.milliseconds = {"dense": 10.0, "2x": 5.0}[self.name] * (4 / 3 if slow else 1)
+
+    def load(self, model_id: str, path: Path) -> None:
+        pass
+
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        return [self.milliseconds] * n
+
+    def peak_memory_bytes(self) -> int:
+        return 100 if self.started.count("2x") == 2 else 50
+
+
+@pytest.mark.parametrize(("processes", "speedup", "memory"), [(1, 2.0, 50), (3, 2.0, 100)])
+def test_one_slow_process_of_three_does_not_decide_but_is_in_the_interval(
+    monkeypatch: pytest.MonkeyPatch, processes: int, speedup: float, memory: int
+) -> None:
+    monkeypatch.setattr(benchmarking, "start_worker", StagedWorker)
+    monkeypatch.setattr(StagedWorker, "started", [])
+    seen: list[tuple[int, int]] = []
+    subjects = {"dense": Path("dense.onnx"), "2x": Path("2x.onnx")}
+    config = BenchmarkConfig(rounds=30, processes=processes)
+    record = compare(subjects, ENVIRONMENT, config, "dense", lambda done, total: seen.append((done, total)))
+    assert StagedWorker.started == ["dense", "2x", "dense"] * processes  # the last is the baseline again
+    found = record.variant("2x")
+    assert found.speedup == pytest.approx(speedup)
+    assert found.p50_ms == 5.0
+    assert found.speedup_low == pytest.approx(2.0 if processes == 1 else 1.5)
+    assert record.rounds_of_processes == [len(found.samples_ms) // 3 // processes] * processes
+    assert found.peak_memory_bytes == memory
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {30}
+    assert sum(sample > 6 for sample in found.samples_ms) == (0 if processes == 1 else len(found.samples_ms) / 3)
+
+
 def test_machine_drift_does_not_reach_the_speedup() -> None:
     clock: dict[str, float] = {}
 
@@ -170,7 +226,7 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
         scripted([], clock), "dense", BenchmarkConfig(rounds=12), slower_every_round, seed=0
     )
     facts = {"path": "2x.onnx", "engine": "onnxruntime", "engine_version": "1.0", "peak_memory_bytes": 1}
-    result = benchmarking._result("2x", rounds, "dense", 1, facts)
+    result = benchmarking._result("2x", rounds, [0] * 12, "dense", 1, facts)
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.latency.median_ms > 5.0
 

@@ -46,6 +46,25 @@ def test_bootstrap_interval_covers_the_true_median_about_as_often_as_it_says() -
     assert 0.88 <= covered / 200 <= 1.0
 
 
+def test_resampling_groups_first_covers_what_differs_between_them() -> None:
+    """Samples of few groups look surer than they are; with groups the interval holds the truth much more often."""
+    generator, groups = np.random.default_rng(4), np.repeat(range(4), 20).tolist()
+    covered = {"rounds": 0, "groups": 0}
+    for trial in range(150):
+        samples = 5.0 + np.repeat(generator.normal(0.0, 0.1, 4), 20) + generator.normal(0.0, 0.02, 80)
+        for name, group_of in (("rounds", None), ("groups", groups)):
+            low, high = interval(bootstrap_medians(samples, seed=trial, n_bootstrap=200, groups=group_of))
+            covered[name] += low <= 5.0 <= high
+    assert covered["rounds"] / 150 < 0.6
+    assert covered["groups"] / 150 > 0.75
+
+
+def test_one_group_is_no_group() -> None:
+    samples = np.random.default_rng(5).normal(5.0, 1.0, 30)
+    expected = bootstrap_medians(samples, seed=3)
+    assert (bootstrap_medians(samples, seed=3, groups=[7] * 30) == expected).all()
+
+
 def test_no_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         bootstrap_medians([], seed=0)

@@ -300,6 +300,9 @@ class BenchmarkRecord(Artifact):
     aa_ratio: float  # the baseline against itself in the same run
     aa_low: float
     aa_high: float
+    rounds_of_processes: list[int] = Field(
+        default_factory=list
+    )  # one entry for each process a file had; old files: one
     variants: list[VariantResult]
     date: str
     seconds: float

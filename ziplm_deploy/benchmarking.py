@@ -1,4 +1,4 @@
-"""One timing loop for all engines: a process a model, interleaved, the baseline against itself beside it.
+"""One timing loop for all engines: processes a model, interleaved, the baseline against itself beside it.
 
 Works with any ONNX file: inputs are made from the names, types and shapes that the session declares. Every file may run
 on an engine of its own, so that a compressed model where it will serve stands beside the dense one where it serves now.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from ziplm_deploy.machine import machine_info
 from ziplm_deploy.statistics import is_stable, median_ratio, relative_standard_error, summarize
 
 Progress = Callable[[int, int], None]  # (rounds done, rounds at most)
+_Workers = dict[str, WorkerHandle]
 AA = "baseline again"
 MODEL = "model"
 WARMUP_RUNS = 24
 WARMUP_SECONDS = 10.0
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
+LEAST_ROUNDS = 10  # of a process
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
 
 
@@ -51,11 +53,13 @@ def compare(
 ) -> BenchmarkRecord:
     """Time ``subjects`` (name → :class:`Subject`, or just an ONNX file) against ``baseline``, one of their names.
 
-    Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. In each round
-    the workers take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones.
-    Speedup is the median over rounds of the ratio within a round; the baseline's side of it is the mean of its two
-    processes, because where a process lies in memory shifts its latency a little. Threads, batch size and tokens are
-    those of ``environment`` on every engine.
+    Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. After a share
+    of the rounds all of them end, and the next of ``config.processes`` begin: what a process makes of a file, where it
+    lies in memory above all, shifts its latency by 1 to 3 %, and sometimes by much more. In each round the workers take
+    turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is the
+    median over rounds of the ratio within a round; the baseline's side of it is the mean of its two processes. Its
+    interval resamples processes, then rounds. Threads, batch size and tokens are those of ``environment`` on every
+    engine.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -69,24 +73,25 @@ def compare(
     started = time.monotonic()
     entries = {name: entry if isinstance(entry, Subject) else Subject(entry) for name, entry in subjects.items()}
     engine_version = get_engine(environment.engine).version()
-    with contextlib.ExitStack() as stack:
-        workers: dict[str, WorkerHandle] = {}
-        for name, subject in [*entries.items(), (AA, entries[baseline])]:
-            workers[name] = stack.enter_context(start_worker(subject, environment))
-            workers[name].load(MODEL, Path(subject.path))
-        for worker in workers.values():
-            warm_up(worker)
-        rounds = _interleave(workers, baseline, config, progress, seed)
-        facts = {
-            name: {
-                "path": str(subject.path),
-                "engine": subject.engine or environment.engine,
-                "engine_version": workers[name].version,
-                "peak_memory_bytes": workers[name].peak_memory_bytes(),
-            }
-            for name, subject in entries.items()
-        }
-    aa_ratio, aa_low, aa_high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[AA]))
+    rounds: dict[str, list[list[float]]] = {name: [] for name in [*entries, AA]}
+    processes: list[int] = []  # of each round
+    facts: dict[str, dict[str, Any]] = {}
+    for index, part in enumerate(parts := _parts(config)):
+        n_before = sum(before.rounds for before in parts[:index])
+        with _workers(entries, environment, baseline) as workers:
+            report = _shifted(progress, n_before, config.rounds)
+            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
+                rounds[name] += samples_ms
+            processes += [index] * (len(rounds[AA]) - len(processes))
+            for name, subject in entries.items():
+                peak_memory_bytes = facts.get(name, {}).get("peak_memory_bytes", 0)
+                facts[name] = {
+                    "path": str(subject.path),
+                    "engine": subject.engine or environment.engine,
+                    "engine_version": workers[name].version,
+                    "peak_memory_bytes": max(peak_memory_bytes, workers[name].peak_memory_bytes()),
+                }
+    aa_ratio, aa_low, aa_high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[AA]), processes=processes)
     return BenchmarkRecord(
         machine=machine_info(),
         engine=environment.engine,
@@ -96,10 +101,36 @@ def compare(
         aa_ratio=aa_ratio,
         aa_low=aa_low,
         aa_high=aa_high,
-        variants=[_result(name, rounds, baseline, environment.batch_size, facts[name]) for name in entries],
+        rounds_of_processes=[processes.count(index) for index in range(len(parts))],
+        variants=[_result(name, rounds, processes, baseline, environment.batch_size, facts[name]) for name in entries],
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
+
+
+@contextlib.contextmanager
+def _workers(entries: Mapping[str, Subject], environment: Environment, baseline: str) -> Iterator[_Workers]:
+    """A warm worker for every subject, and one for the baseline again."""
+    with contextlib.ExitStack() as stack:
+        workers: _Workers = {}
+        for name, subject in [*entries.items(), (AA, entries[baseline])]:
+            workers[name] = stack.enter_context(start_worker(subject, environment))
+            workers[name].load(MODEL, Path(subject.path))
+        for worker in workers.values():
+            warm_up(worker)
+        yield workers
+
+
+def _parts(config: BenchmarkConfig) -> list[BenchmarkConfig]:
+    """Rounds and seconds, shared among the processes of a file; no process is started for less than ten rounds."""
+    n_parts = max(1, min(config.processes, config.rounds // LEAST_ROUNDS))
+    rounds = [config.rounds // n_parts + (index < config.rounds % n_parts) for index in range(n_parts)]
+    return [config.model_copy(update={"rounds": n, "max_seconds": config.max_seconds / n_parts}) for n in rounds]
+
+
+def _shifted(progress: Progress | None, n_before: int, total: int) -> Progress | None:
+    """Progress of one part as that of all."""
+    return None if progress is None else lambda done, _: progress(n_before + done, total)
 
 
 def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
@@ -165,14 +196,19 @@ def _per_round(samples_ms: list[list[float]]) -> list[float]:
 
 
 def _result(
-    name: str, rounds: Mapping[str, list[list[float]]], baseline: str, batch_size: int, facts: Mapping[str, Any]
+    name: str,
+    rounds: Mapping[str, list[list[float]]],
+    processes: Sequence[int],
+    baseline: str,
+    batch_size: int,
+    facts: Mapping[str, Any],
 ) -> VariantResult:
     """Figures of one subject; ``facts`` are the fields that timings do not tell."""
     samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
     timing = summarize(samples_ms)
     own_ms = _per_round(rounds[name])
     reference_ms = own_ms if name == baseline else _reference(rounds, baseline)  # a baseline's own speedup is 1
-    speedup, low, high = median_ratio(reference_ms, own_ms)
+    speedup, low, high = median_ratio(reference_ms, own_ms, processes=processes)
     return VariantResult(
         name=name,
         latency=timing,

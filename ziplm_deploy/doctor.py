@@ -52,7 +52,7 @@ def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ziplm-deploy-") as folder:
         path = Path(folder) / "model.onnx"
         write_probe(path)
-        settings = BenchmarkConfig(rounds=rounds, max_seconds=60)
+        settings = BenchmarkConfig(rounds=rounds, processes=1, max_seconds=60)
         try:
             record = compare({"probe": path}, Environment(), settings, "probe")
         except EngineError as error:

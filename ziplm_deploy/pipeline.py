@@ -229,7 +229,7 @@ def benchmark_key(state: Run, timed: dict[str, Subject]) -> str:
         files={name: state.file_hash(subject.path) for name, subject in timed.items()},
         baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
         environment=recipe.environment,
-        benchmark=recipe.benchmark.model_dump(include={"rounds", "runs_per_round", "max_seconds"}),
+        benchmark=recipe.benchmark.model_dump(include={"rounds", "processes", "runs_per_round", "max_seconds"}),
         machine=machine_info().fingerprint,
         engine=get_engine(recipe.environment.engine).version(),
     )
