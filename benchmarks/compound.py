@@ -46,7 +46,7 @@ from ziplm_deploy.members import export_member
 from ziplm_deploy.parents import DENSE
 from ziplm_deploy.profiling import measure_table
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.recipes import load_recipe, parse_recipe
 from ziplm_deploy.resizing import random_resized
 from ziplm_deploy.run import Run
 from ziplm_deploy.trial import Trial
@@ -115,7 +115,9 @@ def prepare(options: argparse.Namespace) -> None:
             shutil.copytree(recipe_for(ENGINES[0], options).run_dir, recipe.run_dir)
         take_members(options, recipe)
         rows += files_of(Run(recipe, ConsoleProgress()))
-    part = {"commit": commit(), "rows": rows, "settings": recipe.model_dump(mode="json", include={"compress"})}
+    family = load_recipe(options.run / "recipe.yaml").model_dump(mode="json", include={"speedups", "dense", "recover"})
+    settings = {"compress": recipe.model_dump(mode="json")["compress"], "family": family}
+    part = {"commit": commit(), "rows": rows, "settings": settings}
     write_text(options.work / f"{options.task}.json", json.dumps(part, indent=1) + "\n")
 
 
@@ -177,7 +179,10 @@ def time_files(options: argparse.Namespace) -> None:
 def timed(subjects: dict[str, Subject], options: argparse.Namespace) -> BenchmarkRecord:
     environment = Environment(batch_size=options.batch_size, seq_len=128, threads=1)
     config = BenchmarkConfig(
-        rounds=options.rounds, runs_per_round=options.runs_per_round, max_seconds=options.max_seconds
+        rounds=options.rounds,
+        processes=options.processes,
+        runs_per_round=options.runs_per_round,
+        max_seconds=options.max_seconds,
     )
     return compare(subjects, environment, config, BASELINE, ConsoleProgress().step)
 
@@ -200,6 +205,7 @@ def timing_settings(record: BenchmarkRecord, load: float) -> dict[str, Any]:
     return {
         "environment": record.environment.model_dump(mode="json"),
         "aa": [record.aa_ratio, record.aa_low, record.aa_high],
+        "rounds_of_processes": record.rounds_of_processes,
         "load_average_before": load,
     }
 
@@ -317,6 +323,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch-size", type=int, default=1, help="of --shapes")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=2, help="of each file, one after the other")
     parser.add_argument("--runs-per-round", type=int, default=3)
     parser.add_argument("--max-seconds", type=float, default=600.0)
     parser.add_argument("--merge", action="store_true")
