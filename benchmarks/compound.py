@@ -104,6 +104,7 @@ def take_members(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """Every file of every member on every engine, and its score."""
+    family = load_recipe(options.run / "recipe.yaml").model_dump(mode="json", include={"speedups", "dense", "recover"})
     dense = options.work / f"{options.task}-dense"
     if not dense.exists():
         source = options.run / "dense-checkpoint"
@@ -115,7 +116,6 @@ def prepare(options: argparse.Namespace) -> None:
             shutil.copytree(recipe_for(ENGINES[0], options).run_dir, recipe.run_dir)
         take_members(options, recipe)
         rows += files_of(Run(recipe, ConsoleProgress()))
-    family = load_recipe(options.run / "recipe.yaml").model_dump(mode="json", include={"speedups", "dense", "recover"})
     settings = {"compress": recipe.model_dump(mode="json")["compress"], "family": family}
     part = {"commit": commit(), "rows": rows, "settings": settings}
     write_text(options.work / f"{options.task}.json", json.dumps(part, indent=1) + "\n")
@@ -335,8 +335,10 @@ def main() -> None:
         time_shapes(options.shapes, options)
     elif options.time:
         time_files(options)
-    else:
+    elif options.run:
         prepare(options)
+    else:
+        parser.error("expected --run, --time, --shapes or --merge, found none of them")
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
         scripted([], clock), "dense", BenchmarkConfig(rounds=12), slower_every_round, seed=0
     )
     facts = {"path": "2x.onnx", "engine": "onnxruntime", "engine_version": "1.0", "peak_memory_bytes": 1}
-    result = benchmarking._result("2x", rounds, [0] * 12, "dense", 1, facts)
+    result = benchmarking._result("2x", rounds, [0] * len(rounds["2x"]), "dense", 1, facts)
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.latency.median_ms > 5.0
 

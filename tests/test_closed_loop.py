@@ -37,6 +37,13 @@ class Machine:
         monkeypatch.setattr(closed_loop, "export_pruned", lambda state, name: None)
         load = SimpleNamespace(load=lambda name: SimpleNamespace(predicted_speedup=self.predicted[name], sizes={}))
         monkeypatch.setattr(closed_loop, "PruningPlan", load)
+        monkeypatch.setattr(closed_loop, "try_pruned", lambda state, step: self.refused(step.targets))
+        self.folder.forget = lambda stage: None
+        self.folder.set_note = lambda topic, text: self.notes.__setitem__(topic, text)
+        self.notes: dict[str, str | None] = {}
+
+    def refused(self, targets: tuple[float, ...]) -> dict[float, str]:
+        return {}
 
     @staticmethod
     def member_name(target: float) -> str:
@@ -135,20 +142,32 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
 
 
 class AbortingMachine(Machine):
-    """Its engine ends its process over members predicted within ``bad``."""
+    """Its engine cannot run members predicted within ``bad``; a budget for less than ``coarse`` gives that plan."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: tuple[float, float], limit: float = 100.0):
-        super().__init__(monkeypatch, (1.5, 2.0), bias=1.0, limit=limit)
-        self.bad = bad
-        monkeypatch.setattr(closed_loop, "refused_targets", lambda state, targets: self.refused(targets))
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        bad: tuple[float, float],
+        *,
+        bias: float = 1.0,
+        limit: float = 100.0,
+        coarse: float = 0.0,
+    ):
+        super().__init__(monkeypatch, (1.5, 2.0), bias=bias, limit=limit)
+        self.bad, self.coarse = bad, coarse
+        self.recipe.environment = SimpleNamespace(engine="deepsparse")
 
-    def refused(self, targets: tuple[float, ...]) -> list[float]:
-        return [target for target in targets if self.bad[0] <= self.predicted[self.member_name(target)] <= self.bad[1]]
+    def refused(self, targets: tuple[float, ...]) -> dict[float, str]:
+        return {
+            target: "the process died"
+            for target in targets
+            if self.bad[0] <= self.predicted[self.member_name(target)] <= self.bad[1]
+        }
 
-    def measure(self) -> Any:
-        if self.refused(self.recipe.speedups):
-            raise EngineError("the process died")
-        return super().measure()
+    def _prune(self, state: Any, target: float) -> None:
+        super()._prune(state, target)
+        if target == 2.0:
+            self.predicted["2x"] = max(self.predicted["2x"], self.coarse)
 
 
 @pytest.mark.parametrize("upper", [2.0, 2.05])
@@ -159,22 +178,35 @@ def test_a_member_that_the_engine_cannot_run_gives_way_to_a_slightly_faster_one(
     assert upper < machine.run().variant("2x").speedup <= upper * closed_loop.SIDESTEP
     assert machine.corrections.keys() == {"2x"}
     assert machine.corrections["2x"].count == 0  # all corrections are still to be had
+    assert machine.measurements == 1
+    assert machine.notes["sidesteps of 1.5x"] is None
+    assert "deepsparse could not run" in str(machine.notes["sidesteps of 2x"])
+
+
+def test_the_next_plan_is_above_what_the_refused_one_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = AbortingMachine(monkeypatch, (1.9, 2.15), coarse=2.15)
+    machine.predicted["2x"] = 2.15  # 7 % above its target: steps from the target would find the same plan
+    machine.recipe.benchmark = BenchmarkConfig(overshoot=0.2)
+    assert machine.run().variant("2x").speedup == pytest.approx(2.15 * closed_loop.SIDESTEP)
+    assert machine.corrections["2x"].sidesteps == 1
+
+
+def test_a_correction_does_not_go_back_to_a_plan_that_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = AbortingMachine(monkeypatch, (1.9, 2.0), bias=1.3)  # measured 2.6x and more: too fast, but the least
+    record = machine.run()
+    assert record.variant("2x").speedup == pytest.approx(1.3 * 2.0 * closed_loop.SIDESTEP)
+    assert machine.corrections["2x"].sidesteps == 1
 
 
 @pytest.mark.parametrize(("upper", "limit"), [(50.0, 100.0), (2.0, 2.01)])
 def test_sidesteps_are_bounded(monkeypatch: pytest.MonkeyPatch, upper: float, limit: float) -> None:
-    machine = AbortingMachine(monkeypatch, (1.9, upper), limit)
-    with pytest.raises(EngineError, match="the process died"):
+    machine = AbortingMachine(monkeypatch, (1.9, upper), limit=limit)
+    forgotten: list[str] = []
+    machine.folder.forget = forgotten.append
+    with pytest.raises(EngineError, match=r"the process died\n2x: this was the last"):
         machine.run()
     assert machine.predicted["2x"] <= 2.0 * closed_loop.SIDESTEP**closed_loop.MAX_SIDESTEPS * 1.0001
-
-
-def test_an_engine_that_fails_without_a_culprit_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = AbortingMachine(monkeypatch, (1.9, 2.0))
-    monkeypatch.setattr(closed_loop, "refused_targets", lambda state, targets: [])
-    with pytest.raises(EngineError, match="the process died"):
-        machine.run()
-    assert machine.corrections == {}
+    assert forgotten == ["try pruned files of dense"]  # another attempt tries them again
 
 
 class SlowedMachine(Machine):

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_int8 import int8
 
 from ziplm_deploy.compression.int8 import linear_names, quantized_linears
-from ziplm_deploy.compression.int8_embeddings import round_embeddings, round_embeddings_of
+from ziplm_deploy.compression.int8_embeddings import has_rounded_embeddings, round_embeddings, round_embeddings_of
 from ziplm_deploy.config import EngineName, Int8Config
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError
 
@@ -61,6 +61,7 @@ def test_int8_files_round_them_unless_told_not_to(tmp_path: Path, config: Int8Co
     source = exported(tmp_path, model=tiny_model("bert", "text-classification", vocab_size=VOCABULARY))
     kept = int8(source, tmp_path / "kept.onnx", config.model_copy(update={"embeddings": False}), engine=engine)
     rounded = int8(source, tmp_path / "rounded.onnx", config, engine=engine)
+    assert [has_rounded_embeddings(path) for path in (source.path, kept, rounded)] == [False, False, True]
     assert quantized_linears(rounded) == quantized_linears(kept) == linear_names(source.path)
     assert kept.stat().st_size - rounded.stat().st_size == pytest.approx(3 * VOCABULARY * 32, rel=0.01)
     np.testing.assert_allclose(answer(rounded, source.batches[0]), answer(kept, source.batches[0]), atol=0.05)
@@ -91,6 +92,14 @@ def table() -> np.ndarray:
 )
 def test_tables_that_are_not_only_looked_up_stay(nodes: list[onnx.NodeProto]) -> None:
     model = graph_of(table(), nodes)
+    before = onnx.ModelProto.FromString(model.SerializeToString())
+    round_embeddings(model)
+    assert model == before
+
+
+def test_positions_of_a_large_model_stay() -> None:
+    positions = np.random.default_rng(0).standard_normal((512, 768)).astype(np.float32)
+    model = graph_of(positions, [helper.make_node("Gather", ["table", "ids"], ["out"])])
     before = onnx.ModelProto.FromString(model.SerializeToString())
     round_embeddings(model)
     assert model == before

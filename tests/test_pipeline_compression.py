@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tests.helpers import save_dense
 from tests.test_pipeline import raw_recipe, recipe, write_rows, written_again
 from ziplm_deploy import pipeline
 from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
-from ziplm_deploy.compression import int8_members
+from ziplm_deploy.compression import int8_embeddings, int8_members
 from ziplm_deploy.compression.compress import compress_member, sparsity_steps
-from ziplm_deploy.compression.int8 import linear_names, quantized_linears
+from ziplm_deploy.compression.int8 import linear_names, quantize, quantized_linears
+from ziplm_deploy.compression.int8_embeddings import has_rounded_embeddings
 from ziplm_deploy.compression.masks import check_masks_in_onnx, sparsity_of
+from ziplm_deploy.compression.neural_compressor import NeuralCompressorResult
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.sensitivity import Fp32Choice
 from ziplm_deploy.compression.sparsity import SparsityRecord
@@ -32,10 +35,18 @@ from ziplm_deploy.progress import Progress
 from ziplm_deploy.recipes import parse_recipe
 from ziplm_deploy.resizing import random_resized
 from ziplm_deploy.run import Run
-from ziplm_deploy.trial import Trial
+from ziplm_deploy.trial import ModelRefusedError, Trial
 
 VARIANTS = ["int8", "sparse", "sparse-int8"]
 COMPRESS = {"variants": VARIANTS, "int8": {"n_calibration": 16}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_vocabulary_is_rounded_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_embeddings, "LEAST_ROWS", 60)
+        patch.setattr(int8_embeddings, "LEAST_SAVED_BYTES", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +99,8 @@ def test_int8_files_compute_in_integers_but_for_what_the_record_names(made: Path
         assert set(quantized_linears(path)) == set(linear_names(member(made) / before)) - set(record.fp32_linears)
         assert record.n_linears == len(record.sensitivities) == len(linear_names(member(made) / before))
         assert record.within_budget is not None
+        assert record.embeddings
+        assert has_rounded_embeddings(path)
         divergences = [row.divergence for row in record.sensitivities]
         assert divergences == sorted(divergences, reverse=True)
 
@@ -212,10 +225,38 @@ def test_a_member_without_any_module_left_has_its_files_all_the_same(tmp_path: P
     save_checkpoint(state, folder, empty, {})
     export_member(state, "1.5x", folder)
     compress_member(state, "1.5x")
-    reference = (folder / "model.onnx").read_bytes()
-    assert (folder / "model_int8.onnx").read_bytes() == reference
-    assert Int8Record.load(int8_record_path(state, "1.5x", "int8")).n_linears == 0
+    assert quantized_linears(folder / "model_int8.onnx") == ()
+    assert has_rounded_embeddings(folder / "model_int8.onnx")
+    record = Int8Record.load(int8_record_path(state, "1.5x", "int8"))
+    assert (record.n_linears, record.embeddings) == (0, True)
     assert SparsityRecord.load(state.folder.compressed("1.5x") / "sparsity.json").linears == []
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scored(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, embeddings: bool
+) -> None:
+    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
+    scored: list[bool] = []
+
+    def tool(source: Path, target: Path, config: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
+        """Quantises as the real one does, but here: it scores the float32 file, then a candidate."""
+        plain = config.model_copy(update={"embeddings": False})
+        quantize(source, target, plain, engine="onnxruntime", reduce_range=True)
+        return NeuralCompressorResult((evaluate(source), evaluate(target))[1:], (), True)
+
+    def score(state: Run, path: Path, variant: str, engine: str) -> float:
+        scored.append(has_rounded_embeddings(path))
+        return 0.9
+
+    monkeypatch.setattr(int8_members, "quantize_with_neural_compressor", tool)
+    monkeypatch.setattr(int8_members, "score_of", score)
+    settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor", "embeddings": embeddings}}
+    state = Run(recipe(made, output_dir=str(tmp_path), compress=settings))
+    int8_members.quantise_member(state, "1.5x", "int8")
+    assert scored == [False, embeddings]
+    assert has_rounded_embeddings(state.folder.member("1.5x") / "model_int8.onnx") is embeddings
+    assert Int8Record.load(int8_record_path(state, "1.5x", "int8")).embeddings is embeddings
 
 
 def test_trained_scales_survive_a_failure_after_training(
@@ -324,7 +365,7 @@ def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
 
     def refusing(self: Trial, path: Path) -> None:
         if path.name == "model_int8.onnx" and path.parent.name == "1.5x":
-            raise EngineError("assertion failed")
+            raise ModelRefusedError("assertion failed")
         run_once(self, path)
 
     monkeypatch.setattr(Trial, "run", refusing)

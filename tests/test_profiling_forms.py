@@ -21,7 +21,7 @@ from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.profiling import measure_table
 from ziplm_deploy.profiling_models import FLOAT32, DeployedForm, TableModel, table_models
-from ziplm_deploy.trial import Trial
+from ziplm_deploy.trial import ModelRefusedError, Trial
 
 ENVIRONMENT = Environment(batch_size=2, seq_len=12)
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
@@ -151,7 +151,7 @@ def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytes
     def load(self: Trial, path: Path) -> None:
         trials.append(path.stem)
         if path.stem == "ffn-24":
-            raise EngineError("assertion failed")
+            raise ModelRefusedError("assertion failed")
 
     monkeypatch.setattr(Trial, "run", load)
     table = measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
@@ -168,7 +168,7 @@ def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPat
 
     def load(self: Trial, path: Path) -> None:
         if path.stem == needed:
-            raise EngineError("assertion failed")
+            raise ModelRefusedError("assertion failed")
 
     monkeypatch.setattr(Trial, "run", load)
     with pytest.raises(EngineError, match="assertion failed"):

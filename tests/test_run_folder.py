@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,21 @@ def test_a_later_failure_keeps_what_is_done(tmp_path: Path) -> None:
 def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     assert folder.correction("2x", "key") is None
-    correction = Correction(2.1, 1, [(2.0, 1.9)])
+    correction = Correction(2.1, 1, [(2.0, 1.9)], slowdown=1.2, rooms=1, sidesteps=2, floor=2.05)
+    assert all(getattr(correction, item.name) != item.default for item in dataclasses.fields(Correction))
     folder.set_correction("2x", "key", correction)
     assert RunFolder(_recipe(tmp_path)).correction("2x", "key") == correction
     assert folder.correction("2x", "other") is None
     assert folder.correction("3x", "key") is None
+
+
+def test_a_forgotten_stage_runs_again(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    work = Work(folder.path / "out")
+    folder.stage("first", "key", [work.path], work)
+    folder.forget("first")
+    folder.forget("unknown")
+    assert RunFolder(_recipe(tmp_path)).stage("first", "key", [work.path], work) is True
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"stages": '])

@@ -11,7 +11,7 @@ import pytest
 from tests.onnx_models import write_mlp
 from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
-from ziplm_deploy.trial import Trial
+from ziplm_deploy.trial import ModelRefusedError, Trial
 
 
 def start() -> WorkerHandle:
@@ -37,14 +37,26 @@ def test_after_a_rejected_model_and_a_dead_process_the_next_one_is_tried(tmp_pat
         return workers[-1]
 
     with Trial(counted) as trial:
-        with pytest.raises(EngineError, match=r"bad\.onnx"):
+        with pytest.raises(ModelRefusedError, match=r"bad\.onnx"):
             trial.run(bad)
         trial.run(good)
         os.kill(workers[-1]._process.pid, signal.SIGKILL)
-        with pytest.raises(EngineError, match="SIGKILL"):
+        with pytest.raises(ModelRefusedError, match="SIGKILL"):
             trial.run(good)
         trial.run(good)
     assert len(workers) == 3
+
+
+def test_neither_a_worker_that_does_not_come_up_nor_a_missing_file_is_a_refusal(tmp_path: Path) -> None:
+    def broken() -> WorkerHandle:
+        raise EngineError("out of memory")
+
+    path = tmp_path / "good.onnx"
+    write_mlp(path, 8)
+    for start_it, wanted, message in ((broken, path, "out of memory"), (start, tmp_path / "none.onnx", "found none")):
+        with Trial(start_it) as trial, pytest.raises(EngineError, match=message) as caught:
+            trial.run(wanted)
+        assert not isinstance(caught.value, ModelRefusedError)
 
 
 def test_nothing_is_started_before_it_is_needed() -> None:

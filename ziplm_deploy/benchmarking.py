@@ -169,7 +169,7 @@ def _interleave(
             progress(done, config.rounds)
         if time.monotonic() - started > limit_s and done >= 3:
             break
-        if done >= config.rounds // 2 and _settled(rounds, baseline):
+        if done >= max(config.rounds // 2, min(config.rounds, LEAST_ROUNDS)) and _settled(rounds, baseline):
             break
     return rounds
 
@@ -205,7 +205,8 @@ def _result(
 ) -> VariantResult:
     """Figures of one subject; ``facts`` are the fields that timings do not tell."""
     samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
-    timing = summarize(samples_ms)
+    process_of = [process for process, round_ms in zip(processes, rounds[name], strict=True) for _ in round_ms]
+    timing = summarize(samples_ms, groups=process_of)
     own_ms = _per_round(rounds[name])
     reference_ms = own_ms if name == baseline else _reference(rounds, baseline)  # a baseline's own speedup is 1
     speedup, low, high = median_ratio(reference_ms, own_ms, processes=processes)

@@ -178,6 +178,7 @@ def benchmark(
         typer.Option(help="ONNX files: onnxruntime (default), openvino, deepsparse; again for every file on each."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
+    processes: Annotated[int, typer.Option(help="ONNX files: processes of each, one after the other.")] = 3,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -194,7 +195,7 @@ def benchmark(
         shape = {"batch_size": batch_size, "seq_len": seq_len, "threads": 1 if threads is None else threads}
         names = list(dict.fromkeys(engine or ["onnxruntime"]))
         environments = [validated(Environment, engine=name, **shape) for name in names]
-        settings = validated(BenchmarkConfig, rounds=rounds)
+        settings = validated(BenchmarkConfig, rounds=rounds, processes=processes)
         from ziplm_deploy.benchmarking import compare
         from ziplm_deploy.engines import get_engine
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ziplm_deploy.artifacts import BenchmarkRecord, PruningPlan
@@ -13,11 +13,11 @@ from ziplm_deploy.members import export_pruned, member_key, prune_member
 from ziplm_deploy.parents import DENSE
 from ziplm_deploy.run import Run, Step
 from ziplm_deploy.run_folder import Correction
-from ziplm_deploy.subjects import refused_targets
+from ziplm_deploy.subjects import trial_of, try_pruned
 
 MARGIN = 1.005  # aim this much above the target when correcting, so that noise does not undo the correction
 MAX_ROOMS = 2
-SIDESTEP = 1.01  # aim this much higher for another plan than one whose file the engine cannot run
+SIDESTEP = 1.01  # aim this much above a plan whose file the engine cannot run
 MAX_SIDESTEPS = 5
 
 
@@ -31,13 +31,14 @@ def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]
         EngineError: the engine cannot run a member's file, nor those of plans that are a little faster.
     """
     while True:
-        try:
-            record = measure()
-        except EngineError as error:
-            corrected, why = _sidestep(state, step, error), "because the engine cannot run these files"
+        refused = try_pruned(state, step)
+        if refused:
+            corrected, why = _sidestep(state, step, refused), "because the engine cannot run these files"
         else:
+            record = measure()
             corrected, why = [target for target in step.targets if _correct(state, target, record)], "to be on target"
             if not corrected:
+                _note_sidesteps(state, step)
                 return record
         names = ", ".join(map(state.member_name, corrected))
         state.progress.note(f"solved again with a corrected budget, {why}: {names}")
@@ -47,28 +48,35 @@ def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]
             export_pruned(state, name)
 
 
-def _sidestep(state: Run, step: Step, error: EngineError) -> list[float]:
+def _sidestep(state: Run, step: Step, refused: Mapping[float, str]) -> list[float]:
     """Ask for slightly faster members than those whose files the engine cannot run, though it ran every block of them.
 
     Raises:
-        EngineError: ``error``, if it is about something else or nothing is left to try.
+        EngineError: what the engine said, if nothing is left to try.
     """
-    refused = refused_targets(state, step.targets)
-    if not refused:
-        raise error
-    for target in refused:
+    for target, reason in refused.items():
         name, key = state.member_name(target), member_key(state, target)
         before = state.folder.correction(name, key) or Correction(target)
-        plan, planner = PruningPlan.load(state.folder.plan(name)), state.parent_of(target).planner
-        aim, n_steps = before.predicted_target, before.sidesteps
-        while True:
-            aim, n_steps = aim * SIDESTEP, n_steps + 1
-            if n_steps > MAX_SIDESTEPS or not _fits(state, target, aim):
-                raise error
-            if planner.changes(plan, aim):
-                break
-        state.folder.set_correction(name, key, replace(before, predicted_target=aim, sidesteps=n_steps))
-    return refused
+        floor = PruningPlan.load(state.folder.plan(name)).predicted_speedup
+        aim = SIDESTEP * max(before.predicted_target, floor)  # above what this plan promises, so that it is another one
+        if before.sidesteps == MAX_SIDESTEPS or not _fits(state, target, aim):
+            state.folder.forget(trial_of(step))
+            raise EngineError(
+                f"{reason}\n{name}: this was the last of {before.sidesteps + 1} plans, each a little faster"
+            )
+        again = replace(before, predicted_target=aim, sidesteps=before.sidesteps + 1, floor=floor)
+        state.folder.set_correction(name, key, again)
+    return list(refused)
+
+
+def _note_sidesteps(state: Run, step: Step) -> None:
+    for target in step.targets:
+        name, text = state.member_name(target), None
+        correction = state.folder.correction(name, member_key(state, target))
+        if correction is not None and correction.sidesteps:
+            engine = state.recipe.environment.engine
+            text = f"{name}: {engine} could not run the first plan's file, so that it was pruned a little further"
+        state.folder.set_note(f"sidesteps of {name}", text)
 
 
 def carry_over(state: Run, step: Step) -> None:
@@ -149,7 +157,7 @@ def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
     history = [*correction.history, (aim, measured)]
     if correction.count < settings.max_corrections:
         # what the table promised for this plan against what was measured, applied to the target
-        wanted = needed * MARGIN * plan.predicted_speedup / measured
+        wanted = max(needed * MARGIN * plan.predicted_speedup / measured, correction.floor * SIDESTEP)
     elif correction.count == settings.max_corrections and measured < needed:
         # the last correction missed; an earlier, faster member may still be had
         best = _best_aim(history, needed, tolerance)

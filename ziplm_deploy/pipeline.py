@@ -71,6 +71,7 @@ def profile(state: Run) -> LatencyTable:
     given, form = recipe.profile.table, target_form(recipe)
     key = content_key(
         shape=state.shape,
+        wholes="a process each",  # tables from before had all models in one
         machine=machine_info().fingerprint,
         engines=[[name, get_engine(name).version()] for name in (recipe.environment.engine, recipe.baseline_engine)],
         variant=None if form is None else [form.variant, form.description],

@@ -17,7 +17,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from ziplm_deploy.profiling_models import (
 )
 from ziplm_deploy.statistics import is_stable, summarize
 from ziplm_deploy.table_cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
-from ziplm_deploy.trial import Trial
+from ziplm_deploy.trial import ModelRefusedError, Trial
 
 Progress = Callable[[int, int], None]  # (steps done, steps at most): exports, then rounds
 
@@ -213,7 +213,7 @@ def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelSha
         return ""
     try:
         trial.run(path)
-    except EngineError as error:
+    except ModelRefusedError as error:
         kept = Path(tempfile.mkdtemp(prefix="ziplm-refused-")) / path.name  # the message says how to reproduce it
         shutil.copyfile(path, kept)
         reason = str(error).replace(str(path), str(kept))
@@ -301,7 +301,7 @@ def _measure(
     generator = np.random.default_rng(seed)
     samples = Samples()
     deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
-    _warm_up(workers, ids)
+    _warm_up(workers, ids, whole_ids(shape, profile))
     # Three rounds at least: a median of fewer is none.
     while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
         _round(workers, [*ids, *[DENSE] * EXTRA_DENSE], samples, generator)
@@ -312,9 +312,9 @@ def _measure(
     return samples
 
 
-def _warm_up(workers: Workers, ids: Sequence[str]) -> None:
+def _warm_up(workers: Workers, ids: Sequence[str], alone: Collection[str]) -> None:
     workers.time_many(ids, warmup=0)  # first runs allocate and pack
-    for model_id in (large for large in (DENSE, UNPRUNED) if large in ids):  # one on each engine
+    for model_id in (model_id for model_id in ids if model_id in alone):  # each in a process of its own
         seen_ms: list[float] = []
         while not is_stable(seen_ms) and len(seen_ms) < 24:
             seen_ms += workers.time(model_id, n=2, warmup=0)

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Correction:
 
     ``slowdown``: how much slower the member's last file was than the one that the loop measures, because linears stayed
     in float32; ``rooms``: how often the loop has begun again for that. ``sidesteps``: how often it aimed a little
-    higher because the engine could not run the member's file.
+    higher because the engine could not run the member's file; ``floor``: predicted speedup of the last such plan.
     """
 
     predicted_target: float
@@ -84,6 +84,7 @@ class Correction:
     slowdown: float = 1.0
     rooms: int = 0
     sidesteps: int = 0
+    floor: float = 0.0
 
 
 class RunFolder:
@@ -176,11 +177,16 @@ class RunFolder:
         if not entry or entry["key"] != key:
             return None
         history = [(float(aim), float(measured)) for aim, measured in entry["history"]]
-        facts = {name: entry[name] for name in ("predicted_target", "count", "slowdown", "rooms") if name in entry}
-        return Correction(history=history, **facts)
+        known = {item.name for item in fields(Correction)} - {"history"}
+        return Correction(history=history, **{name: entry[name] for name in known if name in entry})
 
     def set_correction(self, name: str, key: str, correction: Correction) -> None:
         self._manifest["corrections"][name] = {"key": key, **asdict(correction)}
+        self.save()
+
+    def forget(self, stage: str) -> None:
+        """Let a stage run again next time, though it ran to its end."""
+        self._manifest["stages"].pop(stage, None)
         self.save()
 
     def is_current(self, name: str, key: str) -> bool:

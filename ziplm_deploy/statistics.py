@@ -56,10 +56,10 @@ def interval(distribution: Floats, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarize(samples_ms: Sequence[float] | Floats, seed: int = 0) -> Timing:
-    """Median with bootstrap interval, p90, p99 of milliseconds."""
+def summarize(samples_ms: Sequence[float] | Floats, seed: int = 0, groups: Sequence[int] | None = None) -> Timing:
+    """Median with bootstrap interval, p90, p99 of milliseconds; ``groups`` as in :func:`bootstrap_medians`."""
     values = np.asarray(samples_ms, dtype=np.float64)
-    low, high = interval(bootstrap_medians(values, seed))
+    low, high = interval(bootstrap_medians(values, seed, groups=groups))
     p90, p99 = np.quantile(values, [0.90, 0.99])
     return Timing(
         median_ms=float(np.median(values)),

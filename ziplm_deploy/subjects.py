@@ -9,13 +9,13 @@ from pathlib import Path
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.benchmarking import Subject, start_worker
 from ziplm_deploy.compression.variants import ONNX_FILES, label
-from ziplm_deploy.config import EngineName, Recipe
+from ziplm_deploy.config import EngineName
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.parents import DENSE
-from ziplm_deploy.run import Run
+from ziplm_deploy.run import Run, Step
 from ziplm_deploy.run_folder import content_key
-from ziplm_deploy.trial import Trial
+from ziplm_deploy.trial import ModelRefusedError, Trial
 
 
 def in_closed_loop(state: Run, targets: Iterable[float]) -> dict[str, Subject]:
@@ -31,13 +31,17 @@ def in_closed_loop(state: Run, targets: Iterable[float]) -> dict[str, Subject]:
     }
 
 
-def refused_targets(state: Run, targets: Iterable[float]) -> list[float]:
-    """Targets whose files the engine cannot run, if it is one that may end its process over them."""
-    recipe, files = state.recipe, in_closed_loop(state, targets)
-    if not get_engine(recipe.environment.engine).may_abort:
-        return []
-    with _trial(recipe) as trial:
-        return [target for target in targets if _refusal(trial, files[state.member_name(target)]) is not None]
+def try_pruned(state: Run, step: Step) -> dict[float, str]:
+    """Targets of a step whose pruned files the engine cannot run, and what it said about them."""
+    files = {name: subject for name, subject in in_closed_loop(state, step.targets).items() if name != DENSE}
+    path = state.folder.path / "pruning" / f"refused-of-{step.parent}.json"
+    refused = _tried(state, trial_of(step), path, files)
+    return {target: refused[name] for target in step.targets if (name := state.member_name(target)) in refused}
+
+
+def trial_of(step: Step) -> str:
+    """Name of the stage of :func:`try_pruned`."""
+    return f"try pruned files of {step.parent}"
 
 
 def in_the_end(state: Run) -> dict[str, Subject]:
@@ -53,46 +57,43 @@ def try_files(state: Run) -> None:
     Raises:
         EngineError: it cannot run a file that a target is about.
     """
-    recipe, path = state.recipe, _refused_path(state)
-    engine = get_engine(recipe.environment.engine)
-    if not engine.may_abort:
-        return
+    recipe, stage = state.recipe, "try files"
     files = {name: subject for name, subject in _all_files(state).items() if name != DENSE}
-    key = content_key(
-        files={name: state.file_hash(subject.path) for name, subject in files.items()},
-        engine=engine.version(),
-        environment=recipe.environment,
-    )
-
-    def work() -> None:
-        refused: dict[str, str] = {}
-        asked_for = {label(state.member_name(target), recipe.compress.target) for target in recipe.speedups}
-        with _trial(recipe) as trial:
-            for index, (name, subject) in enumerate(files.items()):
-                if (error := _refusal(trial, subject)) is not None:
-                    if name in asked_for:
-                        raise error
-                    refused[name] = str(error)
-                state.progress.step(index + 1, len(files))
-        write_text(path, json.dumps(refused, indent=1) + "\n")
-
-    state.folder.stage("try files", key, [path], work)
-    refused = refused_files(state)
+    refused = _tried(state, stage, _refused_path(state), files)
+    for name in (label(state.member_name(target), recipe.compress.target) for target in recipe.speedups):
+        if name in refused:
+            state.folder.forget(stage)
+            raise EngineError(refused[name])
     text = f"{recipe.environment.engine} cannot run these files, so they were not measured: {', '.join(refused)}"
     state.folder.set_note("refused files", text if refused else None)
 
 
-def _trial(recipe: Recipe) -> Trial:
-    served = Subject(Path(), recipe.environment.engine)
-    return Trial(lambda: start_worker(served, recipe.environment))
+def _tried(state: Run, stage: str, path: Path, files: dict[str, Subject]) -> dict[str, str]:
+    """Names of the files that the engine cannot run, and what it said; a stage, which writes them to ``path``."""
+    environment = state.recipe.environment
+    engine = get_engine(environment.engine)
+    if not engine.may_abort:
+        return {}
+    key = content_key(
+        files={name: state.file_hash(subject.path) for name, subject in files.items()},
+        engine=engine.version(),
+        environment=environment,
+    )
 
+    def work() -> None:
+        refused: dict[str, str] = {}
+        with Trial(lambda: start_worker(Subject(path, environment.engine), environment)) as trial:
+            for index, (name, subject) in enumerate(files.items()):
+                try:
+                    trial.run(subject.path)
+                except ModelRefusedError as error:
+                    refused[name] = str(error)
+                state.progress.step(index + 1, len(files))
+        write_text(path, json.dumps(refused, indent=1) + "\n")
 
-def _refusal(trial: Trial, subject: Subject) -> EngineError | None:
-    try:
-        trial.run(subject.path)
-    except EngineError as error:
-        return error
-    return None
+    state.folder.stage(stage, key, [path], work)
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def refused_files(state: Run) -> dict[str, str]:

@@ -11,6 +11,10 @@ from ziplm_deploy.errors import EngineError
 MODEL = "on trial"
 
 
+class ModelRefusedError(EngineError):
+    """The engine came up, but rejects a model, or dies or hangs over it."""
+
+
 class Trial:
     """A worker that may die; the next model then gets a new one. Use it as a context manager."""
 
@@ -22,18 +26,21 @@ class Trial:
         """Load a model, run it once and let go of it.
 
         Raises:
-            EngineError: the engine rejects it, dies or hangs.
+            ModelRefusedError: the engine rejects it, dies or hangs.
+            EngineError: the worker does not come up, or there is no such file.
         """
+        if not path.is_file():
+            raise EngineError(f"expected an ONNX file at {path}, found none; export it or check the path")
         if self._worker is None:
             self._worker = self._start()
         try:
             self._worker.load(MODEL, path)
             self._worker.time(MODEL, n=1, warmup=0)
             self._worker.unload(MODEL)
-        except EngineError:
+        except EngineError as error:
             self._worker.close()
             self._worker = None
-            raise
+            raise ModelRefusedError(str(error)) from error
 
     def __enter__(self) -> Trial:
         return self

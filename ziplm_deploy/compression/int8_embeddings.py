@@ -6,7 +6,7 @@
     ids ─ Gather(table, int8) ─ Cast(float) ─ Mul(scale[hidden]) ─ …    after
 
 A scale for each column: some columns of BERT's embeddings are much larger than others, and one scale for all was four
-times coarser. Small tables (positions, token types) stay float32.
+times coarser. Tables with few rows (positions, token types) stay float32.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.onnx_graphs import load_onnx, replace_nodes
 from ziplm_deploy.errors import NumericalError
 
-LEAST_SAVED_BYTES = 1 << 20  # of a table that is worth two more nodes
+LEAST_ROWS, LEAST_SAVED_BYTES = 4096, 1 << 20  # of a table that is worth two more nodes: a vocabulary, not positions
 LIMIT = 127
 
 
 def round_embeddings(model: onnx.ModelProto) -> None:
     """Store large embedding tables as int8 with a float32 scale for each column, in place.
 
-    Tables that anything but a lookup of rows reads, as heads with tied weights do, stay as they are.
+    A table that anything but a lookup of rows reads, too, stays as it is.
 
     Raises:
         NumericalError: NaN or infinity in a table.
@@ -40,7 +40,7 @@ def round_embeddings(model: onnx.ModelProto) -> None:
         name for node in graph.node for place, name in enumerate(node.input) if place > 0 or not _looks_up_rows(node)
     }
     rounded = set(tables) - read_otherwise
-    for name in rounded:
+    for name in sorted(rounded):
         graph.initializer.extend(_integers(name, tables[name]))
     nodes = (part for node in graph.node for part in (_lookup(node) if rounded.intersection(node.input) else [node]))
     replace_nodes(graph, list(nodes))
@@ -59,9 +59,16 @@ def round_embeddings_of(path: Path) -> None:
         onnx.save(model, str(temporary))
 
 
+def has_rounded_embeddings(path: Path) -> bool:
+    """Whether a file looks up rows of 8-bit tables."""
+    graph = load_onnx(path).graph
+    integers = {item.name for item in graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    return any(_looks_up_rows(node) and node.input[0] in integers for node in graph.node)
+
+
 def _is_large(item: onnx.TensorProto) -> bool:
     floats = item.data_type == onnx.TensorProto.FLOAT and len(item.dims) == 2
-    return floats and 3 * int(np.prod(item.dims)) >= LEAST_SAVED_BYTES  # four bytes become one
+    return floats and item.dims[0] >= LEAST_ROWS and 3 * item.dims[0] * item.dims[1] >= LEAST_SAVED_BYTES
 
 
 def _looks_up_rows(node: onnx.NodeProto) -> bool:

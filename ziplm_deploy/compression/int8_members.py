@@ -25,7 +25,7 @@ from ziplm_deploy.compression.fake_quant import (
 )
 from ziplm_deploy.compression.forms import reduces_range, served_int8
 from ziplm_deploy.compression.int8 import ActivationRange, LinearScales, calibrated_ranges, quantize
-from ziplm_deploy.compression.int8_embeddings import round_embeddings_of
+from ziplm_deploy.compression.int8_embeddings import has_rounded_embeddings, round_embeddings_of
 from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
 from ziplm_deploy.compression.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity, int8_record_path
@@ -90,18 +90,21 @@ class _Quantisation:
                     if self.config.embeddings:
                         round_embeddings_of(made)
                     _publish(made, target)
-                    self._record([], None, None).save(record)
+                    self._record([], None, None, has_rounded_embeddings(made)).save(record)
                 return
-            found = self._make(model, made, Path(scratch))
+            training, choice, sensitivities = self._make(model, made, Path(scratch))
             if not distributed.is_first():
                 return
             if is_sparse(self.variant):
                 check_masks_in_onnx(made, model)
             _publish(made, target)
+            found = self._record(sensitivities, choice, training, has_rounded_embeddings(made))
         found.save(record)
         shutil.rmtree(self.checkpoints.parent, ignore_errors=True)
 
-    def _make(self, model: nn.Module, made: Path, scratch: Path) -> Int8Record:
+    def _make(
+        self, model: nn.Module, made: Path, scratch: Path
+    ) -> tuple[TrainingRecord | None, Fp32Choice | None, list[SensitivityRow]]:
         """Write the file, as the first process; all of them train."""
         state, onnx, batches = self.state, self.source / ONNX_FILES["fp32"], self.state.ranges_batches
         looked_at = state.encode(state.ranges_rows[:LOOKED_AT])  # unpadded
@@ -121,7 +124,7 @@ class _Quantisation:
                 if self.config.method == "static":
                     ranges = calibrated_ranges(onnx, _arrays(batches), self.config)
                 choice = self._within_budget(onnx, made, ranges, sensitivities)
-        return self._record(sensitivities, choice, training)
+        return training, choice, sensitivities
 
     def _train(
         self, model: nn.Module, batches: list[dict[str, Tensor]]
@@ -227,7 +230,11 @@ class _Quantisation:
         return Fp32Choice(kept, max(tried), reference, counted, within_budget=bool(result.met))
 
     def _record(
-        self, sensitivities: list[SensitivityRow], choice: Fp32Choice | None, training: TrainingRecord | None
+        self,
+        sensitivities: list[SensitivityRow],
+        choice: Fp32Choice | None,
+        training: TrainingRecord | None,
+        embeddings: bool,
     ) -> Int8Record:
         return Int8Record(
             method=self.config.method,
@@ -235,7 +242,7 @@ class _Quantisation:
             ranges=self.config.ranges,
             per_channel=self.config.per_channel,
             weight_bits=7 if self.reduce_range else 8,
-            embeddings=self.config.embeddings,
+            embeddings=embeddings,
             n_linears=len(sensitivities),
             fp32_linears=[] if choice is None else list(choice.kept),
             reference_score=None if choice is None else choice.reference_score,

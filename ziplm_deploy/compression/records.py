@@ -99,11 +99,12 @@ def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
     kept = f": {', '.join(record.fp32_linears)}" if record.fp32_linears else ""
     if record.within_budget is False:
         why = outliers or f"most sensitive are {', '.join(row.name for row in record.sensitivities[:3])}"
+        embeddings = ", int8.embeddings: false" if record.embeddings else ""
         return (
             f"{title}: {max(record.scores):.4f} is outside the accuracy budget (max_loss {max_loss:g} of "
             f"{record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
-            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32{kept}; {why}; try int8.method qat, "
-            "or a larger max_fp32_share"
+            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32{kept}; {why}; try int8.method qat"
+            f"{embeddings}, or a larger max_fp32_share"
         )
     if kept:
         return f"{title}: stayed float32 to hold the accuracy budget{kept}"

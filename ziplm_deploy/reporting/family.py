@@ -174,6 +174,8 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table), slowed_by)
     if verdict == "faster than asked" and plan.sizes == _full_sizes(state):
         reason = f"nothing was pruned: the {variant} file is that fast as it is"
+    elif verdict == "faster than asked" and correction is not None and correction.sidesteps:
+        reason = f"{state.recipe.environment.engine} cannot run the file of a slower plan"
     return _fill(
         state,
         name,
