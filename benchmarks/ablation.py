@@ -20,9 +20,8 @@ from family import MODEL, one_task_parser, recipe_of, rows_of
 
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.config import Recipe
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.recipe import Recipe, parse_recipe
 
 TARGETS = (1.5, 2.0, 3.0)
 FULL = "gradual"
@@ -85,7 +84,7 @@ def merge(work: Path) -> None:
 
 
 def main() -> None:
-    parser = one_task_parser(__doc__, "ablation", "optimiser steps between two targets")
+    parser = one_task_parser(__doc__, "ablation", "optimizer steps between two targets")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
     options.targets = list(TARGETS)

@@ -27,15 +27,15 @@ from shapes import SHAPES, dense_model
 from torch import nn
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
-from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable
-from ziplm_deploy.benchmarking import Subject, compare
-from ziplm_deploy.compression.forms import target_form
-from ziplm_deploy.config import BenchmarkConfig, Environment, ExportConfig, ProfileConfig
-from ziplm_deploy.profiling import measure_table
-from ziplm_deploy.profiling_models import DeployedForm
-from ziplm_deploy.recipes import parse_recipe
-from ziplm_deploy.resizing import random_resized
-from ziplm_deploy.statistics import Floats
+from ziplm_deploy.compression.treatment import target_treatment
+from ziplm_deploy.latency.benchmark import TimedFile, compare
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.statistics import Floats
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.deployed import Treatment
+from ziplm_deploy.models.resizing import random_resized
+from ziplm_deploy.recipe import BenchmarkConfig, Environment, ExportConfig, ProfileConfig, Workload, parse_recipe
 
 OUTPUTS = ["last_hidden_state"]
 OPTIONAL_ENGINE = "openvino"
@@ -58,10 +58,10 @@ class Case:
         return f"{self.shape}, {self.environment.describe()}" + (f", {form.description}" if form else "")
 
     @property
-    def form(self) -> DeployedForm | None:
+    def form(self) -> Treatment | None:
         """What else is done to cells and models before they are timed."""
         static = {"shapes": "static", "opset": 16}
-        return target_form(
+        return target_treatment(
             parse_recipe(
                 {
                     "name": "additivity",
@@ -76,10 +76,10 @@ class Case:
 
 
 CASES = {
-    "bert-base-latency": Case("bert-base", Environment(batch_size=1, seq_len=128, threads=1)),
-    "minilm-latency": Case("minilm-l6", Environment(batch_size=1, seq_len=128, threads=1)),
-    "minilm-throughput": Case("minilm-l6", Environment(batch_size=16, seq_len=128, threads=2)),
-    "tiny": Case("tiny", Environment(batch_size=1, seq_len=32, threads=1)),
+    "bert-base-latency": Case("bert-base", Environment(threads=1, workload=Workload(batch_size=1, seq_len=128))),
+    "minilm-latency": Case("minilm-l6", Environment(threads=1, workload=Workload(batch_size=1, seq_len=128))),
+    "minilm-throughput": Case("minilm-l6", Environment(threads=2, workload=Workload(batch_size=16, seq_len=128))),
+    "tiny": Case("tiny", Environment(threads=1, workload=Workload(batch_size=1, seq_len=32))),
 }
 DEFAULT_CASES = ["bert-base-latency", "minilm-latency", "minilm-throughput"]
 STATIC_INT8 = {"method": "static", "per_channel": False}
@@ -122,8 +122,10 @@ def draw_sizes(table: LatencyTable, speedup: float, generator: np.random.Generat
     return sizes()
 
 
-def export(model: nn.Module, path: Path, case: Case, config: ExportConfig, form: DeployedForm | None) -> Path:
-    settings = ExportSettings(config.shapes, config.opset, case.environment.batch_size, case.environment.seq_len)
+def export(model: nn.Module, path: Path, case: Case, config: ExportConfig, form: Treatment | None) -> Path:
+    settings = ExportSettings(
+        config.shapes, config.opset, case.environment.workload.batch_size, case.environment.workload.seq_len
+    )
     inputs = dummy_inputs(model, settings)
     export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
     if form:
@@ -164,8 +166,8 @@ def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, An
         for name, sizes in plans.items():
             model = random_resized(dense, sizes)
             paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case, config, form)
-        subjects = {name: Subject(path) for name, path in paths.items()}
-        subjects["dense"] = Subject(paths["dense"], "onnxruntime")
+        subjects = {name: TimedFile(path) for name, path in paths.items()}
+        subjects["dense"] = TimedFile(paths["dense"], "onnxruntime")
         record = compare(subjects, case.environment, benchmark, "dense")
     rows = [
         row(case, name, float(target), plans[name], table, record) for name, target in zip(plans, targets, strict=True)

@@ -85,7 +85,7 @@ def write_result(
 
 def provenance() -> dict[str, Any]:
     """When, from which sources, on what and with what something was measured."""
-    from ziplm_deploy.machine import machine_info
+    from ziplm_deploy.machine.info import machine_info
 
     machine = machine_info()
     return {

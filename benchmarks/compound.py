@@ -25,13 +25,19 @@ from family import CASES, TOWARDS_LOGITS, training_file
 from shapes import SHAPES, dense_model
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
-from ziplm_deploy.artifacts import BenchmarkRecord, LatencyTable, write_text
-from ziplm_deploy.benchmarking import Subject, compare, start_worker
-from ziplm_deploy.compression.compress import compress_member
-from ziplm_deploy.compression.forms import target_form
+from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.compression.records import facts_of
-from ziplm_deploy.compression.variants import ONNX_FILES, label
-from ziplm_deploy.config import (
+from ziplm_deploy.compression.treatment import target_treatment
+from ziplm_deploy.engines.trial import Trial
+from ziplm_deploy.errors import EngineError
+from ziplm_deploy.latency.benchmark import TimedFile, compare, start_worker
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.resizing import random_resized
+from ziplm_deploy.progress import ConsoleProgress
+from ziplm_deploy.pruning.parent import DENSE
+from ziplm_deploy.recipe import (
     BenchmarkConfig,
     EngineName,
     Environment,
@@ -39,17 +45,15 @@ from ziplm_deploy.config import (
     ProfileConfig,
     Recipe,
     Variant,
+    Workload,
+    file_label,
+    load_recipe,
+    parse_recipe,
 )
-from ziplm_deploy.errors import EngineError
-from ziplm_deploy.evaluation import accuracy_in, evaluate_member, open_runner, remembering
-from ziplm_deploy.members import export_member
-from ziplm_deploy.parents import DENSE
-from ziplm_deploy.profiling import measure_table
-from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import load_recipe, parse_recipe
-from ziplm_deploy.resizing import random_resized
-from ziplm_deploy.run import Run
-from ziplm_deploy.trial import Trial
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.evaluate import accuracy_in, cache_embeddings, evaluate_member, open_runner
+from ziplm_deploy.stages.export import export_member
+from ziplm_deploy.stages.sparsify import compress_member
 
 ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
 VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "sparse", "sparse-int8")
@@ -74,7 +78,7 @@ def recipe_for(engine: EngineName, options: argparse.Namespace) -> Recipe:
                 "train": training_file(options.task, Path(train), options.work),
                 "n_train": case.n_train,
             },
-            "environment": {"engine": engine, "batch_size": 1, "seq_len": case.seq_len, "threads": 1},
+            "environment": {"engine": engine, "threads": 1, "workload": {"batch_size": 1, "seq_len": case.seq_len}},
             "speedups": [float(name.removesuffix("x")) for name in options.members],
             "export": STATIC,
             "recover": {"mode": "gradual", **losses},
@@ -128,15 +132,15 @@ def files_of(state: Run) -> list[dict[str, Any]]:
         export_member(state, name, state.folder.member(name))
         compress_member(state, name)
     rows = []
-    dense = Subject(state.folder.member(DENSE) / ONNX_FILES["fp32"], recipe.environment.engine)
+    dense = TimedFile(state.folder.member(DENSE) / Variant.FP32.onnx_file, recipe.environment.engine)
     with (
         open_runner(recipe.environment, dense.path) as runner,
         Trial(lambda: start_worker(dense, recipe.environment)) as trial,
     ):
-        dense_run = remembering(runner)
+        dense_run = cache_embeddings(runner)
         for name in state.names:
             for variant in VARIANTS:
-                path = state.folder.member(name) / ONNX_FILES[variant]
+                path = state.folder.member(name) / variant.onnx_file
                 row: dict[str, Any] = {
                     "task": recipe.name,
                     "member": name,
@@ -166,18 +170,18 @@ def time_files(options: argparse.Namespace) -> None:
     subjects = {}
     runnable = [row for row in part["rows"] if not row.get("refused")]
     for row in runnable:
-        name = f"{label(row['member'], row['variant'])}, {row['engine']}"
-        subjects[name] = Subject(Path(row["path"]), row["engine"])
+        name = f"{file_label(row['member'], row['variant'])}, {row['engine']}"
+        subjects[name] = TimedFile(Path(row["path"]), row["engine"])
     record = timed(subjects, options)
     for row in runnable:
-        result = record.variant(f"{label(row['member'], row['variant'])}, {row['engine']}")
+        result = record.variant(f"{file_label(row['member'], row['variant'])}, {row['engine']}")
         row |= timing_row(result)
     part["timing"] = timing_settings(record, load)
     write_text(path, json.dumps(part, indent=1) + "\n")
 
 
-def timed(subjects: dict[str, Subject], options: argparse.Namespace) -> BenchmarkRecord:
-    environment = Environment(batch_size=options.batch_size, seq_len=128, threads=1)
+def timed(subjects: dict[str, TimedFile], options: argparse.Namespace) -> BenchmarkRecord:
+    environment = Environment(threads=1, workload=Workload(batch_size=options.batch_size, seq_len=128))
     config = BenchmarkConfig(
         rounds=options.rounds,
         processes=options.processes,
@@ -230,16 +234,16 @@ def uniform_sizes(table: LatencyTable, speedup: float) -> dict[str, int]:
 def time_shapes(name: str, options: argparse.Namespace) -> None:
     """One shape in every form on every engine; random weights, so no accuracy."""
     dense, load = dense_model(SHAPES[name]), load_average()
-    environment = Environment(batch_size=options.batch_size, seq_len=128, threads=1)
+    environment = Environment(threads=1, workload=Workload(batch_size=options.batch_size, seq_len=128))
     coarse = ProfileConfig(width_ratio=0.8, max_seconds=60)
     sizes = uniform_sizes(measure_table(dense, environment, coarse, ExportConfig(), output_names=OUTPUTS), 5.0)
-    subjects: dict[str, Subject] = {}
+    subjects: dict[str, TimedFile] = {}
     rows: list[dict[str, Any]] = []
     for engine in ENGINES:
-        with Trial(partial(start_worker, Subject(options.work, engine), environment)) as trial:
+        with Trial(partial(start_worker, TimedFile(options.work, engine), environment)) as trial:
             for member, variant in itertools.product((DENSE, "5x"), options.variants):
-                title = f"{label(member, variant)}, {engine}"
-                path = options.work / name / engine / f"{label(member, variant)}.onnx"
+                title = f"{file_label(member, variant)}, {engine}"
+                path = options.work / name / engine / f"{file_label(member, variant)}.onnx"
                 export_form(random_resized(dense, sizes if member != DENSE else {}), engine, variant, path, options)
                 row = {"task": f"{name} shapes, batch {options.batch_size}", "member": member, "variant": variant}
                 rows.append(row | {"engine": engine, "title": title})
@@ -248,7 +252,7 @@ def time_shapes(name: str, options: argparse.Namespace) -> None:
                 except EngineError:
                     rows[-1]["refused"] = True
                     continue
-                subjects[title] = Subject(path, engine)
+                subjects[title] = TimedFile(path, engine)
     record = timed(subjects, options)
     for row in rows:
         title = row.pop("title")
@@ -264,7 +268,7 @@ def export_form(model: Any, engine: EngineName, variant: Variant, path: Path, op
     options.task = "sst2"  # any recipe: only its compression is read
     raw = recipe_for(engine, options).model_dump(mode="json")
     raw["compress"]["target"] = variant
-    form, settings = target_form(parse_recipe(raw)), ExportSettings("static", 16, options.batch_size, 128)
+    form, settings = target_treatment(parse_recipe(raw)), ExportSettings("static", 16, options.batch_size, 128)
     inputs = dummy_inputs(model, settings)
     export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
     if form:

@@ -18,10 +18,10 @@ from common import ROOT, Figure, load_average, write_result
 from family import CASES
 
 from ziplm_deploy.api import profile, run_recipe
-from ziplm_deploy.artifacts import FamilyReport, LatencyTable
-from ziplm_deploy.config import Recipe
+from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.reporting.records import FamilyReport
 
 TARGETS = (6.0, 8.0, 10.0)
 FORM, FLOAT = "deployed form", "float32"

@@ -24,12 +24,11 @@ import yaml
 from common import ROOT, Figure, load_average, write_result
 from family import MODEL, TARGETS, recipe_of
 
-from ziplm_deploy.artifacts import FamilyReport
-from ziplm_deploy.config import Recipe
-from ziplm_deploy.machine import usable_cores
-from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.recovery.training import training_arguments
-from ziplm_deploy.run import Run
+from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.run import Run
 
 
 def measured_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def plain_fine_tuning(recipe: Recipe, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps a member")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a member")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -23,17 +23,17 @@ import torch
 from common import Figure, load_average, write_result
 from shapes import Shape, dense_model
 
-from ziplm_deploy.architectures import PrunableModule, output_linear, prunable_modules
-from ziplm_deploy.config import PruneConfig
-from ziplm_deploy.machine import usable_cores
+from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.models.levels import ffn_widths, head_counts
+from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
-from ziplm_deploy.pruning.levels import ffn_widths, head_counts
-from ziplm_deploy.pruning.statistics import ModuleStats
+from ziplm_deploy.pruning.moments import InputMoments
+from ziplm_deploy.recipe import PruneConfig
 
 HEAD_DIM = 64
 
 
-def synthetic_stats(width: int, ffn: bool, seed: int) -> ModuleStats:
+def synthetic_stats(width: int, ffn: bool, seed: int) -> InputMoments:
     """Moments of 2 x width tokens: directions of a power-law spectrum, mixed, through GELU for an FFN."""
     generator = torch.Generator().manual_seed(seed)
     latent = min(width, 512)
@@ -44,7 +44,7 @@ def synthetic_stats(width: int, ffn: bool, seed: int) -> ModuleStats:
     if ffn:
         x = torch.nn.functional.gelu(x - 1)
     hessian = (x.T @ x).double() / len(x)  # [d, d]
-    return ModuleStats(hessian, x.mean(0, dtype=torch.float64), len(x))
+    return InputMoments(hessian, x.mean(0, dtype=torch.float64), len(x))
 
 
 def resident_bytes() -> int:
@@ -84,7 +84,7 @@ def run_case(shape: Shape, threads: int) -> dict[str, Any]:
     }
 
 
-def check(model: torch.nn.Module, module: PrunableModule, stats: dict[str, ModuleStats], database: Database) -> float:
+def check(model: torch.nn.Module, module: PrunableModule, stats: dict[str, InputMoments], database: Database) -> float:
     """Difference of stored and directly computed relative error, at a level in the middle."""
     linear, moments = output_linear(model, module), stats[module.name]
     found = database.modules[module.name]

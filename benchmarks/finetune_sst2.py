@@ -20,9 +20,9 @@ from common import ROOT
 from torch.utils.data import Dataset
 
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.config import DataConfig
-from ziplm_deploy.machine import usable_cores
-from ziplm_deploy.sources import resolve_model_path
+from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks import get_task, torch_run
 from ziplm_deploy.tasks.batching import Example, pad_batch, tokenize
 
@@ -33,7 +33,7 @@ LEARNING_RATE = 1.5e-4  # MiniLM is small: at 5e-5 one epoch ends three points l
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Tokenised rows with their labels; padded by :meth:`collate`."""
+    """Tokenized rows with their labels; padded by :meth:`collate`."""
 
     def __init__(self, rows: list[dict[str, Any]], tokenizer: Any) -> None:
         self._examples: list[Example] = tokenize(tokenizer, rows, MAX_LENGTH)

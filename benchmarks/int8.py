@@ -1,6 +1,6 @@
 """INT8 three ways and by both back ends, against what users do without this package: accuracy lost and speedup.
 
-``python benchmarks/int8.py --model CHECKPOINT --data FOLDER`` quantises a fine-tuned SST-2 classifier, as it is and
+``python benchmarks/int8.py --model CHECKPOINT --data FOLDER`` quantizes a fine-tuned SST-2 classifier, as it is and
 pruned (``--member FOLDER``): dynamic, static, QAT, neural-compressor; beside them ``optimum-cli onnxruntime quantize``
 and NNCF (``pip install nncf``), both with their defaults. All files are scored on the engine that runs them and timed
 in one interleaved run, batch 1, 128 tokens, 1 thread. Figures: accuracy lost in points, and speedup over the float32
@@ -22,16 +22,14 @@ from typing import Any
 from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
 
-from ziplm_deploy.benchmarking import Subject, compare
-from ziplm_deploy.compression.int8_members import quantise_member
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
-from ziplm_deploy.compression.variants import ONNX_FILES
-from ziplm_deploy.config import BenchmarkConfig, EngineName, Environment, Recipe
-from ziplm_deploy.evaluation import score_of
-from ziplm_deploy.members import export_member
+from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
-from ziplm_deploy.run import Run
+from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment, Recipe, Variant, parse_recipe
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.export import export_member
+from ziplm_deploy.stages.quantize import quantize_member
 
 SETTINGS: dict[str, tuple[EngineName, dict[str, Any]]] = {
     "dynamic": ("onnxruntime", {"method": "dynamic"}),
@@ -74,7 +72,7 @@ def float_file(options: argparse.Namespace, source: Path, folder: Path) -> tuple
     target = state.folder.member("dense")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
     export_member(state, "dense", target)
-    return state, target / ONNX_FILES["fp32"]
+    return state, target / Variant.FP32.onnx_file
 
 
 def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) -> tuple[Path, float, dict[str, Any]]:
@@ -83,8 +81,8 @@ def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) ->
     name = title.replace(" ", "-").replace(",", "")
     state = Run(recipe_of(name, engine, int8, options, folder), ConsoleProgress())
     shutil.copytree(source, state.folder.member("dense"), dirs_exist_ok=True)
-    quantise_member(state, "dense", "int8")
-    path = state.folder.member("dense") / ONNX_FILES["int8"]
+    quantize_member(state, "dense", "int8")
+    path = state.folder.member("dense") / Variant.INT8.onnx_file
     record = Int8Record.load(int8_record_path(state, "dense", "int8"))
     facts = {"fp32_linears": len(record.fp32_linears), "within_budget": record.within_budget, "tried": record.scores}
     return path, score_of(state, path, "int8"), {"engine": engine, **facts}
@@ -140,7 +138,7 @@ def measure(title: str, source: Path, options: argparse.Namespace, folder: Path)
     for name, (engine, make) in rivals.items():
         path = make()
         found[name] = (path, engine, score_of(state, path, "int8", engine=engine), {})
-    subjects = {name: Subject(path, engine) for name, (path, engine, *_) in found.items()}
+    subjects = {name: TimedFile(path, engine) for name, (path, engine, *_) in found.items()}
     config = BenchmarkConfig(rounds=options.rounds, max_seconds=300)
     progress = ConsoleProgress()
     progress.stage(f"benchmark: all forms of {title}, interleaved", 1, 1)

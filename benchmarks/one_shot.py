@@ -23,15 +23,17 @@ import torch
 from common import ROOT, Figure, commit, write_result
 from torch import nn
 
-from ziplm_deploy.architectures import prunable_modules
-from ziplm_deploy.artifacts import LatencyTable, PruningPlan, write_text
-from ziplm_deploy.calibration import collect_statistics
-from ziplm_deploy.checkpoints import load_dense
-from ziplm_deploy.config import DataConfig, MethodName, ModelConfig, PruneConfig
+from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.moments import InputMoments
+from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
-from ziplm_deploy.pruning.statistics import ModuleStats
+from ziplm_deploy.recipe import DataConfig, MethodName, ModelConfig, PruneConfig
 from ziplm_deploy.tasks import Run, Task, get_task, torch_run
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
@@ -46,7 +48,7 @@ TASKS = {
 }
 
 
-def remembering(run: Run) -> Run:
+def cache_embeddings(run: Run) -> Run:
     """The same answers, computed once a batch: metric and fidelity read the same outputs."""
     known: dict[bytes, dict[str, np.ndarray]] = {}
 
@@ -71,11 +73,11 @@ class Bench:
         self.table = LatencyTable.load(arguments.table)
         rows = self.task.load_rows(DataConfig(evaluation=str(self.folder / "validation.jsonl.gz")), "evaluation", 0)
         self.evaluation = self.task.check_labels(rows, self.dense.config)
-        self._dense_run = remembering(torch_run(self.task, self.dense))
+        self._dense_run = cache_embeddings(torch_run(self.task, self.dense))
         self.dense_score = self.score(self.dense)[self.metric]
 
     def score(self, model: nn.Module) -> dict[str, float]:
-        run = self._dense_run if model is self.dense else remembering(torch_run(self.task, model))
+        run = self._dense_run if model is self.dense else cache_embeddings(torch_run(self.task, model))
         arguments = (self.evaluation, self.processor, SEQ_LEN, 64)
         scores = self.task.evaluate(run, *arguments)
         return scores if model is self.dense else scores | self.task.fidelity(run, self._dense_run, *arguments)
@@ -91,7 +93,7 @@ class Bench:
         return Calibration(encode(rows), encode(rows[: search.n_sequences]), encode(rows[-search.n_rerank :]))
 
     def planner(
-        self, prune: PruneConfig, statistics: dict[str, ModuleStats], calibration: Calibration, seed: int
+        self, prune: PruneConfig, statistics: dict[str, InputMoments], calibration: Calibration, seed: int
     ) -> Planner:
         sizes = database_sizes(self.dense, self.table)
         database = build_database(self.dense, statistics, sizes, prune, seed=seed)
@@ -119,7 +121,7 @@ class Bench:
             if method == "random" and size != 512:
                 continue
             prune = PruneConfig(method=method, reconstruct=False)
-            planner = ours.with_settings(prune) if method == "uniform" else None  # the same OBS weights
+            planner = ours.with_prune_settings(prune) if method == "uniform" else None  # the same OBS weights
             planner = planner or self.planner(prune, statistics, calibration, seed)
             for target in targets:
                 row = {**common, "target": target, "method": method}
@@ -132,7 +134,7 @@ class Bench:
         self,
         ours: Planner,
         plans: dict[float, PruningPlan],
-        statistics: dict[str, ModuleStats],
+        statistics: dict[str, InputMoments],
         calibration: Calibration,
         common: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
@@ -140,7 +142,7 @@ class Bench:
         bare = PruneConfig(reconstruct=False)
         plain = PruneConfig(reconstruct=False, centred=False)
         variants = {
-            "ziplm, no refit": ours.with_settings(bare),
+            "ziplm, no refit": ours.with_prune_settings(bare),
             "ziplm, no refit, plain Hessian": self.planner(plain, statistics, calibration, common["seed"]),
         }
         for label, planner in variants.items():

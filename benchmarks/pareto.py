@@ -26,18 +26,18 @@ from torch import Tensor, nn
 
 from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.api import run_recipe
-from ziplm_deploy.architectures import layers_of
-from ziplm_deploy.artifacts import LatencyTable, write_text
-from ziplm_deploy.benchmarking import compare
-from ziplm_deploy.config import Recipe
-from ziplm_deploy.evaluation import onnx_runner
-from ziplm_deploy.members import deployed_form, output_names
+from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.latency.benchmark import compare
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
+from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
-from ziplm_deploy.run import BATCH_SIZE, Run
+from ziplm_deploy.run.run import BATCH_SIZE, Run
+from ziplm_deploy.stages.evaluate import onnx_runner
+from ziplm_deploy.stages.export import deployed_form, output_names
 
 OURS, LAYER_DROP = "ziplm", "layer-drop"
 METHODS = (OURS, "flap", "magnitude", LAYER_DROP)
@@ -77,7 +77,7 @@ def every_other_layer(dense: nn.Module) -> tuple[nn.Module, list[int]]:
 def layers_speedup(table: LatencyTable, n_layers: int, *, removed: bool) -> float:
     """What the table predicts for so many whole layers: this method gets the same latency as one more target.
 
-    ``removed``: the others are gone; else they leave their residual additions and normalisations.
+    ``removed``: the others are gone; else they leave their residual additions and normalizations.
     """
     attention_ms, ffn_ms = (
         n_layers * table.latency_ms(kind, full)
@@ -126,12 +126,12 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
         if recipe.recover.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
         student = EveryOther(model, state.task, kept)
-        objective = Objective.of(recipe.recover, state.task, state.teacher)
+        objective = Objective.from_config(recipe.recover, state.task, state.teacher)
         record = train(
             student, objective, state.examples, recipe.recover, Path(folder) / "checkpoints", seed=recipe.seed,
             progress=state.progress, title=FRESH,
         )  # fmt: skip
-        settings = ExportSettings(recipe.export.shapes, recipe.export.opset, 1, recipe.environment.seq_len)
+        settings = ExportSettings(recipe.export.shapes, recipe.export.opset, 1, recipe.environment.workload.seq_len)
         files = {}
         for name, each in (("dense", dense), (FRESH, model.requires_grad_(True))):
             deployed = deployed_form(each.eval(), recipe.model, recipe.export)
@@ -142,7 +142,11 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
         timing = compare(files, recipe.environment, recipe.benchmark, "dense").variant(FRESH)
         scores = {
             name: state.task.evaluate(
-                onnx_runner(path), state.evaluation_rows, state.processor, recipe.environment.seq_len, BATCH_SIZE
+                onnx_runner(path),
+                state.evaluation_rows,
+                state.processor,
+                recipe.environment.workload.seq_len,
+                BATCH_SIZE,
             )[state.task.metric_name]
             for name, path in files.items()
         }
@@ -219,7 +223,7 @@ def merge(work: Path) -> None:
 
 
 def main() -> None:
-    parser = one_task_parser(__doc__, "pareto", "optimiser steps of every model")
+    parser = one_task_parser(__doc__, "pareto", "optimizer steps of every model")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, FRESH], default=[*METHODS, FRESH])
     options = parser.parse_args()
     options.targets = list(TARGETS)

@@ -12,8 +12,8 @@ from pathlib import Path
 from common import Figure, load_average, write_result
 from shapes import SHAPES, dense_model
 
-from ziplm_deploy.config import Environment, ExportConfig, ProfileConfig
-from ziplm_deploy.profiling import measure_table
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.recipe import Environment, ExportConfig, ProfileConfig, Workload
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     # Alignment 1 keeps all 45 widths of the published level list apart.
     profile = ProfileConfig(width_align=1, max_rounds=options.max_rounds, min_rounds=min(15, options.max_rounds))
-    environment = Environment(batch_size=1, seq_len=128, threads=1)
+    environment = Environment(threads=1, workload=Workload(batch_size=1, seq_len=128))
     load_before = load_average()
     model = dense_model(SHAPES[options.shape])
     table = measure_table(model, environment, profile, ExportConfig(), output_names=["last_hidden_state"])

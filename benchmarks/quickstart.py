@@ -13,9 +13,9 @@ from pathlib import Path
 from common import ROOT, Figure, load_average, write_result
 
 from ziplm_deploy.api import run_recipe
-from ziplm_deploy.artifacts import FamilyReport
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import load_recipe
+from ziplm_deploy.recipe import load_recipe
+from ziplm_deploy.reporting.records import FamilyReport
 
 
 def figures(report: FamilyReport, seconds: float) -> dict[str, Figure]:

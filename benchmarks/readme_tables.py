@@ -18,8 +18,9 @@ from common import RESULTS, ROOT, goal_met
 from summary import read_results
 from summary import table as figures_table
 
-from ziplm_deploy.artifacts import MemberReport, write_text
-from ziplm_deploy.recipes import recipe_reference
+from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.recipe import recipe_reference
+from ziplm_deploy.reporting.records import MemberReport
 from ziplm_deploy.reporting.table import header, markdown_table, rows
 
 README = ROOT / "README.md"

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from common import ROOT, Figure, load_average, write_result
 
-from ziplm_deploy.architectures import prunable_modules
-from ziplm_deploy.artifacts import LatencyTable
-from ziplm_deploy.calibration import collect_statistics
-from ziplm_deploy.checkpoints import load_dense
-from ziplm_deploy.config import DataConfig, ModelConfig, PruneConfig
-from ziplm_deploy.machine import usable_cores
-from ziplm_deploy.pruning import spdy
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.kernels import spdy
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
+from ziplm_deploy.recipe import DataConfig, ModelConfig, PruneConfig
 from ziplm_deploy.tasks import get_task
 
 MODULES, LEVELS, REPEATS = 24, 45, 31

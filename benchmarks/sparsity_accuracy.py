@@ -16,16 +16,15 @@ from typing import Any
 from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
 
-from ziplm_deploy.checkpoints import load
-from ziplm_deploy.compression.masks import check_masks_in_onnx, held, zero_masks
-from ziplm_deploy.compression.sparsity import sparsify_model
-from ziplm_deploy.config import Recipe, SparsityConfig
-from ziplm_deploy.evaluation import score_of
-from ziplm_deploy.members import export_checked, export_dense
+from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
+from ziplm_deploy.compression.sparsity.sparsify import sparsify_model
+from ziplm_deploy.models.member_files import load
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipes import parse_recipe
-from ziplm_deploy.recovery.recover import distil
-from ziplm_deploy.run import Run
+from ziplm_deploy.recipe import Recipe, SparsityConfig, parse_recipe
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.export import export_checked, export_dense
+from ziplm_deploy.stages.recover import distil
 
 SPARSITIES = (0.6, 0.8, 0.9)
 PASSES = (1, 8)
@@ -66,7 +65,7 @@ def measure(state: Run, config: SparsityConfig, options: argparse.Namespace, fol
     if config.passes in options.train_passes:
         # A folder of its own: training would go on from the last checkpoint that it finds there.
         checkpoints = folder / "checkpoints" / f"{config.sparsity:g}-{config.passes}"
-        with held(model, zero_masks(model)):
+        with zeros_held(model, zero_masks(model)):
             training = distil(state, model, state.recipe.compress.train, checkpoints, "sparse")
         rows.append({**facts, "trained_steps": training.steps, "score": score(state, model, folder)})
     print(json.dumps(rows), flush=True)

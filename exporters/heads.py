@@ -1,4 +1,4 @@
-"""Heads that belong into the graph but not into the transformers model: pooling and normalisation."""
+"""Heads that belong into the graph but not into the transformers model: pooling and normalization."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
     x ─ QuantizeLinear(s_a, z_a) ─ MatMulInteger(W, z_a, 0) ─ Cast(float) ─ Mul(s_a·s_w) ─ Add(bias)    after
 
 Both compute the same up to float32 rounding. Linears that read one tensor with one scale share its QuantizeLinear.
-Where other nodes read a dequantised activation, too, that pair stays for them.
+Where other nodes read a dequantized activation, too, that pair stays for them.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from onnx import helper, numpy_helper
 from exporters.encoder import ExportError
 from exporters.files import atomic_path
 
-LARGEST_OPSET, LARGEST_IR = 16, 9  # later opsets fall back to slow kernels or are refused
+MAX_OPSET, MAX_IR = 16, 9  # later opsets fall back to slow kernels or are refused
 
 
 def to_integer_matmul(source: Path, target: Path) -> None:
-    """Write the static QDQ file ``source`` with MatMulInteger in place of its quantised MatMuls; whole or not at all.
+    """Write the static QDQ file ``source`` with MatMulInteger in place of its quantized MatMuls; whole or not at all.
 
     The new nodes are called ``<name of the MatMul>_quant``.
 
     Raises:
-        ExportError: no ONNX file, dynamic shapes, an opset above 16, no quantised MatMul, or one that is not of the
+        ExportError: no ONNX file, dynamic shapes, an opset above 16, no quantized MatMul, or one that is not of the
             form above: uint8 activation and constant symmetric int8 weight with one scale each.
         OSError: the file cannot be written.
     """
     try:
         model = onnx.load(str(source))
     except (OSError, DecodeError) as error:
-        raise ExportError(f"expected an ONNX file at {source}, found: {error}; quantise the model again") from error
+        raise ExportError(f"expected an ONNX file at {source}, found: {error}; quantize the model again") from error
     _check_header(model, source)
     _Rewriter(model.graph).run(source)
-    model.ir_version = min(model.ir_version, LARGEST_IR)
+    model.ir_version = min(model.ir_version, MAX_IR)
     used = {node.domain for node in model.graph.node}
     imports = [item for item in model.opset_import if item.domain in used or item.domain in ("", "ai.onnx")]
     kept = [helper.make_opsetid(item.domain, item.version) for item in imports]
@@ -54,8 +54,8 @@ def to_integer_matmul(source: Path, target: Path) -> None:
 
 def _check_header(model: onnx.ModelProto, source: Path) -> None:
     opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
-    if opset > LARGEST_OPSET:
-        raise ExportError(f"expected opset <= {LARGEST_OPSET} in {source}, found {opset}; export with opset 16")
+    if opset > MAX_OPSET:
+        raise ExportError(f"expected opset <= {MAX_OPSET} in {source}, found {opset}; export with opset 16")
     for tensor in model.graph.input:
         if not all(axis.dim_value > 0 for axis in tensor.type.tensor_type.shape.dim):
             raise ExportError(f"expected static shapes in {source}, found free axes of {tensor.name}; export static")
@@ -83,11 +83,11 @@ class _Rewriter:
                 n_replaced += 1
             else:
                 raise ExportError(
-                    f"expected both inputs of {node.name} quantised, or none, found one; quantise the model again"
+                    f"expected both inputs of {node.name} quantized, or none, found one; quantize the model again"
                 )
         if not n_replaced:
             raise ExportError(
-                f"expected quantised MatMul nodes in {source}, found none; quantise it to the static QDQ form first"
+                f"expected quantized MatMul nodes in {source}, found none; quantize it to the static QDQ form first"
             )
         self._finish()
 
@@ -120,7 +120,7 @@ class _Rewriter:
         if (scale, zero_point) != self._parameters(node, dequantize, np.uint8) or zero_point.dtype != np.uint8:
             raise ExportError(
                 f"expected one uint8 scale and zero point around the left input of {node.name}, found "
-                f"{zero_point.dtype} or two different; quantise activations to unsigned integers (QUInt8)"
+                f"{zero_point.dtype} or two different; quantize activations to unsigned integers (QUInt8)"
             )
         key = (quantize.input[0], float(scale), int(zero_point))
         if key not in self.quantized:
@@ -136,7 +136,7 @@ class _Rewriter:
         constant = self.constants.get(dequantize.input[0])
         if constant is None or constant.data_type != onnx.TensorProto.INT8:
             raise ExportError(
-                f"expected a constant int8 weight in {node.name}, found another right input; quantise only MatMuls "
+                f"expected a constant int8 weight in {node.name}, found another right input; quantize only MatMuls "
                 "with constant weights (MatMulConstBOnly), to QInt8"
             )
         scale, zero_point = self._parameters(node, dequantize, np.int8)
@@ -155,7 +155,7 @@ class _Rewriter:
         zero_point = rest[0] if rest else np.zeros(scale.shape, default)
         if scale.size != 1 or zero_point.size != 1:
             raise ExportError(
-                f"expected one scale for each tensor around {node.name}, found {scale.size}; quantise per tensor "
+                f"expected one scale for each tensor around {node.name}, found {scale.size}; quantize per tensor "
                 "(per_channel: false)"
             )
         return np.float32(scale.item()), zero_point.flat[0]

@@ -12,12 +12,12 @@ from collections import defaultdict
 
 import onnx
 
-# What an Add in front of a layer normalisation is read by: since opset 17, and before as torch spells it out.
+# What an Add in front of a layer normalization is read by: since opset 17, and before as torch spells it out.
 _NORMALISATION = ({"LayerNormalization"}, {"ReduceMean", "Sub"})
 
 
 def residuals_as_sums(model: onnx.ModelProto) -> int:
-    """Turn every Add of two computed tensors that a layer normalisation reads into a Sum; returns how many."""
+    """Turn every Add of two computed tensors that a layer normalization reads into a Sum; returns how many."""
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}

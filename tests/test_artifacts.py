@@ -13,21 +13,15 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from reports import benchmark_record, family_report, latency_table, plan, timing
 
 import exporters.files
-from ziplm_deploy.artifacts import (
-    Artifact,
-    BenchmarkRecord,
-    FamilyReport,
-    LatencyTable,
-    PruningPlan,
-    WholeModel,
-    atomic_path,
-    write_bytes_with,
-    write_text,
-)
+from tests.helpers.reports import benchmark_record, family_report, latency_table, plan, timing
+from ziplm_deploy.artifacts import Artifact, atomic_path, write_bytes_with, write_text
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable, PrunedSample
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.reporting.records import FamilyReport
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 ARTIFACTS: list[Artifact] = [latency_table(), plan(2.0), benchmark_record(**{"2x": 2.0}), family_report()]
@@ -165,7 +159,7 @@ def test_predictions_are_sums_of_cells() -> None:
 
 
 def test_budgets_and_predicted_speedups_agree() -> None:
-    whole = WholeModel(sizes={"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8}, timing=timing(7.0))
+    whole = PrunedSample(sizes={"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8}, timing=timing(7.0))
     for table in (latency_table(), latency_table(wholes=[whole])):
         for modules_ms in (0.4, 3.0, 8.0):
             assert table.modules_budget_ms(table.predict_speedup(modules_ms)) == pytest.approx(modules_ms)
@@ -174,7 +168,7 @@ def test_budgets_and_predicted_speedups_agree() -> None:
 
 @pytest.mark.parametrize(("size", "median_ms"), [(9, 7.0), (8, 0.0)])
 def test_whole_models_of_unknown_cells_or_without_time_are_refused(size: int, median_ms: float) -> None:
-    whole = WholeModel(sizes={"0.attention": 1, "0.ffn": size}, timing=timing(median_ms))
+    whole = PrunedSample(sizes={"0.attention": 1, "0.ffn": size}, timing=timing(median_ms))
     with pytest.raises(ValueError, match="whole models of measured cells"):
         latency_table(wholes=[whole])
 
@@ -182,7 +176,7 @@ def test_whole_models_of_unknown_cells_or_without_time_are_refused(size: int, me
 def test_whole_models_correct_the_sums_of_cells() -> None:
     sizes = {"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8}  # 2 + 0.6 + 1.5 + 0.1 + 1.5
     full = {"0.attention": 2, "0.ffn": 16, "1.attention": 2, "1.ffn": 16}
-    table = latency_table(wholes=[WholeModel(sizes=sizes, timing=timing(5.7 * 1.1))], dense=timing(10.5))
+    table = latency_table(wholes=[PrunedSample(sizes=sizes, timing=timing(5.7 * 1.1))], dense=timing(10.5))
     assert table.sum_ms(sizes) == pytest.approx(5.7)
     assert table.predict_ms(sizes) == pytest.approx(5.7 * 1.1)
     assert table.predict_ms(full) == pytest.approx(10.5)  # what was measured

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ziplm_deploy.cli import app
-from ziplm_deploy.recipes import parse_recipe, recipe_reference
+from ziplm_deploy.cli.commands import app
+from ziplm_deploy.recipe import parse_recipe, recipe_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,14 +13,17 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it whe
 
 if TYPE_CHECKING:
     from ziplm_deploy.api import benchmark, compress, export, profile, prune, recover, report, run_recipe
-    from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
-    from ziplm_deploy.benchmarking import Subject, compare
-    from ziplm_deploy.checkpoints import load
-    from ziplm_deploy.config import Recipe
     from ziplm_deploy.errors import ZipLMError
-    from ziplm_deploy.inspection import inspect_model
-    from ziplm_deploy.machine import machine_info
-    from ziplm_deploy.recipes import load_recipe
+    from ziplm_deploy.latency.benchmark import TimedFile, compare
+    from ziplm_deploy.latency.record import BenchmarkRecord
+    from ziplm_deploy.latency.table import LatencyTable
+    from ziplm_deploy.machine.info import machine_info
+    from ziplm_deploy.models.inspection import inspect_model
+    from ziplm_deploy.models.member_files import load
+    from ziplm_deploy.pruning.plan import PruningPlan
+    from ziplm_deploy.recipe import Recipe, load_recipe
+    from ziplm_deploy.recovery.record import TrainingRecord
+    from ziplm_deploy.reporting.records import FamilyReport
 
 __all__ = [
     "BenchmarkRecord",
@@ -28,7 +31,7 @@ __all__ = [
     "LatencyTable",
     "PruningPlan",
     "Recipe",
-    "Subject",
+    "TimedFile",
     "TrainingRecord",
     "ZipLMError",
     "benchmark",
@@ -50,7 +53,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "api": ("benchmark", "compress", "export", "profile", "prune", "recover", "report", "run_recipe"),
     "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan", "TrainingRecord"),
-    "benchmarking": ("Subject", "compare"),
+    "benchmarking": ("TimedFile", "compare"),
     "checkpoints": ("load",),
     "config": ("Recipe",),
     "errors": ("ZipLMError",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ziplm_deploy.cli import main
+from ziplm_deploy.cli.commands import main
 
 if __name__ == "__main__":
     main()

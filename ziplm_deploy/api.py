@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ziplm_deploy import pipeline, subjects
-from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, TrainingRecord
-from ziplm_deploy.compression.variants import ONNX_FILES, label
-from ziplm_deploy.config import Recipe
+from ziplm_deploy import pipeline
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UsageError
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.progress import Progress
-from ziplm_deploy.run import Run
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import Recipe, file_label
+from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages import timed_files as subjects
 
 
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -85,7 +89,7 @@ def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path
     pipeline.build(state)
     pipeline.compress(state)
     return {
-        label(name, variant): state.folder.member(name) / ONNX_FILES[variant]
+        file_label(name, variant): state.folder.member(name) / variant.onnx_file
         for name in state.names
         for variant in recipe.compress.variants
     }
@@ -118,7 +122,7 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
 
 
 def _final_key(state: Run) -> str:
-    return pipeline.benchmark_key(state, subjects.in_the_end(state))
+    return pipeline.benchmark_key(state, subjects.files_of_family(state))
 
 
 def _pruned(recipe: Recipe, progress: Progress | None) -> Run:

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ziplm_deploy import closed_loop, evaluation, members, profiling, subjects
-from ziplm_deploy.artifacts import BenchmarkRecord, FamilyReport, LatencyTable
-from ziplm_deploy.benchmarking import Subject, compare
-from ziplm_deploy.compression.checks import check_compression
-from ziplm_deploy.compression.forms import target_form
-from ziplm_deploy.compression.variants import label
-from ziplm_deploy.config import Recipe
+from ziplm_deploy.artifacts import content_key, source_hash
+from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines import get_engine
-from ziplm_deploy.machine import check_threads, machine_info
-from ziplm_deploy.parents import DENSE
+from ziplm_deploy.latency import profile as profiling
+from ziplm_deploy.latency.benchmark import TimedFile, compare
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.machine.info import check_threads, machine_info
 from ziplm_deploy.progress import Progress
+from ziplm_deploy.pruning.parent import DENSE
 from ziplm_deploy.pruning.planner import check_target
-from ziplm_deploy.reporting import family
-from ziplm_deploy.run import Run, Step
-from ziplm_deploy.run_folder import content_key, source_hash
+from ziplm_deploy.recipe import Recipe, Variant, file_label
+from ziplm_deploy.reporting import collect as family
+from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.run import Run, Step
+from ziplm_deploy.stages import closed_loop
+from ziplm_deploy.stages import evaluate as evaluation
+from ziplm_deploy.stages import export as members
+from ziplm_deploy.stages import timed_files as subjects
+from ziplm_deploy.stages.checks import check_compression
 
 
 def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -42,7 +47,7 @@ def measured(state: Run) -> BenchmarkRecord:
     """All files of all members, the targets reached if they can be."""
     build(state)
     compress(state)
-    while closed_loop.make_room(state, record := benchmark(state)):
+    while closed_loop.compensate_float32(state, record := benchmark(state)):
         build(state)
         compress(state)
     return record
@@ -68,7 +73,7 @@ def profile(state: Run) -> LatencyTable:
     check_threads(recipe.environment.threads)
     check_compression(recipe)
     state.check_data()
-    given, form = recipe.profile.table, target_form(recipe)
+    given, form = recipe.profile.table, target_treatment(recipe)
     key = content_key(
         shape=state.shape,
         wholes="a process each",  # tables from before had all models in one
@@ -91,7 +96,7 @@ def profile(state: Run) -> LatencyTable:
 
 
 def _profile(state: Run) -> None:
-    recipe, form = state.recipe, target_form(state.recipe)
+    recipe, form = state.recipe, target_treatment(state.recipe)
     if recipe.profile.table is not None:
         table = LatencyTable.load(recipe.profile.table)
         engine = get_engine(recipe.environment.engine)
@@ -130,7 +135,7 @@ def _profile(state: Run) -> None:
 def train_dense(state: Run) -> None:
     """Fine-tune the recipe's base checkpoint for its task, where ``dense.train`` asks for it."""
     if state.recipe.dense.train:
-        from ziplm_deploy.recovery.dense import train_dense as train
+        from ziplm_deploy.stages.train_dense import train_dense as train
 
         state.begin("train dense", f"{state.recipe.model.path} for {state.recipe.model.task}")
         train(state)
@@ -147,7 +152,7 @@ def calibrate(state: Run, step: Step) -> None:
 def prune(state: Run, step: Step) -> None:
     """A plan and a physically smaller model for every target."""
     state.begin("prune", f"plans for {', '.join(map(state.member_name, step.targets))}")
-    closed_loop.carry_over(state, step)
+    closed_loop.start_from_last_bias(state, step)
     for target in step.targets:
         members.prune_member(state, target)
 
@@ -167,7 +172,7 @@ def reach_targets(state: Run, step: Step) -> BenchmarkRecord:
     stage = "benchmark" if path == state.folder.benchmark else f"benchmark of {step.parent}"
 
     def measure() -> BenchmarkRecord:
-        return _measure(state, stage, path, subjects.in_closed_loop(state, step.targets))
+        return _measure(state, stage, path, subjects.files_of_generation(state, step.targets))
 
     return closed_loop.reach_targets(state, step, measure)
 
@@ -176,7 +181,7 @@ def recover(state: Run, step: Step) -> None:
     """Train the pruned models towards the teacher's answers, where the recipe asks for it."""
     if not state.trains:
         return
-    from ziplm_deploy.recovery.recover import recover_member
+    from ziplm_deploy.stages.recover import recover_member
 
     state.begin("recover", f"distillation into {', '.join(map(state.member_name, step.targets))}")
     for target in step.targets:
@@ -194,7 +199,7 @@ def export(state: Run) -> None:
 
 def compress(state: Run) -> None:
     """The further files of every member and of the dense model: zeros in their weights, 8-bit integers."""
-    from ziplm_deploy.compression.compress import compress_member, remove_unlisted
+    from ziplm_deploy.stages.sparsify import compress_member, remove_unlisted
 
     if not state.recipe.compress.variants:
         for name in state.names:
@@ -210,10 +215,10 @@ def benchmark(state: Run) -> BenchmarkRecord:
     """All files of all members as they will serve against the dense model, in one run."""
     if state.recipe.finishes_after_pruning:  # else the closed loop has measured these very files
         state.begin("benchmark", "all members and the dense model, interleaved")
-    return _measure(state, "benchmark", state.folder.benchmark, subjects.in_the_end(state))
+    return _measure(state, "benchmark", state.folder.benchmark, subjects.files_of_family(state))
 
 
-def _measure(state: Run, stage: str, path: Path, timed: dict[str, Subject]) -> BenchmarkRecord:
+def _measure(state: Run, stage: str, path: Path, timed: dict[str, TimedFile]) -> BenchmarkRecord:
     recipe = state.recipe
 
     def work() -> None:
@@ -223,7 +228,7 @@ def _measure(state: Run, stage: str, path: Path, timed: dict[str, Subject]) -> B
     return BenchmarkRecord.load(path)
 
 
-def benchmark_key(state: Run, timed: dict[str, Subject]) -> str:
+def benchmark_key(state: Run, timed: dict[str, TimedFile]) -> str:
     """What a benchmark depends on: the files themselves, where they run and how they are timed."""
     recipe = state.recipe
     return content_key(
@@ -247,15 +252,15 @@ def evaluate(state: Run) -> None:
         (name, state.folder.member(name), variant)
         for name in state.names
         for variant in state.recipe.variants
-        if label(name, variant) not in refused
+        if file_label(name, variant) not in refused
     ]
     if state.trains:
         pruned = [name for name in state.names if name != DENSE and name not in refused]
-        files += [(name, state.folder.pruned(name), "fp32") for name in pruned]
+        files += [(name, state.folder.pruned(name), Variant.FP32) for name in pruned]
     dense_path = state.folder.member(DENSE) / "model.onnx"
     baseline = state.recipe.environment.model_copy(update={"engine": state.recipe.baseline_engine})
     with evaluation.open_runner(baseline, dense_path) as runner:
-        dense_run = evaluation.remembering(runner)
+        dense_run = evaluation.cache_embeddings(runner)
         for index, (name, folder, variant) in enumerate(files):
             evaluation.evaluate_member(state, name, folder, dense_run, variant)
             state.progress.step(index + 1, len(files))

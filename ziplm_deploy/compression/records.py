@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
-from ziplm_deploy.artifacts import Artifact, TrainingRecord
-from ziplm_deploy.compression.sparsity import SparsityRecord
-from ziplm_deploy.compression.variants import is_int8, is_sparse, label
-from ziplm_deploy.config import Variant
-from ziplm_deploy.run import Run
+from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.recipe import Variant, file_label
+from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.run.run import Run
 
 SPARSITY_RECORD = "sparsity.json"
 
@@ -56,7 +56,7 @@ def int8_record(state: Run, name: str, variant: Variant) -> Int8Record | None:
     Raises:
         CorruptArtifactError: the record is missing or damaged.
     """
-    return Int8Record.load(int8_record_path(state, name, variant)) if is_int8(variant) else None
+    return Int8Record.load(int8_record_path(state, name, variant)) if variant.is_int8 else None
 
 
 def outside_budget(record: Int8Record | None, served_score: float | None = None, max_loss: float = 0.0) -> str:
@@ -89,7 +89,7 @@ def int8_notes(state: Run, name: str) -> list[str]:
     """What a member's INT8 files did to its linears: which stayed float32, and which cost more than is allowed."""
     variants, max_loss = state.recipe.compress.variants, state.recipe.compress.int8.max_loss
     records = {variant: int8_record(state, name, variant) for variant in variants}
-    notes = (int8_note(label(name, variant), record, max_loss) for variant, record in records.items() if record)
+    notes = (int8_note(file_label(name, variant), record, max_loss) for variant, record in records.items() if record)
     return [note for note in notes if note]
 
 
@@ -116,7 +116,7 @@ def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
 def facts_of(state: Run, name: str, variant: Variant) -> dict[str, str]:
     """How a member's file was made, for a table cell."""
     facts: dict[str, str] = {}
-    if is_sparse(variant):
+    if variant.is_sparse:
         record = SparsityRecord.load(state.folder.compressed(name) / SPARSITY_RECORD)
         facts["zeros"] = f"{record.sparsity:.1%} ({record.pattern})"
     int8 = int8_record(state, name, variant)

@@ -1,12 +1,12 @@
-"""Inference engines: one small file each, and ``worker.py``, which runs them in a process of their own."""
+"""Inference engines: one page each in ``worker/``, whose files run in a process of their own."""
 
 from __future__ import annotations
 
+import importlib
+
 from ziplm_deploy.engines.base import TURN_WARMUP_MS, Engine, ModelSignature, TensorInfo, WorkerHandle, WorkerOptions
-from ziplm_deploy.engines.deepsparse import DeepSparseEngine
-from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
-from ziplm_deploy.engines.openvino import OpenVinoEngine
 from ziplm_deploy.errors import EngineError
+from ziplm_deploy.recipe.choices import page_names
 
 __all__ = [
     "ENGINES",
@@ -19,13 +19,12 @@ __all__ = [
     "get_engine",
 ]
 
-ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (OnnxRuntimeEngine, OpenVinoEngine, DeepSparseEngine)
-}
+ENGINES: tuple[str, ...] = page_names("engines", "worker", suffix="_session")
 
 
 def get_engine(name: str) -> Engine:
     """The engine called ``name``; raises EngineError naming the known ones."""
     if name not in ENGINES:
-        raise EngineError(f"expected one of the engines {', '.join(sorted(ENGINES))}, found {name!r}")
-    return ENGINES[name]()
+        raise EngineError(f"expected one of the engines {', '.join(ENGINES)}, found {name!r}")
+    page = importlib.import_module(f"{__name__}.worker.{name}_session")
+    return Engine(name, page.FACTS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import importlib.metadata
 import shlex
 import sys
 import tempfile
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ziplm_deploy.engines.worker import TURN_VARIABLE
+from ziplm_deploy.engines.worker.facts import EngineFacts
+from ziplm_deploy.engines.worker.protocol import TURN_VARIABLE
 from ziplm_deploy.errors import EngineError
-from ziplm_deploy.machine import allowed_cpus, check_threads
-from ziplm_deploy.side_environments import quiet_environment
-from ziplm_deploy.worker_process import WorkerGoneError, WorkerProcess
+from ziplm_deploy.machine.info import MachineInfo, allowed_cpus, check_threads, machine_info
+from ziplm_deploy.machine.side_environments import ENVIRONMENTS, quiet_environment
+from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("worker")
 Array = npt.NDArray[Any]
 # Untimed runs before each turn of a model, in a table as in a benchmark. After another model or process, caches and
 # clock need milliseconds until they are those of a server that is kept busy: one untimed run is enough for 40 ms of
@@ -57,20 +58,47 @@ class ModelSignature:
     outputs: tuple[TensorInfo, ...]
 
 
-class Engine(ABC):
-    """An inference engine. Adapters are small: name, version, the interpreter and options of its worker."""
+class Engine:
+    """An inference engine: what its page in ``worker/`` says about it, and how its processes are started."""
 
-    name: str
-    notice: str = ""  # what users must know before they deploy with it
-    may_abort: bool = False  # whether a model that it cannot run may end its process
+    def __init__(self, name: str, facts: EngineFacts) -> None:
+        self.name, self.facts = name, facts
+        self._environment = ENVIRONMENTS[name] if facts.has_own_environment else None
 
-    @abstractmethod
+    @property
+    def notice(self) -> str:
+        """What users must know before they deploy with it; mostly empty."""
+        return "" if self._environment is None else self._environment.notice
+
+    @property
+    def may_abort(self) -> bool:
+        """Whether a model that it cannot run may end its process."""
+        return self.facts.may_abort
+
+    def check_machine(self, machine: MachineInfo) -> None:
+        """Raise :class:`EngineError` on a CPU whose instructions the engine was not built for: it would only crash."""
+        if self.facts.needs_one_of and not set(self.facts.needs_one_of) & set(machine.isa_flags):
+            raise EngineError(
+                f"expected a CPU with {' or '.join(map(str.upper, self.facts.needs_one_of))} for {self.name}, found "
+                f"{machine.cpu_model} with {' '.join(machine.isa_flags) or 'none that it knows'}; use engine "
+                "onnxruntime"
+            )
+
     def version(self) -> str:
         """Installed version; raises EngineError with the command that installs it."""
+        self.check_machine(machine_info())
+        if self._environment is not None:
+            return self._environment.version()
+        try:
+            return importlib.metadata.version(self.facts.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            raise EngineError(
+                f"expected the engine {self.name}, found it not installed; run: {self.facts.install}"
+            ) from None
 
     def interpreter(self) -> str:
         """Python that has the engine."""
-        return sys.executable
+        return sys.executable if self._environment is None else self._environment.interpreter()
 
     def start_worker(self, options: WorkerOptions) -> WorkerHandle:
         """Start a worker process.

@@ -13,21 +13,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import PrunableModule, output_linear, prunable_modules
 from ziplm_deploy.artifacts import atomic_path
-from ziplm_deploy.config import MethodName, PruneConfig
-from ziplm_deploy.errors import CorruptArtifactError, NumericalError, ZipLMError
-from ziplm_deploy.pruning import baselines, obs
-from ziplm_deploy.pruning.levels import LevelWeights
-from ziplm_deploy.pruning.statistics import ModuleStats
-from ziplm_deploy.resizing import dropped_as_is
+from ziplm_deploy.errors import CorruptArtifactError, ZipLMError
+from ziplm_deploy.models.levels import LevelWeights
+from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
+from ziplm_deploy.models.resizing import dropped_as_is
+from ziplm_deploy.pruning.compensations import dropped_level
+from ziplm_deploy.pruning.methods import OutputLinear, get_method
+from ziplm_deploy.pruning.moments import InputMoments
+from ziplm_deploy.recipe import PruneConfig
 
 KIND = "level_database"
 SCHEMA_VERSION = 1
-# Few tokens leave most directions of a Hessian unseen: with 500 tokens for 1,536 columns a damping of 0.01 lost two to
-# three points of STS-B Spearman against 0.1. From 3 d tokens on this adds nothing to the default.
-SMALL_SAMPLE_DAMPING = 0.03
-OBS_METHODS = ("ziplm", "uniform")  # `uniform` differs from `ziplm` only in its plan
 
 
 @dataclass
@@ -107,114 +104,33 @@ def _read_levels(file: Any, name: str, errors: dict[str, float]) -> dict[int, Le
 
 
 def build_levels(
-    linear_weight: Tensor,
-    bias: Tensor | None,
-    stats: ModuleStats,
-    group_size: int,
-    sizes: Sequence[int],
-    *,
-    method: MethodName = "ziplm",
-    damping: float = 0.01,
-    centred: bool = True,
-    seed: int = 0,
-) -> dict[int, LevelWeights]:
-    """Levels of one module, keyed by size; relative errors are over the undamped moments, bias included.
+    linear: OutputLinear, sizes: Sequence[int], prune: PruneConfig, *, seed: int = 0
+) -> tuple[dict[int, LevelWeights], float]:
+    """Levels of one module, keyed by size, and the relative damping that its method needed (0: none).
 
-    The full size holds the weights as they are, error 0. Size 0 holds the mean output as its bias when ``centred``,
-    else no bias: error exactly 1. ``layer-drop`` has only these two levels, whatever ``sizes`` says.
+    Relative errors are over the undamped moments, bias included. The full size holds the weights as they are, error 0.
 
     Args:
-        linear_weight: [hidden, n·group_size]; bias: [hidden] or None.
-        sizes: numbers of kept structures, each in 0..n.
+        sizes: numbers of kept structures, each in 0..n; the method may have levels of some of them only.
 
     Raises:
-        NumericalError: statistics or weights not finite, or no damping makes the Hessian positive definite.
+        NumericalError: no damping makes the Hessian positive definite.
     """
-    levels, _ = _build_levels(linear_weight, bias, stats, group_size, sizes, method, damping, centred, seed)
-    return levels
-
-
-def _build_levels(
-    linear_weight: Tensor,
-    bias: Tensor | None,
-    stats: ModuleStats,
-    group_size: int,
-    sizes: Sequence[int],
-    method: MethodName,
-    damping: float,
-    centred: bool,
-    seed: int,
-) -> tuple[dict[int, LevelWeights], float]:
-    r, d = linear_weight.shape
-    if d % group_size or stats.mean.numel() != d:
-        raise ValueError(f"expected {d} columns in groups of {group_size}, found statistics of {stats.mean.numel()}")
-    n = d // group_size
+    n = linear.n_structures
     if any(not 0 <= size <= n for size in sizes):
         raise ValueError(f"expected sizes in 0..{n}, found {list(sizes)}")
-    W = linear_weight.detach().double()
-    b = bias.detach().double() if bias is not None else torch.zeros(r, dtype=torch.float64)
-    if not all(bool(torch.isfinite(x).all()) for x in (W, b, stats.hessian, stats.mean)):
-        raise NumericalError("expected finite weights and statistics, found NaN or infinity; check the model")
-    dense = LevelWeights(torch.arange(n), W.float(), b.float(), 0.0)
-    inner = sorted({size for size in sizes if 0 < size < n}, reverse=True)
-    used = 0.0
-    if method in OBS_METHODS:
-        found, used = _obs_levels(W, b, stats, group_size, inner, damping, centred)
-    elif method == "layer-drop":
-        found, centred = {}, False
-    else:
-        found = baselines.masked_levels(method, W, b, stats, group_size, inner, seed)
-        centred = method == "flap"
-    found = {n: dense, 0: dropped_level(W, b, stats, centred), **found}
-    wanted = {n, 0} if method == "layer-drop" else set(sizes)
-    return {size: found[size] for size in sorted(wanted, reverse=True)}, used
-
-
-def dropped_level(W: Tensor, b: Tensor, stats: ModuleStats, centred: bool) -> LevelWeights:
-    """Size 0: the mean output as bias, or nothing at all."""
-    r = W.shape[0]
-    kept, weight = torch.zeros(0, dtype=torch.int64), torch.zeros(r, 0)
-    if not centred:
-        return LevelWeights(kept, weight, torch.zeros(r), 1.0)
-    shift = b + W @ stats.mean
-    power = baselines.output_power(W, b, stats)
-    remaining = power - float(shift.square().sum())  # E‖y − E y‖²
-    return LevelWeights(kept, weight, shift.float(), baselines.ratio(remaining, power))
-
-
-def _obs_levels(
-    W: Tensor, b: Tensor, stats: ModuleStats, m: int, sizes: Sequence[int], damping: float, centred: bool
-) -> tuple[dict[int, LevelWeights], float]:
-    """Levels strictly between none and all by OBS, and the relative damping that was used."""
-    if not sizes:
-        return {}, damping
-    damping = max(damping, SMALL_SAMPLE_DAMPING * W.shape[1] / stats.n_tokens)
-    power = baselines.output_power(W, b, stats)
-    moment = stats.moment(centred)  # [d, d]
-    live = moment.diagonal() != 0
-    mean_diagonal = float(moment.diagonal()[live].mean()) if bool(live.any()) else 1.0
-    H, damping_used, _ = obs.damp(moment, damping)
-    del moment  # as large as all weights together
-    W_live = W * live  # a dead column carries nothing that varies: its weight is dropped, its mean goes to the bias
-    order, _ = obs.removal_order(H, W_live, m)
-    levels: dict[int, LevelWeights] = {}
-    for level in obs.level_weights(H, W_live, order, sizes):
-        columns = (level.kept[:, None] * m + torch.arange(m)).flatten()  # [k]
-        change = W_live.clone()
-        change[:, columns] -= level.weight
-        # the level minimises tr(Δ(M + λI)Δᵀ), the error is tr(ΔMΔᵀ)
-        error = level.damped_error - damping_used * float(change.square().sum())
-        new_bias = b
-        if centred:
-            new_bias = b + W @ stats.mean - level.weight @ stats.mean[columns]
-        relative = baselines.ratio(error, power)
-        levels[level.size] = LevelWeights(level.kept, level.weight.float().contiguous(), new_bias.float(), relative)
-    return levels, damping_used / mean_diagonal
+    method = get_method(prune.method)
+    wanted = method.level_sizes(sizes, n)
+    found, damping = method.levels(linear, [size for size in wanted if 0 < size < n], prune, seed)
+    dense = LevelWeights(torch.arange(n), linear.weight.float(), linear.bias.float(), 0.0)
+    dropped = dropped_level(linear, moves_mean=method.moves_mean_to_bias(prune))
+    found = {n: dense, 0: dropped, **found}
+    return {size: found[size] for size in wanted}, damping
 
 
 def build_database(
     model: nn.Module,
-    stats: Mapping[str, ModuleStats] | Iterable[tuple[str, ModuleStats]],
+    stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
     sizes: Mapping[str, Sequence[int]],
     prune: PruneConfig,
     *,
@@ -237,20 +153,17 @@ def build_database(
     gone = [module for module in modules.values() if not module.structures]
     database = Database({module.name: {0: dropped_as_is(model, module)} for module in gone})
     pairs = stats.items() if isinstance(stats, Mapping) else stats
-    for name, module_stats in pairs:
+    for name, moments in pairs:
         module = modules[name]
         linear = output_linear(model, module)
-        method, damping, centred = prune.method, prune.damping, prune.centred
         try:
-            levels, used = _build_levels(
-                linear.weight, linear.bias, module_stats, module.group_size, sizes[name], method, damping, centred, seed
-            )
+            output = OutputLinear.of(linear.weight, linear.bias, moments, module.group_size)
+            database.modules[name], database.damping[name] = build_levels(output, sizes[name], prune, seed=seed)
         except ZipLMError as error:
             raise type(error)(f"{name}: {error}") from error
-        database.modules[name], database.damping[name] = levels, used
-        if method in baselines.MASKING_METHODS:
-            weight, size = linear.weight.detach(), module.group_size
-            database.scores[name] = baselines.structure_scores(method, weight, module_stats, size, seed)
+        scores = get_method(prune.method).scores(output, seed)
+        if scores is not None:
+            database.scores[name] = scores
         if progress is not None:
             progress(len(database.modules), len(sizes))
     missing = sorted(set(sizes) - set(database.modules))

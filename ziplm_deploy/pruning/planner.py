@@ -15,17 +15,22 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import prunable_modules
-from ziplm_deploy.artifacts import LatencyTable, ModuleKind, PruningPlan
-from ziplm_deploy.config import PruneConfig
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
-from ziplm_deploy.pruning import baseline_plans, spdy
-from ziplm_deploy.pruning.database import OBS_METHODS, Database
-from ziplm_deploy.pruning.levels import pareto_levels
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.levels import pareto_levels
+from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.models.resizing import resize
+from ziplm_deploy.models.shape import ModuleKind
+from ziplm_deploy.pruning.allocations import uniform_plan
+from ziplm_deploy.pruning.database import Database
+from ziplm_deploy.pruning.kernels import spdy
+from ziplm_deploy.pruning.methods import get_method
+from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.pruning.reconstruction import reconstruct
-from ziplm_deploy.pruning.search import Plan, PlanSearch, SearchSpace, measure_sensitivities
-from ziplm_deploy.pruning.stitching import PlanLoss, StitchedModel
-from ziplm_deploy.resizing import resize
+from ziplm_deploy.pruning.search.search import PlanSearch, measure_sensitivities
+from ziplm_deploy.pruning.search.space import Plan, SearchSpace
+from ziplm_deploy.pruning.search.stitching import PlanLoss, StitchedModel
+from ziplm_deploy.recipe import PruneConfig
 from ziplm_deploy.tasks import Task
 
 Batch = dict[str, Tensor]
@@ -124,7 +129,7 @@ class Planner:
         evaluations = 0
         if self.space.plan_ms(self._whole) <= budget_ms:  # no plan loses less than the one that keeps everything
             chosen = self.space.as_sizes(self._whole)
-        elif self.prune.method == "ziplm":
+        elif get_method(self.prune.method).searches:
             chosen, loss, seeds, evaluations = self._search(budget_ms, warm, progress)
         else:
             chosen = self._baseline(budget_ms)
@@ -141,8 +146,8 @@ class Planner:
             evaluations=evaluations,
         )
 
-    def with_settings(self, prune: PruneConfig) -> Planner:
-        """The same table and database under other settings; what was measured already is kept."""
+    def with_prune_settings(self, prune: PruneConfig) -> Planner:
+        """A copy of this planner with other prune settings. Table, database and measured sensitivities are shared."""
         other = copy.copy(self)
         other.prune = prune
         return other
@@ -179,7 +184,7 @@ class Planner:
         """The physically smaller model of a plan, refitted if the recipe says so."""
         model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
         pruned = plan.sizes != self.space.as_sizes(self._whole)
-        if pruned and self.prune.reconstruct and self.prune.method in OBS_METHODS:
+        if pruned and self.prune.reconstruct and get_method(self.prune.method).refits:
             reconstruct(self.model, model, self.calibration.hessian, progress)
         return model
 
@@ -219,14 +224,12 @@ class Planner:
     def _seeds(self, search: PlanSearch, curves: list[spdy.Array]) -> dict[str, Plan]:
         seeds = {"relative error": search.solve(self.space.errors), "measured": search.solve(curves)}
         with contextlib.suppress(spdy.InfeasibleBudgetError):  # only uneven plans may be fast enough
-            seeds["uniform"] = baseline_plans.uniform_plan(self.space, search.budget_ms)
+            seeds["uniform"] = uniform_plan(self.space, search.budget_ms)
         return seeds
 
     def _baseline(self, budget_ms: float) -> dict[str, int]:
         try:
-            plan = baseline_plans.baseline_plan(
-                self.prune.method, self.space, budget_ms, self.database.scores, self.seed
-            )
+            plan = get_method(self.prune.method).plan(self.space, budget_ms, self.database.scores, self.seed)
         except spdy.InfeasibleBudgetError as error:
             raise TargetUnreachableError(str(error), self._largest_speedup()) from error
         return self.space.as_sizes(plan)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import PrunableModule, layers_of, output_module, prunable_modules, residual_module
 from ziplm_deploy.errors import NumericalError
-from ziplm_deploy.pruning.stitching import layer_input
+from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules, residual_module
+from ziplm_deploy.pruning.search.stitching import layer_input
 
 Batch = dict[str, Tensor]
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # relative to the mean diagonal of the inputs' covariance

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import layers_of, prunable_modules
+from ziplm_deploy.models.modules import layers_of, prunable_modules
 
 EPSILON = 1e-6
 

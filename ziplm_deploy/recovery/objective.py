@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.config import RecoverConfig
+from ziplm_deploy.recipe import RecoverConfig
 from ziplm_deploy.recovery.losses import LayerOutputs, token_loss
 from ziplm_deploy.recovery.teacher import Teacher
 from ziplm_deploy.tasks import Task
@@ -47,7 +47,7 @@ class Objective:
     teacher: Teacher | None = None
 
     @classmethod
-    def of(cls, config: RecoverConfig, task: Task, teacher: Teacher) -> Objective:
+    def from_config(cls, config: RecoverConfig, task: Task, teacher: Teacher) -> Objective:
         return cls(task, config.task_weight, config.logit_weight, config.token_weight, config.temperature, teacher)
 
     def __call__(self, answer: dict[str, Any], batch: Batch, positions: Tensor, layers: Sequence[int]) -> Tensor:

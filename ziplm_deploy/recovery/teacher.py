@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.architectures import model_shape
-from ziplm_deploy.config import RecoverConfig
+from ziplm_deploy.models.modules import model_shape
+from ziplm_deploy.recipe import RecoverConfig
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.tasks import Task
 

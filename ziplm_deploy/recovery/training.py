@@ -18,13 +18,13 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from ziplm_deploy import distributed
-from ziplm_deploy.artifacts import TrainingRecord
-from ziplm_deploy.config import TrainConfig
 from ziplm_deploy.errors import DataError, EnvironmentMismatchError, NumericalError, RecipeError, StorageError
+from ziplm_deploy.machine import distributed
 from ziplm_deploy.progress import Progress
+from ziplm_deploy.recipe import TrainConfig
 from ziplm_deploy.recovery.examples import POSITION, Examples, LengthGrouped
 from ziplm_deploy.recovery.objective import Objective, Student
+from ziplm_deploy.recovery.record import TrainingRecord
 
 Batch = dict[str, Tensor]
 WEIGHTS = "model.safetensors"
@@ -168,7 +168,7 @@ def train(
         if _is_out_of_memory(error):
             raise EnvironmentMismatchError(
                 f"expected {arguments.device} to hold a step of {config.batch_size} examples, found: {error}; lower "
-                "batch_size or environment.seq_len"
+                "batch_size or environment.workload.seq_len"
             ) from error
         if not _is_full_disk(error):
             raise
@@ -242,7 +242,7 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transfor
 
 
 def total_steps(config: TrainConfig, n_examples: int, batch: int) -> int:
-    """Optimiser steps of a training."""
+    """Optimizer steps of a training."""
     return config.max_steps or math.ceil(config.epochs * math.ceil(n_examples / batch))
 
 
@@ -258,7 +258,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimiser steps that a checkpoint has behind it."""
+    """Optimizer steps that a checkpoint has behind it."""
     return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
 
 

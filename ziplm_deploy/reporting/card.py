@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import yaml
 
-from ziplm_deploy.artifacts import FamilyReport, MemberReport
-from ziplm_deploy.compression.variants import ONNX_FILES
 from ziplm_deploy.engines import get_engine
+from ziplm_deploy.recipe import Variant
+from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import baseline_of, file_header, file_rows, markdown_table, shows_no_speedup
 
 
@@ -70,7 +70,7 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
         ["p99 ms", f"{member.p99_ms:.3f}", f"{dense.p99_ms:.3f}"],
         ["requests per second", f"{member.throughput_per_second:.1f}", f"{dense.throughput_per_second:.1f}"],
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
-        [f"{ONNX_FILES[member.variant]} bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
+        [f"{member.variant.onnx_file} bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
         *([key, f"{value:.4f}", figure(dense.accuracy.get(key), "{:.4f}")] for key, value in member.accuracy.items()),
         *(
             [f"{key}, {_before_training(member)}", f"{value:.4f}", "–"]
@@ -83,7 +83,7 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
 
 def _before_training(member: MemberReport) -> str:
     """What the scores before training are of, where the others are not of the same file."""
-    return "before training" if member.variant == "fp32" else f"{ONNX_FILES['fp32']} before training"
+    return "before training" if member.variant is Variant.FP32 else f"{Variant.FP32.onnx_file} before training"
 
 
 def _files(report: FamilyReport, member: MemberReport) -> list[str]:
@@ -96,13 +96,13 @@ def _conditions(report: FamilyReport) -> list[str]:
     baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [
         f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), batch "
-        f"{environment.batch_size}, {environment.seq_len} tokens, {report.engine} {report.engine_version}, "
+        f"{environment.workload.batch_size}, {environment.workload.seq_len} tokens, {report.engine} {report.engine_version}, "
         f"{baseline}{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
     ]
 
 
 def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
-    exported, file = ONNX_FILES["fp32"], ONNX_FILES[member.variant]
+    exported, file = Variant.FP32.onnx_file, member.variant.onnx_file
     name, origin = ("", "") if file == exported else (f', file_name="{file}"', f": {exported}, not {file}")
     return "\n".join(
         [
@@ -134,7 +134,7 @@ def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
     if engine == "onnxruntime":
         return []
     return [
-        f"The figures above are those of {ONNX_FILES[member.variant]} on {engine}. Stock optimum runs it on ONNX "
+        f"The figures above are those of {member.variant.onnx_file} on {engine}. Stock optimum runs it on ONNX "
         "Runtime, where its latency is another one and its scores may differ.",
         "",
     ]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
-from ziplm_deploy.artifacts import BenchmarkRecord, FileReport, VariantResult
 from ziplm_deploy.compression.records import facts_of, int8_record, outside_budget
-from ziplm_deploy.compression.variants import ONNX_FILES, label, parents_of
-from ziplm_deploy.config import Variant
 from ziplm_deploy.errors import CorruptArtifactError
-from ziplm_deploy.evaluation import accuracy_in
-from ziplm_deploy.parents import DENSE
-from ziplm_deploy.run import Run
-from ziplm_deploy.subjects import dense_as_served, refused_files
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
+from ziplm_deploy.pruning.parent import DENSE
+from ziplm_deploy.recipe import Variant, file_label
+from ziplm_deploy.reporting.records import FileReport
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.evaluate import accuracy_in
+from ziplm_deploy.stages.timed_files import dense_as_served, refused_files
 
 GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
 
@@ -35,17 +35,15 @@ def file_reports(state: Run, name: str, record: BenchmarkRecord) -> list[FileRep
 def _timings(state: Run, name: str) -> list[tuple[Variant, str]]:
     """Files of a member and their names in the benchmark; ``model.onnx`` of dense twice if it ran on two engines."""
     recipe = state.recipe
-    files = [(variant, label(name, variant)) for variant in ONNX_FILES if variant in recipe.variants]
+    files = [(variant, file_label(name, variant)) for variant in Variant if variant in recipe.variants]
     if name == DENSE and recipe.baseline_engine != recipe.environment.engine:
-        files.insert(1, ("fp32", dense_as_served(state)))
+        files.insert(1, (Variant.FP32, dense_as_served(state)))
     return files
 
 
-def _file_report(
-    state: Run, name: str, variant: Variant, result: VariantResult, before: list[FileReport]
-) -> FileReport:
+def _file_report(state: Run, name: str, variant: Variant, result: FileTiming, before: list[FileReport]) -> FileReport:
     """``before``: the member's files that were looked at already."""
-    path = state.folder.member(name) / ONNX_FILES[variant]
+    path = state.folder.member(name) / variant.onnx_file
     if not path.exists():
         raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
     only_timed = result.name == dense_as_served(state)  # scores of dense are those of the baseline's engine
@@ -74,17 +72,17 @@ def _file_report(
     )
 
 
-def _slower_than(result: VariantResult, variant: Variant, before: list[FileReport]) -> list[str]:
+def _slower_than(result: FileTiming, variant: Variant, before: list[FileReport]) -> list[str]:
     """Beside each file that this one is made from, as timed on the same engine: engines are not compared here."""
     return [
         why_not(result, file)
-        for parent in parents_of(variant)
+        for parent in variant.made_from
         for file in before
         if file.variant == parent and file.engine == result.engine
     ]
 
 
-def why_not(result: VariantResult, parent: FileReport) -> str:
+def why_not(result: FileTiming, parent: FileReport) -> str:
     """Why a file is not worth having beside one that is nearer to the dense model; empty if it is faster, surely."""
     if result.speedup_low > parent.measured_high:
         return ""
@@ -101,7 +99,7 @@ def gzip_bytes(path: Path) -> int:
     return size + len(compressor.flush())
 
 
-def timing_of(record: BenchmarkRecord, name: str) -> VariantResult:
+def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:
     """Timing of a file by its name; raises :class:`CorruptArtifactError` if the benchmark has none."""
     known = {variant.name: variant for variant in record.variants}
     if name not in known:

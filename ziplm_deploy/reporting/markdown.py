@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ziplm_deploy.artifacts import FamilyReport, MemberReport
-from ziplm_deploy.reporting.console import aa_line
+from ziplm_deploy.cli.console import aa_line
+from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
     baseline_of,
@@ -190,7 +190,7 @@ def _environment(report: FamilyReport) -> list[str]:
     machine = report.machine
     baseline = f", baseline on {baseline_of(report)}" if report.baseline_engine else ""
     return [
-        f"- {report.environment.describe()} ({report.environment.scenario}), {report.engine} {report.engine_version}"
+        f"- {report.environment.describe()} ({report.environment.workload.scenario}), {report.engine} {report.engine_version}"
         f"{baseline}",
         f"- {machine.cpu_model}; {' '.join(machine.isa_flags)}",
         f"- {machine.usable_cores} of {machine.logical_cores} cores granted, "

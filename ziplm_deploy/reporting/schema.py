@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ziplm_deploy.artifacts import Artifact, BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan
-from ziplm_deploy.config import Recipe
+from ziplm_deploy.artifacts import Artifact
 from ziplm_deploy.errors import UsageError
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.reporting.records import FamilyReport
 
 ARTIFACTS: dict[str, type[Artifact]] = {
     "benchmark": BenchmarkRecord,

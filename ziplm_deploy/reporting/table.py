@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ziplm_deploy.artifacts import FamilyReport, FileReport, MemberReport
+from ziplm_deploy.recipe import Variant
+from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
 
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
@@ -47,7 +48,7 @@ def _trained(members: Sequence[MemberReport]) -> bool:
 
 def _before_training(member: MemberReport) -> dict[str, float]:
     """Scores of ``model.onnx`` as pruned; none beside those of another file, which they do not compare with."""
-    return member.accuracy_before_training if member.variant == "fp32" else {}
+    return member.accuracy_before_training if member.variant is Variant.FP32 else {}
 
 
 def shows_no_speedup(member: MemberReport) -> bool:

@@ -1,9 +1,9 @@
-"""Data, tokenisation, metric and search loss of every task."""
+"""Data, tokenization, metric and search loss of every task."""
 
 from __future__ import annotations
 
-from ziplm_deploy.config import ModelConfig
 from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks.answering import QuestionAnswering
 from ziplm_deploy.tasks.base import Run, Task, torch_run
 from ziplm_deploy.tasks.classification import TextClassification
@@ -30,7 +30,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def get_task(model: ModelConfig | str) -> Task:
-    """The task of a model; a plain name takes the model settings' defaults (mean pooling, normalised).
+    """The task of a model; a plain name takes the model settings' defaults (mean pooling, normalized).
 
     Raises:
         RecipeError: no such task; lists those there are.

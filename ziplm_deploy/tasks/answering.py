@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import squad
 
-from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Run, Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
@@ -32,13 +32,13 @@ from ziplm_deploy.tasks.losses import cross_entropy
 
 MAX_ANSWER_TOKENS = 30  # as in the reference evaluation of BERT
 BEST = 20  # start and end positions considered a window
-TOKENIZED_ROWS = 1000  # rows tokenised at once for training: windows with offsets take much memory
+TOKENIZED_ROWS = 1000  # rows tokenized at once for training: windows with offsets take much memory
 MIN_LENGTH = 32  # tokens; below it question and special tokens leave no room for context
 
 
 @dataclass(frozen=True)
 class Window:
-    """A tokenised piece of one row's context."""
+    """A tokenized piece of one row's context."""
 
     row: int
     inputs: Example
@@ -62,7 +62,7 @@ class QuestionAnswering(Task):
     feature_outputs = ("start_logits", "end_logits")
     token_outputs = frozenset(feature_outputs)
 
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
         if len(columns) != 2:
             raise DataError(f"expected question and context column, found data.text_columns {columns}; name both")
@@ -178,7 +178,7 @@ def make_windows(processor: Any, rows: list[Row], max_length: int) -> list[Windo
     if limit < MIN_LENGTH:
         raise DataError(
             f"expected a length of at least {MIN_LENGTH} tokens for question-answering, found {limit}; raise "
-            "environment.seq_len"
+            "environment.workload.seq_len"
         )
     encoded = processor(
         _shortened(processor, [row["question"] for row in rows], limit // 2),

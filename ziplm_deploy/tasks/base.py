@@ -1,6 +1,6 @@
 """What every task offers: rows, batches, metric, the loss that guides the search, and the losses of training.
 
-Rows are normalised once when they are loaded, so nothing after :meth:`Task.load_rows` knows column names.
+Rows are normalized once when they are loaded, so nothing after :meth:`Task.load_rows` knows column names.
 A *run* is anything that maps named numpy inputs to named numpy outputs: an ONNX session or :func:`torch_run`.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.config import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence
@@ -45,7 +45,7 @@ class Task(ABC):
         self.model = model
 
     def load_rows(self, data: DataConfig, which: Which, seed: int) -> list[Row]:
-        """Normalised rows of the calibration, evaluation or training set, sampled with ``seed``.
+        """Normalized rows of the calibration, evaluation or training set, sampled with ``seed``.
 
         Calibration and training rows come in random order, so that their first n are a fair sample; evaluation rows in
         their own. Without ``data.train`` the training rows come from the calibration data.
@@ -59,7 +59,7 @@ class Task(ABC):
             raise DataError(f"expected {asked} in the recipe, found none; give a data file or a `datasets` name")
         raw = read_rows(source, split=split, config_name=data.config_name)
         try:
-            rows = self.normalise_rows(raw, data, which)
+            rows = self.normalize_rows(raw, data, which)
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
         counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
@@ -75,7 +75,7 @@ class Task(ABC):
         return data.calibration, data.calibration_split
 
     @abstractmethod
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         """Bring raw rows to the keys that this task's other methods read; raises :class:`DataError`."""
 
     def columns(

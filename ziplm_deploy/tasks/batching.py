@@ -1,4 +1,4 @@
-"""From tokenised examples to padded batches, dynamic for torch or of one fixed shape for static ONNX files."""
+"""From tokenized examples to padded batches, dynamic for torch or of one fixed shape for static ONNX files."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Run, Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Batch, encode_examples, run_batches, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
@@ -33,7 +33,7 @@ class TextTask(Task):
     )
     label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
 
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
         if len(columns) > 2:
             raise DataError(f"expected one or two text columns, found data.text_columns {columns}; name at most two")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Run, Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Arrays, Batch, with_labels
 from ziplm_deploy.tasks.classification import classification_metrics
@@ -30,7 +30,7 @@ class ImageClassification(Task):
     text_columns = (("image",), ("img",), ("image_path",), ("file_name",))
     label_columns = ("label", "labels")
 
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         (column, *more) = self.columns(raw, data)
         if more:
             raise DataError(f"expected one image column, found data.text_columns {data.text_columns}; name one")

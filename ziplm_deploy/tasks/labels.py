@@ -11,7 +11,7 @@ import numpy as np
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.tasks.data import Row
 
-MOST_CLASSES = 10_000  # larger numbers are ids of something else; a head for them would only fill the memory
+MAX_CLASSES = 10_000  # larger numbers are ids of something else; a head for them would only fill the memory
 
 
 def labels_of(rows: list[Row], key: str = "label") -> list[Any] | None:
@@ -132,9 +132,9 @@ def class_head(labels: Iterable[Any]) -> dict[str, Any]:
 
 def _numbered_names(numbers: list[int]) -> list[str]:
     """Names of the classes 0 to the largest of sorted numbers; classes between them may lack examples."""
-    if numbers and not 0 <= numbers[0] <= numbers[-1] < MOST_CLASSES:
+    if numbers and not 0 <= numbers[0] <= numbers[-1] < MAX_CLASSES:
         raise DataError(
-            f"expected class numbers from 0 to at most {MOST_CLASSES - 1}, found {numbers[0]} to {numbers[-1]}; number "
+            f"expected class numbers from 0 to at most {MAX_CLASSES - 1}, found {numbers[0]} to {numbers[-1]}; number "
             "the classes from 0, or name them (-1 marks test splits without labels)"
         )
     return [str(number) for number in range(numbers[-1] + 1)] if numbers else []

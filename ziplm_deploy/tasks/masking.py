@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ziplm_deploy.config import DataConfig, ModelConfig
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.tasks.base import Run, Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
@@ -44,7 +44,7 @@ class FillMask(Task):
         super().__init__(model)
         self._mask_id: int | None = None  # of the tokenizer last encoded with; tells features() where to look
 
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
         if len(columns) != 1:
             raise DataError(f"expected one text column, found data.text_columns {columns}; name one")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Run, Task, Which
 from ziplm_deploy.tasks.batching import (
     Arrays,
@@ -38,7 +38,7 @@ class SentenceSimilarity(Task):
     label_names = ()  # embeddings are trained against the dense model's
     feature_outputs = ("sentence_embedding",)
 
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         if which != "evaluation":
             columns = self.columns(raw, data, (*self.text_columns, ("sentence",), ("text",)))
             texts = (cell(row, name, str, n, "text") for n, row in enumerate(raw, 1) for name in columns)

@@ -8,8 +8,8 @@ import numpy as np
 from seqeval.metrics import f1_score, precision_score, recall_score
 from torch import Tensor
 
-from ziplm_deploy.config import DataConfig
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Run, Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
@@ -43,7 +43,7 @@ class TokenClassification(Task):
     label_columns = ("ner_tags", "tags", "labels", "label")
     token_outputs = frozenset({"logits"})
 
-    def normalise_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+    def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
         if len(columns) != 1:
             raise DataError(f"expected one column with lists of words, found data.text_columns {columns}; name one")

@@ -1,0 +1,164 @@
+"""Ranges of activations from calibration data: those of ONNX Runtime's calibrators, in bounded memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from tests.helpers.int8_files import (
+    Batch,
+    Exported,
+    Reader,
+    exported,
+    node_named,
+)
+from tests.helpers.models import tiny_model
+from ziplm_deploy.compression.int8 import scales as int8_scales
+from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
+from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import Int8Config
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported(tmp_path_factory.mktemp("static"), "static")
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported(tmp_path_factory.mktemp("dynamic"), "dynamic", opset=17)
+
+
+def int8(source: Exported, target: Path, config: Int8Config, **settings: Any) -> Path:
+    settings = {"engine": "onnxruntime", "reduce_range": True, "batches": source.batches} | settings
+    quantize(source.path, target, config, **settings)
+    return target
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_ranges_are_those_of_onnx_runtimes_calibrators(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
+
+    monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)
+    source = exported(tmp_path, model=tiny_model("bert", num_hidden_layers=1))
+    found = linear_ranges(source.path, source.batches, Int8Config(ranges=method, percentile=99.0))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+    bins = {"entropy": 256, "percentile": 2048}.get(method, 0)
+    calibrator = create_calibrator(
+        source.path,
+        ["MatMul"],
+        str(tmp_path / "augmented.onnx"),
+        {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy}.get(
+            method, CalibrationMethod.Percentile
+        ),
+        extra_options={"num_bins": bins, "symmetric": False, "percentile": 99.0},
+    )
+    calibrator.collect_data(Reader(source.batches))  # all at once
+    with np.errstate(all="ignore"):
+        theirs = calibrator.compute_data()
+    graph = onnx.load(str(source.path)).graph
+    for name, values in found.items():
+        layer, _, rest = name.partition(".layer.0.")
+        ending = f"{layer}/layer.0/{rest.replace('.', '/')}/MatMul"
+        low, high = theirs[node_named(graph, ending).input[0]].range_value
+        assert (values.low, values.high) == (pytest.approx(low.item()), pytest.approx(high.item()))
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_ranges_depend_neither_on_order_nor_on_batching(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)
+    source = exported(tmp_path, "dynamic", model=tiny_model("bert", num_hidden_layers=1))
+    rows = [{name: array[i : i + 1] for name, array in batch.items()} for batch in source.batches for i in (0, 1)]
+    config = Int8Config(ranges=method, percentile=99.0)  # type: ignore[arg-type]
+    expected = linear_ranges(source.path, source.batches, config)
+    for name, values in linear_ranges(source.path, rows[::-1], config).items():
+        assert values.low == pytest.approx(expected[name].low, rel=1e-4)
+        assert values.high == pytest.approx(expected[name].high, rel=1e-4)
+
+
+def test_histogram_ranges_lie_within_the_extremes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)
+    source = exported(tmp_path, model=tiny_model("bert", num_hidden_layers=1))
+    extremes = linear_ranges(source.path, source.batches, Int8Config())
+    for config in (Int8Config(ranges="entropy"), Int8Config(ranges="percentile", percentile=90.0)):
+        for name, values in linear_ranges(source.path, source.batches, config).items():
+            assert extremes[name].low <= values.low < values.high <= extremes[name].high
+            assert config.ranges == "entropy" or values.high - values.low < extremes[name].high - extremes[name].low
+
+
+class _Streamed(Sequence[Batch]):
+    """Batches that are made when they are asked for."""
+
+    def __init__(self, example: Batch) -> None:
+        self._example = example
+        self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.most = 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError
+        arrays = {name: _Counted.of(array) for name, array in self._example.items()}
+        self.alive.update(arrays.values())
+        self.most = max(self.most, len(self.alive))
+        return arrays
+
+
+class _Counted(np.ndarray[Any, Any]):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> _Counted:
+        return array.copy().view(cls)
+
+
+def test_calibration_keeps_no_batches(static: Exported) -> None:
+    streamed = _Streamed(static.batches[0])
+    linear_ranges(static.path, streamed, Int8Config(ranges="percentile"))
+    assert 0 < streamed.most <= 2 * len(static.batches[0])
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile"])
+def test_large_batches_go_in_pieces(dynamic: Exported, monkeypatch: pytest.MonkeyPatch, ranges: str) -> None:
+    large = {name: np.concatenate([batch[name] for batch in dynamic.batches] * 2) for name in dynamic.batches[0]}
+    config, sizes = Int8Config(ranges=ranges), list[int]()  # type: ignore[arg-type]
+    run = onnxruntime.InferenceSession.run
+
+    def noting(self: Any, outputs: Any, inputs: Batch, *more: Any) -> Any:
+        sizes.extend({len(array) for array in inputs.values()})
+        return run(self, outputs, inputs, *more)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", noting)
+    found = linear_ranges(dynamic.path, [large], config)
+    assert sizes == [8, 8, 4] * (1 if ranges == "minmax" else 2)
+    monkeypatch.setattr(int8_scales, "_EXAMPLES_AT_ONCE", 64)
+    whole = linear_ranges(dynamic.path, [large], config)
+    assert sizes[-1] == 20
+    assert found.keys() == whole.keys()
+    for name, values in found.items():
+        assert (values.low, values.high) == pytest.approx((whole[name].low, whole[name].high), rel=1e-5)
+
+
+def test_batches_of_a_fixed_size_stay_whole(static: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = linear_ranges(static.path, static.batches, Int8Config())
+    monkeypatch.setattr(int8_scales, "_EXAMPLES_AT_ONCE", 1)
+    assert linear_ranges(static.path, static.batches, Int8Config()) == expected
+
+
+def test_inputs_of_different_numbers_of_examples_are_refused(dynamic: Exported) -> None:
+    many = {name: np.repeat(array, 8, axis=0) for name, array in dynamic.batches[0].items()}
+    with pytest.raises(DataError, match="batches that the model takes"):
+        linear_ranges(dynamic.path, [{**many, "attention_mask": many["attention_mask"][:9]}], Int8Config())

@@ -1,0 +1,177 @@
+"""Which linears INT8 hurts: outliers are found, the most sensitive come first, and the budget search ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.helpers.models import output_tensors, tiny_inputs, tiny_model
+from ziplm_deploy.compression.int8.fake_quant import QuantizedLinear, quantizable_linears
+from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, keep_in_fp32, rank_linears
+from ziplm_deploy.errors import DataError, NumericalError, UsageError
+from ziplm_deploy.recipe import Int8Config
+
+CONFIG = Int8Config(method="static")
+
+
+def rows(count: int) -> list[SensitivityRow]:
+    return [SensitivityRow(f"linear {index}", 1.0 / (index + 1), 1.0, 1.0) for index in range(count)]
+
+
+class Divergence:
+    """Mean squared difference from what the model answered at first; remembers what was quantized at each call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inputs = tiny_inputs(model, 2, 9)
+        self.expected = output_tensors(model, self.inputs)["last_hidden_state"]
+        self.quantized: list[str] = []
+
+    def __call__(self, model: nn.Module) -> float:
+        self.quantized += [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+        found = output_tensors(model, self.inputs)["last_hidden_state"]
+        return float((found - self.expected).square().mean())
+
+
+def list_all(model: nn.Module, config: Int8Config = CONFIG, **settings: Any) -> list[SensitivityRow]:
+    divergence = Divergence(model)
+    batches = [tiny_inputs(model, 2, 9, seed) for seed in range(3)]
+    return rank_linears(model, batches, settings.get("divergence", divergence), config, True)
+
+
+def test_every_linear_is_quantized_alone_and_the_model_is_unchanged() -> None:
+    model = tiny_model("bert")
+    divergence = Divergence(model)
+    found = list_all(model, divergence=divergence)
+    assert divergence.quantized == list(quantizable_linears(model))
+    assert sorted(row.name for row in found) == sorted(divergence.quantized)
+    assert [row.divergence for row in found] == sorted((row.divergence for row in found), reverse=True)
+    assert all(row.divergence > 0 and row.activation_outliers >= 1 and row.weight_outliers >= 1 for row in found)
+    assert divergence(model) == 0
+    assert not any(row.ruined_by_outliers for row in found)
+
+
+def test_a_weight_of_a_thousand_times_the_others_ruins_its_linear() -> None:
+    model = tiny_model("bert")
+    linear = model.encoder.layer[1].attention.self.value  # type: ignore[union-attr]
+    with torch.no_grad():
+        linear.weight[2, 3] *= 1000 / linear.weight[2, 3].abs()
+    found = {row.name: row for row in list_all(model, Int8Config(method="static", per_channel=False))}
+    name = "encoder.layer.1.attention.self.value"
+    assert found[name].weight_outliers > 500
+    assert [row for row in found if found[row].weight_outliers > 16] == [name]
+    assert found[name].ruined_by_outliers
+    # With a scale for each output one output is lost, not all.
+    by_channel = {row.name: row for row in list_all(model)}
+    assert by_channel[name].weight_outliers > 100
+    assert by_channel[name].divergence < 0.2 * found[name].divergence
+
+
+def test_outliers_of_activations_are_found_where_they_enter() -> None:
+    model = tiny_model("bert", intermediate_size=2048)
+    dense = model.encoder.layer[1].intermediate.dense  # type: ignore[union-attr]
+    with torch.no_grad():
+        dense.weight[7] *= 1000
+    by_name = {row.name: row for row in list_all(model)}
+    name = "encoder.layer.1.output.dense"
+    assert by_name[name].activation_outliers > 50
+    assert by_name[name].ruined_by_outliers
+    assert [row for row in by_name if by_name[row].activation_outliers > 16] == [name]
+    assert max(by_name.values(), key=lambda row: row.divergence).name == name
+
+
+def test_zeros_are_no_outliers() -> None:
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for linear in quantizable_linears(model).values():
+            linear.weight[:, 1:] = 0.0  # one weight an output is left
+            linear.weight[0] = 0.0
+    assert all(row.weight_outliers == 1.0 for row in list_all(model))
+
+
+def test_progress_counts_the_linears() -> None:
+    model, seen = tiny_model("bert", num_hidden_layers=1), list[tuple[int, int]]()
+    rank_linears(model, [tiny_inputs(model)], Divergence(model), CONFIG, True, lambda *step: seen.append(step))
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+def test_divergence_or_weights_that_are_not_finite_name_the_linear() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(NumericalError, match=r"with encoder\.layer\.0\.attention\.self\.query in INT8, found nan"):
+        list_all(model, divergence=lambda _: float("nan"))
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    with pytest.raises(DataError, match="found none"):
+        rank_linears(model, [], lambda _: 0.0, CONFIG, True)
+
+
+def test_a_divergence_that_fails_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("bert")
+
+    def fail(_: nn.Module) -> float:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        list_all(model, divergence=fail)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_the_list_grows_until_the_budget_holds() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def evaluate(kept: tuple[str, ...]) -> float:
+        asked.append(kept)
+        return 0.9 if "linear 2" in kept else 0.8
+
+    choice = keep_in_fp32(rows(20), evaluate, 0.905, CONFIG)
+    assert [len(kept) for kept in asked] == [0, 1, 2, 4]
+    assert choice.kept == ("linear 0", "linear 1", "linear 2", "linear 3")
+    assert choice.within_budget
+    assert choice.tried == ((0, 0.8), (1, 0.8), (2, 0.8), (4, 0.9))
+
+
+def test_nothing_stays_in_float32_if_nothing_is_lost() -> None:
+    choice = keep_in_fp32(rows(20), lambda _: 0.95, 0.9, CONFIG)
+    assert (choice.kept, choice.score, choice.within_budget) == ((), 0.95, True)
+
+
+def test_a_budget_that_cannot_be_held_is_said() -> None:
+    scores = {0: 0.1, 1: 0.3, 2: 0.3, 4: 0.2, 5: 0.25}
+    choice = keep_in_fp32(rows(10), lambda kept: scores[len(kept)], 0.9, CONFIG)
+    assert not choice.within_budget
+    assert choice.tried == tuple(scores.items())
+    assert choice.kept == ("linear 0",)  # the best, with the fewest
+    assert choice.score == 0.3
+
+
+@given(
+    count=st.integers(1, 80),
+    share=st.floats(0, 1),
+    reference=st.floats(-1, 1),
+    score=st.floats(-2, 2),
+    max_loss=st.floats(0, 0.5),
+)
+@settings(deadline=None)
+def test_the_search_ends_within_the_share(
+    count: int, share: float, reference: float, score: float, max_loss: float
+) -> None:
+    config = Int8Config(max_fp32_share=share, max_loss=max_loss)
+    choice = keep_in_fp32(rows(count), lambda _: score, reference, config)
+    numbers = [number for number, _ in choice.tried]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] == 0
+    assert numbers[-1] <= min(share * count, count - 1)  # one is left to quantize
+    assert choice.within_budget == (reference - score <= max_loss * abs(reference))
+    assert choice.within_budget or numbers[-1] == min(int(share * count), count - 1)
+
+
+def test_scores_that_are_not_finite_and_empty_listings_are_refused() -> None:
+    with pytest.raises(NumericalError, match=r"with 0 linear\(s\) in float32, found nan"):
+        keep_in_fp32(rows(3), lambda _: float("nan"), 0.9, CONFIG)
+    with pytest.raises(NumericalError, match="before INT8, found inf"):
+        keep_in_fp32(rows(3), lambda _: 0.9, float("inf"), CONFIG)
+    with pytest.raises(UsageError, match="expected linears to choose from"):
+        keep_in_fp32([], lambda _: 0.9, 0.9, CONFIG)

@@ -1,0 +1,256 @@
+"""Artifacts made by hand, for tests of files, reports and the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ziplm_deploy.artifacts import file_hash
+from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
+from ziplm_deploy.latency.table import Cell, LatencyTable
+from ziplm_deploy.latency.timing import Timing
+from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import Environment, Variant, file_label, parse_recipe
+from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
+from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.run.run import Step
+
+DATE = "2026-01-01T00:00:00+00:00"
+
+
+def machine() -> MachineInfo:
+    return MachineInfo(
+        cpu_model="A | CPU",
+        isa_flags=("avx2",),
+        logical_cores=4,
+        usable_cores=2,
+        memory_bytes=8 * 2**30,
+        operating_system="Linux 1",
+    )
+
+
+def timing(median_ms: float) -> Timing:
+    return Timing(
+        median_ms=median_ms, low_ms=0.99 * median_ms, high_ms=1.01 * median_ms, p90_ms=1.1 * median_ms,
+        p99_ms=1.2 * median_ms, n=9,
+    )  # fmt: skip
+
+
+def latency_table(**changes: Any) -> LatencyTable:
+    """Two layers, 2 heads, width 16: dense 10 ms = base 2 + 2 x (1 + 3); everything dropped: 2.4 ms."""
+    cells = [("attention", 0, 0.1), ("attention", 1, 0.6), ("attention", 2, 1.0)]
+    cells += [("ffn", 0, 0.1), ("ffn", 8, 1.5), ("ffn", 16, 3.0)]
+    fields: dict[str, Any] = {
+        "machine": machine(),
+        "engine": "onnxruntime",
+        "engine_version": "1.0",
+        "environment": Environment(),
+        "graph": "BertModel",
+        "shape": ModelShape(
+            model_type="bert", n_layers=2, hidden_size=32, n_heads=2, head_dim=16, intermediate_size=16
+        ),
+        "shapes": "dynamic",
+        "opset": 17,
+        "stack_depth": 4,
+        "base": timing(2.0),
+        "dense": timing(10.0),
+        "cells": [Cell(kind=kind, size=size, timing=timing(ms)) for kind, size, ms in cells],
+        "date": DATE,
+        "measuring_seconds": 1.0,
+        "total_seconds": 2.0,
+    }
+    return LatencyTable(**{**fields, **changes})
+
+
+def plan(target: float, **changes: Any) -> PruningPlan:
+    fields: dict[str, Any] = {
+        "speedup_target": target,
+        "budget_ms": 3.0,
+        "method": "ziplm",
+        "sizes": {"0.attention": 1, "0.ffn": 8, "1.attention": 0, "1.ffn": 8},
+        "predicted_ms": 10.0 / target,
+        "predicted_speedup": target * 1.01,
+        "search_loss": 0.01,
+        "seed_losses": {"relative-error": 0.03, "uniform": 0.02, "measured": 0.015},
+        "evaluations": 40,
+    }
+    return PruningPlan(**{**fields, **changes})
+
+
+def variant(name: str, speedup: float, half_width: float = 0.01) -> FileTiming:
+    latency = timing(10.0 / speedup)
+    return FileTiming(
+        name=name,
+        path=f"{name}/model.onnx",
+        latency=latency,
+        p50_ms=latency.median_ms,
+        throughput_per_second=100.0 * speedup,
+        peak_memory_bytes=2**20,
+        speedup=speedup,
+        speedup_low=speedup - half_width,
+        speedup_high=speedup + half_width,
+        samples_ms=[latency.median_ms] * 3,
+    )
+
+
+def benchmark_record(**speedups: float) -> BenchmarkRecord:
+    """``benchmark_record(**{"2x": 2.01})``: the dense model and these members."""
+    return BenchmarkRecord(
+        machine=machine(),
+        engine="onnxruntime",
+        engine_version="1.0",
+        environment=Environment(),
+        baseline="dense",
+        aa_ratio=1.001,
+        aa_low=0.995,
+        aa_high=1.006,
+        variants=[variant("dense", 1.0), *(variant(name, speedup) for name, speedup in speedups.items())],
+        date=DATE,
+        seconds=3.0,
+    )
+
+
+def member(name: str, **changes: Any) -> MemberReport:
+    target = None if name == "dense" else float(name.removesuffix("x"))
+    measured = target or 1.0
+    fields: dict[str, Any] = {
+        "name": name,
+        "folder": name,
+        "speedup_target": target,
+        "predicted_speedup": None if target is None else target * 1.01,
+        "measured_speedup": measured,
+        "measured_low": measured - 0.01,
+        "measured_high": measured + 0.01,
+        "p50_ms": 10.0 / measured,
+        "p99_ms": 12.0 / measured,
+        "throughput_per_second": 100.0 * measured,
+        "peak_memory_bytes": 2**20,
+        "parameters": int(22_000_000 / measured),
+        "onnx_bytes": int(90_000_000 / measured),
+        "accuracy": {"spearman": 0.87 / measured**0.01, "pearson": 0.86, "mean_cosine": 0.9},
+        "sizes": {"0.attention": 2, "0.ffn": 16, "1.attention": 0, "1.ffn": 8},
+        "search_loss": None if target is None else 0.01,
+        "seed_losses": {} if target is None else {"uniform": 0.02},
+        "verdict": "baseline" if target is None else "reached",
+    }
+    if target is None:
+        fields["accuracy"].pop("mean_cosine")
+    return MemberReport(**{**fields, **changes})
+
+
+def family_report(*members: MemberReport, **changes: Any) -> FamilyReport:
+    fields: dict[str, Any] = {
+        "name": "demo",
+        "model": "some/model",
+        "task": "sentence-similarity",
+        "metric": "spearman",
+        "method": "ziplm",
+        "machine": machine(),
+        "engine": "onnxruntime",
+        "engine_version": "1.0",
+        "environment": Environment(),
+        "members": list(members) or [member("dense"), member("2x")],
+        "aa_ratio": 1.001,
+        "aa_low": 0.995,
+        "aa_high": 1.006,
+        "notes": ["calibration has few tokens"],
+        "stage_seconds": {"profile": 12.3},
+        "versions": {"python": "3.11.0"},
+        "date": DATE,
+    }
+    return FamilyReport(**{**fields, **changes})
+
+
+def file(variant: Variant, **changes: Any) -> FileReport:
+    fields: dict[str, Any] = {
+        "variant": variant,
+        "file": variant.onnx_file,
+        "engine": "onnxruntime",
+        "measured_speedup": 2.0,
+        "measured_low": 1.99,
+        "measured_high": 2.01,
+        "p50_ms": 5.0,
+        "p99_ms": 6.0,
+        "throughput_per_second": 200.0,
+        "peak_memory_bytes": 2**20,
+        "onnx_bytes": 45_000_000,
+        "gzip_bytes": 40_000_000,
+        "accuracy": {"spearman": 0.86},
+        "recommended": True,
+    }
+    return FileReport(**{**fields, **changes})
+
+
+def int8_record(**changes: Any) -> Int8Record:
+    """Twelve linears, all in INT8, inside the accuracy budget."""
+    fields: dict[str, Any] = {
+        "method": "static",
+        "backend": "onnxruntime",
+        "ranges": "minmax",
+        "per_channel": True,
+        "weight_bits": 8,
+        "n_linears": 12,
+        "fp32_linears": [],
+        "reference_score": 0.87,
+        "scores": [0.865],
+        "within_budget": True,
+        "sensitivities": [],
+        "ruined_by_outliers": [],
+    }
+    return Int8Record(**{**fields, **changes})
+
+
+class State(SimpleNamespace):
+    """What reporting reads of a run."""
+
+    names = ("dense", "2x", "4x")
+    steps = (Step("dense", (2.0, 4.0)),)
+
+    @staticmethod
+    def file_hash(path: Path) -> str:
+        return file_hash(path)
+
+    @staticmethod
+    def member_name(target: float) -> str:
+        return f"{target:g}x"
+
+    @staticmethod
+    def parent_of(target: float) -> SimpleNamespace:
+        return SimpleNamespace(key=lambda: "database")
+
+
+def finished_run(output_dir: Path, record: BenchmarkRecord, scores: Mapping[str, float], **settings: Any) -> State:
+    """A run of the targets 2x and 4x, by hand; ``scores``: of every member's files."""
+    given: dict[str, Any] = {
+        "name": "demo",
+        "output_dir": output_dir,
+        "model": {"path": "some/model", "task": "sentence-similarity"},
+        "data": {"evaluation": "some.jsonl"},
+        "speedups": [2, 4],
+    }
+    recipe = parse_recipe({**given, **settings})
+    folder = RunFolder(recipe)
+    task = SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction")
+    state = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"], trains=False)
+    record.save(folder.benchmark)
+    folder.step_benchmark("dense").parent.mkdir(exist_ok=True)
+    record.save(folder.step_benchmark("dense"))  # as if the closed loop had measured the same
+    for name in State.names:
+        folder.member(name).mkdir()
+        save_file({"w": np.zeros((2, 8), np.float32)}, folder.member(name) / "pruned.safetensors")
+        for variant in recipe.variants:
+            (folder.member(name) / variant.onnx_file).write_bytes(b"x" * 100)
+            accuracy = json.dumps({"spearman": scores[file_label(name, variant)]})
+            (folder.member(name) / variant.accuracy_file).write_text(accuracy, encoding="utf-8")
+    plan(2.0).save(folder.plan("2x"))
+    plan(4.0, search_loss=None, seed_losses={}).save(folder.plan("4x"))
+    return state

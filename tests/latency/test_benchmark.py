@@ -1,0 +1,278 @@
+"""The benchmark loop: order, ratios, the A/A line, limits, and models that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from tests.helpers.onnx_models import write_mlp
+from ziplm_deploy.engines import WorkerHandle, get_engine
+from ziplm_deploy.errors import EngineError, UsageError
+from ziplm_deploy.latency import benchmark as benchmarking
+from ziplm_deploy.latency.benchmark import AA, TimedFile, compare
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.recipe import BenchmarkConfig, Environment, Workload
+
+ENVIRONMENT = Environment(workload=Workload(batch_size=2, seq_len=32))
+QUICK = BenchmarkConfig(rounds=8, runs_per_round=2)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    return {
+        name: write_mlp(tmp_path / f"{name}.onnx", width) for name, width in (("dense", 8192), ("3x", 1024), ("9x", 64))
+    }
+
+
+def test_record_is_complete_and_survives_the_disk(models: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    record = compare(models, ENVIRONMENT, QUICK, "dense", lambda done, total: seen.append((done, total)))
+    assert [variant.name for variant in record.variants] == ["dense", "3x", "9x"]
+    assert seen[0] == (1, 8)
+    dense, faster, fastest = record.variants
+    assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (1.0, 1.0, 1.0)
+    assert 1.5 < faster.speedup < fastest.speedup
+    assert 0.3 < record.aa_low <= record.aa_ratio <= record.aa_high < 3
+    for variant in record.variants:
+        assert variant.latency.n == len(variant.samples_ms) == 2 * len(seen)
+        assert variant.speedup_low <= variant.speedup <= variant.speedup_high
+        assert variant.p50_ms == np.median(variant.samples_ms)
+        assert variant.throughput_per_second == pytest.approx(2000 / variant.p50_ms)
+        assert variant.latency.p90_ms <= variant.latency.p99_ms
+        assert variant.peak_memory_bytes > 2**24
+        assert (variant.engine, variant.engine_version) == (record.engine, record.engine_version)
+        assert variant.path == str(models[variant.name])
+    assert (record.engine, record.engine_version) == ("onnxruntime", get_engine("onnxruntime").version())
+    assert record.seconds > 0
+    record.save(tmp_path / "record.json")
+    assert BenchmarkRecord.load(tmp_path / "record.json") == record
+
+
+def test_baseline_may_be_any_model_and_alone(models: dict[str, Path]) -> None:
+    record = compare({"9x": models["9x"]}, ENVIRONMENT, QUICK, "9x")
+    assert [variant.name for variant in record.variants] == ["9x"]
+
+
+def test_every_model_may_run_on_its_own_engine(models: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    subjects = {
+        "dense": TimedFile(models["dense"], "onnxruntime"),
+        "dense (openvino)": TimedFile(models["dense"]),
+        "9x": models["9x"],
+    }
+    environment = ENVIRONMENT.model_copy(update={"engine": "openvino"})
+    record = compare(subjects, environment, QUICK, "dense")
+    versions = {name: get_engine(name).version() for name in ("onnxruntime", "openvino")}
+    assert (record.engine, record.engine_version) == ("openvino", versions["openvino"])
+    assert {variant.name: variant.engine for variant in record.variants} == {
+        "dense": "onnxruntime",
+        "dense (openvino)": "openvino",
+        "9x": "openvino",
+    }
+    assert all(variant.engine_version == versions[variant.engine] for variant in record.variants)
+    assert record.variant("9x").speedup > 1.5 * record.variant("dense (openvino)").speedup
+    assert record.variant("dense").speedup == 1.0
+    record.save(tmp_path / "record.json")
+    assert BenchmarkRecord.load(tmp_path / "record.json") == record
+
+
+def test_deepsparse_beside_onnx_runtime(tmp_path: Path) -> None:
+    try:
+        get_engine("deepsparse").version()
+    except EngineError as missing:
+        pytest.skip(str(missing))
+    path = write_mlp(tmp_path / "a.onnx", 64, batch=2, tokens=32, opset=16)
+    on = {name: TimedFile(path, name) for name in ("onnxruntime", "deepsparse")}  # type: ignore[arg-type]
+    record = compare(on, ENVIRONMENT, QUICK, "onnxruntime")
+    assert {variant.engine for variant in record.variants} == set(on)
+    dynamic = write_mlp(tmp_path / "dynamic.onnx", 64, opset=16)
+    with pytest.raises(EngineError, match=r"dynamic\.onnx.*dynamic axes: .*export with static shapes"):
+        compare({"onnxruntime": path, "dynamic": TimedFile(dynamic, "deepsparse")}, ENVIRONMENT, QUICK, "onnxruntime")
+
+
+def test_a_missing_engine_is_named_before_anything_is_timed(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZIPLM_DEEPSPARSE_PYTHON", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(WorkerHandle, "time", lambda *arguments, **options: pytest.fail("timed"))
+    subjects = {"dense": models["dense"], "3x": TimedFile(models["3x"], "deepsparse")}
+    with pytest.raises(EngineError, match="ziplm-deploy setup deepsparse"):
+        compare(subjects, ENVIRONMENT, QUICK, "dense")
+
+
+class ScriptedWorker:
+    """Answers with the milliseconds of a formula, and notes who was asked when."""
+
+    def __init__(self, name: str, milliseconds: float, calls: list[str], clock: dict[str, float]) -> None:
+        self.name, self.milliseconds, self.calls, self.clock = name, milliseconds, calls, clock
+
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        assert (warmup, warmup_ms) == (1, 10.0)  # of a short model as of a long one
+        self.calls.append(self.name)
+        return [self.milliseconds * self.clock.setdefault("speed", 1.0)] * n
+
+
+def scripted(calls: list[str], clock: dict[str, float] | None = None) -> dict[str, WorkerHandle]:
+    clock = {} if clock is None else clock
+    latencies = {"dense": 10.0, "2x": 5.0, AA: 10.0}
+    return {name: ScriptedWorker(name, ms, calls, clock) for name, ms in latencies.items()}  # type: ignore[misc]
+
+
+def test_rounds_visit_everybody_once_in_changing_order() -> None:
+    calls: list[str] = []
+    rounds = benchmarking._interleave(scripted(calls), "dense", BenchmarkConfig(rounds=40), None, seed=0)
+    visits = [tuple(calls[start : start + 3]) for start in range(0, len(calls), 3)]
+    assert all(sorted(visit) == sorted(rounds) for visit in visits)
+    assert len(set(visits)) > 3
+
+
+def test_early_stop_only_after_half_of_the_rounds() -> None:
+    rounds = benchmarking._interleave(scripted([]), "dense", BenchmarkConfig(rounds=40), None, seed=0)
+    assert {len(samples) for samples in rounds.values()} == {20}
+
+
+def test_time_limit_ends_after_a_few_whole_rounds() -> None:
+    config = BenchmarkConfig(rounds=1000, max_seconds=1e-9)
+    rounds = benchmarking._interleave(scripted([]), "dense", config, None, seed=0)
+    assert {len(samples) for samples in rounds.values()} == {3}
+
+
+@pytest.mark.parametrize(("n_files", "n_rounds"), [(5, 40), (10, 20), (20, 20), (30, 20)])
+def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_files: int, n_rounds: int) -> None:
+    now = [0.0]
+    monkeypatch.setattr(benchmarking.time, "monotonic", lambda: now[0])
+
+    class SlowWorker(ScriptedWorker):
+        def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+            now[0] += 1.0
+            return super().time(model_id, n, warmup, warmup_ms)
+
+    names = ["dense", *(f"file {index}" for index in range(1, n_files))]
+    workers = {name: SlowWorker(name, 10.0, [], {}) for name in names}
+    again = {AA: ScriptedWorker(AA, 10.0, [], {})}
+    config = BenchmarkConfig(rounds=1000, max_seconds=195.0)
+    rounds = benchmarking._interleave({**workers, **again}, "dense", config, None, seed=0)  # type: ignore[arg-type]
+    assert {len(samples) for samples in rounds.values()} == {n_rounds}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "processes", "shares"),
+    [(60, 3, [20, 20, 20]), (32, 3, [11, 11, 10]), (25, 3, [13, 12]), (19, 3, [19]), (60, 1, [60]), (5, 9, [5])],
+)
+def test_rounds_are_shared_among_processes(rounds: int, processes: int, shares: list[int]) -> None:
+    parts = benchmarking._parts(BenchmarkConfig(rounds=rounds, processes=processes, max_seconds=90))
+    assert [part.rounds for part in parts] == shares
+    assert sum(part.max_seconds for part in parts) == pytest.approx(90)
+
+
+class StagedWorker(contextlib.nullcontext["StagedWorker"]):
+    """Of the processes that are started for ``2x``, the second is a third slower than the others."""
+
+    version = "1.0"
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, subject: TimedFile, environment: Environment) -> None:
+        super().__init__(self)
+        self.name = subject.path.stem
+        self.started.append(self.name)
+        slow = self.name == "2x" and self.started.count("2x") == 2
+        self.milliseconds = {"dense": 10.0, "2x": 5.0}[self.name] * (4 / 3 if slow else 1)
+
+    def load(self, model_id: str, path: Path) -> None:
+        pass
+
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        return [self.milliseconds] * n
+
+    def peak_memory_bytes(self) -> int:
+        return 100 if self.started.count("2x") == 2 else 50
+
+
+@pytest.mark.parametrize(("processes", "speedup", "memory"), [(1, 2.0, 50), (3, 2.0, 100)])
+def test_one_slow_process_of_three_does_not_decide_but_is_in_the_interval(
+    monkeypatch: pytest.MonkeyPatch, processes: int, speedup: float, memory: int
+) -> None:
+    monkeypatch.setattr(benchmarking, "start_worker", StagedWorker)
+    monkeypatch.setattr(StagedWorker, "started", [])
+    seen: list[tuple[int, int]] = []
+    subjects = {"dense": Path("dense.onnx"), "2x": Path("2x.onnx")}
+    config = BenchmarkConfig(rounds=30, processes=processes)
+    record = compare(subjects, ENVIRONMENT, config, "dense", lambda done, total: seen.append((done, total)))
+    assert StagedWorker.started == ["dense", "2x", "dense"] * processes  # the last is the baseline again
+    found = record.variant("2x")
+    assert found.speedup == pytest.approx(speedup)
+    assert found.p50_ms == 5.0
+    assert found.speedup_low == pytest.approx(2.0 if processes == 1 else 1.5)
+    assert record.rounds_of_processes == [len(found.samples_ms) // 3 // processes] * processes
+    assert found.peak_memory_bytes == memory
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {30}
+    assert sum(sample > 6 for sample in found.samples_ms) == (0 if processes == 1 else len(found.samples_ms) / 3)
+
+
+def test_machine_drift_does_not_reach_the_speedup() -> None:
+    clock: dict[str, float] = {}
+
+    def slower_every_round(done: int, total: int) -> None:
+        clock["speed"] = 1.0 + 0.1 * done
+
+    rounds = benchmarking._interleave(
+        scripted([], clock), "dense", BenchmarkConfig(rounds=12), slower_every_round, seed=0
+    )
+    facts = {"path": "2x.onnx", "engine": "onnxruntime", "engine_version": "1.0", "peak_memory_bytes": 1}
+    result = benchmarking._result("2x", rounds, [0] * len(rounds["2x"]), "dense", 1, facts)
+    assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
+    assert result.latency.median_ms > 5.0
+
+
+def test_unknown_baseline_and_no_models(models: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="found 'denser'"):
+        compare(models, ENVIRONMENT, QUICK, "denser")
+    with pytest.raises(UsageError, match="no models"):
+        compare({}, ENVIRONMENT, QUICK, "dense")
+
+
+def test_rejected_model_is_named_and_no_worker_is_left(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[int] = []
+    load = WorkerHandle.load
+
+    def noting(self: WorkerHandle, model_id: str, path: Path) -> object:
+        pids.append(self._process.pid)
+        return load(self, model_id, path)
+
+    monkeypatch.setattr(WorkerHandle, "load", noting)
+    models["3x"].write_bytes(b"broken")
+    with pytest.raises(EngineError, match=r"3x\.onnx"):
+        compare(models, ENVIRONMENT, QUICK, "dense")
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_interrupt_leaves_no_worker(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: list[int] = []
+    time_runs = WorkerHandle.time
+
+    def noting(self: WorkerHandle, *arguments: Any, **options: Any) -> list[float]:
+        pids.append(self._process.pid)
+        return time_runs(self, *arguments, **options)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkerHandle, "time", noting)
+    with pytest.raises(KeyboardInterrupt):
+        compare(models, ENVIRONMENT, QUICK, "dense", interrupt)
+    assert len(set(pids)) == 4
+    for pid in set(pids):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,143 @@
+"""Medians, bootstrap intervals, stopping rules and the correction for machine speed, on data with known truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ziplm_deploy.latency.statistics import (
+    bootstrap_medians,
+    interval,
+    is_stable,
+    median_ratio,
+    relative_standard_error,
+    remove_drift,
+    summarize,
+)
+
+
+def test_summary_of_known_numbers() -> None:
+    timing = summarize(list(range(1, 102)))
+    assert (timing.median_ms, timing.p90_ms, timing.p99_ms, timing.n) == (51.0, 91.0, 100.0, 101)
+    assert timing.low_ms < 51.0 < timing.high_ms
+
+
+@given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=40))
+@settings(max_examples=30, deadline=None)
+def test_interval_lies_within_the_samples_and_around_the_median(samples: list[float]) -> None:
+    timing = summarize(samples)
+    assert min(samples) <= timing.low_ms <= timing.median_ms <= timing.high_ms <= max(samples)
+
+
+def test_bootstrap_is_seeded() -> None:
+    samples = np.random.default_rng(0).normal(10, 1, 30)
+    assert np.array_equal(bootstrap_medians(samples, seed=4), bootstrap_medians(samples, seed=4))
+    assert not np.array_equal(bootstrap_medians(samples, seed=4), bootstrap_medians(samples, seed=5))
+
+
+def test_bootstrap_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        low, high = interval(bootstrap_medians(generator.normal(5.0, 1.0, 40), seed=trial, n_bootstrap=300))
+        covered += low <= 5.0 <= high
+    assert 0.88 <= covered / 200 <= 1.0
+
+
+def test_resampling_groups_first_covers_what_differs_between_them() -> None:
+    """Samples of few groups look surer than they are; with groups the interval holds the truth much more often."""
+    generator, groups = np.random.default_rng(4), np.repeat(range(4), 20).tolist()
+    covered = {"rounds": 0, "groups": 0}
+    for trial in range(150):
+        samples = 5.0 + np.repeat(generator.normal(0.0, 0.1, 4), 20) + generator.normal(0.0, 0.02, 80)
+        for name, group_of in (("rounds", None), ("groups", groups)):
+            low, high = interval(bootstrap_medians(samples, seed=trial, n_bootstrap=200, groups=group_of))
+            covered[name] += low <= 5.0 <= high
+    assert covered["rounds"] / 150 < 0.6
+    assert covered["groups"] / 150 > 0.75
+
+
+def test_one_group_is_no_group() -> None:
+    samples = np.random.default_rng(5).normal(5.0, 1.0, 30)
+    expected = bootstrap_medians(samples, seed=3)
+    assert (bootstrap_medians(samples, seed=3, groups=[7] * 30) == expected).all()
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        bootstrap_medians([], seed=0)
+
+
+def test_ratio_within_rounds_ignores_drift_that_both_sides_share() -> None:
+    drift = np.linspace(1, 3, 50)
+    ratio, low, high = median_ratio(drift * 10.0, drift * 4.0)
+    assert ratio == pytest.approx(2.5)
+    assert (low, high) == (pytest.approx(2.5), pytest.approx(2.5))
+
+
+def test_standard_error_matches_simulation_and_shrinks_with_samples() -> None:
+    generator = np.random.default_rng(2)
+    medians = [np.median(generator.normal(100.0, 5.0, 64)) for _ in range(1500)]
+    errors = [relative_standard_error(generator.normal(100.0, 5.0, 64)) for _ in range(200)]
+    assert np.median(errors) == pytest.approx(np.std(medians) / 100.0, rel=0.15)
+    assert relative_standard_error([1.0, 1.0]) == float("inf")
+    assert relative_standard_error([2.0] * 5) == 0.0
+
+
+def test_stability_needs_two_windows_that_agree() -> None:
+    assert not is_stable([1.0] * 5)
+    assert is_stable([1.0] * 6)
+    assert not is_stable([3.0, 2.8, 2.6, 1.2, 1.1, 1.0])
+    assert is_stable([9.0, 9.0, 9.0, 1.0, 1.01, 1.0, 1.0, 1.02, 1.0])
+
+
+def switching_machine(seed: int, rounds: int, slow: float = 1.4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, samples and true latencies of 20 models on a machine that is slow in every other random stretch."""
+    generator = np.random.default_rng(seed)
+    truth = np.geomspace(1.0, 100.0, 20)
+    labels = np.concatenate([generator.permutation(20) for _ in range(rounds)])
+    speed = np.ones(labels.size)
+    position, is_slow = 0, False
+    while position < labels.size:
+        length = int(generator.integers(20, 90))
+        speed[position : position + length] = slow if is_slow else 1.0
+        position, is_slow = position + length, not is_slow
+    return labels, truth[labels] * speed * generator.lognormal(0, 0.02, labels.size), truth
+
+
+def worst_ratio_error(labels: np.ndarray, samples: np.ndarray, truth: np.ndarray) -> float:
+    medians = np.array([np.median(samples[labels == index]) for index in range(truth.size)])
+    ratios = medians / truth
+    return float(np.max(np.abs(ratios / np.median(ratios) - 1)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drift_correction_recovers_the_ratios_between_models(seed: int) -> None:
+    labels, samples, truth = switching_machine(seed, rounds=16)
+    corrected, _ = remove_drift(labels, samples)
+    assert worst_ratio_error(labels, corrected, truth) < 0.03
+    assert worst_ratio_error(labels, samples, truth) > 0.1
+
+
+def test_drift_correction_finds_the_speeds() -> None:
+    labels, samples, _ = switching_machine(3, rounds=16)
+    _, speeds = remove_drift(labels, samples)
+    assert np.quantile(speeds, 0.95) / np.quantile(speeds, 0.05) == pytest.approx(1.4, rel=0.06)
+    assert np.median(speeds) == pytest.approx(1.0)
+
+
+def test_without_drift_nothing_much_changes() -> None:
+    labels, samples, truth = switching_machine(5, rounds=16, slow=1.0)
+    corrected, speeds = remove_drift(labels, samples)
+    assert worst_ratio_error(labels, corrected, truth) < 0.03
+    assert np.abs(speeds - 1).max() < 0.04
+
+
+@pytest.mark.parametrize("labels", [[], [0], [0] * 50, [0, 1, 0, 1]])
+def test_too_little_to_tell_drift_from_models_is_left_alone(labels: list[int]) -> None:
+    samples = np.linspace(1.0, 2.0, len(labels))
+    corrected, speeds = remove_drift(labels, samples)
+    assert np.allclose(corrected, samples)
+    assert np.allclose(speeds, 1.0)

@@ -1,0 +1,90 @@
+"""What the machine grants: affinity, cgroup quotas of both versions, CPU facts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ziplm_deploy.errors import EnvironmentMismatchError
+from ziplm_deploy.machine.info import allowed_cpus, cgroup_quota, check_threads, machine_info, usable_cores
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_machine_info_is_filled_and_its_fingerprint_leaves_out_what_latency_does_not_depend_on() -> None:
+    info = machine_info()
+    assert info.cpu_model
+    assert 1 <= info.usable_cores <= info.logical_cores
+    assert info.memory_bytes > 2**27
+    other = info.model_copy(update={"memory_bytes": 1, "operating_system": "other", "logical_cores": 999})
+    assert other.fingerprint == info.fingerprint
+    assert info.model_copy(update={"cpu_model": "another"}).fingerprint != info.fingerprint
+
+
+def test_affinity_limits_usable_cores() -> None:
+    before = set(allowed_cpus())
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+        with pytest.raises(EnvironmentMismatchError, match="found threads=2"):
+            check_threads(2)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert usable_cores() <= len(before)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [
+        ("200000 100000", 2.0),
+        ("150000 100000", 1.5),
+        ("max 100000", None),
+        ("", None),
+        ("garbage", None),
+        ("5 0", None),
+    ],
+)
+def test_cgroup_v2_quota(tmp_path: Path, content: str, cores: float | None) -> None:
+    write(tmp_path / "pod" / "cpu.max", content)
+    assert cgroup_quota("0::/pod\n", tmp_path) == cores
+
+
+def test_tightest_parent_counts(tmp_path: Path) -> None:
+    write(tmp_path / "cpu.max", "max 100000")
+    write(tmp_path / "pod" / "cpu.max", "100000 100000")
+    write(tmp_path / "pod" / "box" / "cpu.max", "400000 100000")
+    assert cgroup_quota("0::/pod/box", tmp_path) == 1.0
+
+
+def test_own_group_mounted_as_root_is_seen(tmp_path: Path) -> None:
+    write(tmp_path / "cpu.max", "300000 100000")
+    assert cgroup_quota("0::/not/visible/in/here", tmp_path) == 3.0
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("250000", 2.5), ("-1", None), ("x", None)])
+def test_cgroup_v1_quota(tmp_path: Path, quota: str, cores: float | None) -> None:
+    write(tmp_path / "cpu,cpuacct" / "job" / "cpu.cfs_quota_us", quota)
+    write(tmp_path / "cpu,cpuacct" / "job" / "cpu.cfs_period_us", "100000")
+    assert cgroup_quota("4:cpu,cpuacct:/job\n3:memory:/job\n", tmp_path) == cores
+
+
+def test_quota_of_part_of_a_core_counts_as_one(tmp_path: Path) -> None:
+    write(tmp_path / "proc" / "self" / "cgroup", "0::/\n")
+    write(tmp_path / "group" / "cpu.max", "50000 100000")
+    assert usable_cores(tmp_path / "proc", tmp_path / "group") == 1
+
+
+def test_no_cgroup_at_all(tmp_path: Path) -> None:
+    assert cgroup_quota("", tmp_path) is None
+    assert usable_cores(tmp_path, tmp_path) == (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000])
+def test_threads_out_of_range_are_refused_with_what_is_granted(threads: int) -> None:
+    with pytest.raises(EnvironmentMismatchError, match=rf"between 1 and {usable_cores()} thread.*threads={threads}"):
+        check_threads(threads)

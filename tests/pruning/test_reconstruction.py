@@ -1,0 +1,136 @@
+"""The closed-form refit against least squares, on every kind of architecture, and its safeguards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.models import random_level, tiny_inputs, tiny_model
+from ziplm_deploy.errors import NumericalError
+from ziplm_deploy.models.modules import output_module, prunable_modules
+from ziplm_deploy.models.resizing import resize
+from ziplm_deploy.pruning import reconstruction
+from ziplm_deploy.pruning.reconstruction import reconstruct
+
+Batch = dict[str, torch.Tensor]
+
+
+def batches(model: nn.Module, n: int = 15) -> list[Batch]:
+    return [tiny_inputs(model, batch_size=8, seed=seed) for seed in range(n)]
+
+
+def pruned(dense: nn.Module, sizes: dict[str, int]) -> nn.Module:
+    modules = {module.name: module for module in prunable_modules(dense)}
+    return resize(dense, {name: random_level(dense, modules[name], size) for name, size in sizes.items()})
+
+
+def last_states(model: nn.Module, data: list[Batch]) -> torch.Tensor:
+    """Hidden states [N, hidden] of real tokens."""
+    rows = []
+    with torch.inference_mode():
+        for batch in data:
+            outputs = model.base_model(**batch).last_hidden_state  # type: ignore[operator, union-attr]
+            mask = batch.get("attention_mask")
+            rows.append(outputs[mask.bool()] if mask is not None else outputs.flatten(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "electra", "vit"])
+def test_the_refit_brings_the_outputs_closer_on_new_data(model_type: str) -> None:
+    dense = tiny_model(model_type)
+    sizes = {"0.attention": 2, "0.ffn": 16, "1.attention": 0, "1.ffn": 0, "2.ffn": 24}
+    model = pruned(dense, sizes)
+    new = [tiny_inputs(dense, batch_size=8, seed=100 + seed) for seed in range(5)]
+    target = last_states(dense, new)
+    before = (last_states(model, new) - target).square().mean()
+    reconstruct(dense, model, batches(dense))
+    after = (last_states(model, new) - target).square().mean()
+    assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+def test_a_shrunk_model_can_be_the_reference(model_type: str) -> None:
+    model = pruned(tiny_model(model_type), {"0.attention": 0, "0.ffn": 40, "1.ffn": 0, "2.attention": 3})
+    modules = {module.name: module for module in prunable_modules(model)}
+    smaller = resize(model, {n: random_level(model, modules[n], s) for n, s in {"0.ffn": 20, "2.attention": 1}.items()})
+    new = [tiny_inputs(model, batch_size=8, seed=100 + seed) for seed in range(5)]
+    target = last_states(model, new)
+    before = (last_states(smaller, new) - target).square().mean()
+    reconstruct(model, smaller, batches(model))
+    assert (last_states(smaller, new) - target).square().mean() < 0.9 * before
+    assert torch.equal(last_states(model, new), target)
+
+
+def test_a_dense_model_stays_as_it_is() -> None:
+    dense = tiny_model("bert")
+    model = copy.deepcopy(dense)
+    reconstruct(dense, model, batches(dense))
+    for old, new in zip(dense.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(new, old, atol=1e-4, rtol=1e-4)
+
+
+def test_one_module_is_solved_like_ridge_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "RIDGES", (1e-6,))
+    dense = tiny_model("bert")
+    data = batches(dense, 20)
+    model = pruned(dense, {"0.ffn": 12})
+    module = next(m for m in prunable_modules(dense) if m.name == "0.ffn")
+    inputs, wanted = [], []
+
+    def record(into: list[torch.Tensor], mask: torch.Tensor, value: torch.Tensor) -> None:
+        into.append(value[mask.bool()].double())
+
+    for batch in data:
+        mask = batch["attention_mask"]
+        hooks = [
+            output_module(model, module).register_forward_hook(lambda _m, a, _o, mask=mask: record(inputs, mask, a[0])),
+            output_module(dense, module).register_forward_hook(lambda _m, _a, o, mask=mask: record(wanted, mask, o)),
+        ]
+        with torch.inference_mode():
+            model(**batch), dense(**batch)
+        for hook in hooks:
+            hook.remove()
+    x, y = torch.cat(inputs), torch.cat(wanted)
+    design = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    best = torch.linalg.lstsq(design, y).solution  # [d + 1, r]
+    reconstruct(dense, model, data)
+    linear = output_module(model, module)
+    residual = (design @ best - y).square().mean()
+    found = (x @ linear.weight.double().T + linear.bias.double() - y).square().mean()
+    assert found <= residual * 1.01
+
+
+def test_too_little_data_leaves_the_weights_alone() -> None:
+    dense = tiny_model("bert")
+    model = pruned(dense, {"0.ffn": 12})
+    before = copy.deepcopy(model.state_dict())
+    reconstruct(dense, model, [tiny_inputs(dense, batch_size=4)])  # none is held out: no change can be shown to help
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_dense_model_is_not_changed() -> None:
+    dense = tiny_model("bert")
+    before = copy.deepcopy(dense.state_dict())
+    reconstruct(dense, pruned(dense, {"0.attention": 1, "2.ffn": 8}), batches(dense))
+    for name, value in dense.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_activations_that_are_not_finite_are_an_error() -> None:
+    dense = tiny_model("bert")
+    model = pruned(dense, {"0.ffn": 12})
+    with torch.no_grad():
+        output_module(model, prunable_modules(dense)[1]).weight[0, 0] = float("nan")  # type: ignore[index]
+    with pytest.raises(NumericalError, match="finite"):
+        reconstruct(dense, model, batches(dense))
+
+
+def test_progress_counts_every_module() -> None:
+    dense = tiny_model("bert")
+    seen: list[tuple[int, int]] = []
+    reconstruct(dense, pruned(dense, {"0.ffn": 12}), batches(dense, 6), lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 6) for i in range(1, 7)]

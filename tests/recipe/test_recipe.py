@@ -1,0 +1,166 @@
+"""Recipes: what is accepted, and what a wrong field is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ziplm_deploy.errors import RecipeError, UsageError
+from ziplm_deploy.recipe import Environment, Recipe, Workload, load_recipe, parse_recipe, recipe_reference
+
+LEAST = {"name": "demo", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
+MIN_YAML = "name: demo\nmodel: {path: m, task: fill-mask}\nspeedups: [2]\n"
+
+
+def test_the_least_recipe_is_complete() -> None:
+    recipe = parse_recipe(LEAST)
+    assert recipe.run_dir == Path("runs/demo")
+    assert recipe.environment.describe() == "onnxruntime, batch 1, 128 tokens, 1 thread(s)"
+    assert recipe.prune.method == "ziplm"
+
+
+def test_speedups_are_sorted_and_distinct() -> None:
+    assert parse_recipe({**LEAST, "speedups": [3, 1.5, 3.0, 2]}).speedups == (1.5, 2.0, 3.0)
+
+
+def test_scenario_names() -> None:
+    assert Environment(workload=Workload(batch_size=1)).scenario == "SingleStream"
+    assert Environment(workload=Workload(batch_size=16)).scenario == "Offline"
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = parse_recipe(LEAST)
+    with pytest.raises(ValidationError):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def test_a_recipe_survives_its_own_dump() -> None:
+    recipe = parse_recipe({**LEAST, "environment": {"threads": 2}, "profile": {"table": "t.json"}})
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"speedup": [2]}, "speedup: unknown field; valid here: benchmark, compress, data"),
+        ({"environment": {"thread": 2}}, "environment.thread: unknown field; valid here: engine, threads, workload"),
+        ({"prune": {"search": {"steps": 1}}}, "prune.search.steps: unknown field; valid here: coefficient_steps"),
+        ({"speedups": [1.0]}, "speedups.0: Input should be greater than 1"),
+        ({"speedups": [0.5]}, "speedups.0"),
+        ({"speedups": [-2]}, "speedups.0"),
+        ({"speedups": []}, "speedups"),
+        ({"speedups": ["fast"]}, "found 'fast'"),
+        ({"speedups": [float("nan")]}, "speedups.0"),
+        ({"speedups": [float("inf")]}, "speedups.0"),
+        ({"name": "../../etc"}, "name"),
+        ({"name": ""}, "name"),
+        ({"model": {"path": "m", "task": "translation"}}, "model.task"),
+        ({"model": {"path": "m"}}, "model.task: required, but missing"),
+        ({"environment": {"threads": 0}}, "environment.threads"),
+        ({"environment": {"workload": {"batch_size": 0}}}, "environment.workload.batch_size"),
+        ({"environment": {"engine": "tensorrt"}}, "environment.engine"),
+        ({"prune": {"damping": 0}}, "prune.damping"),
+        ({"prune": {"method": "zip"}}, "prune.method"),
+        ({"data": {"n_calibration": 1}}, "data.n_calibration"),
+        ({"export": {"opset": 99}}, "export.opset"),
+        ({"seed": -1}, "seed"),
+        ({"model": "bert"}, "model"),
+    ],
+)
+def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**LEAST, **change})
+    assert named in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("mode", ["distil", "gradual"])
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_training_without_anything_to_train_is_refused(mode: str, method: str) -> None:
+    compress = {"variants": ["int8"], "int8": {"method": method}, "train": {"mode": mode}}
+    with pytest.raises(RecipeError, match=rf"train\.mode {mode} .*int8\.method {method} .*none or int8\.method: qat"):
+        parse_recipe({**LEAST, "compress": compress})
+    changes: list[dict[str, Any]] = [
+        {"variants": ["int8", "sparse"]},
+        {"variants": ["sparse-int8"]},
+        {"int8": {"method": "qat"}},
+        {"train": {"mode": "none"}},
+    ]
+    for change in changes:
+        parse_recipe({**LEAST, "compress": {**compress, **change}})
+
+
+@pytest.mark.parametrize("field", ["name", "model", "speedups"])
+def test_missing_fields_are_named(field: str) -> None:
+    with pytest.raises(RecipeError, match=f"{field}: required, but missing"):
+        parse_recipe({key: value for key, value in LEAST.items() if key != field})
+
+
+def test_every_wrong_field_is_reported_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"name": "demo", "speedups": [1], "modle": {}})
+    assert all(text in str(caught.value) for text in ("3 field(s)", "modle", "model: required", "speedups.0"))
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "42\n", "a: [1\n", "\t: x", "name: demo\n  bad: indent\n"])
+def test_files_that_are_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        load_recipe(path)
+
+
+def test_binary_file_missing_file_and_folder(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\x80\x04\x95\xff\xfe")
+    for wrong in (path, tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UsageError):
+            load_recipe(wrong)
+
+
+def test_yaml_runs_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['touch pwned']\n", encoding="utf-8")
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+
+
+def test_paths_beside_the_recipe_are_found(tmp_path: Path) -> None:
+    (tmp_path / "text.csv").write_text("text\na\n", encoding="utf-8")
+    path = tmp_path / "r.yaml"
+    path.write_text(MIN_YAML + "data: {calibration: text.csv, evaluation: glue}\n", encoding="utf-8")
+    data = load_recipe(path).data
+    assert data.calibration == str((tmp_path / "text.csv").resolve())
+    assert data.evaluation == "glue"
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MIN_YAML, encoding="utf-8")
+    recipe = load_recipe(path, {"speedups": ["1.5", "4"], "output_dir": str(tmp_path)})
+    assert recipe.speedups == (1.5, 4.0)
+    assert recipe.run_dir == tmp_path / "demo"
+
+
+def test_reference_names_every_field_once() -> None:
+    names = [line.split("`")[1] for line in recipe_reference().splitlines()[2:]]
+    assert len(names) == len(set(names))
+    assert {"name", "model.task", "environment.threads", "prune.search.swap_evaluations"} <= set(names)
+    assert not any("None |" in line for line in recipe_reference().splitlines()), "a field has no description"
+
+
+def test_every_field_has_a_description() -> None:
+    assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_a_rule_over_several_fields_is_told_without_the_whole_recipe() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**LEAST, "environment": {"engine": "deepsparse"}})
+    text = str(caught.value)
+    assert "recipe: DeepSparse" in text
+    assert "export.shapes: static" in text
+    assert "Value error" not in text
+    assert "{" not in text

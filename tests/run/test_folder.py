@@ -1,0 +1,153 @@
+"""Stages are skipped when nothing changed, and only then."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ziplm_deploy.artifacts import content_key, file_hash, source_hash
+from ziplm_deploy.errors import CorruptArtifactError, StorageError
+from ziplm_deploy.machine.info import versions
+from ziplm_deploy.recipe import Environment, Recipe, parse_recipe
+from ziplm_deploy.run.correction import Correction
+from ziplm_deploy.run.folder import RunFolder
+
+
+def _recipe(folder: Path, **changes: Any) -> Recipe:
+    fields = {"name": "demo", "output_dir": folder, "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
+    return parse_recipe({**fields, **changes})
+
+
+class Work:
+    """Writes its output and counts its runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.runs = path, 0
+
+    def __call__(self) -> None:
+        self.runs += 1
+        self.path.write_text("done", encoding="utf-8")
+
+
+def test_the_resolved_recipe_is_kept(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    folder = RunFolder(recipe)
+    assert not folder.path.exists()  # bad data must leave nothing behind
+    folder.save()
+    assert parse_recipe(yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8"))) == recipe
+
+
+def test_a_stage_runs_once_also_in_the_next_process(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    work = Work(folder.path / "out")
+    assert folder.stage("s", "key", [work.path], work) is True
+    assert folder.stage("s", "key", [work.path], work) is False
+    assert RunFolder(_recipe(tmp_path)).stage("s", "key", [work.path], work) is False
+    assert work.runs == 1
+    assert set(folder.seconds) == {"s"}
+
+
+def test_a_stage_runs_again_when_its_key_changes_or_its_output_is_gone(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    work = Work(folder.path / "out")
+    folder.stage("s", "key", [work.path], work)
+    assert folder.stage("s", "other", [work.path], work) is True
+    work.path.unlink()
+    assert folder.stage("s", "other", [work.path], work) is True
+    assert work.runs == 3
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_stage_that_failed_runs_again(tmp_path: Path, failure: type[BaseException]) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    work = Work(folder.path / "out")
+    folder.stage("s", "old", [work.path], work)
+
+    def fail() -> None:
+        raise failure
+
+    with pytest.raises(failure):
+        folder.stage("s", "new", [work.path], fail)
+    assert RunFolder(_recipe(tmp_path)).stage("s", "new", [work.path], work) is True
+
+
+def test_a_later_failure_keeps_what_is_done(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    work = Work(folder.path / "out")
+    folder.stage("first", "key", [work.path], work)
+    with pytest.raises(ZeroDivisionError):
+        folder.stage("second", "key", [], lambda: print(1 / 0))
+    assert RunFolder(_recipe(tmp_path)).stage("first", "key", [work.path], work) is False
+
+
+def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    assert folder.correction("2x", "key") is None
+    correction = Correction(2.1, 1, [(2.0, 1.9)], slowdown=1.2, rooms=1, sidesteps=2, floor=2.05)
+    assert all(getattr(correction, item.name) != item.default for item in dataclasses.fields(Correction))
+    folder.set_correction("2x", "key", correction)
+    assert RunFolder(_recipe(tmp_path)).correction("2x", "key") == correction
+    assert folder.correction("2x", "other") is None
+    assert folder.correction("3x", "key") is None
+
+
+def test_a_forgotten_stage_runs_again(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    work = Work(folder.path / "out")
+    folder.stage("first", "key", [work.path], work)
+    folder.forget("first")
+    folder.forget("unknown")
+    assert RunFolder(_recipe(tmp_path)).stage("first", "key", [work.path], work) is True
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"stages": '])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    (folder.path / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match=r"manifest\.json.*delete the file"):
+        RunFolder(_recipe(tmp_path))
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("", encoding="utf-8")
+    with pytest.raises(StorageError):
+        RunFolder(_recipe(tmp_path)).save()
+
+
+def test_manifest_tells_what_was_used(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path, seed=7))
+    folder.record(model_hash="abc")
+    folder.save()
+    manifest = json.loads((folder.path / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["seed"], manifest["name"], manifest["model_hash"]) == (7, "demo", "abc")
+    assert manifest["versions"] == versions()
+
+
+def test_keys_depend_on_every_input_and_on_nothing_else() -> None:
+    key = content_key(environment=Environment(threads=1), path=Path("a"), values=[1, 2])
+    assert key == content_key(values=[1, 2], path=Path("a"), environment=Environment())
+    assert key != content_key(values=[1, 2], path=Path("a"), environment=Environment(threads=2))
+    assert key != content_key(values=[2, 1], path=Path("a"), environment=Environment())
+
+
+def test_hashes_of_sources(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("{}", encoding="utf-8")
+    assert source_hash(str(file)) == file_hash(file)
+    before = source_hash(str(tmp_path))
+    (tmp_path / "notes.md").write_text("not read by any stage", encoding="utf-8")
+    assert source_hash(str(tmp_path)) == before
+    file.write_text('{"a": 1}', encoding="utf-8")
+    assert source_hash(str(tmp_path)) != before
+    assert source_hash("glue") == "glue"
+    assert source_hash(None) == ""

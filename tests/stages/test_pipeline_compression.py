@@ -1,0 +1,404 @@
+"""Compression at the end of the whole way, on a tiny model with the real engine: files, records, report, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.stages.test_pipeline import raw_recipe, recipe, write_rows, written_again
+from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
+
+import ziplm_deploy
+from tests.helpers.models import save_dense
+from ziplm_deploy import pipeline
+from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
+from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings
+from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult
+from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
+from ziplm_deploy.compression.int8.sensitivity import Fp32Choice
+from ziplm_deploy.compression.records import Int8Record, int8_record_path
+from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, sparsity_of
+from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.engines import ModelSignature, WorkerHandle
+from ziplm_deploy.engines.trial import ModelRefusedError, Trial
+from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, RecipeError
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.resizing import random_resized
+from ziplm_deploy.pipeline import run
+from ziplm_deploy.progress import Progress
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import CompressConfig, parse_recipe
+from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages import quantize as int8_members
+from ziplm_deploy.stages.export import export_member, save_checkpoint
+from ziplm_deploy.stages.sparsify import compress_member, sparsity_steps
+
+VARIANTS = ["int8", "sparse", "sparse-int8"]
+COMPRESS = {"variants": VARIANTS, "int8": {"n_calibration": 16}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_vocabulary_is_rounded_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_embeddings, "MIN_ROWS", 60)
+        patch.setattr(int8_embeddings, "MIN_SAVED_BYTES", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model, data and a finished run of one member with every variant."""
+    folder = tmp_path_factory.mktemp("compressed")
+    save_dense(folder / "model", task="text-classification", hidden_size=64, intermediate_size=512, num_hidden_layers=2)
+    write_rows(folder / "train.jsonl", 64, 0)
+    write_rows(folder / "test.jsonl", 30, 1)
+    run(recipe(folder, compress=COMPRESS))
+    return folder
+
+
+def member(folder: Path, name: str = "1.5x") -> Path:
+    return folder / "runs" / "tiny" / name
+
+
+def test_every_variant_is_a_file_of_its_own_with_accuracy_latency_and_size(made: Path) -> None:
+    report = FamilyReport.load(made / "runs" / "tiny" / "report.json")
+    for found in report.members:
+        assert [file.variant for file in found.files] == ["fp32", *VARIANTS]
+        for file in found.files:
+            path = member(made, found.name) / file.file
+            assert file.onnx_bytes == path.stat().st_size
+            assert 0 < file.gzip_bytes < 1.01 * file.onnx_bytes
+            assert file.p50_ms > 0
+            assert 0 <= file.accuracy["accuracy"] <= 1
+            assert file.recommended == (not file.reason)
+        # On a noisy machine the pruned one may have been left with little but embeddings, which stay float32.
+        share = 0.6 if found.name == "dense" else 1.0
+        sizes = {file.variant: file.onnx_bytes for file in found.files}
+        assert sizes["int8"] < share * sizes["fp32"]
+        zipped = {file.variant: file.gzip_bytes for file in found.files}
+        assert zipped["sparse"] < share * zipped["fp32"]
+
+
+def test_zeros_of_the_checkpoint_are_those_of_both_sparse_files(made: Path) -> None:
+    sparse = ziplm_deploy.load(made / "runs" / "tiny" / "compression" / "1.5x" / "sparse")
+    assert sparsity_of(sparse) == pytest.approx(0.8, abs=0.01)
+    for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
+        check_masks_in_onnx(member(made) / name, sparse)
+    record = SparsityRecord.load(made / "runs" / "tiny" / "compression" / "1.5x" / "sparsity.json")
+    assert record.sparsity == pytest.approx(sparsity_of(sparse), abs=1e-6)
+
+
+def test_int8_files_compute_in_integers_but_for_what_the_record_names(made: Path) -> None:
+    for variant, before in (("int8", "model.onnx"), ("sparse-int8", "model_sparse.onnx")):
+        record = Int8Record.load(made / "runs" / "tiny" / "compression" / "1.5x" / f"{variant}.json")
+        path = member(made) / f"model_{variant.replace('-', '_')}.onnx"
+        assert set(quantized_linears(path)) == set(linear_names(member(made) / before)) - set(record.fp32_linears)
+        assert record.n_linears == len(record.sensitivities) == len(linear_names(member(made) / before))
+        assert record.within_budget is not None
+        assert record.embeddings
+        assert has_rounded_embeddings(path)
+        divergences = [row.divergence for row in record.sensitivities]
+        assert divergences == sorted(divergences, reverse=True)
+
+
+def test_report_and_card_list_every_file(made: Path) -> None:
+    text = (made / "runs" / "tiny" / "report.md").read_text(encoding="utf-8")
+    card = (member(made) / "README.md").read_text(encoding="utf-8")
+    for name in ("model.onnx", "model_int8.onnx", "model_sparse.onnx", "model_sparse_int8.onnx"):
+        assert text.count(f"| {name} |") == 2  # dense and 1.5x
+        assert f"| {name} |" in card
+    assert "(unstructured)" in card
+    assert "INT8 dynamic" in card
+
+
+def test_a_finished_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(made: Path) -> None:
+    assert not {name for name in written_again(made, recipe(made, compress=COMPRESS)) if name.endswith(".onnx")}
+    changed = {**COMPRESS, "int8": {"n_calibration": 16, "per_channel": False}}
+    written = {name for name in written_again(made, recipe(made, compress=changed)) if name.endswith(".onnx")}
+    files = ("model_int8.onnx", "model_sparse_int8.onnx")
+    assert written == {f"{name}/{file}" for name in ("dense", "1.5x") for file in files}
+    run(recipe(made, compress=COMPRESS))
+
+
+def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made: Path) -> None:
+    settings = {
+        "variants": ["int8"],
+        "target": "int8",
+        "int8": {"method": "static", "n_calibration": 8, "max_fp32_share": 0.0},
+    }
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), export={"shapes": "static"})
+    report = run(parse_recipe(data))
+    folder = tmp_path / "tiny"
+    table = LatencyTable.load(folder / "profile.json")
+    assert table.variant == "int8"
+    assert "static INT8" in table.form
+    stand_in = folder / "pruning" / "1.5x-int8.onnx"
+    assert quantized_linears(stand_in) == quantized_linears(folder / "1.5x" / "model_int8.onnx")
+    faster = report.members[1]
+    assert faster.variant == "int8"
+    file = next(file for file in faster.files if file.variant == "int8")
+    assert faster.measured_speedup == file.measured_speedup
+    assert faster.accuracy == file.accuracy
+    with pytest.raises(ziplm_deploy.errors.IncompatibleArtifactError, match="variant"):
+        run(recipe(made, name="other", output_dir=str(tmp_path), profile={"table": str(folder / "profile.json")}))
+
+
+def test_a_target_that_float32_linears_cost_is_solved_again(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> Fp32Choice:
+        kept = tuple(row.name for row in rows[:2])
+        return Fp32Choice(kept, evaluate(kept), reference, ((2, reference),), True)
+
+    plans: list[PruningPlan] = []
+
+    def slower_at_first(state: Run) -> BenchmarkRecord:
+        record = benchmark(state)
+        plans.append(PruningPlan.load(state.folder.plan("2x")))
+        found = record.variant("2x int8")
+        monkeypatch.setattr(found, "speedup", 1.4 if len(plans) == 1 else 2.0)
+        return record
+
+    benchmark = pipeline.benchmark
+    monkeypatch.setattr(int8_members, "keep_in_fp32", keep_two)
+    monkeypatch.setattr(pipeline, "benchmark", slower_at_first)
+    settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), speedups=[2.0])
+    run(parse_recipe(data))
+    before, after = plans
+    assert after.budget_ms < before.budget_ms
+    assert after.predicted_speedup > before.predicted_speedup
+    manifest = json.loads((tmp_path / "tiny" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["corrections"]["2x"]["rooms"] == 1
+    assert manifest["corrections"]["2x"]["slowdown"] > 1
+
+
+def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:
+    settings = {
+        "variants": ["sparse", "sparse-int8"],
+        "train": {"mode": "gradual", "max_steps": 2, "batch_size": 8},
+        "int8": {"method": "qat", "n_calibration": 8},
+        "sparsity": {"pattern": "block4", "passes": 2, "distribution": "sensitivity"},
+    }
+    run(recipe(made, compress=settings, output_dir=str(tmp_path)))
+    folder = tmp_path / "tiny"
+    assert TrainingRecord.load(folder / "compression" / "1.5x" / "sparse" / "training.json").steps == 2
+    record = Int8Record.load(folder / "compression" / "1.5x" / "sparse-int8.json")
+    assert record.training is not None
+    assert record.training.steps == 2
+    sparse = ziplm_deploy.load(folder / "compression" / "1.5x" / "sparse")
+    for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
+        check_masks_in_onnx(folder / "1.5x" / name, sparse)
+    left = [path.name for path in (folder / "compression" / "1.5x").iterdir()]
+    assert sorted(left) == ["sparse", "sparse-int8.json", "sparsity.json"]
+    assert not (folder / "recovery").exists()
+
+
+def test_gradual_sparsity_grows_by_the_same_factor() -> None:
+    settings = {"train": {"mode": "gradual"}, "sparsity": {"sparsity": 0.875, "passes": 3}, "variants": ["sparse"]}
+    steps = sparsity_steps(CompressConfig.model_validate(settings))
+    assert [step.sparsity for step in steps] == pytest.approx([0.5, 0.75, 0.875])
+    assert {step.passes for step in steps} == {1}
+    distil = CompressConfig.model_validate({**settings, "train": {"mode": "distil"}})
+    assert sparsity_steps(distil) == [distil.sparsity]
+
+
+def test_variants_that_are_no_longer_asked_for_go(tmp_path: Path, made: Path) -> None:
+    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
+    run(recipe(made, output_dir=str(tmp_path)))
+    for name in ("dense", "1.5x"):
+        assert [path.name for path in (tmp_path / "tiny" / name).glob("*.onnx")] == ["model.onnx"]
+        assert not (tmp_path / "tiny" / name / "accuracy_int8.json").exists()
+
+
+def test_a_member_without_any_module_left_has_its_files_all_the_same(tmp_path: Path, made: Path) -> None:
+    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
+    state = Run(recipe(made, output_dir=str(tmp_path), compress=COMPRESS))
+    folder = state.folder.member("1.5x")
+    empty = random_resized(
+        ziplm_deploy.load(folder), dict.fromkeys(("0.attention", "0.ffn", "1.attention", "1.ffn"), 0)
+    )
+    save_checkpoint(state, folder, empty, {})
+    export_member(state, "1.5x", folder)
+    compress_member(state, "1.5x")
+    assert quantized_linears(folder / "model_int8.onnx") == ()
+    assert has_rounded_embeddings(folder / "model_int8.onnx")
+    record = Int8Record.load(int8_record_path(state, "1.5x", "int8"))
+    assert (record.n_linears, record.embeddings) == (0, True)
+    assert SparsityRecord.load(state.folder.compressed("1.5x") / "sparsity.json").linears == []
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scored(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, embeddings: bool
+) -> None:
+    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
+    scored: list[bool] = []
+
+    def tool(source: Path, target: Path, config: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
+        """Quantizes as the real one does, but here: it scores the float32 file, then a candidate."""
+        plain = config.model_copy(update={"embeddings": False})
+        quantize(source, target, plain, engine="onnxruntime", reduce_range=True)
+        return NeuralCompressorResult((evaluate(source), evaluate(target))[1:], (), True)
+
+    def score(state: Run, path: Path, variant: str, engine: str) -> float:
+        scored.append(has_rounded_embeddings(path))
+        return 0.9
+
+    monkeypatch.setattr(int8_members, "quantize_with_neural_compressor", tool)
+    monkeypatch.setattr(int8_members, "score_of", score)
+    settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor", "embeddings": embeddings}}
+    state = Run(recipe(made, output_dir=str(tmp_path), compress=settings))
+    int8_members.quantize_member(state, "1.5x", "int8")
+    assert scored == [False, embeddings]
+    assert has_rounded_embeddings(state.folder.member("1.5x") / "model_int8.onnx") is embeddings
+    assert Int8Record.load(int8_record_path(state, "1.5x", "int8")).embeddings is embeddings
+
+
+def test_trained_scales_survive_a_failure_after_training(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "variants": ["int8"],
+        "train": {"mode": "distil", "max_steps": 2, "batch_size": 8},
+        "int8": {"method": "qat", "n_calibration": 8},
+    }
+    changed = recipe(made, compress=settings, output_dir=str(tmp_path))
+    with monkeypatch.context() as broken:
+        broken.setattr("ziplm_deploy.stages.quantize.score_of", lambda *a, **k: float("nan"))
+        with pytest.raises(NumericalError, match="finite score"):
+            run(changed)
+    assert list((tmp_path / "tiny" / "recovery").glob("dense-int8-*/checkpoint-2"))
+    notes: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    run(changed, progress)
+    assert any("goes on from checkpoint-2" in note for note in notes)
+
+
+def test_without_evaluation_data_there_is_no_budget(tmp_path: Path, made: Path) -> None:
+    settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path))
+    del data["data"]["evaluation"]
+    run(parse_recipe(data))
+    record = Int8Record.load(tmp_path / "tiny" / "compression" / "1.5x" / "int8.json")
+    assert record.within_budget is None
+    assert record.fp32_linears == []
+    assert record.scores == []
+
+
+def test_a_budget_that_cannot_be_held_is_said(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter(np.linspace(0.5, 0.4, 100))
+    monkeypatch.setattr("ziplm_deploy.stages.quantize._Quantization._reference_score", lambda self: 0.9)
+    monkeypatch.setattr("ziplm_deploy.stages.quantize.score_of", lambda *a, **k: float(next(scores)))
+    report = run(recipe(made, compress={"variants": ["int8"], "int8": {"n_calibration": 8}}, output_dir=str(tmp_path)))
+    file = report.members[1].files[1]
+    assert file.facts["budget"] == "not held"
+    assert any("accuracy budget" in note for note in report.notes)
+
+
+def test_a_missing_compressed_file_is_named(made: Path) -> None:
+    path = member(made) / "model_int8.onnx"
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        with pytest.raises(CorruptArtifactError, match="model_int8"):
+            ziplm_deploy.report(recipe(made, compress=COMPRESS))
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("compress", "message"),
+    [
+        ({"variants": ["int4"]}, "variants"),
+        ({"target": "int8"}, "must be one of compress.variants"),
+        ({"variants": ["sparse"], "sparsity": {"sparsity": 1.0}}, "sparsity"),
+        ({"variants": ["sparse"], "sparsity": {"sparsity": 0.0}}, "sparsity"),
+        ({"variants": ["sparse"], "sparsity": {"pattern": "2:4"}}, "pattern"),
+        ({"variants": ["int8"], "int8": {"method": "qat"}}, "compress.train.mode"),
+        (
+            {
+                "variants": ["int8"],
+                "train": {"mode": "distil"},
+                "int8": {"method": "qat", "backend": "neural-compressor"},
+            },
+            "backend: onnxruntime",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(made: Path, compress: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(made, compress=compress)
+
+
+def test_dynamic_int8_is_refused_for_engines_that_do_not_run_it(made: Path) -> None:
+    with pytest.raises(RecipeError, match="static or qat"):
+        recipe(made, compress={"variants": ["int8"]}, environment={"engine": "openvino"})
+
+
+def test_an_absent_back_end_is_found_before_any_work(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
+    monkeypatch.delenv("ZIPLM_NEURAL_COMPRESSOR_PYTHON", raising=False)
+    settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor"}}
+    with pytest.raises(EngineError, match="ziplm-deploy setup neural-compressor"):
+        run(recipe(made, compress=settings, output_dir=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs" / "tiny" / "profile.json").exists()
+
+
+def test_compress_without_variants_says_what_to_name(made: Path) -> None:
+    with pytest.raises(RecipeError, match=r"compress\.variants"):
+        ziplm_deploy.compress(recipe(made))
+
+
+def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    run_once = Trial.run
+
+    def refusing(self: Trial, path: Path) -> None:
+        if path.name == "model_int8.onnx" and path.parent.name == "1.5x":
+            raise ModelRefusedError("assertion failed")
+        run_once(self, path)
+
+    monkeypatch.setattr(Trial, "run", refusing)
+    settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
+    report = run(recipe(made, compress=settings, output_dir=str(tmp_path)))
+    assert [[file.variant for file in each.files] for each in report.members] == [["fp32", "int8"], ["fp32"]]
+    assert any("cannot run these files" in note and "1.5x int8" in note for note in report.notes)
+    with pytest.raises(EngineError, match="assertion failed"):
+        run(recipe(made, compress={**settings, "target": "int8"}, output_dir=str(tmp_path / "target")))
+
+
+def test_a_pruned_model_that_the_engine_cannot_run_is_pruned_a_little_further(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    load, bad = WorkerHandle.load, []
+
+    def dying(self: WorkerHandle, model_id: str, path: Path) -> ModelSignature:
+        if path.parent.name == "1.5x":
+            bad.append(path.read_bytes())
+            if path.read_bytes() == bad[0]:  # what the first plan became
+                raise EngineError("the process died")
+        return load(self, model_id, path)
+
+    monkeypatch.setattr(WorkerHandle, "load", dying)
+    settings = recipe(made, output_dir=str(tmp_path), profile={"table": str(made / "runs" / "tiny" / "profile.json")})
+    report = run(settings)
+    assert {member.name for member in report.members} == {"dense", "1.5x"}
+    served = (tmp_path / "tiny" / "1.5x" / "model.onnx").read_bytes()
+    assert served != bad[0]
+    correction = json.loads((tmp_path / "tiny" / "manifest.json").read_text())["corrections"]["1.5x"]
+    assert correction["sidesteps"] >= 1

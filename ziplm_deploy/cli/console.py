@@ -1,0 +1,133 @@
+"""What commands print: rich tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.reporting import table as members
+from ziplm_deploy.reporting.records import FamilyReport
+
+WIDE = 160  # columns of a stream that is no terminal: tables are not folded in files and pipes
+
+
+def print_json(value: Any) -> None:
+    """``value`` as JSON on stdout, one document."""
+    print(json.dumps(value, indent=1))
+
+
+def print_family(report: FamilyReport, folder: Path) -> None:
+    """The table that a run ends with, and where everything is."""
+    console = _console()
+    console.print()
+    console.print(
+        _table(
+            f"{report.name}: {report.environment.describe()}",
+            members.header(report.members, report.metric),
+            members.rows(report.members, report.metric),
+        )
+    )
+    if members.has_other_baseline(report):
+        line(console, f"baseline: the dense model on {members.baseline_of(report)}; members run on {report.engine}")
+    line(console, aa_line(report.aa_ratio, report.aa_low, report.aa_high))
+    for member in report.members:
+        if member.reason:
+            line(console, f"{member.name}: {member.reason}")
+    for note in report.notes:
+        line(console, f"note: {note}")
+    line(console, f"models: {', '.join(str(folder / member.folder) for member in report.members)}")
+    line(console, f"report: {folder / 'report.md'} (and report.json)")
+
+
+def print_benchmark(record: BenchmarkRecord) -> None:
+    """Latency and speedup of every file on its engine."""
+    cells = [
+        [
+            variant.name,
+            f"{variant.engine} {variant.engine_version}",
+            "1x"
+            if variant.name == record.baseline
+            else _speedup(variant.speedup, variant.speedup_low, variant.speedup_high),
+            f"{variant.p50_ms:.3f}",
+            f"{variant.latency.p90_ms:.3f}",
+            f"{variant.latency.p99_ms:.3f}",
+            f"{variant.throughput_per_second:.1f}",
+            f"{variant.peak_memory_bytes / 2**20:.0f}",
+        ]
+        for variant in record.variants
+    ]
+    console = _console()
+    titles = ["model", "engine", "speedup [95 %]", "p50 ms", "p90 ms", "p99 ms", "per second", "peak MiB"]
+    shape = record.environment
+    title = f"batch {shape.workload.batch_size}, {shape.workload.seq_len} tokens, {shape.threads} thread(s)"
+    console.print(_table(title, titles, cells))
+    line(console, aa_line(record.aa_ratio, record.aa_low, record.aa_high))
+
+
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """One line a layer."""
+    titles = [key for key in rows[0] if key not in ("prunable", "reason")]
+    cells = [[f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in titles] for row in rows]
+    _console().print(_table(title, titles, cells))
+
+
+def print_findings(findings: dict[str, Any]) -> None:
+    """What ``doctor`` found."""
+    console, machine, noise = _console(), findings["machine"], findings["noise"]
+    line(console, f"CPU: {machine['cpu_model']}")
+    line(console, f"instruction sets: {' '.join(machine['isa_flags']) or 'none that matter here'}")
+    line(
+        console,
+        f"cores: {machine['logical_cores']} in the machine, {machine['usable_cores']} granted by affinity and cgroup",
+    )
+    line(console, f"memory: {machine['memory_bytes'] / 2**30:.1f} GiB; system: {machine['operating_system']}")
+    for kind in ("engine", "tool"):
+        for each in findings[f"{kind}s"]:
+            found = f"version {each['version']}" if each["version"] else f"missing: {each['missing']}"
+            found += f" ({each['notice']})" if each["notice"] else ""
+            line(console, f"{kind} {each['name']}: {found}")
+    line(console, "versions: " + ", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
+    if "error" in noise:
+        line(console, f"noise: could not be measured: {noise['error']}")
+        return
+    line(
+        console,
+        f"noise: one model against itself {_speedup(noise['aa_ratio'], noise['aa_low'], noise['aa_high'])}, "
+        f"floor {100 * noise['floor']:.1f} %: {noise['verdict']}",
+    )
+
+
+def aa_line(ratio: float, low: float, high: float) -> str:
+    """The A/A line and what it means."""
+    if low <= 1.0 <= high:
+        return f"noise: the baseline against itself {_speedup(ratio, low, high)}, as it should be"
+    return f"noise: the baseline against itself {_speedup(ratio, low, high)}: trust no difference smaller than that"
+
+
+def line(console: Console, text: str) -> None:
+    """Plain text: no markup, no colours, no folding of paths."""
+    console.print(Text(text), soft_wrap=True)
+
+
+def _speedup(ratio: float, low: float, high: float) -> str:
+    return f"{ratio:.3f}x [{low:.3f}, {high:.3f}]"
+
+
+def _table(title: str, titles: list[str], cells: list[list[str]]) -> Table:
+    grid = Table(title=Text(title), title_justify="left")
+    for index, name in enumerate(titles):
+        grid.add_column(Text(name), justify="left" if index in (0, len(titles) - 1) else "right")
+    for row in cells:
+        grid.add_row(*(Text(cell) for cell in row))
+    return grid
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE, highlight=False)

@@ -1,0 +1,76 @@
+"""What the command line takes: recipes with their overrides, options as recipe sections, ONNX files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ziplm_deploy.errors import UsageError
+from ziplm_deploy.recipe import EngineName, Recipe, load_recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from ziplm_deploy.latency.benchmark import TimedFile
+
+
+def resolved_recipe(
+    path: Path,
+    output_dir: Path | None = None,
+    speedups: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+) -> Recipe:
+    """The recipe in a file, with what the command line says instead."""
+    overrides: dict[str, Any] = {}
+    if output_dir is not None:
+        overrides["output_dir"] = str(output_dir)
+    if speedups is not None:
+        overrides["speedups"] = [part.strip() for part in speedups.split(",")]
+    if seed is not None:
+        overrides["seed"] = seed
+    if path.suffix in {".onnx", ".safetensors", ".bin", ".pt", ".json"}:
+        raise UsageError(f"expected a recipe (YAML), found {path}; see: ziplm-deploy recipe-reference")
+    recipe = load_recipe(path, overrides)
+    if threads is not None:
+        fields = recipe.model_dump(mode="json")
+        fields["environment"]["threads"] = threads
+        recipe = parse_recipe(fields, source="command line")
+    return recipe
+
+
+def validated(section: type[Any], **values: Any) -> Any:
+    """A recipe section from options; wrong values are reported by the recipe's own checks."""
+    from pydantic import ValidationError
+
+    try:
+        return section(**values)
+    except ValidationError as error:
+        found = "; ".join(f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors())
+        raise UsageError(f"expected valid options, found {found}") from error
+
+
+def onnx_files(paths: list[Path]) -> dict[str, Path]:
+    """Names for ONNX files, as short as they can be without becoming equal."""
+    for path in paths:
+        if path.suffix != ".onnx":
+            raise UsageError(f"expected only ONNX files (*.onnx) beside each other, found {path}; leave it out")
+        if not path.is_file():
+            raise UsageError(f"expected an ONNX file at {path}, found none; check the path")
+    candidates = (
+        [path.stem for path in paths],
+        [path.parent.name for path in paths],
+        [str(path) for path in paths],
+        [f"{index}: {path}" for index, path in enumerate(paths)],
+    )
+    names = next(names for names in candidates if len(set(names)) == len(paths) and all(names))
+    return dict(zip(names, paths, strict=True))
+
+
+def on_engines(files: dict[str, Path], engines: list[EngineName]) -> dict[str, TimedFile]:
+    """Every file on every engine."""
+    from ziplm_deploy.latency.benchmark import TimedFile
+
+    return {
+        f"{name} ({engine})" if len(engines) > 1 else name: TimedFile(path, engine)
+        for engine in engines
+        for name, path in files.items()
+    }

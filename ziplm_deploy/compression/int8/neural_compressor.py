@@ -1,0 +1,235 @@
+"""INT8 by Intel's neural-compressor 2.6, which keeps single linears in float32 until an accuracy budget holds.
+
+It runs in an environment of its own (``ziplm-deploy setup neural-compressor``), driven through
+``neural_compressor_worker.py``; the scores of its candidates are measured here, where task and data are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from ziplm_deploy.artifacts import atomic_path
+from ziplm_deploy.compression.int8.quantize import linear_names
+from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
+from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, quiet_environment
+from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
+from ziplm_deploy.recipe import Int8Config
+
+WORKER = Path(__file__).with_name("neural_compressor_worker.py")
+
+
+MAX_TRIALS = 150  # enough to try every linear of twelve layers alone, and then a good half of them together
+
+
+TIMEOUT_SECONDS = 1800.0
+
+
+TUNING_SECONDS = 3600.0
+
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class NeuralCompressorResult:
+    """What the tuning came to. Linears are module paths of the model."""
+
+    scores: tuple[float, ...]  # of candidates, in the order in which they were tried; none without ``evaluate``
+    fp32_linears: tuple[str, ...]  # that stayed float32, in graph order
+    met: bool | None  # whether the written file holds ``max_loss``; None: nothing was scored
+
+
+def quantize_with_neural_compressor(
+    source: Path,
+    target: Path,
+    config: Int8Config,
+    *,
+    batches: Sequence[Batch],
+    reduce_range: bool,
+    evaluate: Callable[[Path], float] | None,
+    max_trials: int = MAX_TRIALS,
+    tuning_seconds: float = TUNING_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> NeuralCompressorResult:
+    """Write ``source`` with INT8 linears to ``target``; whole or not at all.
+
+    Static files are in QuantizeLinear/DequantizeLinear form, dynamic ones have DynamicQuantizeLinear and MatMulInteger.
+    Linears outside of layers, embeddings, normalization, Softmax and the residual stream stay float32.
+
+    Args:
+        source: float32 file of ``exporters.export_encoder``.
+        batches: calibration inputs by name, for ``static``.
+        reduce_range: 7-bit weights, for CPUs without VNNI.
+        evaluate: score of an ONNX file, the higher, the better. It is called for ``source``, then for candidates until
+            one loses at most ``config.max_loss`` of it (relative to its magnitude) with at most
+            ``config.max_fp32_share`` of the linears in float32. If none does, the best is written and ``met`` is False.
+            None: all linears are quantized, unscored. A candidate's file is gone after the call.
+        tuning_seconds: no further candidate is tried after them.
+        timeout_seconds: for the worker to make the next candidate; then it is killed.
+
+    Raises:
+        UsageError: ``config.method`` is qat, or there are no linears inside layers.
+        DataError: static without batches, or batches without an input that the model has.
+        NumericalError: NaN or infinite weights or scores.
+        EngineError: neural-compressor is not set up, refuses the model, dies or hangs.
+        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
+    """
+    if config.method == "qat":
+        raise UsageError("expected int8.method static or dynamic for neural-compressor, found qat; change it")
+    nodes = _nodes(source)
+    interpreter = NEURAL_COMPRESSOR.interpreter()
+    with _folder() as folder:
+        request = {
+            "source": str(_alone(source, folder / "source")),
+            "target": str(folder / "result.onnx"),
+            "nodes": list(nodes),
+            "batches": _write_batches(source, batches, folder) if config.method == "static" else [],
+            "reduce_range": reduce_range,
+            "tune": evaluate is not None,
+            "max_trials": max_trials,
+            "tuning_seconds": tuning_seconds,
+            **_settings(config),
+        }
+        (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+        with _Worker(interpreter, folder, timeout_seconds) as worker:
+            reply = worker.run(evaluate)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(folder / "result.onnx", temporary)
+    return NeuralCompressorResult(
+        scores=tuple(reply["scores"]),
+        fp32_linears=tuple(nodes[name] for name in reply["fp32_nodes"]),
+        met=reply["met"],
+    )
+
+
+def _alone(source: Path, folder: Path) -> Path:
+    """A copy in a folder of its own: beside a config.json, neural-compressor would import transformers."""
+    folder.mkdir()
+    return Path(shutil.copyfile(source, folder / source.name))
+
+
+def _settings(config: Int8Config) -> dict[str, Any]:
+    """The recipe's part of a request."""
+    return {
+        "approach": config.method,
+        "ranges": config.ranges,
+        "percentile": config.percentile,
+        "per_channel": config.per_channel,
+        "max_loss": config.max_loss,
+        "max_fp32_share": config.max_fp32_share,
+    }
+
+
+def _nodes(source: Path) -> dict[str, str]:
+    """The MatMul nodes of linears inside layers, and the module path of each."""
+    linears = linear_names(source)
+    if not linears:
+        raise UsageError(
+            f"expected float32 linears inside numbered layers in {source}, found none; choose a file that "
+            "ziplm-deploy exported, before any other tool changed it"
+        )
+    graph = onnx.load(str(source)).graph
+    weights = {item.name: item for item in graph.initializer}
+    found = {}
+    for node in graph.node:
+        path = "." + node.name.removesuffix("/MatMul").strip("/").replace("/", ".")
+        name = next((name for name in linears if node.op_type == "MatMul" and path.endswith(f".{name}")), None)
+        if name is None:
+            continue
+        if not np.isfinite(numpy_helper.to_array(weights[node.input[1]])).all():
+            raise NumericalError(f"expected finite weights of {name}, found NaN or infinity; check the checkpoint")
+        found[node.name] = name
+    return found
+
+
+def _write_batches(source: Path, batches: Sequence[Batch], folder: Path) -> list[str]:
+    if not batches:
+        raise DataError("expected calibration batches for static INT8, found none; give int8.n_calibration examples")
+    inputs = [entry.name for entry in onnx.load(str(source), load_external_data=False).graph.input]
+    paths = []
+    for index, batch in enumerate(batches):
+        missing = [name for name in inputs if name not in batch]
+        if missing:
+            raise DataError(f"expected calibration inputs {inputs}, found no {missing[0]!r} in a batch; add it")
+        paths.append(str(folder / f"batch{index}.npz"))
+        np.savez(paths[-1], **{name: batch[name] for name in inputs})  # type: ignore[arg-type]  # as for allow_pickle
+    return paths
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """Where the worker runs; after its failure the request, its model and batches stay there, to reproduce it."""
+    folder = Path(tempfile.mkdtemp(prefix="ziplm-neural-compressor-"))
+    try:
+        yield folder
+    except EngineError:
+        shutil.rmtree(folder / "workspace", ignore_errors=True)
+        for path in folder.glob("*.onnx"):
+            path.unlink()
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Worker:
+    """The running process; every failure of it is an :class:`EngineError`."""
+
+    def __init__(self, interpreter: str, folder: Path, timeout_seconds: float) -> None:
+        self._command = [interpreter, str(WORKER), "request.json"]
+        self._folder, self._timeout_seconds = folder, timeout_seconds
+        try:
+            # It writes its history into the current folder.
+            self._process = WorkerProcess(
+                self._command, folder / "log.txt", environment=quiet_environment(), cwd=folder
+            )
+        except OSError as error:
+            raise self._failure(str(error)) from error
+
+    def run(self, evaluate: Callable[[Path], float] | None) -> dict[str, Any]:
+        """Answer the worker's questions until it is done; returns its reply."""
+        while True:
+            try:
+                reply = self._process.receive(self._timeout_seconds)
+            except WorkerGoneError as error:
+                raise self._failure(str(error), self._process.last_words()) from error
+            if "evaluate" in reply and evaluate is not None:
+                self._process.send({"score": _score(evaluate, Path(reply["evaluate"]))})
+            elif reply.get("ok"):
+                return reply
+            else:
+                raise self._failure(str(reply.get("error", reply)), self._process.last_words())
+
+    def _failure(self, found: str, last_words: str = "") -> EngineError:
+        return EngineError(
+            f"expected neural-compressor to quantize the model, found: {found}; reproduce with: "
+            f"cd {shlex.quote(str(self._folder))} && {shlex.join(self._command)}{last_words}"
+        )
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.close()  # at the end of its reply it has nothing left to do
+
+
+def _score(evaluate: Callable[[Path], float], path: Path) -> float:
+    score = float(evaluate(path))
+    if not math.isfinite(score):
+        raise NumericalError(f"expected a finite score of {path.name}, found {score}; check the metric and its data")
+    return score

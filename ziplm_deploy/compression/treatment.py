@@ -1,0 +1,109 @@
+"""The form in which the target's file serves, made of any model: for a table's cells and for the closed loop.
+
+Latency depends on how many weights are zero and on what computes in integers, not on which weights and scales. So zeros
+are put at random places and scales come from random inputs: no data, no training, seconds instead of minutes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from exporters import ExportSettings, dummy_inputs
+from ziplm_deploy.artifacts import atomic_path, content_key
+from ziplm_deploy.compression.int8.embeddings import round_embeddings_of
+from ziplm_deploy.compression.int8.quantize import default_reduce_range, linear_names, quantize
+from ziplm_deploy.compression.sparsity.masks import random_masks
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.models.deployed import Treatment
+from ziplm_deploy.models.member_files import load
+from ziplm_deploy.recipe import Int8Config, Recipe, Variant
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.export import deployed_form, export_checked
+
+
+def served_int8(recipe: Recipe) -> Int8Config:
+    """INT8 settings as the engine can run them: DeepSparse's fast kernels take one weight scale for each tensor."""
+    per_channel = recipe.compress.int8.per_channel and recipe.environment.engine != "deepsparse"
+    return recipe.compress.int8.model_copy(update={"per_channel": per_channel})
+
+
+def reduces_range(config: Int8Config) -> bool:
+    """Whether weights get 7 bits: as asked for, or as this CPU needs it."""
+    return default_reduce_range(machine_info()) if config.reduce_range is None else config.reduce_range
+
+
+def target_treatment(recipe: Recipe) -> Treatment | None:
+    """How a model becomes a file as fast as the target's variant; None for ``fp32``, which is the file as exported."""
+    variant, sparsity, int8 = recipe.compress.target, recipe.compress.sparsity, served_int8(recipe)
+    if variant is Variant.FP32:
+        return None
+    # What QAT learns are scales of static INT8: the same nodes.
+    timed = int8.model_copy(update={"method": "static", "ranges": "minmax"} if int8.method != "dynamic" else {})
+    words = []
+    if variant.is_sparse:
+        # All digits: this text is what keeps tables and stand-ins of different sparsities apart.
+        words.append(f"{sparsity.sparsity} of the weights are zero, {sparsity.pattern}")
+    if variant.is_int8:
+        scales = "scale for each output" if timed.per_channel else "scale for each tensor"
+        embeddings = ", 8-bit embeddings" if timed.embeddings else ""
+        words.append(f"{timed.method} INT8, {7 if reduces_range(int8) else 8}-bit weights, {scales}{embeddings}")
+
+    def prepare(model: nn.Module) -> nn.Module:
+        if variant.is_sparse:
+            random_masks(model, sparsity, recipe.seed)
+        return model
+
+    def finish(path: Path, inputs: Mapping[str, Tensor]) -> None:
+        if not variant.is_int8:
+            return
+        if linear_names(path):
+            batch = {name: value.numpy() for name, value in inputs.items()}
+            quantize(
+                path,
+                path,
+                timed,
+                engine=recipe.environment.engine,
+                reduce_range=reduces_range(int8),
+                batches=[] if timed.method == "dynamic" else [batch],
+            )
+        elif timed.embeddings:
+            round_embeddings_of(path)
+
+    return Treatment(variant, prepare, finish, "; ".join(words))
+
+
+def export_stand_in(state: Run, name: str) -> None:
+    """A file as fast as a pruned member will be in the target's variant, which does not exist before it is trained."""
+    recipe, form = state.recipe, target_treatment(state.recipe)
+    assert form is not None
+    source, path = state.folder.pruned(name), state.folder.stand_in(name, recipe.compress.target)
+    key = content_key(
+        source=state.file_hash(source / "pruned.safetensors"),
+        form=form.description,
+        model=state.model_settings,
+        seed=recipe.seed,
+        export=recipe.export,
+        environment=recipe.environment,
+    )
+
+    def work() -> None:
+        scratch = state.folder.path / "pruning" / f".{name}.stand-in"
+        export, environment = recipe.export, recipe.environment
+        try:
+            model = form.prepare(load(source))
+            export_checked(state, model, scratch, f"{name} as {recipe.compress.target}, for timing")
+            settings = ExportSettings(
+                export.shapes, export.opset, environment.workload.batch_size, environment.workload.seq_len
+            )
+            inputs = dummy_inputs(deployed_form(model, recipe.model, export), settings)
+            form.finish(scratch / Variant.FP32.onnx_file, inputs)
+            with atomic_path(path) as temporary:
+                shutil.copyfile(scratch / Variant.FP32.onnx_file, temporary)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    state.folder.stage(f"stand-in {name}", key, [path], work)

@@ -1,0 +1,15 @@
+"""What is known about an engine before it is imported."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class EngineFacts(NamedTuple):
+    """Facts of one engine; the defaults are those of a package that lives beside the others."""
+
+    distribution: str  # name of the installed package, whose version is the engine's
+    install: str = ""  # command that brings it
+    may_abort: bool = False  # whether a model that it cannot run may end its process
+    needs_one_of: tuple[str, ...] = ()  # instruction sets; empty: any CPU
+    has_own_environment: bool = False  # made by ``ziplm-deploy setup NAME``, because its packages do not fit here

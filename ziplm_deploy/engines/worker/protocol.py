@@ -1,0 +1,155 @@
+"""Requests and replies of a worker: it loads ONNX files, times them, returns their outputs.
+
+JSON lines: a request on stdin, a reply ``{"ok": true, …}`` or ``{"ok": false, "error": …}`` on stdout. The worker ends
+at EOF.
+
+Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, n, warmup, warmup_ms}`` ·
+``run_many {order, warmup, warmup_ms}`` · ``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` ·
+``quit``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+
+from .inputs import make_inputs
+
+TURN_VARIABLE = "ZIPLM_WORKER_TURN"  # names the file in which a worker says which of several models it runs
+TURN_BYTES = 256
+
+
+class Worker:
+    """Answers requests; keeps one session and its timing inputs per id."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.engine = importlib.import_module(f".{options.engine}_session", __package__).Sessions(options)
+        self.sessions: dict[str, Any] = {}
+        self.inputs: dict[str, dict[str, np.ndarray]] = {}
+        turn = os.environ.get(TURN_VARIABLE)
+        self.turn = open(turn, "wb", buffering=0) if turn else None  # noqa: SIM115 (open as long as the process)
+
+    def do_hello(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"version": self.engine.version, "pid": os.getpid()}
+
+    def do_load(self, request: dict[str, Any]) -> dict[str, Any]:
+        session = self.engine.load(request["path"])
+        self.inputs[request["id"]] = make_inputs(session.get_inputs(), self.options.batch_size, self.options.seq_len)
+        self.sessions[request["id"]] = session
+        describe = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
+        return {
+            side: [{"name": entry.name, "type": entry.type, "shape": list(entry.shape)} for entry in entries]
+            for side, entries in describe.items()
+        }
+
+    def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._warm_up(request["id"], request)
+        return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
+
+    def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
+        samples_ms = []
+        for model_id in request["order"]:
+            self._announce(model_id)
+            self._warm_up(model_id, request)
+            samples_ms.append(self._timed_run(model_id))
+        return {"ms": samples_ms}
+
+    def _announce(self, model_id: str) -> None:
+        """Leave word of whose turn it is, for a parent that finds this process dead."""
+        if self.turn is not None:
+            self.turn.seek(0)
+            self.turn.write(model_id.encode().ljust(TURN_BYTES))  # over the last one: it is whole at any moment
+
+    def _warm_up(self, model_id: str, request: dict[str, Any]) -> None:
+        spent_ms, runs = 0.0, 0
+        while runs < request["warmup"] or spent_ms < request["warmup_ms"]:
+            spent_ms += self._timed_run(model_id)
+            runs += 1
+
+    def do_infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        session = self.sessions[request["id"]]
+        with np.load(request["inputs"]) as archive:
+            inputs = {name: archive[name] for name in archive.files}
+        names = [entry.name for entry in session.get_outputs()]
+        np.savez(request["outputs"], **dict(zip(names, session.run(names, inputs))))  # noqa: B905 (Python 3.8)
+        return {"names": names}
+
+    def do_unload(self, request: dict[str, Any]) -> dict[str, Any]:
+        del self.sessions[request["id"]], self.inputs[request["id"]]
+        gc.collect()
+        return {}
+
+    def do_memory(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"peak_bytes": peak_memory_bytes()}
+
+    def _timed_run(self, model_id: str) -> float:
+        session, inputs = self.sessions[model_id], self.inputs[model_id]
+        start = time.perf_counter()
+        session.run(None, inputs)
+        return 1000.0 * (time.perf_counter() - start)
+
+    def answer(self, line: str) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            return {"ok": True, **getattr(self, f"do_{request['do']}")(request)}
+        except Exception as error:  # a rejected model must not end the process: the parent decides
+            traceback.print_exc()
+            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set so far, interpreter and engine included."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run ONNX files in a process of their own.")
+    parser.add_argument("--engine", default="onnxruntime", help="name of a page NAME_session.py")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
+    parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
+    parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if options.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
+    # Engines print to stdout as they please; replies go to a private copy of it.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = Worker(options)
+    if options.probe:
+        requests = [
+            {"do": "load", "id": "probe", "path": options.probe},
+            {"do": "run", "id": "probe", "n": 5, "warmup": 1, "warmup_ms": 0.0},
+        ]
+        answers = [worker.answer(json.dumps(request)) for request in requests]
+        print(*map(json.dumps, answers), sep="\n", file=replies, flush=True)
+        return 0 if all(answer["ok"] for answer in answers) else 1
+    for line in sys.stdin:
+        if json.loads(line)["do"] == "quit":
+            break
+        print(json.dumps(worker.answer(line)), file=replies, flush=True)
+    replies.flush()
+    os._exit(0)  # freeing gigabytes of sessions one by one takes seconds and serves nobody

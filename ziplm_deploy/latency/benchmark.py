@@ -1,0 +1,241 @@
+"""One timing loop for all engines: processes a model, interleaved, the baseline against itself beside it.
+
+Works with any ONNX file: inputs are made from the names, types and shapes that the session declares. Every file may run
+on an engine of its own, so that a compressed model where it will serve stands beside the dense one where it serves now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.errors import UsageError
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
+from ziplm_deploy.latency.statistics import is_stable, median_ratio, relative_standard_error, summarize
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
+
+Progress = Callable[[int, int], None]  # (rounds done, rounds at most)
+
+
+_Workers = dict[str, WorkerHandle]
+
+
+AA = "baseline again"
+
+
+MODEL = "model"
+
+
+WARMUP_RUNS = 24
+
+
+WARMUP_SECONDS = 10.0
+
+
+FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
+
+
+MIN_ROUNDS = 10  # of a process
+
+
+EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
+
+
+@dataclass(frozen=True)
+class TimedFile:
+    """One ONNX file in a benchmark, and the engine that runs it (None: that of the environment)."""
+
+    path: Path
+    engine: EngineName | None = None
+
+
+def compare(
+    subjects: Mapping[str, TimedFile | Path],
+    environment: Environment,
+    config: BenchmarkConfig,
+    baseline: str,
+    progress: Progress | None = None,
+    *,
+    seed: int = 0,
+) -> BenchmarkRecord:
+    """Time ``subjects`` (name → :class:`TimedFile`, or just an ONNX file) against ``baseline``, one of their names.
+
+    Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. After a share
+    of the rounds all of them end, and the next of ``config.processes`` begin: what a process makes of a file, where it
+    lies in memory above all, shifts its latency by 1 to 3 %, and sometimes by much more. In each round the workers take
+    turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is the
+    median over rounds of the ratio within a round; the baseline's side of it is the mean of its two processes. Its
+    interval resamples processes, then rounds. Threads, batch size and tokens are those of ``environment`` on every
+    engine.
+
+    Raises:
+        UsageError: no models, or ``baseline`` is none of them.
+        EnvironmentMismatchError: more threads than granted.
+        EngineError: an engine is missing, a model is rejected or its worker dies or hangs; names the model and how to
+            reproduce it. Nothing is returned then: a record without one of its models would look complete.
+    """
+    if baseline not in subjects:
+        known = ", ".join(subjects) or "(no models)"
+        raise UsageError(f"expected the baseline to be one of {known}, found {baseline!r}")
+    started = time.monotonic()
+    entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in subjects.items()}
+    engine_version = get_engine(environment.engine).version()
+    rounds: dict[str, list[list[float]]] = {name: [] for name in [*entries, AA]}
+    processes: list[int] = []  # of each round
+    facts: dict[str, dict[str, Any]] = {}
+    for index, part in enumerate(parts := _parts(config)):
+        n_before = sum(before.rounds for before in parts[:index])
+        with _workers(entries, environment, baseline) as workers:
+            report = _shifted(progress, n_before, config.rounds)
+            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
+                rounds[name] += samples_ms
+            processes += [index] * (len(rounds[AA]) - len(processes))
+            for name, subject in entries.items():
+                peak_memory_bytes = facts.get(name, {}).get("peak_memory_bytes", 0)
+                facts[name] = {
+                    "path": str(subject.path),
+                    "engine": subject.engine or environment.engine,
+                    "engine_version": workers[name].version,
+                    "peak_memory_bytes": max(peak_memory_bytes, workers[name].peak_memory_bytes()),
+                }
+    aa_ratio, aa_low, aa_high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[AA]), processes=processes)
+    return BenchmarkRecord(
+        machine=machine_info(),
+        engine=environment.engine,
+        engine_version=engine_version,
+        environment=environment,
+        baseline=baseline,
+        aa_ratio=aa_ratio,
+        aa_low=aa_low,
+        aa_high=aa_high,
+        rounds_of_processes=[processes.count(index) for index in range(len(parts))],
+        variants=[
+            _result(name, rounds, processes, baseline, environment.workload.batch_size, facts[name]) for name in entries
+        ],
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextlib.contextmanager
+def _workers(entries: Mapping[str, TimedFile], environment: Environment, baseline: str) -> Iterator[_Workers]:
+    """A warm worker for every subject, and one for the baseline again."""
+    with contextlib.ExitStack() as stack:
+        workers: _Workers = {}
+        for name, subject in [*entries.items(), (AA, entries[baseline])]:
+            workers[name] = stack.enter_context(start_worker(subject, environment))
+            workers[name].load(MODEL, Path(subject.path))
+        for worker in workers.values():
+            warm_up(worker)
+        yield workers
+
+
+def _parts(config: BenchmarkConfig) -> list[BenchmarkConfig]:
+    """Rounds and seconds, shared among the processes of a file; no process is started for less than ten rounds."""
+    n_parts = max(1, min(config.processes, config.rounds // MIN_ROUNDS))
+    rounds = [config.rounds // n_parts + (index < config.rounds % n_parts) for index in range(n_parts)]
+    return [config.model_copy(update={"rounds": n, "max_seconds": config.max_seconds / n_parts}) for n in rounds]
+
+
+def _shifted(progress: Progress | None, n_before: int, total: int) -> Progress | None:
+    """Progress of one part as that of all."""
+    return None if progress is None else lambda done, _: progress(n_before + done, total)
+
+
+def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
+    """Run until the last windows of timings agree, within limits; returns the milliseconds seen."""
+    samples_ms: list[float] = []
+    started = time.monotonic()
+    while not is_stable(samples_ms) and len(samples_ms) < WARMUP_RUNS and time.monotonic() - started < WARMUP_SECONDS:
+        samples_ms += worker.time(model_id, n=3, warmup=0)
+    return samples_ms
+
+
+def start_worker(subject: TimedFile, environment: Environment) -> WorkerHandle:
+    """A worker of a file's engine, with nothing loaded."""
+    engine = get_engine(subject.engine or environment.engine)
+    options = WorkerOptions(
+        threads=environment.threads,
+        batch_size=environment.workload.batch_size,
+        seq_len=environment.workload.seq_len,
+    )
+    return engine.start_worker(options)
+
+
+def _interleave(
+    workers: Mapping[str, WorkerHandle], baseline: str, config: BenchmarkConfig, progress: Progress | None, seed: int
+) -> dict[str, list[list[float]]]:
+    """Timed milliseconds, name → round → run; stops after the round in which the time limit passes."""
+    generator = np.random.default_rng(seed)
+    names = list(workers)
+    rounds: dict[str, list[list[float]]] = {name: [] for name in names}
+    started, limit_s = time.monotonic(), _time_limit_s(config, len(names) - 1)
+    for done in range(1, config.rounds + 1):
+        for index in generator.permutation(len(names)):
+            name = names[index]
+            rounds[name].append(workers[name].time(MODEL, n=config.runs_per_round, warmup_ms=TURN_WARMUP_MS))
+        if progress is not None:
+            progress(done, config.rounds)
+        if time.monotonic() - started > limit_s and done >= 3:
+            break
+        if done >= max(config.rounds // 2, min(config.rounds, MIN_ROUNDS)) and _settled(rounds, baseline):
+            break
+    return rounds
+
+
+def _time_limit_s(config: BenchmarkConfig, n_files: int) -> float:
+    """More files take longer rounds: beyond ten the limit grows with them, so that no fewer rounds remain."""
+    return config.max_seconds * max(1.0, n_files / FILES_WITHIN_LIMIT)
+
+
+def _settled(rounds: Mapping[str, list[list[float]]], baseline: str) -> bool:
+    base_ms = np.asarray(_reference(rounds, baseline))
+    ratios = (base_ms / np.asarray(_per_round(rounds[name])) for name in rounds)
+    return all(relative_standard_error(ratio) < EARLY_STOP_ERROR for ratio in ratios)
+
+
+def _reference(rounds: Mapping[str, list[list[float]]], baseline: str) -> list[float]:
+    """Baseline milliseconds a round: mean of its two processes."""
+    pairs = zip(_per_round(rounds[baseline]), _per_round(rounds[AA]), strict=True)
+    return [(first + second) / 2 for first, second in pairs]
+
+
+def _per_round(samples_ms: list[list[float]]) -> list[float]:
+    return [float(np.median(round_ms)) for round_ms in samples_ms]
+
+
+def _result(
+    name: str,
+    rounds: Mapping[str, list[list[float]]],
+    processes: Sequence[int],
+    baseline: str,
+    batch_size: int,
+    facts: Mapping[str, Any],
+) -> FileTiming:
+    """Figures of one subject; ``facts`` are the fields that timings do not tell."""
+    samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
+    process_of = [process for process, round_ms in zip(processes, rounds[name], strict=True) for _ in round_ms]
+    timing = summarize(samples_ms, groups=process_of)
+    own_ms = _per_round(rounds[name])
+    reference_ms = own_ms if name == baseline else _reference(rounds, baseline)  # a baseline's own speedup is 1
+    speedup, low, high = median_ratio(reference_ms, own_ms, processes=processes)
+    return FileTiming(
+        name=name,
+        latency=timing,
+        p50_ms=timing.median_ms,
+        throughput_per_second=1000.0 * batch_size / timing.median_ms,
+        speedup=speedup,
+        speedup_low=low,
+        speedup_high=high,
+        samples_ms=samples_ms,
+        **facts,
+    )

@@ -1,0 +1,60 @@
+"""TODO latency.record."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, Field, model_validator
+from typing_extensions import Self
+
+from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.latency.timing import Timing
+from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.recipe import Environment
+
+
+class FileTiming(BaseModel):
+    """One ONNX file in an interleaved benchmark."""
+
+    name: str
+    path: str
+    engine: str = ""  # files from before it was recorded: the record's
+    engine_version: str = ""
+    latency: Timing
+    p50_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    speedup: float  # over the baseline of the same run
+    speedup_low: float
+    speedup_high: float
+    samples_ms: list[float]
+
+
+class BenchmarkRecord(Artifact):
+    """End-to-end timings of several ONNX files, interleaved in one run, with an A/A line."""
+
+    KIND: ClassVar[str] = "benchmark_record"
+
+    machine: MachineInfo
+    engine: str  # where the members serve; a variant may have run on another one
+    engine_version: str
+    environment: Environment
+    baseline: str
+    aa_ratio: float  # the baseline against itself in the same run
+    aa_low: float
+    aa_high: float
+    rounds_of_processes: list[int] = Field(
+        default_factory=list
+    )  # one entry for each process a file had; old files: one
+    variants: list[FileTiming]
+    date: str
+    seconds: float
+
+    @model_validator(mode="after")
+    def _one_engine_without_others(self) -> Self:
+        own = {"engine": self.engine, "engine_version": self.engine_version}
+        self.variants = [result if result.engine else result.model_copy(update=own) for result in self.variants]
+        return self
+
+    def variant(self, name: str) -> FileTiming:
+        return next(result for result in self.variants if result.name == name)

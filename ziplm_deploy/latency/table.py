@@ -1,0 +1,120 @@
+"""TODO latency.table."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+from typing_extensions import Self
+
+from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.latency.correction import SumCorrection
+from ziplm_deploy.latency.timing import Timing
+from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.models.shape import ModelShape, ModuleKind
+from ziplm_deploy.recipe import Environment, Variant
+
+
+class Cell(BaseModel):
+    """Latency of one sub-block: attention with ``size`` heads or an FFN of width ``size``; 0 = dropped."""
+
+    kind: ModuleKind
+    size: int
+    timing: Timing
+
+
+class PrunedSample(BaseModel):
+    """Latency of a whole model with these sizes, ``{"0.attention": heads, "0.ffn": width, …}``."""
+
+    sizes: dict[str, int]
+    timing: Timing
+
+
+class LatencyTable(Artifact):
+    """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine.
+
+    Cells and base are in the form of ``variant`` on ``engine``: their sum predicts a member, corrected by what some
+    whole models took. ``dense`` is what speedups are over: the float32 model on ``baseline_engine``.
+    """
+
+    KIND: ClassVar[str] = "latency_table"
+
+    machine: MachineInfo
+    engine: str
+    engine_version: str
+    environment: Environment
+    shape: ModelShape
+    graph: str  # what else is in the graph: model class, activation, vocabulary or image size, outputs
+    variant: Variant = Variant.FP32
+    form: str = ""  # how the variant was made, in words: two tables of a variant may differ in sparsity
+    baseline_engine: str = ""  # files from before it was recorded: ``engine``
+    baseline_engine_version: str = ""
+    shapes: Literal["dynamic", "static"]
+    opset: int
+    stack_depth: int
+    base: Timing  # embeddings + head: the model with no layers
+    dense: Timing  # the dense float32 model end to end on the baseline engine, same run
+    unpruned: Timing | None = None  # the dense model in the form of the cells, on their engine; None: it is ``dense``
+    cells: list[Cell]
+    wholes: list[PrunedSample] = Field(default_factory=list)  # in the form of the cells; none: sums are not corrected
+    refused: dict[str, str] = Field(default_factory=dict)  # cells that the engine cannot run, and what it said
+    date: str
+    measuring_seconds: float
+    total_seconds: float
+    noise: dict[str, float] = Field(default_factory=dict)  # e.g. aa_ratio, rounds, remeasured
+
+    @model_validator(mode="after")
+    def _one_engine_without_another(self) -> Self:
+        if not self.baseline_engine:
+            self.baseline_engine, self.baseline_engine_version = self.engine, self.engine_version
+        return self
+
+    @model_validator(mode="after")
+    def _wholes_are_of_cells(self) -> Self:
+        known = {f"{cell.kind} {cell.size}" for cell in self.cells}
+        for whole in self.wholes:
+            unknown = {f"{name.split('.')[-1]} {size}" for name, size in whole.sizes.items()} - known
+            if unknown or whole.timing.median_ms <= 0:
+                raise ValueError(f"expected timed whole models of measured cells, found others: {sorted(unknown)}")
+        return self
+
+    def latency_ms(self, kind: ModuleKind, size: int) -> float:
+        """Milliseconds of one sub-block; raises ``KeyError`` for a size that was not measured."""
+        return self._by_size()[kind, size]
+
+    def sizes(self, kind: ModuleKind) -> list[int]:
+        """Measured sizes of a kind, ascending."""
+        return sorted(cell.size for cell in self.cells if cell.kind == kind)
+
+    def _by_size(self) -> dict[tuple[str, int], float]:
+        return {(cell.kind, cell.size): cell.timing.median_ms for cell in self.cells}
+
+    def sum_ms(self, sizes: dict[str, int]) -> float:
+        """Base and cells of a plan ``{"0.attention": heads, "0.ffn": width, …}`` added up."""
+        lookup = self._by_size()
+        return self.base.median_ms + sum(lookup[name.split(".")[1], size] for name, size in sizes.items())
+
+    def sum_dense_ms(self) -> float:
+        """The same for the dense shapes in the table's form: near ``(unpruned or dense).median_ms``."""
+        shape = self.shape
+        layer_ms = self.latency_ms("attention", shape.n_heads) + self.latency_ms("ffn", shape.intermediate_size)
+        return self.base.median_ms + shape.n_layers * layer_ms
+
+    def predict_ms(self, sizes: dict[str, int]) -> float:
+        """Predicted end-to-end latency of a plan."""
+        return self._correction().whole_ms(self.sum_ms(sizes))
+
+    def predict_speedup(self, modules_ms: float) -> float:
+        """Predicted speedup of a model whose modules sum up to this many milliseconds."""
+        return self.dense.median_ms / self._correction().whole_ms(self.base.median_ms + modules_ms)
+
+    def modules_budget_ms(self, speedup: float) -> float:
+        """What all modules may sum up to for a predicted speedup; not positive if the base alone takes too long."""
+        return self._correction().sum_ms(self.dense.median_ms / speedup) - self.base.median_ms
+
+    def _correction(self) -> SumCorrection:
+        if not self.wholes:
+            return SumCorrection([])
+        full = (self.sum_dense_ms(), (self.unpruned or self.dense).median_ms)
+        base = (self.base.median_ms, self.base.median_ms)
+        return SumCorrection([base, full, *((self.sum_ms(w.sizes), w.timing.median_ms) for w in self.wholes)])

@@ -1,0 +1,217 @@
+"""Load a dense model, save a resized one, and load that again in a fresh process.
+
+A member's folder has ``config.json`` (of the dense model, plus ``per_layer_config`` with what differs by layer), the
+weights in ``pruned.safetensors``, ``ziplm_config.json`` (kept heads and columns) and the tokenizer. The weights have
+no standard name on purpose: transformers would fill the tensors whose shapes differ with random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ziplm_deploy.errors import (
+    CorruptArtifactError,
+    EnvironmentMismatchError,
+    RecipeError,
+    UnsupportedModelError,
+)
+from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.member_files import MEMBER_FILE
+from ziplm_deploy.recipe import ModelConfig
+from ziplm_deploy.tasks import TASKS
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None) -> tuple[nn.Module, Any]:
+    """The dense model (eval mode, float32, eager attention) and its tokenizer or image processor.
+
+    A local folder is read without the network. No pickle is opened and no remote code is run.
+
+    Args:
+        new_head: settings of the configuration (``num_labels``, …) for a model that is about to be fine-tuned: a head
+            that is missing, or of another size, starts at random.
+
+    Raises:
+        UnsupportedModelError: architecture, weight format or task do not fit, or the head's weights are missing.
+        CorruptArtifactError: config or weights are damaged.
+        RecipeError: the model's own settings ask for another pooling.
+        EnvironmentMismatchError: a package that the model or its processor needs is missing.
+    """
+    path = resolve_model_path(model_config.path)
+    source: dict[str, Any] = {"trust_remote_code": False}
+    if Path(path).is_dir():
+        source["local_files_only"] = True
+        _check_files(Path(path), TASKS[model_config.task].auto_class)
+        _check_pooling(path, model_config)
+    elif model_config.revision is not None:
+        source["revision"] = model_config.revision
+    config = _load_config(path, source)
+    architecture_of(config)
+    for name, value in (new_head or {}).items():
+        setattr(config, name, value)
+    model = _load_weights(path, config, TASKS[model_config.task].auto_class, source, may_lack_head=new_head is not None)
+    return model, _load_processor(path, TASKS[model_config.task].input_kind, source)
+
+
+def _check_pooling(path: str, settings: ModelConfig) -> None:
+    """Refuse a recipe whose pooling is not the one that the model was trained with (sentence-transformers' folder)."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if settings.task != "sentence-similarity" or not file.is_file():
+        return
+    try:
+        modes = json.loads(file.read_text(encoding="utf-8"))
+        own = {"cls": modes.get("pooling_mode_cls_token"), "mean": modes.get("pooling_mode_mean_tokens")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptArtifactError(f"expected the pooling settings in {file}, found: {error}; copy it again") from error
+    if not own[settings.pooling]:
+        wanted = [name for name, used in own.items() if used] or ["another pooling, which is not supported"]
+        raise RecipeError(f"expected model.pooling: {wanted[0]}, as {file} says, found {settings.pooling}")
+
+
+def _load_config(path: str, source: dict[str, Any]) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **source)
+    except (TypeError, AttributeError) as error:  # JSON, but no mapping
+        raise CorruptArtifactError(
+            f"expected a mapping of settings in config.json of {path}, found: {error}; copy the folder again"
+        ) from error
+    except ValueError as error:  # unknown model_type, or a field of the wrong type
+        raise UnsupportedModelError(
+            f"expected the configuration of a supported model in {path}, found: {error}"
+        ) from error
+    except OSError as error:
+        if Path(path).is_dir():
+            raise CorruptArtifactError(
+                f"expected a readable config.json in {path}, found: {error}; copy the folder again"
+            ) from error
+        raise UnsupportedModelError(
+            f"expected a local folder or a reachable hub id, found {path!r}: {error}; download it and give the folder"
+        ) from error
+    # Members, exporters and tasks read outputs by name and want nothing else in the graph.
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    return config
+
+
+def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any], may_lack_head: bool) -> nn.Module:
+    loader = getattr(transformers, auto_class)
+    try:
+        model_class = loader._model_mapping[type(config)]
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    except KeyError:
+        raise UnsupportedModelError(
+            f"expected a model with a head for {auto_class}, found a {config.model_type}; choose another task"
+        ) from None
+    try:
+        with _quiet_transformers():  # what it warns about, missing weights, is an error below
+            model, report = model_class.from_pretrained(
+                path,
+                config=config,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=may_lack_head,
+                **({"add_pooling_layer": False} if _pooler_is_optional(model_class, auto_class) else {}),
+                **source,
+            )
+    except (SafetensorError, RuntimeError) as error:
+        raise CorruptArtifactError(
+            f"expected weights that fit config.json in {path}, found: {error}; copy the checkpoint again"
+        ) from error
+    except OSError as error:
+        raise UnsupportedModelError(
+            f"expected safetensors weights in {path}, found: {error}; {_conversion(path, auto_class)}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if may_lack_head:
+        inside = f"{model_class.base_model_prefix}."
+        missing = [name for name in missing if name.startswith(inside) and ".pooler." not in name]
+    if missing:
+        raise UnsupportedModelError(
+            f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
+            "be random; fine-tune the model for this task first, or choose the task it was trained for"
+        )
+    dense: nn.Module = model.eval()
+    return dense
+
+
+def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
+    loader: Any = transformers.AutoImageProcessor if input_kind == "image" else transformers.AutoTokenizer
+    try:
+        return loader.from_pretrained(path, **({"use_fast": False} if input_kind == "image" else {}), **source)
+    except ImportError as error:
+        raise EnvironmentMismatchError(f"expected the packages for inputs of {path}, found: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = "image processor: preprocessor_config.json" if input_kind == "image" else "tokenizer: tokenizer.json"
+        raise UnsupportedModelError(
+            f"expected {what} in {path}, found: {error}; copy its files from the model it was trained from"
+        ) from error
+
+
+def _check_files(folder: Path, auto_class: str) -> None:
+    if (folder / MEMBER_FILE).exists():
+        raise UnsupportedModelError(
+            f"expected a dense model in {folder}, found a pruned one ({MEMBER_FILE}); prune the model it came from"
+        )
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModelError(f"expected config.json in {folder}, found none; check model.path")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
+        if pickles:
+            raise UnsupportedModelError(
+                f"expected *.safetensors in {folder}, found only pickled weights ({_first(pickles)}), which can run "
+                f"any code when opened; {_conversion(str(folder), auto_class)}"
+            )
+        raise UnsupportedModelError(f"expected model.safetensors in {folder}, found no weights; check model.path")
+    for shard in shards:
+        _check_safetensors(shard)
+
+
+def _conversion(path: str, auto_class: str) -> str:
+    code = (
+        f"from transformers import {auto_class} as M; "
+        f"M.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r}, safe_serialization=True)"
+    )
+    return f'if you trust where they came from, convert them: python -c "{code}"'
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtifactError(
+            f"expected whole safetensors weights in {path}, found: {error}; it is truncated or damaged, copy it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    logging: Any = transformers.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _pooler_is_optional(model_class: Any, auto_class: str) -> bool:
+    return auto_class == "AutoModel" and "add_pooling_layer" in inspect.signature(model_class).parameters
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,81 @@
+"""What can be pruned in a model, layer by layer, without loading its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+
+from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.architectures import SUPPORTED, why_not
+from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.member_files import MEMBER_FILE, load
+from ziplm_deploy.models.modules import layers_of, model_shape
+from ziplm_deploy.models.shape import ModelShape
+
+
+def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
+    """One row a layer: ``layer, heads, head_dim, ffn_width, parameters, prunable, reason``.
+
+    ``model`` is a local folder, a hub id, ``package:NAME``, the folder of a family member, or a loaded model.
+
+    Raises:
+        UnsupportedModelError: no such model, or one that cannot be pruned; names what is supported.
+        CorruptArtifactError: the folder of a family member is damaged.
+    """
+    rows = layer_rows(model if isinstance(model, nn.Module) else _open(str(model)))
+    refused = [str(row["reason"]) for row in rows if not row["prunable"]]
+    if refused:
+        raise UnsupportedModelError(f"expected a model that can be pruned, found {refused[0]}")
+    return rows
+
+
+def _open(path: str) -> Any:
+    resolved = resolve_model_path(path)
+    if (Path(resolved) / MEMBER_FILE).exists():
+        return load(resolved)
+    local = {"local_files_only": True} if Path(resolved).is_dir() else {}
+    try:
+        return transformers.AutoConfig.from_pretrained(resolved, trust_remote_code=False, **local)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any shape of JSON may be in there
+        raise UnsupportedModelError(
+            f"expected a folder with config.json or a reachable hub id, found {path!r}: {error}; check the path"
+        ) from error
+
+
+def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, Any]]:
+    """One row a layer: ``layer, heads, head_dim, ffn_width, parameters, prunable, reason``.
+
+    An unsupported model gives a single row with ``prunable: False`` and the reason instead of an error.
+    """
+    config: Any = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
+    reason = why_not(config)
+    if reason is not None:
+        why = f"{reason}; supported: {', '.join(SUPPORTED)}"
+        return [
+            {"layer": None, "heads": None, "head_dim": None, "ffn_width": None, "parameters": None}
+            | {"prunable": False, "reason": why}
+        ]
+    shape = model_shape(config)
+    kept: dict[str, list[int]] = getattr(model_or_config, "ziplm_kept", {})
+    rows: list[dict[str, Any]] = []
+    for layer in range(shape.n_layers):
+        heads = len(kept.get(f"{layer}.attention", range(shape.n_heads)))
+        width = len(kept.get(f"{layer}.ffn", range(shape.intermediate_size)))
+        parameters = _layer_parameters(model_or_config, layer, shape)
+        rows.append(
+            {"layer": layer, "heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters}
+            | {"prunable": True, "reason": ""}
+        )
+    return rows
+
+
+def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, layer: int, shape: ModelShape) -> int:
+    if isinstance(model_or_config, nn.Module):
+        return sum(parameter.numel() for parameter in layers_of(model_or_config)[layer].parameters())
+    h, w = shape.hidden_size, shape.intermediate_size
+    qkv_biases = 3 * h if getattr(model_or_config, "qkv_bias", True) else 0
+    return 4 * h * h + h + qkv_biases + 2 * h * w + w + h + 4 * h  # two LayerNorms of 2 h each

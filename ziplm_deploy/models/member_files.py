@@ -1,0 +1,188 @@
+"""TODO models.member_files."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from ziplm_deploy.artifacts import Artifact, write_bytes_with, write_text
+from ziplm_deploy.errors import (
+    CorruptArtifactError,
+    StorageError,
+    UsageError,
+)
+from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.levels import LevelWeights
+from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
+from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
+from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.recipe import ModelConfig, TaskName
+
+MEMBER_FILE = "ziplm_config.json"
+
+
+WEIGHTS_FILE = "pruned.safetensors"
+
+
+class MemberConfig(Artifact):
+    """``ziplm_config.json``: what :func:`load` needs beside ``config.json`` and the weights."""
+
+    KIND: ClassVar[str] = "ziplm_member"
+
+    model_class: str  # class of transformers
+    pooling_layer: bool  # whether the class was built with its pooler
+    task: TaskName
+    pooling: str
+    normalize: bool
+    sizes: dict[str, int]  # kept structures a module, "LAYER.KIND"
+    kept: dict[str, list[int]]  # indices into the original dense model
+    weights_sha256: str
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        # Compact: with indentation every one of the thousands of kept columns would get a line.
+        head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
+        write_text(path, json.dumps({**head, **self.model_dump(mode="json")}) + "\n")
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    try:
+        save_model(model, str(path))
+    except SafetensorError as error:  # a full disk arrives as this
+        raise OSError(str(error)) from error
+
+
+def save_member(
+    folder: Path, model: nn.Module, processor: Any, model_config: ModelConfig, extra: dict[str, Any]
+) -> None:
+    """Write a resized (or dense) model and its processor; ``extra`` is any JSON data to keep with it.
+
+    ``ziplm_config.json`` comes last: a folder whose writing was interrupted cannot be loaded.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    folder = Path(folder)
+    kept = kept_structures(model)
+    shape = model_shape(model.config)  # type: ignore[arg-type]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MEMBER_FILE).unlink(missing_ok=True)
+        processor.save_pretrained(folder)
+    except OSError as error:
+        raise StorageError(f"expected to write {folder}, found: {error.strerror or error}; free disk space") from error
+    write_text(folder / "config.json", _config_json(model, kept, shape))
+    if model_config.task == "sentence-similarity":
+        _write_sentence_modules(folder, model_config, shape.hidden_size)
+    write_bytes_with(folder / WEIGHTS_FILE, lambda path: _save_weights(model, path))
+    MemberConfig(
+        model_class=type(model).__name__,
+        pooling_layer=getattr(model, "pooler", None) is not None,
+        task=model_config.task,
+        pooling=model_config.pooling,
+        normalize=model_config.normalize,
+        sizes={name: len(indices) for name, indices in kept.items()},
+        kept=kept,
+        weights_sha256=_sha256(folder / WEIGHTS_FILE),
+        extra=extra,
+    ).save(folder / MEMBER_FILE)
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The model of a member's folder, in eval mode, with exactly the outputs it had when it was saved.
+
+    Raises:
+        CorruptArtifactError: a file is missing, damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    member = MemberConfig.load(folder / MEMBER_FILE)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file() or _sha256(weights) != member.weights_sha256:
+        found = "other content" if weights.is_file() else "no file"
+        raise CorruptArtifactError(
+            f"expected the weights that {MEMBER_FILE} describes in {weights}, found {found}; copy the folder again"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = _build(config, member)
+        load_model(model, str(weights))
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError, UsageError) as error:
+        raise CorruptArtifactError(
+            f"expected config.json, {MEMBER_FILE} and {WEIGHTS_FILE} of one model in {folder}, found: {error}; "
+            "copy the folder again"
+        ) from error
+    return model.eval()
+
+
+def _build(config: Any, member: MemberConfig) -> nn.Module:
+    """The member's modules, with weights still to be loaded."""
+    model_class = getattr(transformers, member.model_class, None)
+    if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ValueError(f"model class {member.model_class!r}, which transformers does not have")
+    config._attn_implementation = "eager"
+    takes_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    with torch.random.fork_rng(devices=[]):  # the initial weights must not consume the caller's random numbers
+        model: nn.Module = model_class(config, **({"add_pooling_layer": member.pooling_layer} if takes_pooler else {}))
+    for module in prunable_modules(model):
+        kept = torch.tensor(member.kept[module.name], dtype=torch.int64)
+        if torch.equal(kept, torch.arange(module.structures)):
+            continue
+        hidden = output_linear(model, module).out_features
+        weight = torch.zeros(hidden, kept.numel() * module.group_size)
+        entry = LevelWeights(kept=kept, weight=weight, bias=torch.zeros(hidden), relative_error=float("nan"))
+        install(model, module.layer, build_replacement(model, module, entry))
+    set_kept(model, member.kept)
+    return model
+
+
+def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape) -> str:
+    config: Any = model.config
+    fields: dict[str, Any] = config.to_diff_dict()
+    fields.pop("_name_or_path", None)
+    width_name = architecture_of(config).config_ffn_width
+    per_layer: dict[str, dict[str, int]] = {}
+    for layer in range(shape.n_layers):
+        sizes = {
+            "num_attention_heads": (len(kept[f"{layer}.attention"]), shape.n_heads),
+            width_name: (len(kept[f"{layer}.ffn"]), shape.intermediate_size),
+        }
+        differing = {name: size for name, (size, dense) in sizes.items() if size != dense}
+        if differing:
+            per_layer[str(layer)] = differing
+    # As in transformers >= 5.14: by layer, only what differs from the global value. Older versions ignore it.
+    fields |= {"architectures": [type(model).__name__], "per_layer_config": per_layer}
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def _write_sentence_modules(folder: Path, model_config: ModelConfig, hidden_size: int) -> None:
+    """What sentence-transformers needs to use the folder with its ONNX back end."""
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] * model_config.normalize)
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(kinds)
+    ]
+    pooling = {
+        "word_embedding_dimension": hidden_size,
+        "pooling_mode_cls_token": model_config.pooling == "cls",
+        "pooling_mode_mean_tokens": model_config.pooling == "mean",
+    }
+    write_text(folder / "modules.json", json.dumps(modules, indent=1) + "\n")
+    write_text(folder / "1_Pooling" / "config.json", json.dumps(pooling, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""The only file that knows attribute paths of Hugging Face models.
+
+An architecture is one declarative entry: where the layers are, and inside a layer where the attention block, the
+FFN block and their output linears are. ``ffn`` is the smallest block that owns the first FFN linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.shape import ModelShape, ModuleKind
+
+
+@dataclass(frozen=True)
+class PrunableModule:
+    """Attention (structures: heads) or FFN (structures: columns) of one layer."""
+
+    layer: int
+    kind: ModuleKind
+    structures: int  # 0: the module was dropped
+    group_size: int  # columns of the output linear that leave with one structure: head_dim, or 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+
+def prunable_modules(model: nn.Module) -> list[PrunableModule]:
+    """Every prunable module of a model as it is now, in the order ``0.attention, 0.ffn, 1.attention, …``.
+
+    A resized model's modules have as many structures as were kept; a dropped one stays in the list with none.
+    """
+    kept: dict[str, list[int]] = getattr(model, "ziplm_kept", {})
+    return [
+        replace(module, structures=len(kept[module.name])) if module.name in kept else module
+        for module in dense_modules(model)
+    ]
+
+
+def dense_modules(model: nn.Module) -> list[PrunableModule]:
+    """The modules that a model had before anything was removed; same order as :func:`prunable_modules`."""
+    shape = model_shape(model.config)  # type: ignore[arg-type]
+    modules: list[PrunableModule] = []
+    for layer in range(shape.n_layers):
+        modules.append(PrunableModule(layer, "attention", shape.n_heads, shape.head_dim))
+        modules.append(PrunableModule(layer, "ffn", shape.intermediate_size, 1))
+    return modules
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layer list of a model, with or without a task head."""
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    layers = model.base_model.get_submodule(architecture.layers)  # type: ignore[union-attr]
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
+    """The linear whose input columns are pruned, ``[hidden, structures * group_size]``.
+
+    Raises:
+        UnsupportedModelError: the module was dropped, so it has no linear.
+    """
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    try:
+        linear = layers_of(model)[module.layer].get_submodule(architecture.output(module.kind))
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise UnsupportedModelError(f"expected an output linear in module {module.name}, found none: it was dropped")
+    return linear
+
+
+def output_module(model: nn.Module, module: PrunableModule) -> nn.Module:
+    """The output linear, or what stands in its place in a dropped module; has a ``bias`` ``[hidden]`` either way."""
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    layer = layers_of(model)[module.layer]
+    try:
+        return layer.get_submodule(architecture.output(module.kind))
+    except AttributeError:
+        return layer.get_submodule(architecture.block(module.kind))
+
+
+def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
+    """The sub-module whose first input is the residual that this module's output is added to."""
+    layer = layers_of(model)[module.layer]
+    if module.kind == "attention":
+        return layer
+    return layer.get_submodule(architecture_of(model.config).ffn_residual)  # type: ignore[arg-type]
+
+
+def model_shape(config: PretrainedConfig) -> ModelShape:
+    """Dimensions of a configuration; raises :class:`UnsupportedModelError` like :func:`architecture_of`."""
+    architecture = architecture_of(config)
+    return ModelShape(
+        model_type=config.model_type,
+        n_layers=getattr(config, architecture.config_layers),
+        hidden_size=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        intermediate_size=getattr(config, architecture.config_ffn_width),
+    )

@@ -1,0 +1,111 @@
+"""Plans without a search: which level every module gets within a latency budget.
+
+All return a :data:`Plan` with ``Σ latency <= budget_ms`` and raise ``spdy.InfeasibleBudgetError`` where none fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ziplm_deploy.pruning.kernels.spdy import InfeasibleBudgetError
+from ziplm_deploy.pruning.search.space import Plan, SearchSpace
+
+
+def uniform_plan(space: SearchSpace, budget_ms: float) -> Plan:
+    """Keep the same fraction of what every module has, the largest that fits; sizes are rounded down to a level."""
+    fractions = {1.0, *(size / levels[0] for levels in space.sizes if levels[0] for size in levels)}
+    return _first_fitting(space, budget_ms, (_keep_fraction(space, f) for f in sorted(fractions, reverse=True)))
+
+
+def layer_drop_plan(space: SearchSpace, budget_ms: float) -> Plan:
+    """Drop whole layers from the top, as few as fit; the other layers stay as they are."""
+    layers = [int(name.split(".")[0]) for name in space.modules]
+    there = sorted({layer for layer, levels in zip(layers, space.sizes, strict=True) if levels[0]})
+    candidates = (
+        tuple(0 if layer in there[:n] else len(levels) - 1 for layer, levels in zip(layers, space.sizes, strict=True))
+        for n in range(len(there), -1, -1)
+    )
+    return _first_fitting(space, budget_ms, candidates)
+
+
+def random_plan(space: SearchSpace, budget_ms: float, seed: int = 0) -> Plan:
+    """Take random modules one level down, one at a time, until the plan fits."""
+    generator = np.random.default_rng(seed)
+    plan = [0] * len(space.sizes)
+    remaining = [index for index, levels in enumerate(space.sizes) if len(levels) > 1]
+    while not _fits(space, tuple(plan), budget_ms):
+        if not remaining:
+            raise _infeasible(budget_ms)
+        place = int(generator.integers(len(remaining)))
+        index = remaining[place]
+        plan[index] += 1
+        if plan[index] == len(space.sizes[index]) - 1:
+            remaining.pop(place)
+    return tuple(plan)
+
+
+def threshold_plan(space: SearchSpace, budget_ms: float, scores: Mapping[str, Tensor]) -> Plan:
+    """Standardize scores within each module, then keep what lies above one global threshold (FLAP's allocation).
+
+    ``scores``: importance of every structure [n], by module; not needed for modules that were dropped before. The
+    threshold is the lowest that fits; sizes are rounded down to a level.
+    """
+    standard = [  # L × [n], ascending
+        _standardized(scores[name]) if levels[0] else torch.zeros(0, dtype=torch.float64)
+        for name, levels in zip(space.modules, space.sizes, strict=True)
+    ]
+    thresholds = torch.tensor(sorted(set(torch.cat(standard).tolist())), dtype=torch.float64)
+    low, high = -1, len(thresholds) - 1  # -1: everything is kept
+
+    def plan_at(index: int) -> Plan:
+        if index < 0:
+            return (0,) * len(standard)
+        threshold = thresholds[index : index + 1]
+        counts = [len(values) - int(torch.searchsorted(values, threshold, right=True)) for values in standard]
+        return tuple(_level_below(levels, count) for levels, count in zip(space.sizes, counts, strict=True))
+
+    if not _fits(space, plan_at(high), budget_ms):
+        raise _infeasible(budget_ms)
+    while low <= high:  # smaller levels are faster, so what fits is an upper range of thresholds
+        middle = (low + high) // 2
+        if _fits(space, plan_at(middle), budget_ms):
+            high = middle - 1
+        else:
+            low = middle + 1
+    return plan_at(low)
+
+
+def _standardized(scores: Tensor) -> Tensor:
+    """z-scores, ascending; zeros where all scores are equal."""
+    spread = scores.std(correction=0)
+    centred = scores - scores.mean()
+    return (centred / spread if float(spread) > 0 else torch.zeros_like(centred)).sort().values
+
+
+def _keep_fraction(space: SearchSpace, fraction: float) -> Plan:
+    # the small addend undoes rounding in size / levels[0] * levels[0]
+    return tuple(_level_below(levels, fraction * levels[0] + 1e-9) for levels in space.sizes)
+
+
+def _level_below(levels: tuple[int, ...], size: float) -> int:
+    """Index of the largest level not above ``size``; the smallest level if all are above."""
+    return next((index for index, level in enumerate(levels) if level <= size), len(levels) - 1)
+
+
+def _first_fitting(space: SearchSpace, budget_ms: float, plans: Iterable[Plan]) -> Plan:
+    for plan in plans:
+        if _fits(space, plan, budget_ms):
+            return plan
+    raise _infeasible(budget_ms)
+
+
+def _fits(space: SearchSpace, plan: Plan, budget_ms: float) -> bool:
+    return space.plan_ms(plan) <= budget_ms
+
+
+def _infeasible(budget_ms: float) -> InfeasibleBudgetError:
+    return InfeasibleBudgetError(f"no plan of this method fits the budget of {budget_ms:.4g} ms; use method: ziplm")

@@ -1,0 +1,28 @@
+"""The section ``benchmark``: end-to-end measurement and the closed loop."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ziplm_deploy.recipe.base import Frozen
+from ziplm_deploy.recipe.workload import EngineName
+
+
+class BenchmarkConfig(Frozen):
+    rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …).")
+    processes: int = Field(
+        3,
+        ge=1,
+        description="Processes a file, one after the other: where one lies in memory shifts latency by 1 to 3 %.",
+    )
+    runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after 10 ms of untimed ones.")
+    max_seconds: float = Field(
+        180.0, gt=0, description="Time limit of the rounds for ten files; more files get proportionally more."
+    )
+    tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
+    overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")
+    baseline_engine: EngineName | None = Field(
+        None, description="Engine of the dense baseline; default: that of `environment`, where the members serve."
+    )
+    max_corrections: int = Field(3, ge=0, description="How often the closed loop may solve again a target.")
+    parity_atol: float = Field(1e-4, gt=0, description="Largest difference between torch and ONNX outputs at export.")

@@ -1,0 +1,32 @@
+"""The section ``data``: examples for calibration, training and evaluation."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ziplm_deploy.recipe.base import Frozen
+
+
+class DataConfig(Frozen):
+    calibration: str | None = Field(
+        None, description="Data for Hessians and search: CSV/JSONL/Parquet file (`.gz` allowed) or a `datasets` name."
+    )
+    evaluation: str | None = Field(
+        None, description="Labelled data for the metric of the ONNX files; without it accuracy is not reported."
+    )
+    train: str | None = Field(
+        None, description="Training data of `recover` and `dense`; may be unlabelled text. Default: `calibration`."
+    )
+    calibration_split: str = Field("train", description="Split, when `calibration` is a `datasets` name.")
+    train_split: str = Field("train", description="Split, when `train` is a `datasets` name.")
+    evaluation_split: str = Field("validation", description="Split, when `evaluation` is a `datasets` name.")
+    config_name: str | None = Field(None, description="Configuration of a `datasets` name, e.g. `sst2` of `glue`.")
+    text_columns: tuple[str, ...] | None = Field(
+        None, description="Columns with the text (or image); default: found from the task's usual names."
+    )
+    label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
+    n_calibration: int = Field(
+        512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."
+    )
+    n_evaluation: int | None = Field(None, ge=1, description="Evaluation examples; default: all of them.")
+    n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")

@@ -1,0 +1,38 @@
+"""The section ``prune``: the method, its settings, and the search for the best plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ziplm_deploy.recipe.base import Frozen
+from ziplm_deploy.recipe.choices import page_names
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[page_names("pruning", "methods")]
+
+
+class SearchConfig(Frozen):
+    n_sequences: int = Field(96, ge=8, description="Calibration examples on which candidate plans are compared.")
+    n_rerank: int = Field(256, ge=8, description="Examples on which the best candidates are compared again.")
+    sensitivity_levels: int = Field(
+        4, ge=1, le=16, description="Levels a module at which the loss is measured before the search; decides most."
+    )
+    coefficient_steps: int = Field(20, ge=0, description="Plans proposed by the surrogate, its weights perturbed.")
+    swap_evaluations: int = Field(100, ge=0, description="Plans tried by swaps of levels around the best plan.")
+
+
+class PruneConfig(Frozen):
+    method: MethodName = Field("ziplm", description="`ziplm`, or a baseline behind the same interface.")
+    damping: float = Field(
+        0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal; more when tokens are few."
+    )
+    centred: bool = Field(True, description="Centred Hessian: weights and bias are compensated jointly.")
+    reconstruct: bool = Field(
+        True, description="After the search, refit kept weights to the dense residual stream, layer by layer."
+    )
+    memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers stream under it.")
+    search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")

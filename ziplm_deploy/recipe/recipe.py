@@ -1,0 +1,85 @@
+"""A recipe as a whole: its sections, and the rules that span several of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from ziplm_deploy.recipe.base import Frozen
+from ziplm_deploy.recipe.benchmark import BenchmarkConfig
+from ziplm_deploy.recipe.compression import CompressConfig
+from ziplm_deploy.recipe.data import DataConfig
+from ziplm_deploy.recipe.export import ExportConfig
+from ziplm_deploy.recipe.latency import ProfileConfig
+from ziplm_deploy.recipe.model import ModelConfig
+from ziplm_deploy.recipe.pruning import PruneConfig
+from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig
+from ziplm_deploy.recipe.variants import Variant
+from ziplm_deploy.recipe.workload import EngineName, Environment
+
+Speedup = Annotated[float, Field(gt=1.0, le=1000.0)]
+
+
+class Recipe(Frozen):
+    """A whole run. Load it with :func:`ziplm_deploy.recipe.loading.load_recipe`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    output_dir: Path = Field(Path("runs"), description="The run's folder is made in here.")
+    seed: int = Field(0, ge=0, description="Seed of sampling and search.")
+    model: ModelConfig = Field(description="What to prune.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Calibration and evaluation data.")
+    environment: Environment = Field(default_factory=Environment, description="Where it will serve.")
+    speedups: tuple[Speedup, ...] = Field(min_length=1, description="Targets over the dense model, each > 1.")
+    dense: DenseConfig = Field(default_factory=DenseConfig, description="Training of the dense model, if it is a base.")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Latency table.")
+    prune: PruneConfig = Field(default_factory=PruneConfig, description="OBS and search.")
+    recover: RecoverConfig = Field(default_factory=RecoverConfig, description="Training after pruning.")
+    export: ExportConfig = Field(default_factory=ExportConfig, description="ONNX files.")
+    compress: CompressConfig = Field(default_factory=CompressConfig, description="Sparsity and INT8 on top.")
+    benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig, description="Measurement and closed loop.")
+
+    @field_validator("speedups")
+    @classmethod
+    def _ascending(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(speedups)))
+
+    @model_validator(mode="after")
+    def _engine_takes_the_export(self) -> Recipe:
+        slow = self.export.shapes != "static" or self.export.opset > 16
+        if slow and "deepsparse" in (self.environment.engine, self.baseline_engine):
+            raise ValueError(
+                "DeepSparse (environment.engine or benchmark.baseline_engine) runs dynamic axes and opsets above 16 in "
+                "a slow fallback: set export.shapes: static and export.opset: 16, found "
+                f"{self.export.shapes} and {self.export.opset}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_takes_the_integers(self) -> Recipe:
+        engine, int8 = self.environment.engine, self.compress.int8
+        if engine != "onnxruntime" and int8.method == "dynamic" and self.compress.makes_int8:
+            raise ValueError(
+                f"{engine} does not run dynamically quantized graphs well: set compress.int8.method: static or qat"
+            )
+        return self
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Files of every member: the exported one, then those made from it."""
+        return (Variant.FP32, *self.compress.variants)
+
+    @property
+    def baseline_engine(self) -> EngineName:
+        """Engine of the dense model that speedups are over."""
+        return self.benchmark.baseline_engine or self.environment.engine
+
+    @property
+    def finishes_after_pruning(self) -> bool:
+        """Whether members change after the closed loop has measured them, by training or compression."""
+        return self.recover.mode != "none" or bool(self.compress.variants)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name

@@ -1,0 +1,48 @@
+"""The files of a member: what was done to each, how it is called and what it is made from."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Variant(str, Enum):
+    """One form of a member's model: as exported, with zeros in its weights, in 8-bit integers, or both."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+    SPARSE = "sparse"
+    SPARSE_INT8 = "sparse-int8"
+
+    __hash__ = str.__hash__  # equal to its name, so it must be found under it
+    __str__ = str.__str__
+
+    @property
+    def onnx_file(self) -> str:
+        """Name of the ONNX file in the member's folder: ``model.onnx``, ``model_int8.onnx`` …"""
+        return "model.onnx" if self is Variant.FP32 else f"model_{self.value.replace('-', '_')}.onnx"
+
+    @property
+    def accuracy_file(self) -> str:
+        """Name of the file with the scores of the ONNX file: ``accuracy.json``, ``accuracy_int8.json`` …"""
+        return self.onnx_file.replace("model", "accuracy").replace(".onnx", ".json")
+
+    @property
+    def is_sparse(self) -> bool:
+        return self in (Variant.SPARSE, Variant.SPARSE_INT8)
+
+    @property
+    def is_int8(self) -> bool:
+        return self in (Variant.INT8, Variant.SPARSE_INT8)
+
+    @property
+    def made_from(self) -> tuple[Variant, ...]:
+        """Variants that this one adds one thing to; it must be faster than each of them to be worth anything."""
+        if self is Variant.FP32:
+            return ()
+        both = self is Variant.SPARSE_INT8
+        return (Variant.FP32, Variant.SPARSE, Variant.INT8) if both else (Variant.FP32,)
+
+
+def file_label(member: str, variant: Variant) -> str:
+    """Name of a file in benchmarks and tables: ``2x``, ``2x int8`` …"""
+    return member if variant is Variant.FP32 else f"{member} {variant}"

@@ -1,0 +1,96 @@
+"""TODO reporting.records."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.recipe import Environment, Variant
+from ziplm_deploy.recovery.record import TrainingRecord
+
+
+class FileReport(BaseModel):
+    """One ONNX file of a member, as measured and evaluated on the engine that runs it."""
+
+    variant: Variant
+    file: str  # in the member's folder
+    engine: str
+    measured_speedup: float  # over the dense float32 model of the same run
+    measured_low: float  # 95 % interval
+    measured_high: float
+    p50_ms: float
+    p99_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    onnx_bytes: int
+    gzip_bytes: int  # what a download weighs
+    accuracy: dict[str, float]  # empty: not evaluated, or not on this engine
+    facts: dict[str, str] = Field(default_factory=dict)  # how it was made: sparsity, INT8 method, what stayed float32
+    recommended: bool
+    reason: str = ""  # why it is not recommended
+
+
+class MemberReport(BaseModel):
+    """One model of the family: what was asked, predicted and measured, and what it cost."""
+
+    name: str  # "dense", "2x" …
+    folder: str
+    speedup_target: float | None  # None for the dense model
+    predicted_speedup: float | None
+    measured_speedup: float
+    measured_low: float  # 95 % interval
+    measured_high: float
+    p50_ms: float
+    p99_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    parameters: int
+    onnx_bytes: int
+    variant: Variant = Variant.FP32  # the file that the target is about, and all figures here
+    files: list[FileReport] = Field(default_factory=list)  # every file, this one too
+    accuracy: dict[str, float]  # of the ONNX file; the task's primary metric first; empty without evaluation data
+    accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
+    training: TrainingRecord | None = None
+    sizes: dict[str, int]  # heads or columns per module
+    search_loss: float | None = None
+    seed_losses: dict[str, float] = Field(default_factory=dict)
+    corrections: int = 0  # how often the closed loop solved this target again
+    verdict: Literal["baseline", "reached", "missed", "faster than asked"]
+    reason: str = ""  # why a target was missed or overshot
+
+    @property
+    def exported_accuracy(self) -> dict[str, float]:
+        """Scores of ``model.onnx``, the only ones that those before training compare with; empty if it was not run."""
+        if self.variant is Variant.FP32:
+            return self.accuracy
+        return next((file.accuracy for file in self.files if file.variant is Variant.FP32), {})
+
+
+class FamilyReport(Artifact):
+    """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
+
+    KIND: ClassVar[str] = "family_report"
+
+    name: str
+    model: str
+    task: str
+    metric: str
+    method: str
+    recovery: str = "none"  # mode of the training after pruning
+    machine: MachineInfo
+    engine: str  # where the members serve
+    engine_version: str
+    baseline_engine: str = ""  # of the dense model that speedups are over; empty: from before it was recorded
+    baseline_engine_version: str = ""
+    environment: Environment
+    members: list[MemberReport]
+    aa_ratio: float
+    aa_low: float
+    aa_high: float
+    notes: list[str]  # warnings of the run, e.g. few calibration tokens
+    stage_seconds: dict[str, float]
+    versions: dict[str, str]
+    date: str

@@ -1,0 +1,263 @@
+"""The INT8 files of a member: scales from data or from training, and as many linears in INT8 as accuracy allows."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from exporters import ExportError, to_integer_matmul
+from ziplm_deploy.artifacts import atomic_path, content_key
+from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings_of
+from ziplm_deploy.compression.int8.fake_quant import (
+    insert_fake_quant,
+    learned_ranges,
+    module_ranges,
+    quantizable_linears,
+    remove_fake_quant,
+)
+from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
+from ziplm_deploy.compression.int8.quantize import ActivationRange, LinearScales, linear_ranges, quantize
+from ziplm_deploy.compression.int8.sensitivity import Fp32Choice, SensitivityRow, keep_in_fp32, rank_linears
+from ziplm_deploy.compression.records import Int8Record, LinearSensitivity, int8_record_path
+from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
+from ziplm_deploy.compression.treatment import reduces_range, served_int8
+from ziplm_deploy.engines import get_engine
+from ziplm_deploy.errors import UsageError
+from ziplm_deploy.machine import distributed
+from ziplm_deploy.models.member_files import load
+from ziplm_deploy.recipe import EngineName, Variant, file_label
+from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.export import export_checked
+from ziplm_deploy.stages.recover import distil, training_key
+
+Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
+
+
+LOOKED_AT = 32  # examples for the sensitivity of linears: each linear takes a forward pass over them
+
+
+def quantize_member(state: Run, name: str, variant: Variant) -> None:
+    """``model_int8.onnx`` or ``model_sparse_int8.onnx`` of a member, and the record of how it was made."""
+    recipe, config = state.recipe, served_int8(state.recipe)
+    source = state.folder.compressed(name) / "sparse" if variant.is_sparse else state.folder.member(name)
+    target, record = state.folder.member(name) / variant.onnx_file, int8_record_path(state, name, variant)
+    trains = config.method == "qat"
+    key = content_key(
+        source=state.file_hash(source / Variant.FP32.onnx_file),
+        int8=config,
+        weight_bits=reduces_range(config),
+        calibration=state.calibration_key,
+        evaluation=state.evaluation_key,
+        environment=recipe.environment,
+        training=training_key(state, recipe.compress.train) if trains else None,
+    )
+    checkpoints = state.folder.path / "recovery" / f"{file_label(name, variant).replace(' ', '-')}-{key[:12]}"
+    quantization = _Quantization(state, name, variant, source, checkpoints)
+
+    def work() -> None:
+        quantization.run(target, record)
+
+    state.folder.stage(f"quantise {file_label(name, variant)}", key, [target, record], work, together=trains)
+
+
+class _Quantization:
+    """One file on its way from float32 to INT8."""
+
+    def __init__(self, state: Run, name: str, variant: Variant, source: Path, checkpoints: Path) -> None:
+        self.state, self.name, self.variant, self.source = state, name, variant, source
+        self.checkpoints = checkpoints
+        self.config = served_int8(state.recipe)
+        self.reduce_range = reduces_range(self.config)
+        self.engine = state.recipe.environment.engine
+
+    def run(self, target: Path, record: Path) -> None:
+        """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
+        model = load(self.source)
+        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
+            made = Path(scratch) / "made.onnx"
+            if not quantizable_linears(model):  # every module was dropped: the float32 file is nearly the INT8 file
+                if distributed.is_first():
+                    shutil.copyfile(self.source / Variant.FP32.onnx_file, made)
+                    if self.config.embeddings:
+                        round_embeddings_of(made)
+                    _publish(made, target)
+                    self._record([], None, None, has_rounded_embeddings(made)).save(record)
+                return
+            training, choice, sensitivities = self._make(model, made, Path(scratch))
+            if not distributed.is_first():
+                return
+            if self.variant.is_sparse:
+                check_masks_in_onnx(made, model)
+            _publish(made, target)
+            found = self._record(sensitivities, choice, training, has_rounded_embeddings(made))
+        found.save(record)
+        shutil.rmtree(self.checkpoints.parent, ignore_errors=True)
+
+    def _make(
+        self, model: nn.Module, made: Path, scratch: Path
+    ) -> tuple[TrainingRecord | None, Fp32Choice | None, list[SensitivityRow]]:
+        """Write the file, as the first process; all of them train."""
+        state, onnx, batches = self.state, self.source / Variant.FP32.onnx_file, self.state.ranges_batches
+        looked_at = state.encode(state.ranges_rows[:LOOKED_AT])  # unpadded
+        divergence, step = divergence_from(state.task, model, looked_at), state.progress.step
+        sensitivities = rank_linears(model, looked_at, divergence, self.config, self.reduce_range, progress=step)
+        training: TrainingRecord | None = None
+        ranges: Ranges = None
+        if self.config.method == "qat":
+            ranges, training = self._train(model, batches)
+            export_checked(state, model, scratch, f"{file_label(self.name, self.variant)}, trained")
+            onnx = scratch / Variant.FP32.onnx_file
+        choice: Fp32Choice | None = None
+        if distributed.is_first():
+            if self.config.backend == "neural-compressor":
+                choice = self._by_neural_compressor(onnx, made)
+            else:
+                if self.config.method == "static":
+                    ranges = linear_ranges(onnx, _arrays(batches), self.config)
+                choice = self._within_budget(onnx, made, ranges, sensitivities)
+        return training, choice, sensitivities
+
+    def _train(
+        self, model: nn.Module, batches: list[dict[str, Tensor]]
+    ) -> tuple[dict[str, LinearScales], TrainingRecord]:
+        """Weights, in place, and scales, trained together; zeros of a sparse model stay."""
+        state, title = self.state, file_label(self.name, self.variant)
+        insert_fake_quant(model, module_ranges(model, batches), self.config, self.reduce_range)
+        with zeros_held(model, zero_masks(model)) if self.variant.is_sparse else contextlib.nullcontext():
+            training = distil(state, model, state.recipe.compress.train, self.checkpoints, title)
+        ranges = learned_ranges(model)
+        remove_fake_quant(model)
+        return ranges, training
+
+    def _within_budget(
+        self, onnx: Path, target: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
+    ) -> Fp32Choice | None:
+        """Write the file with as few linears in float32 as the budget needs; None: nothing to judge it by."""
+
+        def write(keep: tuple[str, ...], path: Path) -> None:
+            quantize(
+                onnx,
+                path,
+                self.config,
+                engine=self.engine,
+                reduce_range=self.reduce_range,
+                batches=_arrays(self.state.ranges_batches),
+                keep_fp32=keep,
+                ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
+            )
+
+        if self.state.recipe.data.evaluation is None:
+            write((), target)
+            return None
+
+        candidates: dict[tuple[str, ...], Path] = {}
+
+        def evaluate(keep: tuple[str, ...]) -> float:
+            candidates[keep] = target.with_name(f"candidate-{len(candidates)}.onnx")
+            write(keep, candidates[keep])
+            score = score_of(self.state, candidates[keep], self.variant, engine=self._judge)
+            self.state.progress.note(
+                f"{file_label(self.name, self.variant)}: {score:.4f} with {len(keep)} linears in float32"
+            )
+            return score
+
+        choice = keep_in_fp32(sensitivities, evaluate, self._reference_score(), self.config)
+        candidates[choice.kept].replace(target)
+        return choice
+
+    @property
+    def _judge(self) -> EngineName:
+        """Engine that scores candidates: the one that serves, unless a candidate may end its process."""
+        return "onnxruntime" if get_engine(self.engine).may_abort else self.engine
+
+    def _reference_score(self) -> float:
+        """Of the float32 file, in ONNX Runtime: its answers are those of every engine, and not every one can run it."""
+        return score_of(self.state, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
+
+    def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
+        """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
+        scores: list[float] = []
+        batches = _arrays(self.state.ranges_batches)
+        judged = self.state.recipe.data.evaluation is not None
+        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
+            made, candidate = Path(folder) / "model.onnx", Path(folder) / "candidate.onnx"
+
+            def evaluate(path: Path) -> float:
+                shutil.copyfile(path, candidate)
+                if scores and self.config.embeddings:  # the first one is the float32 file
+                    round_embeddings_of(candidate)
+                scores.append(score_of(self.state, candidate, self.variant, engine="onnxruntime"))
+                self.state.progress.note(
+                    f"{file_label(self.name, self.variant)}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
+                )
+                return scores[-1]
+
+            result = quantize_with_neural_compressor(
+                onnx,
+                made,
+                self.config,
+                batches=batches,
+                reduce_range=self.reduce_range,
+                evaluate=evaluate if judged else None,
+            )
+            if self.config.embeddings:
+                round_embeddings_of(made)
+            with atomic_path(target) as temporary:
+                if self.engine == "deepsparse":
+                    try:
+                        to_integer_matmul(made, temporary)
+                    except ExportError as error:
+                        raise UsageError(
+                            f"expected a file of neural-compressor that DeepSparse's form can express, found: {error}; "
+                            "use int8.backend onnxruntime"
+                        ) from error
+                else:
+                    shutil.copyfile(made, temporary)
+        if not judged:
+            return None
+        reference, *tried = scores
+        kept = result.fp32_linears
+        counted = tuple((len(kept), score) for score in tried)
+        return Fp32Choice(kept, max(tried), reference, counted, within_budget=bool(result.met))
+
+    def _record(
+        self,
+        sensitivities: list[SensitivityRow],
+        choice: Fp32Choice | None,
+        training: TrainingRecord | None,
+        embeddings: bool,
+    ) -> Int8Record:
+        return Int8Record(
+            method=self.config.method,
+            backend=self.config.backend,
+            ranges=self.config.ranges,
+            per_channel=self.config.per_channel,
+            weight_bits=7 if self.reduce_range else 8,
+            embeddings=embeddings,
+            n_linears=len(sensitivities),
+            fp32_linears=[] if choice is None else list(choice.kept),
+            reference_score=None if choice is None else choice.reference_score,
+            scores=[] if choice is None else [score for _, score in choice.tried],
+            within_budget=None if choice is None else choice.within_budget,
+            sensitivities=[LinearSensitivity(**asdict(row)) for row in sensitivities],
+            ruined_by_outliers=[row.name for row in sensitivities if row.ruined_by_outliers],
+            training=training,
+        )
+
+
+def _publish(made: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(made, temporary)
+
+
+def _arrays(batches: list[dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
+    return [{name: value.numpy() for name, value in batch.items()} for batch in batches]
