@@ -13,11 +13,14 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import Recipe, file_label
+from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
-from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages import timed_files as subjects
+from ziplm_deploy.stages import evaluate
+from ziplm_deploy.stages import profile as profiling
+from ziplm_deploy.stages import report as reporting
+from ziplm_deploy.stages.benchmark import is_benchmarked
+from ziplm_deploy.stages.export import export_generation
 
 
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -26,12 +29,12 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> FamilyReport
     Raises:
         ZipLMError: see :mod:`ziplm_deploy.errors`. A missed target is no error: see ``verdict`` of the members.
     """
-    return pipeline.run(recipe, progress)
+    return pipeline.run_pipeline(recipe, progress)
 
 
 def profile(recipe: Recipe, progress: Progress | None = None) -> LatencyTable:
     """Measured milliseconds of every sub-block shape of the recipe's model, also in ``profile.json`` of the run."""
-    return pipeline.profile(Run(recipe, progress))
+    return profiling.STAGE(pipeline.begin(recipe, progress))
 
 
 def prune(recipe: Recipe, progress: Progress | None = None) -> dict[str, PruningPlan]:
@@ -45,7 +48,8 @@ def prune(recipe: Recipe, progress: Progress | None = None) -> dict[str, Pruning
             "expected recover.mode none or one-shot for pruning alone, found gradual, where each target is pruned from "
             "the member trained before it; run: ziplm-deploy recover RECIPE"
         )
-    return _plans(_pruned(recipe, progress))
+    run = pipeline.pruned(recipe, progress)
+    return {member.name: PruningPlan.load(member.plan) for member in run.pruned_members}
 
 
 def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, TrainingRecord]:
@@ -56,10 +60,9 @@ def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, Train
     """
     if recipe.recover.mode == "none":
         raise RecipeError("expected recover.mode one-shot or gradual, found none; set it in the recipe")
-    state = Run(recipe, progress)
-    pipeline.build(state)
-    names = map(state.member_name, recipe.speedups)
-    return {name: TrainingRecord.load(state.folder.member(name) / "training.json") for name in names}
+    run = pipeline.begin(recipe, progress)
+    pipeline.trained(run)
+    return {member.name: TrainingRecord.load(member.training_record) for member in run.pruned_members}
 
 
 def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
@@ -68,13 +71,13 @@ def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
     Without training they are as planned from the table, not yet measured; with it, measured before they were trained.
     """
     if recipe.recover.mode == "none":
-        state = _pruned(recipe, progress)
-        for step in state.steps:
-            pipeline.export_pruned(state, step)
+        run = pipeline.pruned(recipe, progress)
+        for generation in run.generations:
+            export_generation(run, generation)
     else:
-        state = Run(recipe, progress)
-        pipeline.build(state)
-    return {name: state.folder.member(name) / "model.onnx" for name in state.names}
+        run = pipeline.begin(recipe, progress)
+        pipeline.trained(run)
+    return {member.name: member.file(Variant.FP32).onnx for member in run.members}
 
 
 def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
@@ -85,19 +88,15 @@ def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path
     """
     if not recipe.compress.variants:
         raise RecipeError("expected compress.variants in the recipe, found none; name int8, sparse or sparse-int8")
-    state = Run(recipe, progress)
-    pipeline.build(state)
-    pipeline.compress(state)
-    return {
-        file_label(name, variant): state.folder.member(name) / variant.onnx_file
-        for name in state.names
-        for variant in recipe.compress.variants
-    }
+    run = pipeline.begin(recipe, progress)
+    pipeline.build(run)
+    files = [member.file(variant) for member in run.members for variant in recipe.compress.variants]
+    return {file.label: file.onnx for file in files}
 
 
 def benchmark(recipe: Recipe, progress: Progress | None = None) -> BenchmarkRecord:
     """All members against the dense model; members that miss their target are solved again, as the recipe allows."""
-    return pipeline.measured(Run(recipe, progress))
+    return pipeline.measured(pipeline.begin(recipe, progress))
 
 
 def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -111,29 +110,11 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
         raise CorruptArtifactError(
             f"expected a benchmarked run, found no {path}; run: ziplm-deploy benchmark RECIPE (or run RECIPE) first"
         )
-    state = Run(recipe, progress)
-    if not state.folder.is_current("benchmark", _final_key(state)):
+    run = pipeline.begin(recipe, progress)
+    if not is_benchmarked(run):
         raise CorruptArtifactError(
             f"expected a benchmark of the models and settings of this recipe in {path}, found one of others; run: "
             "ziplm-deploy run RECIPE"
         )
-    pipeline.evaluate(state)
-    return pipeline.report(state)
-
-
-def _final_key(state: Run) -> str:
-    return pipeline.benchmark_key(state, subjects.files_of_family(state))
-
-
-def _pruned(recipe: Recipe, progress: Progress | None) -> Run:
-    state = Run(recipe, progress)
-    pipeline.profile(state)
-    pipeline.train_dense(state)
-    for step in state.steps:
-        pipeline.calibrate(state, step)
-        pipeline.prune(state, step)
-    return state
-
-
-def _plans(state: Run) -> dict[str, PruningPlan]:
-    return {name: PruningPlan.load(state.folder.plan(name)) for name in map(state.member_name, state.recipe.speedups)}
+    evaluate.STAGE(run)
+    return reporting.STAGE(run)

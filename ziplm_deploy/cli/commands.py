@@ -1,82 +1,34 @@
-"""Command line: parse, config, stage, artifact. Whatever is heavy is imported in the command that needs it."""
+"""The commands. Whatever is heavy is imported in the command that needs it."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from ziplm_deploy.cli.inputs import on_engines, onnx_files, resolved_recipe, validated
-from ziplm_deploy.errors import UsageError, ZipLMError
+from ziplm_deploy.cli.app import (
+    MISSED_TARGET,
+    AsJson,
+    OutputDir,
+    Quiet,
+    RecipePath,
+    Seed,
+    Speedups,
+    Threads,
+    app,
+)
+from ziplm_deploy.cli.inputs import console_progress, on_engines, onnx_files, resolved_recipe, validated
+from ziplm_deploy.errors import UsageError
 from ziplm_deploy.recipe import BenchmarkConfig, Environment, Recipe, recipe_reference
 
 if TYPE_CHECKING:
+    from ziplm_deploy.latency.record import BenchmarkRecord
     from ziplm_deploy.progress import Progress
     from ziplm_deploy.reporting.records import FamilyReport
-
-
-MISSED_TARGET = 3
-
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-
-class _Edge(TyperGroup):
-    """The one place where errors become messages and exit codes. Unexpected exceptions keep their traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ZipLMError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            typer.echo("\ninterrupted: nothing half-written is left; the same command continues where it was", err=True)
-            raise typer.Exit(INTERRUPTED) from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            where = f" for {error.filename}" if error.filename else ""
-            typer.echo(
-                f"error: expected free disk space{where}, found none; free some and run the same again", err=True
-            )
-            raise typer.Exit(1) from error
-
-
-app = typer.Typer(
-    cls=_Edge,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Make a Transformer encoder as much faster as you need on this CPU, and measure that it is.",
-)
-
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; fields: ziplm-deploy recipe-reference.")]
-
-
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder for the run's folder.")]
-
-
-Speedups = Annotated[str | None, typer.Option(help="Targets instead of the recipe's, as in 1.5,2,3.")]
-
-
-Seed = Annotated[int | None, typer.Option(help="Seed instead of the recipe's.")]
-
-
-Threads = Annotated[int | None, typer.Option(help="environment.threads instead of the recipe's.")]
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, progress on stderr.")]
 
 
 @app.command()
@@ -103,7 +55,7 @@ def _stage(work: Callable[[Recipe, Progress], None]) -> Callable[[Recipe, Progre
         threads: Threads = None,
         quiet: Quiet = False,
     ) -> None:
-        work(resolved_recipe(recipe, output_dir, speedups, seed, threads), _progress(quiet))
+        work(resolved_recipe(recipe, output_dir, speedups, seed, threads), console_progress(quiet))
 
     app.command(work.__name__, help=work.__doc__)(command)
     return work
@@ -124,7 +76,7 @@ def _reporting_stage(
         as_json: AsJson = False,
     ) -> None:
         resolved = resolved_recipe(recipe, output_dir, speedups, seed, threads)
-        _finish(work(resolved, _progress(quiet)), resolved, as_json)
+        _finish(work(resolved, console_progress(quiet)), resolved, as_json)
 
     app.command(work.__name__, help=work.__doc__)(command)
     return work
@@ -206,32 +158,18 @@ def benchmark(
 
     missed: list[str] = []
     if any(path.suffix == ".onnx" for path in inputs):
-        files = onnx_files(inputs)
-        shape = {"batch_size": batch_size, "seq_len": seq_len, "threads": 1 if threads is None else threads}
-        names = list(dict.fromkeys(engine or ["onnxruntime"]))
-        environments = [validated(Environment, engine=name, **shape) for name in names]
+        workload = {"batch_size": batch_size, "seq_len": seq_len}
         settings = validated(BenchmarkConfig, rounds=rounds, processes=processes)
-        from ziplm_deploy.engines import get_engine
-        from ziplm_deploy.latency.benchmark import compare
-
-        for notice in filter(None, (get_engine(item.engine).notice for item in environments)):
-            typer.echo(notice, err=True)
-        progress, subjects = _progress(quiet), on_engines(files, [item.engine for item in environments])
-        what = f"{len(files)} ONNX file(s) on {', '.join(names)}"
-        progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
-        record = compare(subjects, environments[0], settings, next(iter(subjects)), progress.step)
-    elif len(inputs) == 1:
-        resolved = resolved_recipe(inputs[0], None, None, None, threads)
-        from ziplm_deploy import api
-        from ziplm_deploy.recipe import file_label
-
-        record = api.benchmark(resolved, _progress(quiet))
-        missed = [
-            f"{target:g}x"
-            for target in resolved.speedups
-            if record.variant(file_label(f"{target:g}x", resolved.compress.target)).speedup
-            < target * (1 - resolved.benchmark.tolerance)
+        names = list(dict.fromkeys(engine or ["onnxruntime"]))
+        environments = [
+            validated(Environment, engine=name, threads=1 if threads is None else threads, workload=workload)
+            for name in names
         ]
+        record = _compare_files(onnx_files(inputs), environments, settings, console_progress(quiet))
+    elif len(inputs) == 1:
+        resolved = resolved_recipe(inputs[0], threads=threads)
+        record = _compare_members(resolved, console_progress(quiet))
+        missed = _missed(record, resolved)
     else:
         raise UsageError(
             f"expected one recipe or ONNX files (*.onnx), found {len(inputs)} other files; name one recipe"
@@ -242,6 +180,40 @@ def benchmark(
     if missed:
         typer.echo(f"missed: {', '.join(missed)}", err=True)
         raise typer.Exit(MISSED_TARGET)
+
+
+def _compare_files(
+    files: dict[str, Path], environments: list[Environment], settings: BenchmarkConfig, progress: Progress
+) -> BenchmarkRecord:
+    """Every file in every environment, which differ in their engines only."""
+    from ziplm_deploy.engines import get_engine
+    from ziplm_deploy.latency.benchmark import compare
+
+    names = [environment.engine for environment in environments]
+    for notice in filter(None, (get_engine(name).notice for name in names)):
+        typer.echo(notice, err=True)
+    timed_files = on_engines(files, names)
+    what = f"{len(files)} ONNX file(s) on {', '.join(names)}"
+    progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
+    return compare(timed_files, environments[0], settings, next(iter(timed_files)), progress.step)
+
+
+def _compare_members(recipe: Recipe, progress: Progress) -> BenchmarkRecord:
+    from ziplm_deploy import api
+
+    return api.benchmark(recipe, progress)
+
+
+def _missed(record: BenchmarkRecord, recipe: Recipe) -> list[str]:
+    """Members that are slower than their target allows."""
+    from ziplm_deploy.recipe import file_label
+
+    return [
+        f"{target:g}x"
+        for target in recipe.speedups
+        if record.variant(file_label(f"{target:g}x", recipe.compress.target)).speedup
+        < target * (1 - recipe.benchmark.tolerance)
+    ]
 
 
 @_reporting_stage
@@ -294,6 +266,30 @@ def setup(
         typer.echo(f"{environment.variable} names another Python, which is used instead; unset it", err=True)
 
 
+@app.command()
+def guide(
+    name: Annotated[str | None, typer.Argument(help="Name of a guide; without it all are listed.")] = None,
+) -> None:
+    """Print a guide, or what guides there are."""
+    from ziplm_deploy import guides
+
+    if name is not None:
+        typer.echo(guides.read_guide(name))
+        return
+    for each in guides.guide_names():
+        typer.echo(f"{each}: {guides.first_sentence(each)}")
+
+
+@app.command()
+def new(
+    name: Annotated[str | None, typer.Argument(help="Name of a ready recipe; without it all are listed.")] = None,
+) -> None:
+    """Print a ready recipe for a task, to be saved and filled in: ziplm-deploy new text-classification > my.yaml."""
+    from ziplm_deploy import guides
+
+    typer.echo("\n".join(guides.recipe_names()) if name is None else guides.recipe_text(name).rstrip())
+
+
 @app.command("recipe-reference")
 def print_recipe_reference() -> None:
     """Print every recipe field with default and meaning, as a Markdown table."""
@@ -306,19 +302,6 @@ def schema(kind: Annotated[str, typer.Argument(help="report, recipe, table, plan
     from ziplm_deploy.reporting.schema import json_schema
 
     typer.echo(json.dumps(json_schema(kind), indent=1))
-
-
-def main() -> None:
-    """Entry point of ``ziplm-deploy``."""
-    app()
-
-
-def _progress(quiet: bool) -> Progress:
-    from ziplm_deploy.machine import distributed
-    from ziplm_deploy.progress import ConsoleProgress
-    from ziplm_deploy.progress import Progress as Silent
-
-    return Silent() if quiet or not distributed.is_first() else ConsoleProgress()
 
 
 def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
@@ -335,6 +318,11 @@ def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
         console.print_family(report, recipe.run_dir)
     missed = [member for member in report.members if member.verdict == "missed"]
     for member in missed:
-        typer.echo(f"missed: {member.name} measured {member.measured_speedup:.2f}x: {member.reason}", err=True)
+        typer.echo(f"missed: {member.name} measured {member.served.measured_speedup:.2f}x: {member.reason}", err=True)
     if missed:
         raise typer.Exit(MISSED_TARGET)
+
+
+def main() -> None:
+    """Entry point of ``ziplm-deploy``."""
+    app()

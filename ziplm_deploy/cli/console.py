@@ -14,6 +14,7 @@ from rich.text import Text
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.reporting.table import aa_line, ratio_text
 
 WIDE = 160  # columns of a stream that is no terminal: tables are not folded in files and pipes
 
@@ -54,7 +55,7 @@ def print_benchmark(record: BenchmarkRecord) -> None:
             f"{variant.engine} {variant.engine_version}",
             "1x"
             if variant.name == record.baseline
-            else _speedup(variant.speedup, variant.speedup_low, variant.speedup_high),
+            else ratio_text(variant.speedup, variant.speedup_low, variant.speedup_high),
             f"{variant.p50_ms:.3f}",
             f"{variant.latency.p90_ms:.3f}",
             f"{variant.latency.p99_ms:.3f}",
@@ -65,8 +66,8 @@ def print_benchmark(record: BenchmarkRecord) -> None:
     ]
     console = _console()
     titles = ["model", "engine", "speedup [95 %]", "p50 ms", "p90 ms", "p99 ms", "per second", "peak MiB"]
-    shape = record.environment
-    title = f"batch {shape.workload.batch_size}, {shape.workload.seq_len} tokens, {shape.threads} thread(s)"
+    environment = record.environment
+    title = f"{environment.workload.describe()}, {environment.threads} thread(s)"
     console.print(_table(title, titles, cells))
     line(console, aa_line(record.aa_ratio, record.aa_low, record.aa_high))
 
@@ -99,25 +100,14 @@ def print_findings(findings: dict[str, Any]) -> None:
         return
     line(
         console,
-        f"noise: one model against itself {_speedup(noise['aa_ratio'], noise['aa_low'], noise['aa_high'])}, "
+        f"noise: one model against itself {ratio_text(noise['aa_ratio'], noise['aa_low'], noise['aa_high'])}, "
         f"floor {100 * noise['floor']:.1f} %: {noise['verdict']}",
     )
-
-
-def aa_line(ratio: float, low: float, high: float) -> str:
-    """The A/A line and what it means."""
-    if low <= 1.0 <= high:
-        return f"noise: the baseline against itself {_speedup(ratio, low, high)}, as it should be"
-    return f"noise: the baseline against itself {_speedup(ratio, low, high)}: trust no difference smaller than that"
 
 
 def line(console: Console, text: str) -> None:
     """Plain text: no markup, no colours, no folding of paths."""
     console.print(Text(text), soft_wrap=True)
-
-
-def _speedup(ratio: float, low: float, high: float) -> str:
-    return f"{ratio:.3f}x [{low:.3f}, {high:.3f}]"
 
 
 def _table(title: str, titles: list[str], cells: list[list[str]]) -> Table:

@@ -10,6 +10,7 @@ from ziplm_deploy.recipe import EngineName, Recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from ziplm_deploy.latency.benchmark import TimedFile
+    from ziplm_deploy.progress import Progress
 
 
 def resolved_recipe(
@@ -44,7 +45,7 @@ def validated(section: type[Any], **values: Any) -> Any:
     try:
         return section(**values)
     except ValidationError as error:
-        found = "; ".join(f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors())
+        found = "; ".join(f"--{str(e['loc'][-1]).replace('_', '-')}: {e['msg']}" for e in error.errors())
         raise UsageError(f"expected valid options, found {found}") from error
 
 
@@ -74,3 +75,11 @@ def on_engines(files: dict[str, Path], engines: list[EngineName]) -> dict[str, T
         for engine in engines
         for name, path in files.items()
     }
+
+
+def console_progress(quiet: bool) -> Progress:
+    """Progress on stderr; none if it is not wanted, or of the processes of a launch but the first."""
+    from ziplm_deploy.machine import distributed
+    from ziplm_deploy.progress import ConsoleProgress, Progress
+
+    return Progress() if quiet or not distributed.is_first() else ConsoleProgress()

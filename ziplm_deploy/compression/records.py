@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel
 
 from ziplm_deploy.artifacts import Artifact
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
-from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.recovery.record import TrainingRecord
-from ziplm_deploy.run.run import Run
-
-SPARSITY_RECORD = "sparsity.json"
 
 
 class LinearSensitivity(BaseModel):
@@ -46,21 +41,8 @@ class Int8Record(Artifact):
     training: TrainingRecord | None = None
 
 
-def int8_record_path(state: Run, name: str, variant: Variant) -> Path:
-    return state.folder.compressed(name) / f"{variant}.json"
-
-
-def int8_record(state: Run, name: str, variant: Variant) -> Int8Record | None:
-    """How a member's file became INT8; None for one that is not INT8.
-
-    Raises:
-        CorruptArtifactError: the record is missing or damaged.
-    """
-    return Int8Record.load(int8_record_path(state, name, variant)) if variant.is_int8 else None
-
-
 def outside_budget(record: Int8Record | None, served_score: float | None = None, max_loss: float = 0.0) -> str:
-    """That a file loses more accuracy than its budget allows, in figures; empty if not.
+    """Figures of a file that loses more accuracy than its budget allows; empty if it does not.
 
     ``served_score``: on the engine that serves, which may not be the one that candidates were judged on; ``max_loss``
     is relative to the score before INT8.
@@ -85,14 +67,6 @@ def kept_in_float32(record: Int8Record | None) -> str:
     )
 
 
-def int8_notes(state: Run, name: str) -> list[str]:
-    """What a member's INT8 files did to its linears: which stayed float32, and which cost more than is allowed."""
-    variants, max_loss = state.recipe.compress.variants, state.recipe.compress.int8.max_loss
-    records = {variant: int8_record(state, name, variant) for variant in variants}
-    notes = (int8_note(file_label(name, variant), record, max_loss) for variant, record in records.items() if record)
-    return [note for note in notes if note]
-
-
 def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
     """What to know about an INT8 file, with the names of the linears it is about; empty if nothing."""
     outliers = f"outliers ruin {', '.join(record.ruined_by_outliers)}" if record.ruined_by_outliers else ""
@@ -113,13 +87,11 @@ def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
     return ""
 
 
-def facts_of(state: Run, name: str, variant: Variant) -> dict[str, str]:
-    """How a member's file was made, for a table cell."""
+def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[str, str]:
+    """How a member's file was made, in words for a table cell; None: it is not sparse, or not INT8."""
     facts: dict[str, str] = {}
-    if variant.is_sparse:
-        record = SparsityRecord.load(state.folder.compressed(name) / SPARSITY_RECORD)
-        facts["zeros"] = f"{record.sparsity:.1%} ({record.pattern})"
-    int8 = int8_record(state, name, variant)
+    if sparsity is not None:
+        facts["zeros"] = f"{sparsity.sparsity:.1%} ({sparsity.pattern})"
     if int8 is not None:
         by = "" if int8.backend == "onnxruntime" else f" by {int8.backend}"
         embeddings = ", 8-bit embeddings" if int8.embeddings else ""

@@ -1,4 +1,4 @@
-"""The form in which the target's file serves, made of any model: for a table's cells and for the closed loop.
+"""How the target's file is made, of any model: for a table's cells and for the closed loop.
 
 Latency depends on how many weights are zero and on what computes in integers, not on which weights and scales. So zeros
 are put at random places and scales come from random inputs: no data, no training, seconds instead of minutes.
@@ -6,23 +6,17 @@ are put at random places and scales come from random inputs: no data, no trainin
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from exporters import ExportSettings, dummy_inputs
-from ziplm_deploy.artifacts import atomic_path, content_key
 from ziplm_deploy.compression.int8.embeddings import round_embeddings_of
 from ziplm_deploy.compression.int8.quantize import default_reduce_range, linear_names, quantize
 from ziplm_deploy.compression.sparsity.masks import random_masks
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.models.deployed import Treatment
-from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Int8Config, Recipe, Variant
-from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import deployed_form, export_checked
 
 
 def served_int8(recipe: Recipe) -> Int8Config:
@@ -74,36 +68,3 @@ def target_treatment(recipe: Recipe) -> Treatment | None:
             round_embeddings_of(path)
 
     return Treatment(variant, prepare, finish, "; ".join(words))
-
-
-def export_stand_in(state: Run, name: str) -> None:
-    """A file as fast as a pruned member will be in the target's variant, which does not exist before it is trained."""
-    recipe, form = state.recipe, target_treatment(state.recipe)
-    assert form is not None
-    source, path = state.folder.pruned(name), state.folder.stand_in(name, recipe.compress.target)
-    key = content_key(
-        source=state.file_hash(source / "pruned.safetensors"),
-        form=form.description,
-        model=state.model_settings,
-        seed=recipe.seed,
-        export=recipe.export,
-        environment=recipe.environment,
-    )
-
-    def work() -> None:
-        scratch = state.folder.path / "pruning" / f".{name}.stand-in"
-        export, environment = recipe.export, recipe.environment
-        try:
-            model = form.prepare(load(source))
-            export_checked(state, model, scratch, f"{name} as {recipe.compress.target}, for timing")
-            settings = ExportSettings(
-                export.shapes, export.opset, environment.workload.batch_size, environment.workload.seq_len
-            )
-            inputs = dummy_inputs(deployed_form(model, recipe.model, export), settings)
-            form.finish(scratch / Variant.FP32.onnx_file, inputs)
-            with atomic_path(path) as temporary:
-                shutil.copyfile(scratch / Variant.FP32.onnx_file, temporary)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    state.folder.stage(f"stand-in {name}", key, [path], work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,21 @@ def save_member(
         weights_sha256=_sha256(folder / WEIGHTS_FILE),
         extra=extra,
     ).save(folder / MEMBER_FILE)
+
+
+def replace_member(
+    folder: Path, model: nn.Module, processor: Any, model_config: ModelConfig, extra: dict[str, Any]
+) -> None:
+    """Replace a folder by one with this model, whole or not at all; arguments as of :func:`save_member`."""
+    making = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
+    try:
+        save_member(making, model, processor, model_config, extra)
+        if folder.exists():
+            shutil.rmtree(folder)  # an ONNX file of an earlier plan must not stay beside the new weights
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def load(folder: Path | str) -> nn.Module:

@@ -3,105 +3,83 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import nn
 
-from ziplm_deploy.artifacts import content_key
-from ziplm_deploy.models.member_files import load
+from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.modules import PrunableModule, prunable_modules
 from ziplm_deploy.models.resizing import kept_structures
+from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.calibration import iter_statistics
 from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
 from ziplm_deploy.pruning.moments import InputMoments
-from ziplm_deploy.pruning.planner import Planner, database_sizes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ziplm_deploy.run.run import Run
-
-
-DENSE = "dense"
+from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
+from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.tasks import Task
 
 
 class Parent:
-    """One parent of a run. Everything is computed on first use, so a resumed run loads only what it needs."""
+    """One parent of a run. Model, table and calibration data come from functions: they are asked for when needed."""
 
-    def __init__(self, run: Run, name: str) -> None:
-        self.run, self.name = run, name
-        self.database_path = run.folder.database(name)
+    def __init__(
+        self,
+        name: str,
+        database_path: Path,
+        *,
+        load: Callable[[], nn.Module],
+        table: Callable[[], LatencyTable],
+        calibration: Callable[[], Calibration],
+        task: Task,
+        recipe: Recipe,
+    ) -> None:
+        self.name, self.database_path = name, database_path
+        self._load, self._table, self._calibration = load, table, calibration
+        self._task, self._recipe = task, recipe
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        return self.run.dense if self.name == DENSE else load(self.run.folder.member(self.name))
+        return self._load()
 
     @functools.cached_property
     def sizes(self) -> dict[str, list[int]]:
         """Levels to compute for every module."""
-        return database_sizes(self.model, self.run.table)
+        return database_sizes(self.model, self._table())
 
-    def key(self) -> str:
-        """Everything that the database depends on."""
-        run, recipe = self.run, self.run.recipe
-        weights = run.folder.member(self.name) / "pruned.safetensors"
-        return content_key(
-            model=run.model_hash,
-            parent=None if self.name == DENSE else run.file_hash(weights),
-            calibration=run.calibration_key,
-            prune=recipe.prune.model_dump(include={"method", "damping", "centred"}),
-            hessians="own" if recipe.recover.rebuild_hessians or self.name == DENSE else "dense",
-            sizes=self.sizes,
-        )
+    def build_database(self, progress: Progress, hessians_of: nn.Module | None = None) -> None:
+        """Collect statistics in one pass and write the database.
 
-    def build_database(self) -> None:
-        """Collect statistics in one pass and write the database; notes when there are fewer tokens than wanted."""
-        run, recipe = self.run, self.run.recipe
+        ``hessians_of``: the dense model, where a gradual run does not collect them anew from its trained members.
+        """
+        prune = self._recipe.prune
         modules = prunable_modules(self.model)
-        needed = estimate_bytes(modules, self.sizes, run.shape.hidden_size)
-        limit = f"Hessians at most {recipe.prune.memory_limit_gb:g} GiB at a time"
-        run.progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
-        self._note_few_tokens()
+        hidden_size = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        needed = estimate_bytes(modules, self.sizes, hidden_size)
+        limit = f"Hessians at most {prune.memory_limit_gb:g} GiB at a time"
+        progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
+        moments = self._moments(modules, hessians_of)
         database = build_database(
-            self.model,
-            self._statistics(modules),
-            self.sizes,
-            recipe.prune,
-            seed=recipe.seed,
-            progress=run.progress.step,
+            self.model, moments, self.sizes, prune, seed=self._recipe.seed, progress=progress.step
         )
         database.save(self.database_path)
 
-    def _statistics(self, modules: list[PrunableModule]) -> Iterator[tuple[str, InputMoments]]:
-        recipe, batches = self.run.recipe, self.run.calibration.hessian
-        limit = int(recipe.prune.memory_limit_gb * 2**30)
-        if self.name == DENSE or recipe.recover.rebuild_hessians:
+    def _moments(
+        self, modules: list[PrunableModule], hessians_of: nn.Module | None
+    ) -> Iterator[tuple[str, InputMoments]]:
+        batches, limit = self._calibration().hessian, int(self._recipe.prune.memory_limit_gb * 2**30)
+        if hessians_of is None:
             yield from iter_statistics(self.model, batches, modules, memory_limit_bytes=limit)
             return
-        dense, kept = self.run.dense, kept_structures(self.model)
+        kept = kept_structures(self.model)
         left = {module.name for module in modules if module.structures}
-        of_dense = [module for module in prunable_modules(dense) if module.name in left]
+        of_dense = [module for module in prunable_modules(hessians_of) if module.name in left]
         groups = {module.name: module.group_size for module in of_dense}
-        for name, statistics in iter_statistics(dense, batches, of_dense, memory_limit_bytes=limit):
-            yield name, statistics.restricted(kept[name], groups[name])
-
-    def _note_few_tokens(self) -> None:
-        run = self.run
-        n_tokens, wanted = run.count_tokens(), 4 * run.shape.intermediate_size
-        text = f"calibration has {n_tokens} tokens, {wanted} (4 x the FFN width) are wanted: more data may prune better"
-        run.folder.set_note("calibration tokens", text if n_tokens < wanted else None)
-        if n_tokens < wanted:
-            run.progress.note(text)
+        for name, moments in iter_statistics(hessians_of, batches, of_dense, memory_limit_bytes=limit):
+            yield name, moments.restricted(kept[name], groups[name])
 
     @functools.cached_property
     def planner(self) -> Planner:
-        run = self.run
-        return Planner(
-            self.model,
-            run.task,
-            run.table,
-            Database.load(self.database_path),
-            run.calibration,
-            run.recipe.prune,
-            run.recipe.seed,
-        )
+        database = Database.load(self.database_path)
+        recipe = self._recipe
+        return Planner(self.model, self._task, self._table(), database, self._calibration(), recipe.prune, recipe.seed)

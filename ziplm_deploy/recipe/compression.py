@@ -84,9 +84,8 @@ class CompressConfig(Frozen):
     @model_validator(mode="after")
     def _target_is_made(self) -> CompressConfig:
         if self.target is not Variant.FP32 and self.target not in self.variants:
-            raise ValueError(
-                f"the target '{self.target}' must be one of compress.variants, found {[str(variant) for variant in self.variants]}"
-            )
+            found = [str(variant) for variant in self.variants]
+            raise ValueError(f"the target '{self.target}' must be one of compress.variants, found {found}")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""TODO recovery.record."""
+"""What a training leaves beside the model."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ class TrainingRecord(Artifact):
     seconds: float  # of the steps that the last process ran: less than all where a killed training was resumed
     samples_per_second: float
     losses: list[tuple[int, float]]  # (step, mean training loss since the entry before)
+
+    @classmethod
+    def of_none(cls) -> TrainingRecord:
+        """Record of a member that had nothing to learn."""
+        return cls(device="none", steps=0, examples_per_step=0, seconds=0.0, samples_per_second=0.0, losses=[])

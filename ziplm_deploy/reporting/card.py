@@ -63,15 +63,22 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
         return "–" if value is None else pattern.format(value)
 
     cells = [
-        ["speedup, measured", f"{member.measured_speedup:.3f}x", "1x"],
-        ["95 % interval", f"{member.measured_low:.3f} to {member.measured_high:.3f}", "–"],
+        ["speedup, measured", f"{member.served.measured_speedup:.3f}x", "1x"],
+        ["95 % interval", f"{member.served.measured_low:.3f} to {member.served.measured_high:.3f}", "–"],
         ["speedup, predicted", figure(member.predicted_speedup, "{:.3f}x"), "–"],
-        ["p50 ms", f"{member.p50_ms:.3f}", f"{dense.p50_ms:.3f}"],
-        ["p99 ms", f"{member.p99_ms:.3f}", f"{dense.p99_ms:.3f}"],
-        ["requests per second", f"{member.throughput_per_second:.1f}", f"{dense.throughput_per_second:.1f}"],
+        ["p50 ms", f"{member.served.p50_ms:.3f}", f"{dense.served.p50_ms:.3f}"],
+        ["p99 ms", f"{member.served.p99_ms:.3f}", f"{dense.served.p99_ms:.3f}"],
+        [
+            "requests per second",
+            f"{member.served.throughput_per_second:.1f}",
+            f"{dense.served.throughput_per_second:.1f}",
+        ],
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
-        [f"{member.variant.onnx_file} bytes", f"{member.onnx_bytes:,}", f"{dense.onnx_bytes:,}"],
-        *([key, f"{value:.4f}", figure(dense.accuracy.get(key), "{:.4f}")] for key, value in member.accuracy.items()),
+        [f"{member.served.variant.onnx_file} bytes", f"{member.served.onnx_bytes:,}", f"{dense.served.onnx_bytes:,}"],
+        *(
+            [key, f"{value:.4f}", figure(dense.served.accuracy.get(key), "{:.4f}")]
+            for key, value in member.served.accuracy.items()
+        ),
         *(
             [f"{key}, {_before_training(member)}", f"{value:.4f}", "–"]
             for key, value in member.accuracy_before_training.items()
@@ -83,7 +90,7 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
 
 def _before_training(member: MemberReport) -> str:
     """What the scores before training are of, where the others are not of the same file."""
-    return "before training" if member.variant is Variant.FP32 else f"{Variant.FP32.onnx_file} before training"
+    return "before training" if member.served.variant is Variant.FP32 else f"{Variant.FP32.onnx_file} before training"
 
 
 def _files(report: FamilyReport, member: MemberReport) -> list[str]:
@@ -95,14 +102,13 @@ def _conditions(report: FamilyReport) -> list[str]:
     machine, environment = report.machine, report.environment
     baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [
-        f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), batch "
-        f"{environment.workload.batch_size}, {environment.workload.seq_len} tokens, {report.engine} {report.engine_version}, "
-        f"{baseline}{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
+        f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), "
+        f"{environment.workload.describe()}, {report.engine} {report.engine_version}, {baseline}{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
     ]
 
 
 def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
-    exported, file = Variant.FP32.onnx_file, member.variant.onnx_file
+    exported, file = Variant.FP32.onnx_file, member.served.variant.onnx_file
     name, origin = ("", "") if file == exported else (f', file_name="{file}"', f": {exported}, not {file}")
     return "\n".join(
         [
@@ -134,7 +140,7 @@ def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
     if engine == "onnxruntime":
         return []
     return [
-        f"The figures above are those of {member.variant.onnx_file} on {engine}. Stock optimum runs it on ONNX "
+        f"The figures above are those of {member.served.variant.onnx_file} on {engine}. Stock optimum runs it on ONNX "
         "Runtime, where its latency is another one and its scores may differ.",
         "",
     ]

@@ -1,63 +1,36 @@
-"""Collect what the stages left in a run folder into one report."""
+"""From the facts of a run to its report; measures and writes nothing."""
 
 from __future__ import annotations
 
 import datetime
-import math
-from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.compression.records import int8_notes, int8_record, kept_in_float32
+from ziplm_deploy.compression.records import facts_of, int8_note, kept_in_float32
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
-from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
-from ziplm_deploy.pruning.parent import DENSE
-from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import BenchmarkConfig, Variant, file_label
-from ziplm_deploy.recovery.record import TrainingRecord
-from ziplm_deploy.reporting.card import model_card
-from ziplm_deploy.reporting.files import file_reports, timing_of
-from ziplm_deploy.reporting.markdown import family_markdown
+from ziplm_deploy.recipe import Variant
+from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
+from ziplm_deploy.reporting.judge import harmed_by_training, judge, was_fast_enough, why_not_recommended
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
-from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import accuracy_in
-from ziplm_deploy.stages.export import member_key
 
 
-def write_report(state: Run) -> FamilyReport:
-    """Write ``report.json``, ``report.md`` and ``README.md`` in every member's folder; returns the report.
+def family_report(facts: FamilyFacts) -> FamilyReport:
+    """Every member beside the dense model of the same run, judged.
 
     Raises:
-        CorruptArtifactError: benchmark, plan or weights of a member are missing or damaged.
-        StorageError: a file cannot be written.
+        CorruptArtifactError: a file has no timing in the benchmark.
     """
-    report = collect(state)
-    if not distributed.is_first():
-        return report
-    for member in report.members:
-        write_text(state.folder.member(member.name) / "README.md", model_card(report, member, state.task.ort_class))
-    write_text(state.folder.path / "report.md", family_markdown(report))
-    report.save(state.folder.path / "report.json")
-    return report
-
-
-def collect(state: Run) -> FamilyReport:
-    """Everything that is known about the members; measures and writes nothing."""
-    recipe = state.recipe
-    record = BenchmarkRecord.load(state.folder.benchmark)
+    recipe, record = facts.recipe, facts.record
     baseline = timing_of(record, record.baseline)
-    members = [_dense(state, record)]
-    members += [_member(state, target, record) for target in recipe.speedups]
+    members = [member_report(facts, member) for member in facts.members]
     return FamilyReport(
         name=recipe.name,
         model=recipe.model.path,
         task=recipe.model.task,
-        metric=state.task.metric_name,
+        metric=facts.metric,
         method=recipe.prune.method,
         recovery=recipe.recover.mode,
         machine=record.machine,
@@ -71,86 +44,30 @@ def collect(state: Run) -> FamilyReport:
         aa_low=record.aa_low,
         aa_high=record.aa_high,
         notes=[
-            *state.notes,
-            *harmed_by_training(members, state.task.metric_name),
-            *(note for name in state.names for note in int8_notes(state, name)),
+            *facts.notes,
+            *harmed_by_training(members, facts.metric),
+            *_int8_notes(facts),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
         ],
-        stage_seconds=state.folder.seconds,
+        stage_seconds=facts.stage_seconds,
         versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def harmed_by_training(members: list[MemberReport], metric: str) -> list[str]:
-    """A note for every member whose ``model.onnx`` scored higher before it was trained."""
-    notes = []
-    for member in members:
-        before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
-        if before is not None and after is not None and after < before:
-            notes.append(
-                f"{member.name}: training lowered {metric} from {before:.4f} to {after:.4f}; try a smaller "
-                "recover.learning_rate, or more steps"
-            )
-    return notes
-
-
-def judge(
-    measured: float, target: float, settings: BenchmarkConfig, corrections: int, largest: float, slowed_by: str = ""
-) -> tuple[str, str]:
-    """Verdict on a member and, if it is not "reached", the reason.
-
-    ``largest`` is the speedup that the table predicts with every module at its fastest; ``slowed_by`` says what the
-    closed loop could not correct, because it happened to the file afterwards.
-    """
-    if measured < target * (1 - settings.tolerance):
-        if target > largest:
-            return "missed", f"the largest speedup that the latency table allows is {largest:.2f}x"
-        closer = _why_not_closer(settings, corrections, "faster", f" (largest predicted: {largest:.2f}x)")
-        return "missed", slowed_by or closer
-    if measured > target * (1 + settings.overshoot):
-        return "faster than asked", _why_not_closer(settings, corrections, "slower", "")
-    return "reached", ""
-
-
-def _why_not_closer(settings: BenchmarkConfig, corrections: int, wanted: str, detail: str) -> str:
-    if settings.max_corrections == 0:
-        return f"the recipe allows no corrections (benchmark.max_corrections: 0){detail}"
-    if corrections >= settings.max_corrections:
-        return f"all {settings.max_corrections} corrections of the closed loop were used{detail}"
-    return f"no {wanted} plan fits the corrected budget: the levels are too far apart{detail}"
-
-
-def parameter_count(path: Path) -> int:
-    """Parameters in a safetensors file, from its header.
-
-    Raises:
-        CorruptArtifactError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:
+    """Timing of a file by its name; raises :class:`CorruptArtifactError` if the benchmark has none."""
+    known = {variant.name: variant for variant in record.variants}
+    if name not in known:
         raise CorruptArtifactError(
-            f"expected safetensors weights in {path}, found: {error}; run ziplm-deploy prune again"
-        ) from error
+            f"expected a timing of {name} in the benchmark, found {', '.join(known)}; run ziplm-deploy benchmark again"
+        )
+    return known[name]
 
 
-def largest_speedup(table: LatencyTable) -> float:
-    """Predicted speedup when every module is as fast as any measured size of its kind."""
-    fastest = {kind: min(table.latency_ms(kind, size) for size in table.sizes(kind)) for kind in ("attention", "ffn")}
-    return table.predict_speedup(table.shape.n_layers * sum(fastest.values()))
-
-
-def _dense(state: Run, record: BenchmarkRecord) -> MemberReport:
-    sizes = _full_sizes(state)
-    return _fill(
-        state, DENSE, record, Variant.FP32, speedup_target=None, predicted_speedup=None, sizes=sizes, verdict="baseline"
-    )
-
-
-def _full_sizes(state: Run) -> dict[str, int]:
-    shape = state.table.shape
+def full_sizes(table: LatencyTable) -> dict[str, int]:
+    """Heads and columns of every module of the dense model."""
+    shape = table.shape
     return {
         f"{layer}.{kind}": size
         for layer in range(shape.n_layers)
@@ -158,63 +75,85 @@ def _full_sizes(state: Run) -> dict[str, int]:
     }
 
 
-def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
-    name, settings = state.member_name(target), state.recipe.benchmark
-    plan = PruningPlan.load(state.folder.plan(name))
-    correction = state.folder.correction(name, member_key(state, target))
-    corrections = correction.count + correction.rooms if correction else 0
-    variant = state.recipe.compress.target
-    result = timing_of(record, file_label(name, variant))
-    slowed_by = kept_in_float32(int8_record(state, name, variant)) or _was_fast_enough(state, target)
-    verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table), slowed_by)
-    if verdict == "faster than asked" and plan.sizes == _full_sizes(state):
+def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
+    """One member with all its files, its verdict and the reason for it."""
+    files: list[FileReport] = []
+    for file in member.files:
+        files.append(_file_report(family, file, files))
+    is_dense = member.target is None
+    variant = Variant.FP32 if is_dense else family.recipe.compress.target
+    verdict, reason = ("baseline", "") if is_dense else _judge(family, member, variant)
+    facts: dict[str, Any] = {}
+    if member.plan is not None:
+        plan = member.plan
+        facts = {
+            "predicted_speedup": plan.predicted_speedup,
+            "search_loss": plan.search_loss,
+            "seed_losses": plan.seed_losses,
+        }
+    return MemberReport.model_validate(
+        {
+            "name": member.name,
+            "folder": member.name,
+            "speedup_target": member.target,
+            "parameters": member.parameters,
+            "served": next(file for file in files if file.variant is variant),
+            "files": files,
+            "accuracy_before_training": member.scores_before_training,
+            "training": member.training,
+            "sizes": member.sizes,
+            "corrections": member.corrections,
+            "verdict": verdict,
+            "reason": reason,
+            **facts,
+        }
+    )
+
+
+def _judge(family: FamilyFacts, member: MemberFacts, variant: Variant) -> tuple[str, str]:
+    assert member.target is not None
+    settings, target = family.recipe.benchmark, member.target
+    served = next(file for file in member.files if file.variant is variant)
+    slowed_by = kept_in_float32(served.int8) or was_fast_enough(member.speedup_in_loop, target, settings)
+    largest = family.table.largest_speedup()
+    verdict, reason = judge(served.timing.speedup, target, settings, member.corrections, largest, slowed_by)
+    if verdict == "faster than asked" and member.sizes == full_sizes(family.table):
         reason = f"nothing was pruned: the {variant} file is that fast as it is"
-    elif verdict == "faster than asked" and correction is not None and correction.sidesteps:
-        reason = f"{state.recipe.environment.engine} cannot run the file of a slower plan"
-    return _fill(
-        state,
-        name,
-        record,
-        variant,
-        speedup_target=target,
-        predicted_speedup=plan.predicted_speedup,
-        sizes=plan.sizes,
-        search_loss=plan.search_loss,
-        seed_losses=plan.seed_losses,
-        corrections=corrections,
-        verdict=verdict,
+    elif verdict == "faster than asked" and member.refused_plans:
+        reason = f"{family.recipe.environment.engine} cannot run the file of a slower plan"
+    return verdict, reason
+
+
+def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport]) -> FileReport:
+    timing, max_loss = file.timing, family.recipe.compress.int8.max_loss
+    reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before)
+    return FileReport(
+        variant=file.variant,
+        file=file.path.name,
+        engine=timing.engine,
+        measured_speedup=timing.speedup,
+        measured_low=timing.speedup_low,
+        measured_high=timing.speedup_high,
+        p50_ms=timing.p50_ms,
+        p99_ms=timing.latency.p99_ms,
+        throughput_per_second=timing.throughput_per_second,
+        peak_memory_bytes=timing.peak_memory_bytes,
+        onnx_bytes=file.onnx_bytes,
+        gzip_bytes=file.gzip_bytes,
+        accuracy=file.scores,
+        facts=facts_of(file.sparsity, file.int8),
+        recommended=not reason,
         reason=reason,
     )
 
 
-def _was_fast_enough(state: Run, target: float) -> str:
-    """That the closed loop found a member fast enough before it was trained or compressed; empty if it did not."""
-    if not state.recipe.finishes_after_pruning:
-        return ""
-    parent = next(step.parent for step in state.steps if target in step.targets)
-    before = BenchmarkRecord.load(state.folder.step_benchmark(parent)).variant(state.member_name(target)).speedup
-    if before < target * (1 - state.recipe.benchmark.tolerance):
-        return ""
-    return (
-        f"it was fast enough ({before:.2f}x) when the closed loop measured it, before it was trained or compressed; "
-        "measure again on a quiet machine with ziplm-deploy benchmark, or ask for a little more"
+def _int8_notes(facts: FamilyFacts) -> list[str]:
+    """What INT8 did to linears: which stayed float32, and which cost more than is allowed."""
+    max_loss = facts.recipe.compress.int8.max_loss
+    notes = (
+        int8_note(member.label(file.variant), file.int8, max_loss)
+        for member in facts.members
+        for file in member.files
+        if file.int8 is not None
     )
-
-
-def _fill(state: Run, name: str, record: BenchmarkRecord, variant: Variant, **facts: object) -> MemberReport:
-    folder, pruned = state.folder.member(name), state.folder.pruned(name)
-    files = file_reports(state, name, record)
-    served = next(file for file in files if file.variant == variant)
-    shared = set(MemberReport.model_fields) & set(FileReport.model_fields)
-    common: dict[str, object] = {
-        **served.model_dump(include=shared),
-        "name": name,
-        "folder": name,
-        "parameters": parameter_count(folder / "pruned.safetensors"),
-        "files": files,
-    }
-    if state.trains and name != DENSE:
-        common["accuracy_before_training"] = accuracy_in(state, pruned)
-        common["training"] = TrainingRecord.load(folder / "training.json")
-    common.update(facts)  # the verdict on the target has a reason of its own
-    return MemberReport.model_validate(common)
+    return list(filter(None, notes))

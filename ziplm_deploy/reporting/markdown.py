@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ziplm_deploy.cli.console import aa_line
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
+    aa_line,
     baseline_of,
     file_header,
     file_rows,
@@ -79,11 +79,11 @@ def _deviation(member: MemberReport) -> list[str]:
     return [
         member.name,
         MISSING if predicted is None else f"{predicted:.3f}x",
-        f"{member.measured_speedup:.3f}x",
-        MISSING if predicted is None else f"{100 * (member.measured_speedup / predicted - 1):+.1f} %",
+        f"{member.served.measured_speedup:.3f}x",
+        MISSING if predicted is None else f"{100 * (member.served.measured_speedup / predicted - 1):+.1f} %",
         MISSING if predicted is None else str(member.corrections),
-        f"{member.throughput_per_second:.1f}",
-        f"{member.peak_memory_bytes / 2**20:.0f}",
+        f"{member.served.throughput_per_second:.1f}",
+        f"{member.served.peak_memory_bytes / 2**20:.0f}",
     ]
 
 
@@ -143,11 +143,14 @@ def _search(report: FamilyReport) -> list[list[str]]:
 
 
 def _scores(report: FamilyReport) -> list[list[str]]:
-    keys = list(dict.fromkeys(key for member in report.members for key in member.accuracy))
+    keys = list(dict.fromkeys(key for member in report.members for key in member.served.accuracy))
     if not keys:
         return []
     cells = [
-        [member.name, *(f"{member.accuracy[key]:.4f}" if key in member.accuracy else MISSING for key in keys)]
+        [
+            member.name,
+            *(f"{member.served.accuracy[key]:.4f}" if key in member.served.accuracy else MISSING for key in keys),
+        ]
         for member in report.members
     ]
     return [["## Scores", "", *markdown_table(["model", *keys], cells)]]
@@ -187,10 +190,10 @@ def _change(member: MemberReport, metric: str) -> str:
 
 
 def _environment(report: FamilyReport) -> list[str]:
-    machine = report.machine
+    machine, environment = report.machine, report.environment
     baseline = f", baseline on {baseline_of(report)}" if report.baseline_engine else ""
     return [
-        f"- {report.environment.describe()} ({report.environment.workload.scenario}), {report.engine} {report.engine_version}"
+        f"- {environment.describe()} ({environment.workload.scenario}), {report.engine} {report.engine_version}"
         f"{baseline}",
         f"- {machine.cpu_model}; {' '.join(machine.isa_flags)}",
         f"- {machine.usable_cores} of {machine.logical_cores} cores granted, "

@@ -1,10 +1,10 @@
-"""TODO reporting.records."""
+"""``report.json``: what a run ends with."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from ziplm_deploy.artifacts import Artifact
 from ziplm_deploy.machine.info import MachineInfo
@@ -39,19 +39,10 @@ class MemberReport(BaseModel):
     name: str  # "dense", "2x" …
     folder: str
     speedup_target: float | None  # None for the dense model
-    predicted_speedup: float | None
-    measured_speedup: float
-    measured_low: float  # 95 % interval
-    measured_high: float
-    p50_ms: float
-    p99_ms: float
-    throughput_per_second: float
-    peak_memory_bytes: int
+    predicted_speedup: float | None = None
     parameters: int
-    onnx_bytes: int
-    variant: Variant = Variant.FP32  # the file that the target is about, and all figures here
+    served: FileReport  # the file that the target is about
     files: list[FileReport] = Field(default_factory=list)  # every file, this one too
-    accuracy: dict[str, float]  # of the ONNX file; the task's primary metric first; empty without evaluation data
     accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
     training: TrainingRecord | None = None
     sizes: dict[str, int]  # heads or columns per module
@@ -61,11 +52,26 @@ class MemberReport(BaseModel):
     verdict: Literal["baseline", "reached", "missed", "faster than asked"]
     reason: str = ""  # why a target was missed or overshot
 
+    @model_validator(mode="before")
+    @classmethod
+    def _file_of_its_own(cls, raw: Any) -> Any:
+        """Rows of reports of schema 1 held the figures of the served file among those of the member."""
+        if not isinstance(raw, dict) or "served" in raw or "measured_speedup" not in raw:
+            return raw
+        row = dict(raw)
+        figures = {
+            name: row.pop(name) for name in FileReport.model_fields if name in row and name not in cls.model_fields
+        }
+        figures = {"variant": Variant.FP32, "engine": "", "gzip_bytes": 0, "recommended": True} | figures
+        figures["file"] = Variant(figures["variant"]).onnx_file
+        listed = [file for file in row.get("files", []) if file["variant"] == figures["variant"]]
+        return {**row, "served": listed[0] if listed else figures}
+
     @property
     def exported_accuracy(self) -> dict[str, float]:
         """Scores of ``model.onnx``, the only ones that those before training compare with; empty if it was not run."""
-        if self.variant is Variant.FP32:
-            return self.accuracy
+        if self.served.variant is Variant.FP32:
+            return self.served.accuracy
         return next((file.accuracy for file in self.files if file.variant is Variant.FP32), {})
 
 

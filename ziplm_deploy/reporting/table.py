@@ -23,7 +23,7 @@ def has_other_baseline(report: FamilyReport) -> bool:
 
 def metric_columns(members: Sequence[MemberReport], metric: str) -> dict[str, str]:
     """Score key to column title: the primary metric, then fidelity to the dense model where it was measured."""
-    found = {key for member in members for key in member.accuracy}
+    found = {key for member in members for key in member.served.accuracy}
     primary = {metric: metric} if metric in found else {}
     return primary | {key: title for key, title in FIDELITY.items() if key in found}
 
@@ -48,12 +48,12 @@ def _trained(members: Sequence[MemberReport]) -> bool:
 
 def _before_training(member: MemberReport) -> dict[str, float]:
     """Scores of ``model.onnx`` as pruned; none beside those of another file, which they do not compare with."""
-    return member.accuracy_before_training if member.variant is Variant.FP32 else {}
+    return member.accuracy_before_training if member.served.variant is Variant.FP32 else {}
 
 
 def shows_no_speedup(member: MemberReport) -> bool:
     """Whether the interval of the measured speedup includes 1: then it is not called a speedup."""
-    return member.speedup_target is not None and member.measured_low <= 1.0 <= member.measured_high
+    return member.speedup_target is not None and member.served.measured_low <= 1.0 <= member.served.measured_high
 
 
 def verdict(member: MemberReport) -> str:
@@ -69,14 +69,18 @@ def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> 
         member.name,
         MISSING if dense else f"{member.speedup_target:g}x",
         MISSING if member.predicted_speedup is None else f"{member.predicted_speedup:.2f}x",
-        "1x" if dense else f"{member.measured_speedup:.2f}x [{member.measured_low:.2f}, {member.measured_high:.2f}]",
+        "1x" if dense else _measured(member.served),
         f"{member.parameters / 1e6:.2f} M",
-        f"{member.onnx_bytes / 1e6:.1f}",
-        f"{member.p50_ms:.2f} / {member.p99_ms:.2f}",
+        f"{member.served.onnx_bytes / 1e6:.1f}",
+        f"{member.served.p50_ms:.2f} / {member.served.p99_ms:.2f}",
         *(MISSING if score is None else f"{score:.4f}" for score in before),
-        *(f"{member.accuracy[key]:.4f}" if key in member.accuracy else MISSING for key in scores),
+        *(f"{member.served.accuracy[key]:.4f}" if key in member.served.accuracy else MISSING for key in scores),
         verdict(member),
     ]
+
+
+def _measured(file: FileReport) -> str:
+    return f"{file.measured_speedup:.2f}x [{file.measured_low:.2f}, {file.measured_high:.2f}]"
 
 
 FILE_TITLES = ["model", "file", "measured [95 %]", "p50 ms", "MB", "gzip MB"]
@@ -105,7 +109,7 @@ def _file_row(member: MemberReport, file: FileReport, scores: list[str], engines
         member.name,
         file.file,
         *([file.engine] if engines else []),
-        "1x" if baseline else f"{file.measured_speedup:.2f}x [{file.measured_low:.2f}, {file.measured_high:.2f}]",
+        "1x" if baseline else _measured(file),
         f"{file.p50_ms:.2f}",
         f"{file.onnx_bytes / 1e6:.1f}",
         f"{file.gzip_bytes / 1e6:.1f}",
@@ -120,3 +124,15 @@ def markdown_table(titles: list[str], cells: list[list[str]]) -> list[str]:
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [titles, *cells]]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return [lines[0], "|" + "---|" * len(titles), *lines[1:]]
+
+
+def ratio_text(ratio: float, low: float, high: float) -> str:
+    """A ratio of latencies with its interval."""
+    return f"{ratio:.3f}x [{low:.3f}, {high:.3f}]"
+
+
+def aa_line(ratio: float, low: float, high: float) -> str:
+    """The A/A line and what it means."""
+    if low <= 1.0 <= high:
+        return f"noise: the baseline against itself {ratio_text(ratio, low, high)}, as it should be"
+    return f"noise: the baseline against itself {ratio_text(ratio, low, high)}: trust no difference smaller than that"

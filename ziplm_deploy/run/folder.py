@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Recipe
-from ziplm_deploy.run.correction import Correction
+from ziplm_deploy.run.manifest import Correction, Manifest
+from ziplm_deploy.run.member import DENSE, Member, member_name
 
 
 class RunFolder:
@@ -27,135 +25,121 @@ class RunFolder:
         self.path = recipe.run_dir
         self._recipe = recipe
         self._manifest_path = self.path / "manifest.json"
-        self._manifest: dict[str, Any] = {"stages": {}, "seconds": {}, "corrections": {}, "notes": {}}
+        self._manifest = Manifest()
         self._read()
-        self._manifest.update(
+        self.record(
             versions=versions(), argv=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=recipe.seed, name=recipe.name
         )
 
     def _read(self) -> None:
-        if not self._manifest_path.exists():
-            return
-        try:
-            self._manifest.update(json.loads(self._manifest_path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise CorruptArtifactError(
-                f"expected JSON in {self._manifest_path}, found: {error}; delete the file to run every stage again"
-            ) from error
+        if self._manifest_path.exists():
+            self._manifest = Manifest.load(self._manifest_path)
 
     profile = property(lambda self: self.path / "profile.json")
     benchmark = property(lambda self: self.path / "benchmark.json")
     dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
+    refused_files = property(lambda self: self.path / "compression" / "refused.json")
 
-    def member(self, name: str) -> Path:
-        return self.path / name
+    def member(self, target: float | None) -> Member:
+        """The member of a target; None: the dense model."""
+        name = DENSE if target is None else member_name(target)
+        return Member(name, self.path, self._recipe.recover.mode != "none", target)
 
-    def pruned(self, name: str) -> Path:
-        """Where a member lies before it is trained; the member's own folder if it never is."""
-        return self.member(name) if self._recipe.recover.mode == "none" else self.path / "pruning" / name
-
-    def stand_in(self, name: str, variant: str) -> Path:
-        """ONNX file as fast as a member's variant will be, with other weights: what the closed loop measures."""
-        return self.path / "pruning" / f"{name}-{variant}.onnx"
-
-    def compressed(self, name: str) -> Path:
-        """Sparse checkpoint and records of how a member's variants were made."""
-        return self.path / "compression" / name
+    def checkpoints(self, name: str) -> Path:
+        """Where a training leaves its checkpoints while it lasts."""
+        return self.path / "recovery" / name
 
     def database(self, parent: str) -> Path:
         """Levels of the model that members are pruned from."""
-        name = "database" if parent == "dense" else f"database-of-{parent}"
+        name = "database" if parent == DENSE else f"database-of-{parent}"
         return self.path / "pruning" / f"{name}.safetensors"
 
-    def step_benchmark(self, parent: str) -> Path:
+    def generation_benchmark(self, parent: str) -> Path:
         """Timings of the models pruned from ``parent``; the final ones if nothing changes them."""
         before_training = self.path / "pruning" / f"benchmark-of-{parent}.json"
         return before_training if self._recipe.finishes_after_pruning else self.benchmark
 
-    def plan(self, name: str) -> Path:
-        return self.path / "pruning" / f"{name}.json"
+    def refused_of(self, parent: str) -> Path:
+        """Names of the models pruned from ``parent`` whose files the engine cannot run."""
+        return self.path / "pruning" / f"refused-of-{parent}.json"
 
     @property
-    def seconds(self) -> dict[str, float]:
+    def stage_seconds(self) -> dict[str, float]:
         """Wall time of every stage, when it last ran."""
-        return dict(self._manifest["seconds"])
+        return dict(self._manifest.seconds)
 
     def record(self, **facts: Any) -> None:
         """Keep facts (data hashes, CPU) in the manifest; on disk when the first stage begins."""
-        self._manifest.update(facts)
+        for name, value in facts.items():
+            setattr(self._manifest, name, value)
 
     @property
     def notes(self) -> list[str]:
         """Warnings that the report repeats."""
-        return list(self._manifest["notes"].values())
+        return list(self._manifest.notes.values())
 
-    def remembered(self, topic: str, key: str, compute: Callable[[], int]) -> int:
-        """A number that is computed once for each key and kept in the manifest."""
-        known: dict[str, int] = self._manifest.setdefault(topic, {})
-        if key not in known:
-            known[key] = compute()
+    def gzip_bytes(self, file_hash: str, compute: Callable[[], int] | None = None) -> int:
+        """Compressed size of a file, computed once for each content and kept in the manifest; 0: not known yet."""
+        known = self._manifest.gzip_bytes
+        if file_hash not in known and compute is not None:
+            known[file_hash] = compute()
             self.save()
-        return known[key]
+        return known.get(file_hash, 0)
 
     def set_note(self, topic: str, text: str | None) -> None:
         """Replace the warning about a topic; None takes it back."""
-        self._manifest["notes"].pop(topic, None)
+        self._manifest.notes.pop(topic, None)
         if text is not None:
-            self._manifest["notes"][topic] = text
+            self._manifest.notes[topic] = text
         self.save()
 
     def correction(self, name: str, key: str) -> Correction | None:
         """What the closed loop last asked for, if the member's inputs are still the same."""
-        entry = self._manifest["corrections"].get(name)
-        if not entry or entry["key"] != key:
-            return None
-        history = [(float(aim), float(measured)) for aim, measured in entry["history"]]
-        known = {item.name for item in fields(Correction)} - {"history"}
-        return Correction(history=history, **{name: entry[name] for name in known if name in entry})
+        return self._manifest.corrections.get(name) if self._manifest.correction_keys.get(name) == key else None
 
     def set_correction(self, name: str, key: str, correction: Correction) -> None:
-        self._manifest["corrections"][name] = {"key": key, **asdict(correction)}
+        self._manifest.corrections[name], self._manifest.correction_keys[name] = correction, key
         self.save()
 
-    def forget(self, stage: str) -> None:
+    def unmake(self, stage: str) -> None:
         """Let a stage run again next time, though it ran to its end."""
-        self._manifest["stages"].pop(stage, None)
+        self._manifest.stages.pop(stage, None)
         self.save()
 
-    def is_current(self, name: str, key: str) -> bool:
+    def is_made(self, stage: str, key: str) -> bool:
         """Whether a stage ran to its end with these inputs."""
-        return bool(self._manifest["stages"].get(name) == key)
+        return self._manifest.stages.get(stage) == key
 
-    def stage(
-        self, name: str, key: str, outputs: list[Path], work: Callable[[], None], *, together: bool = False
+    def make(
+        self, stage: str, key: str, outputs: list[Path], work: Callable[[], None], *, together: bool = False
     ) -> bool:
         """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran.
 
         Of several processes only the first works, and the others take what it wrote; ``together``: all of them work.
         """
         if distributed.n_processes() == 1:
-            return self._stage(name, key, outputs, work)
+            return self._make(stage, key, outputs, work)
         if together:
             distributed.wait()  # nobody may find the outputs that another one has just written
-            ran = self._stage(name, key, outputs, work)
+            ran = self._make(stage, key, outputs, work)
             distributed.wait()
             return ran
         with distributed.first_alone():
             if not distributed.is_first():
                 self._read()
-            ran = self._stage(name, key, outputs, work)
+            ran = self._make(stage, key, outputs, work)
         distributed.wait()  # the first must not write what comes next while another still reads
         return ran
 
-    def _stage(self, name: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
-        if self.is_current(name, key) and all(path.exists() for path in outputs):
+    def _make(self, stage: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
+        if self.is_made(stage, key) and all(path.exists() for path in outputs):
             return False
-        self._manifest["stages"].pop(name, None)
+        self._manifest.stages.pop(stage, None)
         self.save()  # from here on the outputs are in doubt, also for a run that is killed
         began = time.monotonic()
         work()
-        self._manifest["stages"][name] = key
-        self._manifest["seconds"][name] = round(time.monotonic() - began, 2)
+        self._manifest.stages[stage] = key
+        self._manifest.seconds[stage] = round(time.monotonic() - began, 2)
         self.save()
         return True
 
@@ -165,4 +149,4 @@ class RunFolder:
             return
         recipe = self._recipe.model_dump(mode="json")
         write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        write_text(self._manifest_path, json.dumps(self._manifest, indent=1) + "\n")
+        self._manifest.save(self._manifest_path)

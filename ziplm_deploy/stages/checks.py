@@ -1,9 +1,15 @@
-"""Whether a run's compression can work, found out before any long work."""
+"""Whether a run can work, found out before any long work."""
 
 from __future__ import annotations
 
+import torch
+
+from ziplm_deploy.errors import DataError, RecipeError
+from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
-from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.recipe import Recipe, TrainConfig
+from ziplm_deploy.recovery.teacher_model import check_teacher, load_teacher
+from ziplm_deploy.run.run import Run
 
 
 def check_compression(recipe: Recipe) -> None:
@@ -14,3 +20,83 @@ def check_compression(recipe: Recipe) -> None:
     """
     if recipe.compress.makes_int8 and recipe.compress.int8.backend == "neural-compressor":
         NEURAL_COMPRESSOR.check()
+
+
+def check_data(run: Run) -> None:
+    """Read all data sets, so that bad data ends the run in its first second.
+
+    Raises:
+        DataError: data are missing or do not fit the model; and what :func:`check_training` raises.
+    """
+    run.task.check_labels([], run.dense.model.config)  # refuses heads that the task cannot compare
+    if not run.folder.database(run.dense_member.name).exists():
+        run.data.calibration_rows  # noqa: B018
+    if run.recipe.data.evaluation is not None:
+        run.data.evaluation_rows  # noqa: B018
+    if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
+        check_training(run)
+
+
+def check_training(run: Run) -> None:
+    """Refuse settings of ``dense``, ``recover`` and ``compress.train`` that cannot work.
+
+    Raises:
+        RecipeError: a task loss where the task has none.  DataError: no labels for it, or less than a batch.
+        UsageError: the teacher does not fit.
+    """
+    recipe = run.recipe
+    if recipe.dense.train:
+        _check_batches(run, recipe.dense, "dense")
+        _check_dense(run)
+    if run.trains:
+        _check_batches(run, recipe.recover, "recover")
+    if recipe.compress.trains:
+        _check_batches(run, recipe.compress.train, "compress.train")
+    if run.trains or recipe.compress.trains:
+        _check_recovery(run)
+
+
+def _check_batches(run: Run, config: TrainConfig, section: str) -> None:
+    batch, n_rows = config.batch_size * distributed.n_processes(), len(run.data.raw_train_rows)
+    if n_rows < batch:
+        raise DataError(
+            f"expected at least one batch of {batch} training examples, found {n_rows}; give more data in data.train "
+            f"or a smaller {section}.batch_size"
+        )
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise RecipeError(
+            f"expected {section}.precision fp32 or bf16 on a machine without a GPU, found fp16; change the recipe"
+        )
+
+
+def _check_recovery(run: Run) -> None:
+    config = run.recipe.recover
+    if config.task_weight and not run.task.label_names:
+        raise RecipeError(
+            f"expected recover.task_weight: 0 for {run.recipe.model.task}, which has no loss of its own here, found "
+            f"{config.task_weight:g}; distillation needs no labels"
+        )
+    if config.task_weight and not _labelled(run):
+        raise DataError(
+            f"expected labels in the training data for recover.task_weight {config.task_weight:g}, found none; give "
+            "labelled data in data.train or set recover.task_weight: 0"
+        )
+    if config.teacher is not None:
+        teacher = load_teacher(run.recipe, run.dense.model, run.dense.processor)
+        check_teacher(teacher, run.dense.model, config, run.recipe.environment.workload.seq_len)
+
+
+def _labelled(run: Run) -> bool:
+    seq_len = run.recipe.environment.workload.seq_len
+    example = run.task.examples(run.data.train_rows[:1], run.dense.processor, seq_len)[0]
+    return all(name in example for name in run.task.label_names)
+
+
+def _check_dense(run: Run) -> None:
+    names = run.task.label_names
+    run.task.head_settings(run.data.raw_train_rows)
+    if not names or not _labelled(run):
+        raise DataError(
+            f"expected labelled training data for dense.train with {run.recipe.model.task}, found none; give them in "
+            "data.train, or a fine-tuned model and dense.train: false"
+        )

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from ziplm_deploy.compression.records import int8_record, kept_in_float32
+from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.latency.record import BenchmarkRecord
-from ziplm_deploy.pruning.parent import DENSE
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import file_label
-from ziplm_deploy.run.correction import Correction
-from ziplm_deploy.run.run import Run, Step
-from ziplm_deploy.stages.export import export_pruned, member_key, prune_member
-from ziplm_deploy.stages.timed_files import refused_targets, trial_name
-
-MARGIN = 1.005  # aim this much above the target when correcting, so that noise does not undo the correction
-
+from ziplm_deploy.run.manifest import Correction
+from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.run import Generation, Run
+from ziplm_deploy.stages.benchmark import measure
+from ziplm_deploy.stages.export import export_pruned
+from ziplm_deploy.stages.prune import MARGIN, is_reachable, member_key, prune_member
+from ziplm_deploy.stages.quantize import int8_record
+from ziplm_deploy.stages.stage import Stage
+from ziplm_deploy.stages.timed_files import files_of_generation, refused_members, trial_name
 
 MAX_FLOAT32_RESTARTS = 2
-
-
 ABOVE_REFUSED = 1.01  # aim this much above a plan whose file the engine cannot run
-
-
 MAX_REFUSED_PLANS = 5
 
 
-def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]) -> BenchmarkRecord:
-    """Benchmark the members of a step; while one misses its target (or overshoots it for no reason), correct it.
+def reach_targets(run: Run, generation: Generation) -> BenchmarkRecord:
+    """Benchmark a generation's members; while one misses its target (or overshoots it for no reason), correct it.
 
     Latency does not depend on weights, so this is done before members are trained; half of the tolerance is then
     left for the final measurement.
@@ -38,111 +34,134 @@ def reach_targets(state: Run, step: Step, measure: Callable[[], BenchmarkRecord]
         EngineError: the engine cannot run a member's file, nor those of plans that are a little faster.
     """
     while True:
-        refused = refused_targets(state, step)
+        refused = refused_members(run, generation)
         if refused:
-            corrected, why = _sidestep(state, step, refused), "because the engine cannot run these files"
+            corrected, why = _ask_for_more(run, generation, refused), "because the engine cannot run these files"
         else:
-            record = measure()
-            corrected, why = [target for target in step.targets if _correct(state, target, record)], "to be on target"
+            record = measure_generation(run, generation)
+            corrected, why = [m for m in generation.members if correct(run, m, record)], "to be on target"
             if not corrected:
-                _note_sidesteps(state, step)
+                _note_refused_plans(run, generation)
                 return record
-        names = ", ".join(map(state.member_name, corrected))
-        state.progress.note(f"solved again with a corrected budget, {why}: {names}")
-        for target in corrected:
-            name = state.member_name(target)
-            prune_member(state, target)
-            export_pruned(state, name)
+        names = ", ".join(member.name for member in corrected)
+        run.progress.note(f"solved again with a corrected budget, {why}: {names}")
+        for member in corrected:
+            prune_member(run, member)
+            export_pruned(run, member)
 
 
-def _sidestep(state: Run, step: Step, refused: Mapping[float, str]) -> list[float]:
+def measure_generation(run: Run, generation: Generation) -> BenchmarkRecord:
+    """Timings of a generation's members against the dense model."""
+    path = run.folder.generation_benchmark(generation.parent.name)
+    stage = "benchmark" if path == run.folder.benchmark else f"benchmark of {generation.parent.name}"
+    return measure(run, stage, path, files_of_generation(run, generation))
+
+
+def _ask_for_more(run: Run, generation: Generation, refused: Mapping[Member, str]) -> list[Member]:
     """Ask for slightly faster members than those whose files the engine cannot run, though it ran every block of them.
 
     Raises:
         EngineError: what the engine said, if nothing is left to try.
     """
-    for target, reason in refused.items():
-        name, key = state.member_name(target), member_key(state, target)
-        before = state.folder.correction(name, key) or Correction(target)
-        floor = PruningPlan.load(state.folder.plan(name)).predicted_speedup
-        aim = ABOVE_REFUSED * max(
-            before.predicted_target, floor
-        )  # above what this plan promises, so that it is another one
-        if before.sidesteps == MAX_REFUSED_PLANS or not _fits(state, target, aim):
-            state.folder.forget(trial_name(step))
+    for member, reason in refused.items():
+        assert member.target is not None
+        key = member_key(run, member)
+        before = run.folder.correction(member.name, key) or Correction(member.target)
+        refused_speedup = PruningPlan.load(member.plan).predicted_speedup
+        # above what this plan promises, so that it is another one
+        aim = ABOVE_REFUSED * max(before.predicted_target, refused_speedup)
+        if before.refused_plans == MAX_REFUSED_PLANS or not is_reachable(run, member, aim):
+            run.folder.unmake(trial_name(generation))
             raise EngineError(
-                f"{reason}\n{name}: this was the last of {before.sidesteps + 1} plans, each a little faster"
+                f"{reason}\n{member.name}: this was the last of {before.refused_plans + 1} plans, each a little faster"
             )
-        again = replace(before, predicted_target=aim, sidesteps=before.sidesteps + 1, floor=floor)
-        state.folder.set_correction(name, key, again)
+        again = replace(
+            before, predicted_target=aim, refused_plans=before.refused_plans + 1, refused_speedup=refused_speedup
+        )
+        run.folder.set_correction(member.name, key, again)
     return list(refused)
 
 
-def _note_sidesteps(state: Run, step: Step) -> None:
-    for target in step.targets:
-        name, text = state.member_name(target), None
-        correction = state.folder.correction(name, member_key(state, target))
-        if correction is not None and correction.sidesteps:
-            engine = state.recipe.environment.engine
-            text = f"{name}: {engine} could not run the first plan's file, so that it was pruned a little further"
-        state.folder.set_note(f"sidesteps of {name}", text)
+def _note_refused_plans(run: Run, generation: Generation) -> None:
+    for member in generation.members:
+        text = None
+        correction = run.folder.correction(member.name, member_key(run, member))
+        if correction is not None and correction.refused_plans:
+            engine = run.recipe.environment.engine
+            text = (
+                f"{member.name}: {engine} could not run the first plan's file, so that it was pruned a little further"
+            )
+        run.folder.set_note(f"sidesteps of {member.name}", text)
 
 
-def start_from_last_bias(state: Run, step: Step) -> None:
-    """Let a gradual step begin with what the one before has shown: how far the table's promise was off."""
-    position = state.steps.index(step)
-    if position == 0:
-        return
-    before = state.steps[position - 1]
-    record = BenchmarkRecord.load(state.folder.step_benchmark(before.parent))
-    name_before = state.member_name(before.targets[-1])
-    plan = PruningPlan.load(state.folder.plan(name_before))
-    bias = plan.predicted_speedup / record.variant(name_before).speedup
-    for target in step.targets:
-        name, key = state.member_name(target), member_key(state, target)
-        if bias > MARGIN and state.folder.correction(name, key) is None and _fits(state, target, target * bias):
-            state.folder.set_correction(name, key, Correction(target * bias))
-
-
-def compensate_float32(state: Run, record: BenchmarkRecord) -> bool:
+def compensate_float32(run: Run, record: BenchmarkRecord) -> bool:
     """Ask for faster members where linears that stayed in float32 cost the target; False when nothing is left to try.
 
     How many the accuracy budget keeps is known only after compression, so the loop could not foresee it. Members that
     are trained are left as they are: they would have to be trained again, and all that were pruned from them.
     """
-    if state.trains:
+    if run.trains:
         return False
-    slowed = [target for target in state.recipe.speedups if _compensate_float32(state, target, record)]
+    slowed = [member.name for member in run.pruned_members if _compensate_float32(run, member, record)]
     if slowed:
-        names = ", ".join(map(state.member_name, slowed))
-        state.progress.note(f"solved again, because linears that stay in float32 cost the target: {names}")
+        names = ", ".join(slowed)
+        run.progress.note(f"solved again, because linears that stay in float32 cost the target: {names}")
     return bool(slowed)
 
 
-def _compensate_float32(state: Run, target: float, record: BenchmarkRecord) -> bool:
-    settings, variant = state.recipe.benchmark, state.recipe.compress.target
-    name, key = state.member_name(target), member_key(state, target)
-    before = state.folder.correction(name, key) or Correction(target)
-    measured = record.variant(file_label(name, variant)).speedup
-    kept = kept_in_float32(int8_record(state, name, variant))
-    if not kept or measured >= target * (1 - settings.tolerance) or before.rooms == MAX_FLOAT32_RESTARTS:
+def _compensate_float32(run: Run, member: Member, record: BenchmarkRecord) -> bool:
+    assert member.target is not None
+    file, key = member.file(run.recipe.compress.target), member_key(run, member)
+    before = run.folder.correction(member.name, key) or Correction(member.target)
+    measured = record.variant(file.label).speedup
+    fast_enough = measured >= member.target * (1 - run.recipe.benchmark.tolerance)
+    if fast_enough or not kept_in_float32(int8_record(file)) or before.float32_restarts == MAX_FLOAT32_RESTARTS:
         return False
-    aim = before.predicted_target * MARGIN * target / measured
-    if not _fits(state, target, aim):
+    aim = before.predicted_target * MARGIN * member.target / measured
+    if not is_reachable(run, member, aim):
         return False
-    without = BenchmarkRecord.load(state.folder.step_benchmark(DENSE)).variant(name).speedup
-    state.folder.set_correction(
-        name, key, Correction(aim, slowdown=max(1.0, without / measured), rooms=before.rooms + 1)
-    )
+    in_loop = BenchmarkRecord.load(run.folder.generation_benchmark(run.dense_member.name)).variant(member.name).speedup
+    again = Correction(aim, float32_slowdown=max(1.0, in_loop / measured), float32_restarts=before.float32_restarts + 1)
+    run.folder.set_correction(member.name, key, again)
     return True
 
 
-def _fits(state: Run, target: float, aim: float) -> bool:
+def correct(run: Run, member: Member, record: BenchmarkRecord) -> bool:
+    """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
+    assert member.target is not None
+    key = member_key(run, member)
+    measured = record.variant(member.name).speedup
+    correction = run.folder.correction(member.name, key) or Correction(member.target)
+    plan = PruningPlan.load(member.plan)
+    wanted = _wanted(run, correction, member.target, measured, plan)
     try:
-        state.parent_of(target).planner.budget_ms(aim)
+        if wanted is None or not run.parent_of(member).planner.changes(plan, wanted):
+            return False
     except TargetUnreachableError:
         return False
+    history = [*correction.history, (correction.predicted_target, measured)]
+    again = replace(correction, predicted_target=wanted, corrections=correction.corrections + 1, history=history)
+    run.folder.set_correction(member.name, key, again)
     return True
+
+
+def _wanted(run: Run, correction: Correction, target: float, measured: float, plan: PruningPlan) -> float | None:
+    """What the table must predict for the next plan; None: the measured one stays."""
+    settings = run.recipe.benchmark
+    tolerance = settings.tolerance / 2 if run.recipe.finishes_after_pruning else settings.tolerance
+    needed = target * correction.float32_slowdown
+    if needed * (1 - tolerance) <= measured <= needed * (1 + settings.overshoot):
+        return None
+    aim = correction.predicted_target
+    if correction.corrections < settings.max_corrections:
+        # what the table promised for this plan against what was measured, applied to the target
+        promised = needed * MARGIN * plan.predicted_speedup / measured
+        return max(promised, correction.refused_speedup * ABOVE_REFUSED)
+    if correction.corrections == settings.max_corrections and measured < needed:
+        # the last correction missed; an earlier, faster member may still be had
+        best = _best_aim([*correction.history, (aim, measured)], needed, tolerance)
+        return None if best == aim else best
+    return None
 
 
 def _best_aim(history: list[tuple[float, float]], target: float, tolerance: float) -> float | None:
@@ -151,35 +170,4 @@ def _best_aim(history: list[tuple[float, float]], target: float, tolerance: floa
     return min(fast_enough)[1] if fast_enough else None
 
 
-def _correct(state: Run, target: float, record: BenchmarkRecord) -> bool:
-    """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
-    settings = state.recipe.benchmark
-    tolerance = settings.tolerance / 2 if state.recipe.finishes_after_pruning else settings.tolerance
-    name, key = state.member_name(target), member_key(state, target)
-    measured = record.variant(name).speedup
-    correction = state.folder.correction(name, key) or Correction(predicted_target=target)
-    needed = target * correction.slowdown
-    if needed * (1 - tolerance) <= measured <= needed * (1 + settings.overshoot):
-        return False
-    plan = PruningPlan.load(state.folder.plan(name))
-    aim = correction.predicted_target
-    history = [*correction.history, (aim, measured)]
-    if correction.count < settings.max_corrections:
-        # what the table promised for this plan against what was measured, applied to the target
-        wanted = max(needed * MARGIN * plan.predicted_speedup / measured, correction.floor * ABOVE_REFUSED)
-    elif correction.count == settings.max_corrections and measured < needed:
-        # the last correction missed; an earlier, faster member may still be had
-        best = _best_aim(history, needed, tolerance)
-        if best is None or best == aim:
-            return False
-        wanted = best
-    else:
-        return False
-    try:
-        if not state.parent_of(target).planner.changes(plan, wanted):
-            return False
-    except TargetUnreachableError:
-        return False
-    again = replace(correction, predicted_target=wanted, count=correction.count + 1, history=history)
-    state.folder.set_correction(name, key, again)
-    return True
+STAGE = Stage("benchmark", lambda run, generation: "the dense model and the pruned ones, interleaved", reach_targets)

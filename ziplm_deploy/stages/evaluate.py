@@ -1,146 +1,86 @@
-"""The task's metric of an ONNX file, run by the engine that will serve it."""
+"""The task's metric of every ONNX file, run by the engine that will serve it."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnxruntime
-
-from ziplm_deploy.artifacts import content_key, write_text
-from ziplm_deploy.engines import WorkerOptions, get_engine
-from ziplm_deploy.errors import EngineError
-from ziplm_deploy.machine.info import usable_cores
-from ziplm_deploy.pruning.parent import DENSE
-from ziplm_deploy.recipe import EngineName, Environment, Recipe, Variant, file_label
-from ziplm_deploy.run.run import BATCH_SIZE, Run
-from ziplm_deploy.tasks import Run as Runner
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.engines.runner import open_runner
+from ziplm_deploy.recipe import EngineName, Variant
+from ziplm_deploy.run.member import ModelFile
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.stage import Stage
+from ziplm_deploy.stages.timed_files import refused_files, runnable_files
+from ziplm_deploy.tasks import ModelFunction, Scores, cache_embeddings
 
 
-def onnx_runner(path: Path) -> Runner:
-    """A function from named inputs to named outputs; inputs that the graph does not take are left out.
-
-    Raises:
-        EngineError: ONNX Runtime rejects the file.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises classes of its own that share no public base
-        raise EngineError(
-            f"expected a model that ONNX Runtime runs in {path}, found: {error}; export it again"
-        ) from error
-    wanted = {item.name for item in session.get_inputs()}
-    names = [item.name for item in session.get_outputs()]
-
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = session.run(names, {name: value for name, value in inputs.items() if name in wanted})
-        return dict(zip(names, outputs, strict=True))
-
-    return run
-
-
-@contextlib.contextmanager
-def open_runner(environment: Environment, path: Path) -> Iterator[Runner]:
-    """The file as a function, run by the engine that will serve it; ONNX Runtime needs no process of its own for that.
-
-    Raises:
-        EngineError: the engine is missing, or rejects the file.
-    """
-    if environment.engine == "onnxruntime":
-        yield onnx_runner(path)
+def evaluate(run: Run) -> None:
+    """Scores of all files, those from before training included."""
+    recipe = run.recipe
+    if recipe.data.evaluation is None:
+        run.progress.note("no data.evaluation in the recipe: accuracy is not reported")
         return
-    options = WorkerOptions(usable_cores(), environment.workload.batch_size, environment.workload.seq_len)
-    with get_engine(environment.engine).start_worker(options) as worker:
-        wanted = {entry.name for entry in worker.load("model", path).inputs}
-
-        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return worker.infer("model", {name: value for name, value in inputs.items() if name in wanted})
-
-        yield run
-
-
-def cache_embeddings(run: Runner) -> Runner:
-    """The same answers; sentence embeddings, which metric and fidelity both read, are computed once a batch."""
-    known: dict[bytes, dict[str, np.ndarray]] = {}
-
-    def remembered(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        key = b"".join(inputs[name].tobytes() for name in sorted(inputs))
-        if key in known:
-            return known[key]
-        outputs = run(inputs)
-        if "sentence_embedding" in outputs:  # other outputs may be vocabulary-wide
-            known[key] = {"sentence_embedding": outputs["sentence_embedding"]}
-        return outputs
-
-    return remembered
+    files = runnable_files(run)
+    if run.trains:
+        refused = refused_files(run)
+        files += [member.as_pruned for member in run.pruned_members if member.name not in refused]
+    baseline = recipe.environment.model_copy(update={"engine": recipe.baseline_engine})
+    with open_runner(baseline, run.dense_member.file(Variant.FP32).onnx) as runner:
+        dense = cache_embeddings(runner)
+        for index, file in enumerate(files):
+            evaluate_file(run, file, dense)
+            run.progress.step(index + 1, len(files))
 
 
-def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner, variant: Variant = Variant.FP32) -> None:
-    """Write ``accuracy.json`` (or a variant's) into a member's folder; fidelity to the dense file too, where there is.
+def evaluate_file(run: Run, file: ModelFile, dense: ModelFunction) -> None:
+    """Write the scores of a file beside it; fidelity to the dense file too, where the task has one.
 
-    ``dense_run``: the dense model in the engine of the baseline.
+    ``dense``: the dense model in the engine of the baseline.
     """
-    recipe = state.recipe
-    path, target = folder / variant.onnx_file, folder / variant.accuracy_file
-    is_baseline = name == DENSE and variant is Variant.FP32
-    batch_size = evaluation_batch_size(recipe, variant)
+    recipe, data = run.recipe, run.data.evaluation_set(file.variant)
+    is_baseline = file == run.dense_member.file(Variant.FP32)
+    engine = recipe.baseline_engine if is_baseline else recipe.environment.engine
     key = content_key(
-        file=state.file_hash(path),
-        dense=state.file_hash(state.folder.member(DENSE) / "model.onnx"),
-        engines=state.engine_versions,
-        batch_size=batch_size,
-        data=state.evaluation_key,
+        file=run.file_hash(file.onnx),
+        dense=run.file_hash(run.dense_member.file(Variant.FP32).onnx),
+        engines=run.engine_versions,
+        batch_size=data.batch_size,
+        data=run.data.evaluation_key,
     )
 
     def work() -> None:
-        arguments = _arguments(state, batch_size)
         if is_baseline:
-            scores = state.task.evaluate(dense_run, *arguments)
+            scores = run.task.evaluate(dense, data)
         else:
-            with open_runner(recipe.environment, path) as runner:
-                run = cache_embeddings(runner)
-                scores = state.task.evaluate(run, *arguments) | state.task.fidelity(run, dense_run, *arguments)
-        write_text(target, json.dumps(scores, indent=1) + "\n")
+            with open_runner(recipe.environment, file.onnx) as runner:
+                own = cache_embeddings(runner)
+                scores = run.task.evaluate(own, data) | run.task.fidelity(own, dense, data)
+        Scores(
+            metric=run.task.metric_name,
+            scores=scores,
+            n_rows=len(data.rows),
+            engine=engine,
+            engine_version=run.engine_versions[engine],
+        ).save(file.scores)
 
-    what = file_label(name, variant)
-    stage = f"evaluate {what}" if folder == state.folder.member(name) else f"evaluate pruned {what}"
-    state.folder.stage(stage, key, [target], work)
+    stage = f"evaluate pruned {file.label}" if file.is_before_training else f"evaluate {file.label}"
+    run.folder.make(stage, key, [file.scores], work)
 
 
-def score_of(state: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> float:
+def score_of(run: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> float:
     """The task's primary metric of an ONNX file of this form; ``engine``: another one than that of the environment."""
-    environment = state.recipe.environment
+    environment = run.recipe.environment
     if engine is not None:
         environment = environment.model_copy(update={"engine": engine})
-    with open_runner(environment, path) as run:
-        arguments = _arguments(state, evaluation_batch_size(state.recipe, variant))
-        return state.task.evaluate(run, *arguments)[state.task.metric_name]
+    with open_runner(environment, path) as runner:
+        return run.task.evaluate(runner, run.data.evaluation_set(variant))[run.task.metric_name]
 
 
-def _arguments(state: Run, batch_size: int) -> tuple[list[dict[str, Any]], Any, int, int, int | None]:
-    """What tasks evaluate on: rows, processor, tokens, examples in a call, and to how many tokens they are padded."""
-    seq_len = state.recipe.environment.workload.seq_len
-    pad_to = seq_len if state.recipe.export.shapes == "static" else None
-    return state.evaluation_rows, state.processor, seq_len, batch_size, pad_to
-
-
-def evaluation_batch_size(recipe: Recipe, variant: Variant) -> int:
-    """Examples in a call: as served where the answers depend on it, which they do if a scale spans the whole batch."""
-    as_served = recipe.export.shapes == "static" or (variant.is_int8 and recipe.compress.int8.method == "dynamic")
-    return recipe.environment.workload.batch_size if as_served else BATCH_SIZE
-
-
-def accuracy_in(state: Run, folder: Path, variant: Variant = Variant.FP32) -> dict[str, float]:
-    """Scores of an ONNX file in a folder, the primary metric first; empty when they were not evaluated."""
-    path = folder / variant.accuracy_file
-    if state.recipe.data.evaluation is None or not path.exists():
+def scores_of(run: Run, file: ModelFile) -> dict[str, float]:
+    """Scores of a file, the primary metric first; empty when it was not evaluated."""
+    if run.recipe.data.evaluation is None or not file.scores.exists():
         return {}
-    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    return scores
+    return Scores.load(file.scores).scores
+
+
+STAGE = Stage("evaluate", lambda run: "accuracy of the ONNX files themselves", evaluate)

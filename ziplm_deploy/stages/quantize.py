@@ -25,19 +25,20 @@ from ziplm_deploy.compression.int8.fake_quant import (
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.int8.quantize import ActivationRange, LinearScales, linear_ranges, quantize
 from ziplm_deploy.compression.int8.sensitivity import Fp32Choice, SensitivityRow, keep_in_fp32, rank_linears
-from ziplm_deploy.compression.records import Int8Record, LinearSensitivity, int8_record_path
+from ziplm_deploy.compression.records import Int8Record, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.treatment import reduces_range, served_int8
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.models.member_files import load
-from ziplm_deploy.recipe import EngineName, Variant, file_label
+from ziplm_deploy.recipe import EngineName, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.evaluate import score_of
 from ziplm_deploy.stages.export import export_checked
-from ziplm_deploy.stages.recover import distil, training_key
+from ziplm_deploy.stages.recover import distillation, training_key
 
 Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
 
@@ -45,41 +46,46 @@ Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
 LOOKED_AT = 32  # examples for the sensitivity of linears: each linear takes a forward pass over them
 
 
-def quantize_member(state: Run, name: str, variant: Variant) -> None:
+def quantize_file(run: Run, file: ModelFile) -> None:
     """``model_int8.onnx`` or ``model_sparse_int8.onnx`` of a member, and the record of how it was made."""
-    recipe, config = state.recipe, served_int8(state.recipe)
-    source = state.folder.compressed(name) / "sparse" if variant.is_sparse else state.folder.member(name)
-    target, record = state.folder.member(name) / variant.onnx_file, int8_record_path(state, name, variant)
+    recipe, config = run.recipe, served_int8(run.recipe)
+    source = file.member.sparse_folder if file.variant.is_sparse else file.member.folder
     trains = config.method == "qat"
     key = content_key(
-        source=state.file_hash(source / Variant.FP32.onnx_file),
+        source=run.file_hash(source / Variant.FP32.onnx_file),
         int8=config,
         weight_bits=reduces_range(config),
-        calibration=state.calibration_key,
-        evaluation=state.evaluation_key,
-        environment=recipe.environment,
-        training=training_key(state, recipe.compress.train) if trains else None,
+        calibration=run.data.calibration_key,
+        evaluation=run.data.evaluation_key,
+        environment=recipe.environment.fingerprint,
+        training=training_key(run, recipe.compress.train) if trains else None,
     )
-    checkpoints = state.folder.path / "recovery" / f"{file_label(name, variant).replace(' ', '-')}-{key[:12]}"
-    quantization = _Quantization(state, name, variant, source, checkpoints)
+    checkpoints = run.folder.checkpoints(f"{file.label.replace(' ', '-')}-{key[:12]}")
+    work = _Quantization(run, file, source, checkpoints).make
+    # Manifests know this stage by the spelling that it began with.
+    run.folder.make(f"quantise {file.label}", key, [file.onnx, file.int8_record], work, together=trains)
 
-    def work() -> None:
-        quantization.run(target, record)
 
-    state.folder.stage(f"quantise {file_label(name, variant)}", key, [target, record], work, together=trains)
+def int8_record(file: ModelFile) -> Int8Record | None:
+    """How a member's file became INT8; None for one that is not INT8.
+
+    Raises:
+        CorruptArtifactError: the record is missing or damaged.
+    """
+    return Int8Record.load(file.int8_record) if file.variant.is_int8 else None
 
 
 class _Quantization:
     """One file on its way from float32 to INT8."""
 
-    def __init__(self, state: Run, name: str, variant: Variant, source: Path, checkpoints: Path) -> None:
-        self.state, self.name, self.variant, self.source = state, name, variant, source
+    def __init__(self, run: Run, file: ModelFile, source: Path, checkpoints: Path) -> None:
+        self.run, self.file, self.source = run, file, source
         self.checkpoints = checkpoints
-        self.config = served_int8(state.recipe)
+        self.config = served_int8(run.recipe)
         self.reduce_range = reduces_range(self.config)
-        self.engine = state.recipe.environment.engine
+        self.engine = run.recipe.environment.engine
 
-    def run(self, target: Path, record: Path) -> None:
+    def make(self) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
         model = load(self.source)
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
@@ -89,33 +95,33 @@ class _Quantization:
                     shutil.copyfile(self.source / Variant.FP32.onnx_file, made)
                     if self.config.embeddings:
                         round_embeddings_of(made)
-                    _publish(made, target)
-                    self._record([], None, None, has_rounded_embeddings(made)).save(record)
+                    _publish(made, self.file.onnx)
+                    self._record([], None, None, has_rounded_embeddings(made)).save(self.file.int8_record)
                 return
             training, choice, sensitivities = self._make(model, made, Path(scratch))
             if not distributed.is_first():
                 return
-            if self.variant.is_sparse:
+            if self.file.variant.is_sparse:
                 check_masks_in_onnx(made, model)
-            _publish(made, target)
+            _publish(made, self.file.onnx)
             found = self._record(sensitivities, choice, training, has_rounded_embeddings(made))
-        found.save(record)
+        found.save(self.file.int8_record)
         shutil.rmtree(self.checkpoints.parent, ignore_errors=True)
 
     def _make(
         self, model: nn.Module, made: Path, scratch: Path
     ) -> tuple[TrainingRecord | None, Fp32Choice | None, list[SensitivityRow]]:
         """Write the file, as the first process; all of them train."""
-        state, onnx, batches = self.state, self.source / Variant.FP32.onnx_file, self.state.ranges_batches
-        looked_at = state.encode(state.ranges_rows[:LOOKED_AT])  # unpadded
-        divergence, step = divergence_from(state.task, model, looked_at), state.progress.step
+        run, onnx, batches = self.run, self.source / Variant.FP32.onnx_file, self.run.data.ranges_batches
+        looked_at = run.data.encode(run.data.ranges_rows[:LOOKED_AT])
+        divergence, step = divergence_from(run.task, model, looked_at), run.progress.step
         sensitivities = rank_linears(model, looked_at, divergence, self.config, self.reduce_range, progress=step)
         training: TrainingRecord | None = None
         ranges: Ranges = None
         if self.config.method == "qat":
             ranges, training = self._train(model, batches)
-            export_checked(state, model, scratch, f"{file_label(self.name, self.variant)}, trained")
             onnx = scratch / Variant.FP32.onnx_file
+            export_checked(run, model, onnx, f"{self.file.label}, trained")
         choice: Fp32Choice | None = None
         if distributed.is_first():
             if self.config.backend == "neural-compressor":
@@ -130,10 +136,10 @@ class _Quantization:
         self, model: nn.Module, batches: list[dict[str, Tensor]]
     ) -> tuple[dict[str, LinearScales], TrainingRecord]:
         """Weights, in place, and scales, trained together; zeros of a sparse model stay."""
-        state, title = self.state, file_label(self.name, self.variant)
+        run, title = self.run, self.file.label
         insert_fake_quant(model, module_ranges(model, batches), self.config, self.reduce_range)
-        with zeros_held(model, zero_masks(model)) if self.variant.is_sparse else contextlib.nullcontext():
-            training = distil(state, model, state.recipe.compress.train, self.checkpoints, title)
+        with zeros_held(model, zero_masks(model)) if self.file.variant.is_sparse else contextlib.nullcontext():
+            training = distillation(run).train(model, run.recipe.compress.train, self.checkpoints, title)
         ranges = learned_ranges(model)
         remove_fake_quant(model)
         return ranges, training
@@ -150,12 +156,12 @@ class _Quantization:
                 self.config,
                 engine=self.engine,
                 reduce_range=self.reduce_range,
-                batches=_arrays(self.state.ranges_batches),
+                batches=_arrays(self.run.data.ranges_batches),
                 keep_fp32=keep,
                 ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
             )
 
-        if self.state.recipe.data.evaluation is None:
+        if self.run.recipe.data.evaluation is None:
             write((), target)
             return None
 
@@ -164,10 +170,8 @@ class _Quantization:
         def evaluate(keep: tuple[str, ...]) -> float:
             candidates[keep] = target.with_name(f"candidate-{len(candidates)}.onnx")
             write(keep, candidates[keep])
-            score = score_of(self.state, candidates[keep], self.variant, engine=self._judge)
-            self.state.progress.note(
-                f"{file_label(self.name, self.variant)}: {score:.4f} with {len(keep)} linears in float32"
-            )
+            score = score_of(self.run, candidates[keep], self.file.variant, engine=self._judge)
+            self.run.progress.note(f"{self.file.label}: {score:.4f} with {len(keep)} linears in float32")
             return score
 
         choice = keep_in_fp32(sensitivities, evaluate, self._reference_score(), self.config)
@@ -180,14 +184,14 @@ class _Quantization:
         return "onnxruntime" if get_engine(self.engine).may_abort else self.engine
 
     def _reference_score(self) -> float:
-        """Of the float32 file, in ONNX Runtime: its answers are those of every engine, and not every one can run it."""
-        return score_of(self.state, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
+        """Score of the float32 file in ONNX Runtime: all engines give the same float32 answers, but not all can run it."""
+        return score_of(self.run, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
 
     def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
-        batches = _arrays(self.state.ranges_batches)
-        judged = self.state.recipe.data.evaluation is not None
+        batches = _arrays(self.run.data.ranges_batches)
+        judged = self.run.recipe.data.evaluation is not None
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
             made, candidate = Path(folder) / "model.onnx", Path(folder) / "candidate.onnx"
 
@@ -195,9 +199,9 @@ class _Quantization:
                 shutil.copyfile(path, candidate)
                 if scores and self.config.embeddings:  # the first one is the float32 file
                     round_embeddings_of(candidate)
-                scores.append(score_of(self.state, candidate, self.variant, engine="onnxruntime"))
-                self.state.progress.note(
-                    f"{file_label(self.name, self.variant)}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
+                scores.append(score_of(self.run, candidate, self.file.variant, engine="onnxruntime"))
+                self.run.progress.note(
+                    f"{self.file.label}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
                 )
                 return scores[-1]
 

@@ -1,104 +1,90 @@
-"""One pruned member trained back towards its teacher, from the folder of the pruned model into that of the member."""
+"""Train the pruned models towards the teacher's answers, where the recipe asks for it."""
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-
-from torch import nn
 
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.machine import distributed
-from ziplm_deploy.models.member_files import load
-from ziplm_deploy.models.modules import dense_modules, prunable_modules
+from ziplm_deploy.models.member_files import load, replace_member
 from ziplm_deploy.recipe import TrainConfig
-from ziplm_deploy.recovery.losses import remaining_layers
-from ziplm_deploy.recovery.objective import Objective, Student
+from ziplm_deploy.recovery.distillation import Distillation, is_unpruned
 from ziplm_deploy.recovery.record import TrainingRecord
-from ziplm_deploy.recovery.training import train
-from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import save_checkpoint
-
-RECORD = "training.json"
-
+from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.run import Generation, Run
+from ziplm_deploy.stages.stage import Stage
 
 LOSS_FIELDS = {"task_weight", "logit_weight", "token_weight", "temperature", "dropout", "freeze_embeddings"}
+UNREAD_FIELDS = {"mode", "teacher", "teacher_cache_gb", "save_steps", "report_to"}
 
 
-def recover_member(state: Run, name: str) -> None:
+def recover(run: Run, generation: Generation) -> None:
+    """Trained members of a generation."""
+    if run.trains:
+        for member in generation.members:
+            recover_member(run, member)
+
+
+def recover_member(run: Run, member: Member) -> None:
     """Train the pruned model of a member and save it in the member's folder, with ``training.json``."""
-    config, source = state.recipe.recover, state.folder.pruned(name)
-    key = recovery_key(state, name)
-    folder = state.folder.member(name)
+    config, key = run.recipe.recover, recovery_key(run, member)
+    checkpoints = run.folder.checkpoints(f"{member.name}-{key[:12]}")
 
     def work() -> None:
-        model = load(source)
-        if _is_teacher(state, model):  # rounding in the teacher's answers would be all that there is to learn
-            result = TrainingRecord(
-                device="none", steps=0, examples_per_step=0, seconds=0.0, samples_per_second=0.0, losses=[]
-            )
-            state.progress.note(f"{name}: nothing was pruned, so it is not trained")
-            if distributed.is_first():
-                save_checkpoint(state, folder, model, {"member": name, "recovery": config.mode})
-                result.save(folder / RECORD)
-            return
-        checkpoints = state.folder.path / "recovery" / f"{name}-{key[:12]}"
-        result = distil(state, model, config, checkpoints, name)
+        model = load(member.pruned_folder)
+        learns_from_itself = is_unpruned(model) and config.teacher is None and not config.task_weight
+        if learns_from_itself:  # rounding in the teacher's answers would be all that there is to learn
+            result = TrainingRecord.of_none()
+            run.progress.note(f"{member.name}: nothing was pruned, so it is not trained")
+        else:
+            result = distillation(run).train(model, config, checkpoints, member.name)
         if distributed.is_first():
-            save_checkpoint(state, folder, model, {"member": name, "recovery": config.mode})
-            result.save(folder / RECORD)
+            extra = {"member": member.name, "recovery": config.mode}
+            replace_member(member.folder, model, run.dense.processor, run.recipe.model, extra)
+            result.save(member.training_record)
             shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
-    state.folder.stage(f"recover {name}", key, [folder / "pruned.safetensors", folder / RECORD], work, together=True)
+    outputs = [member.weights, member.training_record]
+    run.folder.make(f"recover {member.name}", key, outputs, work, together=True)
 
 
-def _is_teacher(state: Run, model: nn.Module) -> bool:
-    """Whether a member is the dense model itself, which is its teacher."""
-    whole = {module.name: module.structures for module in dense_modules(model)}
-    now = {module.name: module.structures for module in prunable_modules(model)}
-    return now == whole and state.recipe.recover.teacher is None and not state.recipe.recover.task_weight
+def distillation(run: Run) -> Distillation:
+    """What all trainings of a run have in common, by the losses of the recipe's ``recover`` section."""
+    return Distillation(
+        run.recipe.recover,
+        run.task,
+        teacher=lambda: run.teacher,
+        examples=lambda: run.data.examples,
+        seed=run.recipe.seed,
+        progress=run.progress,
+    )
 
 
-def recovery_key(state: Run, name: str) -> str:
+def recovery_key(run: Run, member: Member) -> str:
     """Everything that a trained member depends on."""
-    return training_key(state, state.recipe.recover, state.file_hash(state.folder.pruned(name) / "pruned.safetensors"))
+    return training_key(run, run.recipe.recover, run.file_hash(member.pruned_weights))
 
 
-def training_key(state: Run, config: TrainConfig, source: str = "") -> str:
-    """What a training depends on; ``source`` stands for the weights it begins with."""
-    recipe, unread = state.recipe, {"mode", "teacher", "teacher_cache_gb", "save_steps", "report_to"}
+def training_key(run: Run, config: TrainConfig, source: str = "") -> str:
+    """Everything that a training depends on; ``source`` stands for the weights it begins with."""
+    recipe = run.recipe
     losses = {} if config is recipe.recover else {"losses": recipe.recover.model_dump(include=LOSS_FIELDS)}
     return content_key(
         source=source,
-        teacher=state.teacher_hash,
-        data=state.train_hash,
-        columns=state.train_columns,
-        recover=config.model_dump(exclude=unread),
+        teacher=run.teacher_hash,
+        data=run.data.train_hash,
+        columns=run.data.train_columns,
+        recover=config.model_dump(exclude=UNREAD_FIELDS),
         **losses,
-        task=state.model_settings,
+        task=run.model_settings,
         seq_len=recipe.environment.workload.seq_len,
         seed=recipe.seed,
     )
 
 
-def distil(state: Run, model: nn.Module, config: TrainConfig, checkpoints: Path, title: str) -> TrainingRecord:
-    """Train ``model`` in place towards the teacher's answers, by the losses of the recipe's ``recover`` section."""
-    losses = state.recipe.recover
-    frozen = list(model.get_input_embeddings().parameters()) if losses.freeze_embeddings else []  # type: ignore[operator]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    student = Student(model, state.task, remaining_layers(model) if losses.token_weight else [], losses.dropout)
-    objective = Objective.from_config(losses, state.task, state.teacher)
-    result = train(
-        student,
-        objective,
-        state.examples,
-        config,
-        checkpoints,
-        seed=state.recipe.seed,
-        progress=state.progress,
-        title=title,
-    )
-    model.cpu().requires_grad_(True)
-    state.progress.note(f"{title}: {result.steps} steps, {result.samples_per_second:.0f} examples a second")
-    return result
+STAGE = Stage(
+    "recover",
+    lambda run, generation: f"distillation into {generation.names}",
+    recover,
+    shown=lambda recipe: recipe.recover.mode != "none",
+)

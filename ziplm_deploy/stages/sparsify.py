@@ -1,47 +1,48 @@
-"""The further files of a member: sparse weights first, then INT8 of the plain and of the sparse model."""
+"""Zeros in the weights of a member: its sparse checkpoint, trained if the recipe says so, and its ONNX file."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from ziplm_deploy.artifacts import atomic_path, content_key
 from ziplm_deploy.compression.divergence import divergence_from
-from ziplm_deploy.compression.records import SPARSITY_RECORD
 from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model
 from ziplm_deploy.errors import ParityError
 from ziplm_deploy.machine import distributed
-from ziplm_deploy.models.member_files import load
+from ziplm_deploy.models.member_files import WEIGHTS_FILE, load, replace_member
 from ziplm_deploy.recipe import CompressConfig, SparsityConfig, Variant
+from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import export_checked, export_key, save_checkpoint
-from ziplm_deploy.stages.quantize import quantize_member
-from ziplm_deploy.stages.recover import distil, training_key
+from ziplm_deploy.stages.export import export_checked, export_key
+from ziplm_deploy.stages.recover import distillation, training_key
 
 
-def compress_member(state: Run, name: str) -> None:
-    """Every variant that the recipe asks for, of one member or of the dense model; files of no other variant stay."""
-    remove_unlisted(state, name)
-    variants = state.recipe.compress.variants
-    if any(variant.is_sparse for variant in variants):
-        sparsify_member(state, name)
-    if Variant.SPARSE in variants:
-        _publish(state, name)
-    for variant in variants:
-        if variant.is_int8:
-            quantize_member(state, name, variant)
+@dataclass(frozen=True)
+class _Step:
+    """One step towards the sparsity of a member: zeros, then, maybe, a training with them held."""
 
+    run: Run
+    member: Member
+    number: str
+    config: SparsityConfig
+    key: str  # of all steps together
 
-def remove_unlisted(state: Run, name: str) -> None:
-    """Delete files of variants that the recipe no longer asks for."""
-    if not distributed.is_first():
-        return
-    for variant in set(Variant) - set(state.recipe.variants):
-        for file in (variant.onnx_file, variant.accuracy_file):
-            (state.folder.member(name) / file).unlink(missing_ok=True)
+    def folder(self, kind: str) -> Path:
+        return self.member.compressed_folder / f"{kind}-{self.number}"
+
+    def make(self, what: str, folder: Path, work: Callable[[], None], *, together: bool = False) -> Path:
+        outputs = [folder / WEIGHTS_FILE, folder / self.member.sparsity_record.name]
+        stage, key = f"{what}, {self.number}", content_key(key=self.key, step=self.number)
+        self.run.folder.make(stage, key, outputs, work, together=together)
+        return folder
 
 
 def sparsity_steps(config: CompressConfig) -> list[SparsityConfig]:
@@ -57,121 +58,113 @@ def sparsity_steps(config: CompressConfig) -> list[SparsityConfig]:
     return [final.model_copy(update={"sparsity": 1 - density**share, "passes": 1}) for share in shares]
 
 
-def sparsify_member(state: Run, name: str) -> None:
+def sparsify_member(run: Run, member: Member) -> None:
     """Sparse checkpoint of a member, and its ONNX file, which has exactly the same zeros."""
-    recipe, config = state.recipe, state.recipe.compress
-    source, folder = state.folder.member(name), state.folder.compressed(name)
-    sparse, record = folder / "sparse", folder / SPARSITY_RECORD
+    recipe, config = run.recipe, run.recipe.compress
     by_sensitivity = config.sparsity.distribution == "sensitivity"
     key = content_key(
-        source=state.file_hash(source / "pruned.safetensors"),
-        calibration=state.calibration_key,
+        source=run.file_hash(member.weights),
+        calibration=run.data.calibration_key,
         sparsity=config.sparsity,
         judged_on=recipe.prune.search.n_sequences if by_sensitivity else None,
-        training=training_key(state, config.train) if config.train.mode != "none" else None,
+        training=training_key(run, config.train) if config.train.mode != "none" else None,
         mode=config.train.mode,
     )
-    stage, outputs = f"sparsify {name}", [sparse / "pruned.safetensors", record]
-    if not (state.folder.is_current(stage, key) and all(path.exists() for path in outputs)):
-        made = source
-        for index, step in enumerate(sparsity_steps(config), start=1):
-            made = _zero(state, name, made, f"{index}", step, key)
+    stage, outputs = f"sparsify {member.name}", [member.sparse_folder / WEIGHTS_FILE, member.sparsity_record]
+    if not (run.folder.is_made(stage, key) and all(path.exists() for path in outputs)):
+        made = member.folder
+        for index, step_config in enumerate(sparsity_steps(config), start=1):
+            step = _Step(run, member, f"{index}", step_config, key)
+            made = _zero(step, made)
             if config.train.mode != "none":
-                made = _train(state, name, made, f"{index}", key)
-        state.folder.stage(stage, key, outputs, lambda: _keep(folder, made, sparse, record))
-    _export(state, name, sparse)
+                made = _train(step, made)
+        run.folder.make(stage, key, outputs, lambda: _keep(member, made))
+    _export(run, member)
 
 
-def _zero(state: Run, name: str, source: Path, step: str, config: SparsityConfig, key: str) -> Path:
+def _zero(step: _Step, source: Path) -> Path:
     """Folder of ``source`` with its weights zeroed to this sparsity."""
-    folder = state.folder.compressed(name) / f"zeroed-{step}"
+    run, member, config = step.run, step.member, step.config
+    folder = step.folder("zeroed")
 
     def work() -> None:
         model = load(source)
         if not prunable_linears(model):  # every module was dropped: there is nothing to zero
-            record = _nothing_zeroed(config)
+            record = SparsityRecord.of_nothing(config)
         else:
             by_sensitivity = config.distribution == "sensitivity"
             record = sparsify_model(
                 model,
-                state.calibration.hessian,
+                run.data.calibration.hessian,
                 config,
-                memory_limit_bytes=int(state.recipe.prune.memory_limit_gb * 2**30),
-                progress=state.progress.step,
-                divergence=divergence_from(state.task, model, state.calibration.search) if by_sensitivity else None,
+                memory_limit_bytes=int(run.recipe.prune.memory_limit_gb * 2**30),
+                progress=run.progress.step,
+                divergence=divergence_from(run.task, model, run.data.calibration.search) if by_sensitivity else None,
             )
-        save_checkpoint(state, folder, model, {"member": name, "variant": "sparse"})
-        record.save(folder / SPARSITY_RECORD)
+        _replace(step, folder, model)
+        record.save(folder / member.sparsity_record.name)
 
-    outputs = [folder / "pruned.safetensors", folder / SPARSITY_RECORD]
-    state.folder.stage(f"zero {name}, {step}", content_key(key=key, step=step), outputs, work)
-    return folder
+    return step.make(f"zero {member.name}", folder, work)
 
 
-def _nothing_zeroed(config: SparsityConfig) -> SparsityRecord:
-    return SparsityRecord(
-        sparsity=0.0,
-        pattern=config.pattern,
-        distribution=config.distribution,
-        passes=config.passes,
-        relative_damping=config.damping,
-        n_tokens=0,
-        linears=[],
-    )
-
-
-def _train(state: Run, name: str, source: Path, step: str, key: str) -> Path:
+def _train(step: _Step, source: Path) -> Path:
     """Folder of ``source`` trained with its zeros held."""
-    folder = state.folder.compressed(name) / f"trained-{step}"
-    checkpoints = state.folder.path / "recovery" / f"{name}-sparse-{step}-{key[:12]}"
+    run, member = step.run, step.member
+    folder = step.folder("trained")
+    checkpoints = run.folder.checkpoints(f"{member.name}-sparse-{step.number}-{step.key[:12]}")
 
     def work() -> None:
         model = load(source)
         with zeros_held(model, zero_masks(model)):
-            training = distil(state, model, state.recipe.compress.train, checkpoints, f"{name} sparse")
+            training = distillation(run).train(model, run.recipe.compress.train, checkpoints, f"{member.name} sparse")
         if distributed.is_first():
-            save_checkpoint(state, folder, model, {"member": name, "variant": "sparse"})
-            training.save(folder / "training.json")
-            shutil.copyfile(source / SPARSITY_RECORD, folder / SPARSITY_RECORD)
+            _replace(step, folder, model)
+            training.save(folder / member.training_record.name)
+            shutil.copyfile(source / member.sparsity_record.name, folder / member.sparsity_record.name)
             shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
-    outputs = [folder / "pruned.safetensors", folder / SPARSITY_RECORD]
-    stage, its_key = f"train {name} sparse, {step}", content_key(key=key, step=step)
-    state.folder.stage(stage, its_key, outputs, work, together=True)
-    return folder
+    return step.make(f"train {member.name} sparse", folder, work, together=True)
 
 
-def _keep(folder: Path, made: Path, sparse: Path, record: Path) -> None:
+def _replace(step: _Step, folder: Path, model: nn.Module) -> None:
+    extra = {"member": step.member.name, "variant": "sparse"}
+    replace_member(folder, model, step.run.dense.processor, step.run.recipe.model, extra)
+
+
+def _keep(member: Member, made: Path) -> None:
     """The last step becomes the sparse checkpoint; those before it go."""
-    shutil.copyfile(made / SPARSITY_RECORD, record)
-    shutil.rmtree(sparse, ignore_errors=True)
-    made.rename(sparse)
-    for path in (*folder.glob("zeroed-*"), *folder.glob("trained-*")):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.copyfile(made / member.sparsity_record.name, member.sparsity_record)
+    shutil.rmtree(member.sparse_folder, ignore_errors=True)
+    made.rename(member.sparse_folder)
+    for pattern in ("zeroed-*", "trained-*"):
+        for path in member.compressed_folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _export(state: Run, name: str, folder: Path) -> None:
+def _export(run: Run, member: Member) -> None:
+    folder = member.sparse_folder
     path = folder / Variant.FP32.onnx_file
 
     def work() -> None:
         model = load(folder)
-        export_checked(state, model, folder, f"{name} sparse")
+        export_checked(run, model, path, f"{member.name} sparse")
         try:
             check_masks_in_onnx(path, model)
         except ParityError:
             path.unlink()
             raise
 
-    key = export_key(state, state.file_hash(folder / "pruned.safetensors"))
-    state.folder.stage(f"export {name} sparse", key, [path], work)
+    key = export_key(run, run.file_hash(folder / WEIGHTS_FILE))
+    run.folder.make(f"export {member.name} sparse", key, [path], work)
 
 
-def _publish(state: Run, name: str) -> None:
-    source = state.folder.compressed(name) / "sparse" / Variant.FP32.onnx_file
-    target = state.folder.member(name) / Variant.SPARSE.onnx_file
+def publish_sparse(run: Run, member: Member) -> None:
+    """``model_sparse.onnx`` in the member's folder."""
+    source = member.sparse_folder / Variant.FP32.onnx_file
+    target = member.file(Variant.SPARSE).onnx
 
     def copy() -> None:
         with atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
 
-    state.folder.stage(f"publish {name} sparse", state.file_hash(source), [target], copy)
+    run.folder.make(f"publish {member.name} sparse", run.file_hash(source), [target], copy)

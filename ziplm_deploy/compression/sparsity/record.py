@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel
 
 from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.recipe import SparsityConfig
 
 
 class LinearSparsity(BaseModel):
@@ -32,3 +33,16 @@ class SparsityRecord(Artifact):
     relative_damping: float  # as asked for; more was taken where `damping` is not this share of the mean diagonal
     n_tokens: int  # calibration tokens, padding excluded
     linears: list[LinearSparsity]
+
+    @classmethod
+    def of_nothing(cls, config: SparsityConfig) -> SparsityRecord:
+        """Record of a model in which nothing was left to zero."""
+        return cls(
+            sparsity=0.0,
+            pattern=config.pattern,
+            distribution=config.distribution,
+            passes=config.passes,
+            relative_damping=config.damping,
+            n_tokens=0,
+            linears=[],
+        )

@@ -1,0 +1,66 @@
+"""The program itself: errors become messages and exit codes here, and options that several commands share."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ziplm_deploy.errors import ZipLMError
+
+MISSED_TARGET = 3
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Edge(TyperGroup):
+    """The one place where errors become messages and exit codes. Unexpected exceptions keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZipLMError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\ninterrupted: nothing half-written is left; the same command continues where it was", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = f" for {error.filename}" if error.filename else ""
+            typer.echo(
+                f"error: expected free disk space{where}, found none; free some and run the same again", err=True
+            )
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Edge,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make a Transformer encoder as much faster as you need on this CPU, and measure that it is.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; fields: ziplm-deploy recipe-reference.")]
+
+
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder for the run's folder.")]
+
+
+Speedups = Annotated[str | None, typer.Option(help="Targets instead of the recipe's, as in 1.5,2,3.")]
+
+
+Seed = Annotated[int | None, typer.Option(help="Seed instead of the recipe's.")]
+
+
+Threads = Annotated[int | None, typer.Option(help="environment.threads instead of the recipe's.")]
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, progress on stderr.")]

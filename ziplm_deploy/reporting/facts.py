@@ -1,0 +1,61 @@
+"""What a report is made from: facts about every member and file, as the stages left them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import Recipe, Variant, file_label
+from ziplm_deploy.recovery.record import TrainingRecord
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One ONNX file on one engine."""
+
+    variant: Variant
+    path: Path
+    onnx_bytes: int
+    gzip_bytes: int  # what a download weighs
+    timing: FileTiming
+    scores: dict[str, float]  # the primary metric first; empty: not evaluated, or not on this engine
+    sparsity: SparsityRecord | None = None
+    int8: Int8Record | None = None
+
+
+@dataclass(frozen=True)
+class MemberFacts:
+    """One model of the family; ``target`` and ``plan`` are None for the dense one."""
+
+    name: str
+    target: float | None
+    plan: PruningPlan | None
+    sizes: dict[str, int]  # heads or columns per module
+    parameters: int
+    files: list[FileFacts]  # the exported one first, each after those it is made from
+    scores_before_training: dict[str, float] = field(default_factory=dict)
+    training: TrainingRecord | None = None
+    corrections: int = 0  # how often the closed loop solved the target again
+    refused_plans: int = 0  # how often it had to, because the engine could not run the file
+    speedup_in_loop: float | None = None  # as the closed loop measured it; None: that was the final measurement
+
+    def label(self, variant: Variant) -> str:
+        return file_label(self.name, variant)
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """A whole run."""
+
+    recipe: Recipe
+    metric: str
+    record: BenchmarkRecord
+    table: LatencyTable
+    members: list[MemberFacts]  # the dense one first
+    notes: list[str]  # warnings that the stages left
+    stage_seconds: dict[str, float]

@@ -1,0 +1,90 @@
+"""Verdicts: was a target reached, is a file worth having, did training help?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ziplm_deploy.compression.records import outside_budget
+from ziplm_deploy.recipe import BenchmarkConfig
+from ziplm_deploy.reporting.facts import FileFacts
+from ziplm_deploy.reporting.records import FileReport, MemberReport
+
+
+def judge(
+    measured: float, target: float, settings: BenchmarkConfig, corrections: int, largest: float, slowed_by: str = ""
+) -> tuple[str, str]:
+    """Verdict on a member and, if it is not "reached", the reason.
+
+    ``largest`` is the speedup that the table predicts with every module at its fastest; ``slowed_by`` says what the
+    closed loop could not correct, because it happened to the file afterwards.
+    """
+    if measured < target * (1 - settings.tolerance):
+        if target > largest:
+            return "missed", f"the largest speedup that the latency table allows is {largest:.2f}x"
+        closer = _why_not_closer(settings, corrections, "faster", f" (largest predicted: {largest:.2f}x)")
+        return "missed", slowed_by or closer
+    if measured > target * (1 + settings.overshoot):
+        return "faster than asked", _why_not_closer(settings, corrections, "slower", "")
+    return "reached", ""
+
+
+def _why_not_closer(settings: BenchmarkConfig, corrections: int, wanted: str, detail: str) -> str:
+    if settings.max_corrections == 0:
+        return f"the recipe allows no corrections (benchmark.max_corrections: 0){detail}"
+    if corrections >= settings.max_corrections:
+        return f"all {settings.max_corrections} corrections of the closed loop were used{detail}"
+    return f"no {wanted} plan fits the corrected budget: the levels are too far apart{detail}"
+
+
+def was_fast_enough(speedup_in_loop: float | None, target: float, settings: BenchmarkConfig) -> str:
+    """Reason of a miss for which the closed loop is not to blame: it found the member fast enough; empty if not."""
+    if speedup_in_loop is None or speedup_in_loop < target * (1 - settings.tolerance):
+        return ""
+    return (
+        f"it was fast enough ({speedup_in_loop:.2f}x) when the closed loop measured it, before it was trained or "
+        "compressed; measure again on a quiet machine with ziplm-deploy benchmark, or ask for a little more"
+    )
+
+
+def why_not_recommended(
+    file: FileFacts, served_score: float | None, max_loss: float, before: Sequence[FileReport]
+) -> str:
+    """Reason why a file is not worth having; empty if it is.
+
+    ``before``: the member's files that were looked at already; ``max_loss``: accuracy budget of INT8.
+    """
+    reasons = [outside_budget(file.int8, served_score, max_loss), *_not_faster(file, before)]
+    return next(filter(None, reasons), "")
+
+
+def _not_faster(file: FileFacts, before: Sequence[FileReport]) -> list[str]:
+    """Reasons why this file is not faster than the files it was made from. Only timings on the same engine are
+    compared."""
+    return [
+        _why_not_faster(file, other)
+        for source in file.variant.made_from
+        for other in before
+        if other.variant is source and other.engine == file.timing.engine
+    ]
+
+
+def _why_not_faster(file: FileFacts, other: FileReport) -> str:
+    """Reason why a file is not worth having beside one that is nearer to the dense model; empty if it is faster."""
+    timing = file.timing
+    if timing.speedup_low > other.measured_high:
+        return ""
+    how = "slower" if timing.speedup < other.measured_low else "not faster beyond noise"
+    return f"{how} than {other.file} on {timing.engine} ({timing.speedup:.2f}x against {other.measured_speedup:.2f}x)"
+
+
+def harmed_by_training(members: Sequence[MemberReport], metric: str) -> list[str]:
+    """A note for every member whose ``model.onnx`` scored higher before it was trained."""
+    notes = []
+    for member in members:
+        before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
+        if before is not None and after is not None and after < before:
+            notes.append(
+                f"{member.name}: training lowered {metric} from {before:.4f} to {after:.4f}; try a smaller "
+                "recover.learning_rate, or more steps"
+            )
+    return notes

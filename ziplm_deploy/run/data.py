@@ -1,0 +1,184 @@
+"""The data of one run: rows, batches, and the keys that stand for them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from ziplm_deploy.artifacts import content_key, source_hash
+from ziplm_deploy.pruning.planner import Calibration
+from ziplm_deploy.recipe import Recipe, Variant
+from ziplm_deploy.recovery.examples import Examples
+from ziplm_deploy.run.dense import DenseModel
+from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.tasks import Batch, EvaluationSet, Task
+
+BATCH_SIZE = 32
+
+
+class RunData:
+    """Calibration, evaluation and training data, read and encoded on first use."""
+
+    def __init__(self, recipe: Recipe, task: Task, folder: RunFolder) -> None:
+        self._recipe, self._task = recipe, task
+        self.calibration_hash = source_hash(recipe.data.calibration)
+        self.evaluation_hash = source_hash(recipe.data.evaluation)
+        self.train_hash = source_hash(recipe.data.train or recipe.data.calibration)
+        self.dense = DenseModel(
+            recipe, folder, self._dense_training_key, lambda: task.head_settings(self.raw_train_rows)
+        )
+
+    @property
+    def _model_settings(self) -> dict[str, Any]:
+        """Model section without where the model lies: its content has a hash of its own."""
+        return self._recipe.model.model_dump(exclude={"path", "revision"})
+
+    def _dense_training_key(self, base_hash: str) -> str:
+        recipe = self._recipe
+        return content_key(
+            base=base_hash,
+            data=self.train_hash,
+            columns=self.train_columns,
+            dense=recipe.dense.model_dump(exclude={"save_steps", "report_to"}),
+            task=self._model_settings,
+            seq_len=self._seq_len,
+            seed=recipe.seed,
+        )
+
+    @property
+    def _seq_len(self) -> int:
+        return self._recipe.environment.workload.seq_len
+
+    @property
+    def calibration_key(self) -> str:
+        """Stands for the calibration examples as the model sees them."""
+        names = {"calibration_split", "config_name", "text_columns", "label_column", "n_calibration"}
+        return content_key(
+            data=self.calibration_hash,
+            columns=self._recipe.data.model_dump(include=names),
+            task=self._model_settings,
+            seq_len=self._seq_len,
+            seed=self._recipe.seed,
+        )
+
+    @property
+    def evaluation_key(self) -> str:
+        """Stands for the evaluation examples."""
+        names = {"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
+        return content_key(
+            data=self.evaluation_hash,
+            columns=self._recipe.data.model_dump(include=names),
+            model=self._model_settings,
+            seed=self._recipe.seed,
+            seq_len=self._seq_len,
+        )
+
+    @property
+    def train_columns(self) -> dict[str, Any]:
+        """Settings that decide which training examples there are."""
+        data = self._recipe.data
+        names = {"config_name", "text_columns", "label_column", "n_train"}
+        return {"split": self._task.source(data, "train")[1], **data.model_dump(include=names)}
+
+    @functools.cached_property
+    def calibration_rows(self) -> list[dict[str, Any]]:
+        return self._task.load_rows(self._recipe.data, "calibration", self._recipe.seed)
+
+    @functools.cached_property
+    def evaluation_rows(self) -> list[dict[str, Any]]:
+        rows = self._task.load_rows(self._recipe.data, "evaluation", self._recipe.seed)
+        return self._task.check_labels(rows, self.dense.model.config)
+
+    @functools.cached_property
+    def raw_train_rows(self) -> list[dict[str, Any]]:
+        """Training rows with labels as the data have them."""
+        return self._task.load_rows(self._recipe.data, "train", self._recipe.seed)
+
+    @functools.cached_property
+    def train_rows(self) -> list[dict[str, Any]]:
+        """Training rows, with labels in the model's numbering where a loss reads them."""
+        if self._recipe.dense.train or self._recipe.recover.task_weight:
+            return self._task.check_labels(self.raw_train_rows, self.dense.model.config)
+        return self._task.unlabelled(self.raw_train_rows)
+
+    def encode(
+        self, rows: list[dict[str, Any]], batch_size: int = BATCH_SIZE, pad_to: int | None = None
+    ) -> list[Batch]:
+        """Model inputs; what the tokenizer gives and the model does not take is left out."""
+        accepted = inspect.signature(self.dense.model.forward).parameters
+        batches = self._task.encode(EvaluationSet(rows, self.dense.processor, self._seq_len, batch_size, pad_to))
+        return [{name: value for name, value in batch.items() if name in accepted} for batch in batches]
+
+    def evaluation_set(self, variant: Variant) -> EvaluationSet:
+        """Evaluation examples as a file of this variant takes them.
+
+        A call holds as many as served where answers depend on it: if the graph fixes it, or a scale spans the batch.
+        """
+        recipe = self._recipe
+        static = recipe.export.shapes == "static"
+        as_served = static or (variant.is_int8 and recipe.compress.int8.method == "dynamic")
+        return EvaluationSet(
+            self.evaluation_rows,
+            self.dense.processor,
+            self._seq_len,
+            recipe.environment.workload.batch_size if as_served else BATCH_SIZE,
+            self._seq_len if static else None,
+        )
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """Calibration examples for Hessians, search and re-ranking; the latter two are parts of the first."""
+        rows, search = self.calibration_rows, self._recipe.prune.search
+        return Calibration(
+            hessian=self.encode(rows),
+            search=self.encode(rows[: search.n_sequences]),
+            rerank=self.encode(rows[-search.n_rerank :]),
+        )
+
+    @property
+    def ranges_rows(self) -> list[dict[str, Any]]:
+        """Calibration rows for INT8."""
+        return self.calibration_rows[: self._recipe.compress.int8.n_calibration]
+
+    @functools.cached_property
+    def ranges_batches(self) -> list[Batch]:
+        """Calibration examples for INT8, of the shape that the ONNX files take.
+
+        With static shapes every batch is whole; where there are fewer examples than that, they are repeated.
+        """
+        recipe, rows = self._recipe, self.ranges_rows
+        if recipe.export.shapes == "dynamic":
+            return self.encode(rows)
+        size = recipe.environment.workload.batch_size
+        # Encoding sorts by length and drops repeated texts: cut before it, look at what came out after it.
+        batches = self.encode(rows[: len(rows) // size * size] or rows, size, self._seq_len)
+        return [batch for batch in batches if _count(batch) == size] or [_filled_up(batches[0], size)]
+
+    def count_tokens(self) -> int:
+        """Calibration tokens that count; an image gives one for each of its patches."""
+        batches = self.calibration.hessian
+        if "attention_mask" in batches[0]:
+            return sum(int(batch["attention_mask"].sum()) for batch in batches)
+        config = self.dense.model.config
+        patches: int = (config.image_size // config.patch_size) ** 2 + 1  # type: ignore[union-attr, operator, assignment]
+        return sum(len(batch["pixel_values"]) for batch in batches) * patches
+
+    @functools.cached_property
+    def examples(self) -> Examples:
+        """Training examples, encoded once for all members."""
+        rows = self._task.examples(self.train_rows, self.dense.processor, self._seq_len)
+        return Examples(rows, self._task, self.dense.processor)
+
+
+def _count(batch: Batch) -> int:
+    """Examples in a batch."""
+    return len(next(iter(batch.values())))
+
+
+def _filled_up(batch: Batch, size: int) -> Batch:
+    """A batch of ``size`` examples: those of ``batch``, again and again."""
+    rows = torch.arange(size) % _count(batch)
+    return {name: value[rows] for name, value in batch.items()}

@@ -1,0 +1,73 @@
+"""The dense model of a run: the recipe's checkpoint, or what the run has trained from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ziplm_deploy.artifacts import source_hash
+from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.modules import model_shape
+from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.run.folder import RunFolder
+
+
+class DenseModel:
+    """Model and processor, loaded on first use.
+
+    ``training_key`` gives what a dense model trained by this run depends on, ``head_settings`` the settings of the head
+    that it starts with.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        training_key: Callable[[str], str],
+        head_settings: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._recipe, self._folder = recipe, folder
+        self._training_key, self._head_settings = training_key, head_settings
+        revision = f"@{recipe.model.revision}" if recipe.model.revision else ""
+        self.base_hash = source_hash(resolve_model_path(recipe.model.path)) + revision
+
+    @property
+    def training_key(self) -> str:
+        """Everything that a dense model trained by this run depends on."""
+        return self._training_key(self.base_hash)
+
+    @property
+    def hash(self) -> str:
+        """Stands for the dense model's weights."""
+        return self.training_key if self._recipe.dense.train else self.base_hash
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[nn.Module, Any]:
+        recipe, folder = self._recipe, self._folder
+        if not recipe.dense.train:
+            return load_dense(recipe.model)
+        if folder.is_made("train dense", self.training_key) and folder.dense_checkpoint.is_dir():
+            trained = recipe.model.model_copy(update={"path": str(folder.dense_checkpoint), "revision": None})
+            return load_dense(trained)
+        with torch.random.fork_rng():  # a new head starts from the recipe's seed
+            torch.manual_seed(recipe.seed)
+            return load_dense(recipe.model, self._head_settings())
+
+    @property
+    def model(self) -> nn.Module:
+        return self._loaded[0]
+
+    @property
+    def processor(self) -> Any:
+        """Tokenizer or image processor."""
+        return self._loaded[1]
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        return model_shape(self.model.config)  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""Members of the family and their files: what they are called and where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ziplm_deploy.models.member_files import WEIGHTS_FILE
+from ziplm_deploy.recipe import Variant, file_label
+
+DENSE = "dense"
+
+
+def member_name(target: float) -> str:
+    """Name of the member of a target: ``1.5x``."""
+    return f"{target:g}x"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the family, the dense one or that of a target, and its places in the run folder."""
+
+    name: str
+    run_folder: Path
+    trained: bool  # whether members are trained after pruning: then they lie elsewhere before
+    target: float | None = None  # None: the dense model
+
+    @property
+    def is_dense(self) -> bool:
+        return self.target is None
+
+    @property
+    def folder(self) -> Path:
+        """Where the member lies as it serves."""
+        return self.run_folder / self.name
+
+    @property
+    def pruned_folder(self) -> Path:
+        """Where the member lies before it is trained; its own folder if it never is."""
+        return self.run_folder / "pruning" / self.name if self.trained else self.folder
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS_FILE
+
+    @property
+    def pruned_weights(self) -> Path:
+        return self.pruned_folder / WEIGHTS_FILE
+
+    @property
+    def plan(self) -> Path:
+        return self.run_folder / "pruning" / f"{self.name}.json"
+
+    @property
+    def training_record(self) -> Path:
+        return self.folder / "training.json"
+
+    @property
+    def compressed_folder(self) -> Path:
+        """Sparse checkpoint and records of how the member's variants were made."""
+        return self.run_folder / "compression" / self.name
+
+    @property
+    def sparse_folder(self) -> Path:
+        return self.compressed_folder / "sparse"
+
+    @property
+    def sparsity_record(self) -> Path:
+        return self.compressed_folder / "sparsity.json"
+
+    def stand_in(self, variant: Variant) -> Path:
+        """ONNX file as fast as a variant of this member will be, with other weights: what the closed loop measures."""
+        return self.run_folder / "pruning" / f"{self.name}-{variant}.onnx"
+
+    def file(self, variant: Variant) -> ModelFile:
+        return ModelFile(self, variant, self.folder)
+
+    @property
+    def as_pruned(self) -> ModelFile:
+        """``model.onnx`` as it was before training."""
+        return ModelFile(self, Variant.FP32, self.pruned_folder)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One ONNX file of a member: the member in one variant, in its own folder or in that of the untrained model."""
+
+    member: Member
+    variant: Variant
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Name in benchmarks and tables: ``2x``, ``2x int8`` …"""
+        return file_label(self.member.name, self.variant)
+
+    @property
+    def onnx(self) -> Path:
+        return self.folder / self.variant.onnx_file
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / self.variant.accuracy_file
+
+    @property
+    def is_before_training(self) -> bool:
+        return self.folder != self.member.folder
+
+    @property
+    def int8_record(self) -> Path:
+        return self.member.compressed_folder / f"{self.variant}.json"

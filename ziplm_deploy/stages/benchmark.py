@@ -1,0 +1,74 @@
+"""All files of all members as they will serve against the dense model, in one run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.engines import get_engine
+from ziplm_deploy.latency.benchmark import TimedFile, compare
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.run.member import DENSE
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.stage import Stage
+from ziplm_deploy.stages.timed_files import files_of_family, runnable_files
+
+GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
+
+
+def benchmark(run: Run) -> BenchmarkRecord:
+    """Timings and sizes of all files; where nothing came after the closed loop, it has timed these very files."""
+    record = measure(run, "benchmark", run.folder.benchmark, files_of_family(run))
+    for file in runnable_files(run):
+        path = file.onnx
+        run.folder.gzip_bytes(run.file_hash(path), lambda path=path: gzip_bytes(path))  # type: ignore[misc]
+    return record
+
+
+def measure(run: Run, stage: str, path: Path, files: Mapping[str, TimedFile]) -> BenchmarkRecord:
+    """Time files against the dense model; a stage, which writes ``path``."""
+    recipe = run.recipe
+
+    def work() -> None:
+        compare(files, recipe.environment, recipe.benchmark, DENSE, run.progress.step).save(path)
+
+    run.folder.make(stage, benchmark_key(run, files), [path], work)
+    return BenchmarkRecord.load(path)
+
+
+def benchmark_key(run: Run, files: Mapping[str, TimedFile]) -> str:
+    """Everything that a benchmark depends on: the files themselves, where they run and how they are timed."""
+    recipe = run.recipe
+    return content_key(
+        files={name: run.file_hash(file.path) for name, file in files.items()},
+        baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
+        environment=recipe.environment.fingerprint,
+        benchmark=recipe.benchmark.model_dump(include={"rounds", "processes", "runs_per_round", "max_seconds"}),
+        machine=machine_info().fingerprint,
+        engine=get_engine(recipe.environment.engine).version(),
+    )
+
+
+def is_benchmarked(run: Run) -> bool:
+    """Whether ``benchmark.json`` is of the files that the run has now, under the recipe's settings."""
+    return run.folder.is_made("benchmark", benchmark_key(run, files_of_family(run)))
+
+
+def gzip_bytes(path: Path) -> int:
+    """Size of a file when compressed, without writing it: what a download weighs."""
+    compressor, size = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16), 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            size += len(compressor.compress(block))
+    return size + len(compressor.flush())
+
+
+STAGE = Stage(
+    "benchmark",
+    lambda run: "all members and the dense model, interleaved",
+    benchmark,
+    shown=lambda recipe: recipe.finishes_after_pruning,
+)

@@ -1,0 +1,93 @@
+"""Measure (or take over) the latency table; refuse unreachable targets before any long work."""
+
+from __future__ import annotations
+
+from ziplm_deploy.artifacts import content_key, source_hash
+from ziplm_deploy.compression.treatment import target_treatment
+from ziplm_deploy.engines import get_engine
+from ziplm_deploy.latency.profile import check_table, graph_of, measure_table
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.machine.info import check_threads, machine_info
+from ziplm_deploy.models.deployed import with_embedding_head
+from ziplm_deploy.pruning.planner import check_target
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.checks import check_compression, check_data
+from ziplm_deploy.stages.stage import Stage
+
+
+def make_profile(run: Run) -> LatencyTable:
+    """``profile.json``: the table that this run plans with.
+
+    Raises:
+        TargetUnreachableError: the table rules a target out.
+        IncompatibleArtifactError: the given table does not fit.  EngineError: an engine is missing or fails.
+    """
+    recipe = run.recipe
+    check_threads(recipe.environment.threads)
+    check_compression(recipe)
+    check_data(run)
+    run.folder.make("profile", profile_key(run), [run.folder.profile], lambda: _profile(run))
+    table = LatencyTable.load(run.folder.profile)
+    left_out = f"{table.engine} cannot run these blocks, so no plan has them: {', '.join(table.refused)}"
+    run.folder.set_note("refused cells", left_out if table.refused else None)
+    for target in recipe.speedups:
+        check_target(table, target)
+    return table
+
+
+def profile_key(run: Run) -> str:
+    """Everything that the table depends on."""
+    recipe = run.recipe
+    given, treatment = recipe.profile.table, target_treatment(recipe)
+    return content_key(
+        shape=run.dense.shape,
+        wholes="a process each",  # tables from before had all models in one
+        machine=machine_info().fingerprint,
+        engines=[[name, get_engine(name).version()] for name in (recipe.environment.engine, recipe.baseline_engine)],
+        variant=None if treatment is None else [treatment.variant, treatment.description],
+        environment=recipe.environment.fingerprint,
+        profile=recipe.profile.model_dump(exclude={"table", "allow_foreign_table"}) if given is None else None,
+        graph=graph_of(run.dense.model, run.onnx_export.output_names),
+        export=recipe.export.model_dump(include={"shapes", "opset"}),
+        given=source_hash(str(given)) if given else None,
+    )
+
+
+def _profile(run: Run) -> None:
+    recipe, treatment = run.recipe, target_treatment(run.recipe)
+    if recipe.profile.table is not None:
+        table = LatencyTable.load(recipe.profile.table)
+        engine = get_engine(recipe.environment.engine)
+        check_table(
+            table,
+            machine=machine_info(),
+            engine=engine.name,
+            engine_version=engine.version(),
+            environment=recipe.environment,
+            shape=run.dense.shape,
+            shapes=recipe.export.shapes,
+            opset=recipe.export.opset,
+            graph=graph_of(run.dense.model, run.onnx_export.output_names),
+            variant=recipe.compress.target,
+            form="" if treatment is None else treatment.description,
+            baseline_engine=recipe.baseline_engine,
+            baseline_engine_version=get_engine(recipe.baseline_engine).version(),
+            allow_foreign=recipe.profile.allow_foreign_table,
+        )
+    else:
+        table = measure_table(
+            run.dense.model,
+            recipe.environment,
+            recipe.profile,
+            recipe.export,
+            output_names=run.onnx_export.output_names,
+            wrap=lambda model: with_embedding_head(model, recipe.model, recipe.export),
+            form=treatment,
+            baseline_engine=recipe.baseline_engine,
+            progress=run.progress.step,
+            seed=recipe.seed,
+        )
+    table.save(run.folder.profile)
+
+
+STAGE = Stage("profile", lambda run: "latency table of every sub-block shape, measured on this CPU", make_profile)

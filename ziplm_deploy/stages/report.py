@@ -1,0 +1,129 @@
+"""``report.json``, ``report.md`` and a model card in every member's folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.machine import distributed
+from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import Variant
+from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.reporting.card import model_card
+from ziplm_deploy.reporting.collect import family_report, full_sizes, timing_of
+from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
+from ziplm_deploy.reporting.markdown import family_markdown
+from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.member import Member, ModelFile
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.evaluate import scores_of
+from ziplm_deploy.stages.prune import member_key
+from ziplm_deploy.stages.quantize import int8_record
+from ziplm_deploy.stages.stage import Stage
+from ziplm_deploy.stages.timed_files import dense_as_served, refused_files
+
+
+def write_report(run: Run) -> FamilyReport:
+    """Write the report of a run; it only reads what the stages left.
+
+    Raises:
+        CorruptArtifactError: benchmark, plan or weights of a member are missing or damaged.
+        StorageError: a file cannot be written.
+    """
+    run.folder.save()  # also when every stage was skipped: the recipe may differ in what only the report reads
+    report = family_report(family_facts(run))
+    if distributed.is_first():
+        for member, row in zip(run.members, report.members, strict=True):
+            write_text(member.folder / "README.md", model_card(report, row, run.task.ort_class))
+        write_text(run.folder.path / "report.md", family_markdown(report))
+        report.save(run.folder.path / "report.json")
+    return report
+
+
+def family_facts(run: Run) -> FamilyFacts:
+    """Everything that is known about the members."""
+    record = BenchmarkRecord.load(run.folder.benchmark)
+    return FamilyFacts(
+        recipe=run.recipe,
+        metric=run.task.metric_name,
+        record=record,
+        table=run.table,
+        members=[_member_facts(run, member, record) for member in run.members],
+        notes=run.folder.notes,
+        stage_seconds=run.folder.stage_seconds,
+    )
+
+
+def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFacts:
+    files, parameters = _files(run, member, record), parameter_count(member.weights)
+    if member.is_dense:
+        return MemberFacts(member.name, None, None, full_sizes(run.table), parameters, files)
+    plan = PruningPlan.load(member.plan)
+    correction = run.folder.correction(member.name, member_key(run, member))
+    in_loop = None
+    if run.recipe.finishes_after_pruning:
+        parent = run.generation_of(member).parent.name
+        in_loop = BenchmarkRecord.load(run.folder.generation_benchmark(parent)).variant(member.name).speedup
+    return MemberFacts(
+        member.name,
+        member.target,
+        plan,
+        plan.sizes,
+        parameters,
+        files,
+        scores_before_training=scores_of(run, member.as_pruned) if run.trains else {},
+        training=TrainingRecord.load(member.training_record) if run.trains else None,
+        corrections=correction.corrections + correction.float32_restarts if correction else 0,
+        refused_plans=correction.refused_plans if correction else 0,
+        speedup_in_loop=in_loop,
+    )
+
+
+def _files(run: Run, member: Member, record: BenchmarkRecord) -> list[FileFacts]:
+    """Files of a member that its engine runs; ``model.onnx`` of dense twice if it was timed on two engines."""
+    recipe, refused = run.recipe, refused_files(run)
+    timed = [(member.file(variant), member.file(variant).label) for variant in Variant if variant in recipe.variants]
+    if member.is_dense and recipe.baseline_engine != recipe.environment.engine:
+        timed.insert(1, (member.file(Variant.FP32), dense_as_served(run)))
+    return [_file_facts(run, file, name, record) for file, name in timed if name not in refused]
+
+
+def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecord) -> FileFacts:
+    path = file.onnx
+    if not path.exists():
+        raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
+    only_timed = timed_as == dense_as_served(run)  # scores of dense are those of the baseline's engine
+    return FileFacts(
+        variant=file.variant,
+        path=path,
+        onnx_bytes=path.stat().st_size,
+        gzip_bytes=run.folder.gzip_bytes(run.file_hash(path)),
+        timing=timing_of(record, timed_as),
+        scores={} if only_timed else scores_of(run, file),
+        sparsity=SparsityRecord.load(file.member.sparsity_record) if file.variant.is_sparse else None,
+        int8=int8_record(file),
+    )
+
+
+def parameter_count(path: Path) -> int:
+    """Parameters in a safetensors file, from its header.
+
+    Raises:
+        CorruptArtifactError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"expected safetensors weights in {path}, found: {error}; run ziplm-deploy prune again"
+        ) from error
+
+
+STAGE = Stage("report", lambda run: "report and model cards", write_report)
