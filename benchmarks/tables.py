@@ -27,6 +27,7 @@ GUIDES = ROOT / "ziplm_deploy" / "guides"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(GUIDES.rglob("*.md")))
 MARK = re.compile(r"<!-- table:(\S+) -->")
 TITLES = {"stsb": "STS-B"}
+FOLDERS = {"extending": "Add a method, an architecture, an engine or a task of your own."}  # of guides
 PENDING = "No result is committed yet."
 
 
@@ -102,10 +103,10 @@ def headline() -> str:
         f"**{speedup} as fast, with {_percent(own['percent_of_dense'])} of the dense score** "
         f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); "
         f"the next method at that target, `{rival['method']}`, keeps {_percent(rival['percent_of_dense'])}. "
-        f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for {recovery['max_steps']} steps "
-        f"without labels, scores of the ONNX files; baseline: the dense float32 model on onnxruntime "
-        f"{result['versions']['onnxruntime']} in the same run; batch 1, 128 tokens, 1 thread of {machine['cores']} "
-        f"core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over rounds of {_processes(about)}."
+        f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for "
+        f"{recovery['max_steps']} steps without labels, scores of the ONNX files; baseline: the dense "
+        f"float32 model on onnxruntime {result['versions']['onnxruntime']} in the same run; batch 1, 128 tokens, 1 thread "
+        f"of {machine['cores']} core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over rounds of {_processes(about)}."
     )
 
 
@@ -321,9 +322,17 @@ def sparsity_accuracy_table() -> str:
 
 
 def guides_table() -> str:
-    """Every guide with its first sentence."""
-    cells = [[f"[{name}](ziplm_deploy/guides/{name}.md)", first_sentence(name)] for name in guide_names()]
-    return "\n".join(markdown_table(["guide", "what is in it"], cells))
+    """Every guide with its first sentence; those of a folder share a row."""
+    alone = [name for name in guide_names() if "/" not in name]
+    cells = [[_guide_link(name), first_sentence(name)] for name in alone]
+    for folder, about in FOLDERS.items():
+        if links := [_guide_link(name) for name in guide_names() if name.startswith(f"{folder}/")]:
+            cells.append([", ".join(links), about])
+    return "\n".join(markdown_table(["`ziplm-deploy guide NAME`", "what is in it"], cells))
+
+
+def _guide_link(name: str) -> str:
+    return f"[{name}](ziplm_deploy/guides/{name}.md)"
 
 
 TABLES: dict[str, Callable[[], str]] = {
