@@ -99,15 +99,18 @@ def headline() -> str:
     (about,) = result["settings"]["tasks"].values()
     machine, recovery = result["machine"], about["recover"]
     speedup = _interval(own["measured_speedup"], own["measured_low"], own["measured_high"])
-    return (
+    what = (
         f"**{speedup} as fast, with {_percent(own['percent_of_dense'])} of the dense score** "
-        f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); "
-        f"the next method at that target, `{rival['method']}`, keeps {_percent(rival['percent_of_dense'])}. "
-        f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for "
-        f"{recovery['max_steps']} steps without labels, scores of the ONNX files; baseline: the dense "
-        f"float32 model on onnxruntime {result['versions']['onnxruntime']} in the same run; batch 1, 128 tokens, 1 thread "
-        f"of {machine['cores']} core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over rounds of {_processes(about)}."
+        f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); the next "
+        f"method at that target, `{rival['method']}`, keeps {_percent(rival['percent_of_dense'])}."
     )
+    how = (
+        f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for {recovery['max_steps']} "
+        f"steps without labels, scores of the ONNX files; baseline: the dense float32 model on onnxruntime "
+        f"{result['versions']['onnxruntime']} in the same run; batch 1, 128 tokens, 1 thread of {machine['cores']} "
+        f"core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over rounds of {_processes(about)}."
+    )
+    return f"{what} {how}"
 
 
 def _processes(about: dict[str, Any]) -> str:
