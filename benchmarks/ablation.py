@@ -85,7 +85,7 @@ def merge(work: Path) -> None:
 
 
 def main() -> None:
-    parser = one_task_parser(__doc__, "ablation", "optimiser steps between two targets")
+    parser = one_task_parser(__doc__, "ablation", "optimizer steps between two targets")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
     options.targets = list(TARGETS)

@@ -77,7 +77,7 @@ def plain_fine_tuning(recipe: Recipe, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps a member")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a member")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

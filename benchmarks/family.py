@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one")
     parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one a task")
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps a member")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps a member")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the run folders")

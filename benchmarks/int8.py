@@ -1,6 +1,6 @@
 """INT8 three ways and by both back ends, against what users do without this package: accuracy lost and speedup.
 
-``python benchmarks/int8.py --model CHECKPOINT --data FOLDER`` quantises a fine-tuned SST-2 classifier, as it is and
+``python benchmarks/int8.py --model CHECKPOINT --data FOLDER`` quantizes a fine-tuned SST-2 classifier, as it is and
 pruned (``--member FOLDER``): dynamic, static, QAT, neural-compressor; beside them ``optimum-cli onnxruntime quantize``
 and NNCF (``pip install nncf``), both with their defaults. All files are scored on the engine that runs them and timed
 in one interleaved run, batch 1, 128 tokens, 1 thread. Figures: accuracy lost in points, and speedup over the float32

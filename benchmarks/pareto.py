@@ -78,7 +78,7 @@ def every_other_layer(dense: nn.Module) -> tuple[nn.Module, list[int]]:
 def layers_speedup(table: LatencyTable, n_layers: int, *, removed: bool) -> float:
     """What the table predicts for so many whole layers: this method gets the same latency as one more target.
 
-    ``removed``: the others are gone; else they leave their residual additions and normalisations.
+    ``removed``: the others are gone; else they leave their residual additions and normalizations.
     """
     attention_ms, ffn_ms = (
         n_layers * table.latency_ms(kind, full)
@@ -200,7 +200,7 @@ def merge(work: Path) -> None:
 
 
 def main() -> None:
-    parser = one_task_parser(__doc__, "pareto", "optimiser steps of every model")
+    parser = one_task_parser(__doc__, "pareto", "optimizer steps of every model")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, FRESH], default=[*METHODS, FRESH])
     options = parser.parse_args()
     options.targets = list(TARGETS)

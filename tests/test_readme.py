@@ -319,3 +319,22 @@ def test_unknown_guides_and_recipes_are_errors_that_list_the_known() -> None:
     for outside in ("../errors", "/etc/passwd", "", "quickstart.md"):
         with pytest.raises(UsageError, match="expected a guide"):
             read_guide(outside)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=named)
+def test_issue_forms_have_what_github_asks_for(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.name == "config.yml":
+        assert set(form) == {"blank_issues_enabled"}
+        return
+    assert form["name"]
+    assert form["description"]
+    kinds = {"markdown", "textarea", "input", "checkboxes"}
+    for field in form["body"]:
+        assert field["type"] in kinds
+        assert field["attributes"].get("value" if field["type"] == "markdown" else "label")
+    ids = [field["id"] for field in form["body"] if field["type"] != "markdown"]
+    assert len(set(ids)) == len(ids)
+    assert "doctor" in ids, "every report says on which machine"
+    if path.stem == "wrong_prediction":
+        assert {"doctor", "profile", "benchmark"} <= set(ids)
