@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from common import RESULTS, Figure, commit, write_result
 from family import MODEL, one_task_parser, recipe_of, rows_of
+from pareto_picture import OURS, draw
 from torch import Tensor, nn
 
 from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
@@ -39,7 +40,7 @@ from ziplm_deploy.run.run import BATCH_SIZE, Run
 from ziplm_deploy.stages.evaluate import onnx_runner
 from ziplm_deploy.stages.export import deployed_form, output_names
 
-OURS, LAYER_DROP = "ziplm", "layer-drop"
+LAYER_DROP = "layer-drop"
 METHODS = (OURS, "flap", "magnitude", LAYER_DROP)
 TARGETS = (2.0, 3.0)
 LAYERS = (3, 2)  # that whole-layer rivals keep
@@ -178,8 +179,9 @@ def run_task(options: argparse.Namespace) -> None:
         if not targets:
             continue
         part["rows"] += run_fresh(targets[0], options) if method == FRESH else run_method(method, targets, options)
-        recover = recipe_of(options.task, options).recover.model_dump(mode="json")
-        part |= {"commit": commit(), "recover": recover | {"mode": "one-shot"}}
+        recipe = recipe_of(options.task, options)
+        recover = recipe.recover.model_dump(mode="json") | {"mode": "one-shot"}
+        part |= {"commit": commit(), "recover": recover, "processes": recipe.benchmark.processes}
         write_text(path, json.dumps(part, indent=1) + "\n")
 
 
@@ -187,27 +189,6 @@ def cells(rows: list[dict[str, Any]]) -> list[bool]:
     """Whether this method wins, for every (task, target, rival)."""
     ours = {(row["task"], row["target"]): row["score"] for row in rows if row["method"] == OURS}
     return [ours[row["task"], row["target"]] >= row["score"] for row in rows if row["method"] != OURS]
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Score over measured speedup, one panel a task, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        own = [row for row in rows if row["task"] == task]
-        for method in dict.fromkeys(row["method"] for row in own):
-            points = sorted((row["measured_speedup"], row["score"]) for row in own if row["method"] == method)
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        axis.plot([1.0], [own[0]["dense_score"]], marker="*", color="black", linestyle="", label="dense")
-        axis.set(title=task, xlabel="measured speedup", ylabel=own[0]["metric"])
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 def merge(work: Path) -> None:
@@ -219,7 +200,7 @@ def merge(work: Path) -> None:
     figures = {"wins_fraction": Figure(sum(won) / len(won), "", ">= 1", len(won))}
     about = {name: {key: value for key, value in part.items() if key != "rows"} for name, part in parts.items()}
     write_result("pareto", figures, rows, {"model": MODEL, "targets": TARGETS, "tasks": about})
-    plot(rows, RESULTS / "pareto.svg")
+    draw(rows, RESULTS / "pareto.svg")
 
 
 def main() -> None:

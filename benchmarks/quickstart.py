@@ -51,6 +51,7 @@ def main() -> None:
         "method": report.method,
         "environment": report.environment.describe(),
         "aa": [report.aa_ratio, report.aa_low, report.aa_high],
+        "processes": recipe.benchmark.processes,
         "stage_seconds": report.stage_seconds,
         "load_average_before": load,
     }

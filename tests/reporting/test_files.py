@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ziplm_deploy.reporting.files import file_reports
 
 from tests.helpers.reports import State, benchmark_record, finished_run, int8_record, variant
 from ziplm_deploy.compression.records import int8_note, int8_record_path
@@ -14,7 +15,6 @@ from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.reporting import collect as family
-from ziplm_deploy.reporting.files import file_reports
 from ziplm_deploy.reporting.records import FileReport
 from ziplm_deploy.reporting.table import file_header, file_rows
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
+from ziplm_deploy.run.correction import Correction
 
 from tests.helpers.reports import (
     State,
@@ -36,7 +37,6 @@ from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
 from ziplm_deploy.reporting.table import header, markdown_table, rows, shows_no_speedup
-from ziplm_deploy.run.correction import Correction
 from ziplm_deploy.stages.export import member_key
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections

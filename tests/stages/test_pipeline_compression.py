@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.stages.test_pipeline import raw_recipe, recipe, write_rows, written_again
 from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
+from tests.stages.test_pipeline import raw_recipe, recipe, write_rows, written_again
 from ziplm_deploy import pipeline
 from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.stages.test_pipeline import raw_recipe, write_rows
+from ziplm_deploy.stages.training_checks import check_teacher
 
 from tests.helpers.models import save_dense, tiny_model
+from tests.stages.test_pipeline import raw_recipe, write_rows
 from ziplm_deploy.errors import UnsupportedModelError, UsageError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.recipe import ModelConfig, RecoverConfig, parse_recipe
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.training_checks import check_teacher
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def load(folder: Path | str) -> nn.Module:
             f"expected the weights that {MEMBER_FILE} describes in {weights}, found {found}; copy the folder again"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = _build(config, member)
         load_model(model, str(weights))
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError, UsageError) as error:

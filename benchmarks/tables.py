@@ -1,0 +1,396 @@
+"""Fill the generated parts of the documents from committed results: ``python benchmarks/tables.py``.
+
+``<!-- table:NAME -->`` … ``<!-- end:NAME -->`` in any of :data:`DOCUMENTS`, as often as it is wanted: ``recipe`` comes
+from the recipe's own field descriptions, ``guides`` from the guides, all else from ``benchmarks/results``. With
+``--check`` nothing is written; exit code 1 says which documents are stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from common import RESULTS, ROOT, goal_met
+from summary import read_results
+from summary import table as figures_table
+
+from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.guides import first_sentence, guide_names
+from ziplm_deploy.recipe import recipe_reference
+from ziplm_deploy.reporting.records import MemberReport
+from ziplm_deploy.reporting.table import MISSING, header, markdown_table, rows, verdict
+
+GUIDES = ROOT / "ziplm_deploy" / "guides"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(GUIDES.rglob("*.md")))
+MARK = re.compile(r"<!-- table:(\S+) -->")
+TITLES = {"stsb": "STS-B"}
+FOLDERS = {"extending": "Add a method, an architecture, an engine or a task of your own."}  # of guides
+PENDING = "No result is committed yet."
+
+
+def committed(name: str) -> dict[str, Any] | None:
+    """The result of a program; None before there is one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def quickstart_table() -> str:
+    """Members of the committed quickstart run, all that is known of them, and where it was measured."""
+    result = committed("quickstart")
+    if result is None:
+        return PENDING
+    members, metric = _quickstart_members(result), result["settings"]["metric"]
+    return "\n".join([*markdown_table(header(members, metric), rows(members, metric)), "", _quickstart_place(result)])
+
+
+def quickstart_short_table() -> str:
+    """The same members in five columns."""
+    result = committed("quickstart")
+    if result is None:
+        return PENDING
+    metric = result["settings"]["metric"]
+    cells = [
+        [
+            member.name,
+            _target_and_measured(member),
+            f"{member.accuracy[metric]:.4f}",
+            f"{member.onnx_bytes / 1e6:.1f}",
+            verdict(member),
+        ]
+        for member in _quickstart_members(result)
+    ]
+    titles = ["model", "target → measured [95 %]", metric.capitalize(), "ONNX MB", "verdict"]
+    return "\n".join([*markdown_table(titles, cells), "", _quickstart_place(result)])
+
+
+def _target_and_measured(member: MemberReport) -> str:
+    if member.speedup_target is None:
+        return "1x"
+    measured = _interval(member.measured_speedup, member.measured_low, member.measured_high)
+    return f"{member.speedup_target:g}x → {measured}"
+
+
+def _quickstart_members(result: dict[str, Any]) -> list[MemberReport]:
+    return [MemberReport.model_validate(row) for row in result["rows"]]
+
+
+def _quickstart_place(result: dict[str, Any]) -> str:
+    machine, (ratio, low, high) = result["machine"], result["settings"]["aa"]
+    return (
+        f"{result['settings']['environment']}, {machine['cores']} core(s) of {machine['cpu']}, onnxruntime "
+        f"{result['versions']['onnxruntime']}, {result['date'][:10]}; the dense model against itself in the same run: "
+        f"{ratio:.3f} [{low:.3f}, {high:.3f}]. Intervals over rounds of {_processes(result['settings'])}. The run took "
+        f"{result['figures']['total_seconds']['value'] / 60:.1f} minutes."
+    )
+
+
+def headline() -> str:
+    """What the picture says in one sentence, and how it was measured."""
+    result = committed("pareto")
+    if result is None:
+        return PENDING
+    own = max((row for row in result["rows"] if row["method"] == "ziplm"), key=lambda row: row["measured_speedup"])
+    data = TITLES.get(own["task"], own["task"])
+    rivals = [row for row in result["rows"] if row["method"] != "ziplm" and row["target"] == own["target"]]
+    rival = max(rivals, key=lambda row: row["score"])
+    (about,) = result["settings"]["tasks"].values()
+    machine, recovery = result["machine"], about["recover"]
+    speedup = _interval(own["measured_speedup"], own["measured_low"], own["measured_high"])
+    what = (
+        f"**{speedup} as fast, with {_percent(own['percent_of_dense'])} of the dense score** "
+        f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); the next "
+        f"method at that target, `{rival['method']}`, keeps {_percent(rival['percent_of_dense'])}."
+    )
+    how = (
+        f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for {recovery['max_steps']} "
+        f"steps without labels, scores of the ONNX files; baseline: the dense float32 model on onnxruntime "
+        f"{result['versions']['onnxruntime']} in the same run; batch 1, 128 tokens, 1 thread of {machine['cores']} "
+        f"core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over rounds of {_processes(about)}."
+    )
+    return f"{what} {how}"
+
+
+def _processes(about: dict[str, Any]) -> str:
+    """How many processes a file was timed in; results from before that was recorded had one."""
+    n = about.get("processes", 1)
+    return "one process a model" if n == 1 else f"{n} processes a model"
+
+
+def zeros_and_integers() -> str:
+    """What INT8 brings to a pruned model on the default engine, and zeros to the same model on DeepSparse."""
+    result = committed("compound")
+    if result is None:
+        return PENDING
+    found = {
+        (row["member"], row["variant"], row["engine"]): row for row in result["rows"] if row["task"] == "banking77"
+    }
+    dense = found["dense", "fp32", "onnxruntime"]["score"]
+
+    def figure(variant: str, engine: str) -> str:
+        row = found["4x", variant, engine]
+        speedup = _interval(row["speedup"], row["low"], row["high"])
+        return f"{speedup} at {_percent(100 * row['score'] / dense)} ({engine}, {row['onnx_bytes'] / 1e6:.1f} MB)"
+
+    return (
+        f"A banking77 classifier pruned to 4x: {figure('fp32', 'onnxruntime')}; INT8 on top: "
+        f"{figure('int8', 'onnxruntime')}; zeros and INT8: {figure('sparse-int8', 'deepsparse')}. Speedup over dense "
+        f"float32 ONNX Runtime and percent of its accuracy; 1 thread, {result['machine']['cpu']} "
+        f"({_integer_flags(result)}), {result['date'][:10]}; one seed."
+    )
+
+
+def family_table() -> str:
+    """Members of the committed families: what training brought back, and what it took."""
+    result = committed("family")
+    if result is None:
+        return PENDING
+    titles = [
+        "task",
+        "measured [95 %]",
+        "metric",
+        "dense",
+        "before training",
+        "trained",
+        "of dense",
+        "steps",
+        "seconds",
+    ]
+    cells = [
+        [
+            row["task"],
+            _interval(row["measured_speedup"], row["measured_low"], row["measured_high"]),
+            row["metric"],
+            f"{row['dense_score']:.4f}",
+            f"{row['score_before_training']:.4f}",
+            f"{row['score']:.4f}",
+            _percent(row["percent_of_dense"]),
+            str(row["training"]["steps"]),
+            f"{row['training']['seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    places: dict[str, list[str]] = {}
+    for task, about in result["settings"]["tasks"].items():
+        origin = result | about
+        place = f"{origin['machine']['cores']} core(s) of {origin['machine']['cpu']}, {origin['date'][:10]}"
+        places.setdefault(place, []).append(task)
+    caption = (
+        "One gradual run a task, one seed: " + "; ".join(f"{', '.join(t)} on {p}" for p, t in places.items()) + "."
+    )
+    return "\n".join([*markdown_table(titles, cells), "", caption])
+
+
+def ablation_table() -> str:
+    """What is left of the dense score with each part of recovery changed, target by target."""
+    result = committed("ablation")
+    if result is None:
+        return PENDING
+    targets = sorted({row["target"] for row in result["rows"]})
+    found = {(row["task"], row["variant"], row["target"]): row["percent_of_dense"] for row in result["rows"]}
+    cells = [
+        [task, variant, *(_percent(found.get((task, variant, target))) for target in targets)]
+        for task, variant in dict.fromkeys(key[:2] for key in found)
+    ]
+    return "\n".join(markdown_table(["task", "training", *(f"{target:g}x" for target in targets)], cells))
+
+
+def pareto_table() -> str:
+    """Scores of every method at its measured speedup, after the same training."""
+    result = committed("pareto")
+    if result is None:
+        return PENDING
+    cells = [
+        [
+            row["task"],
+            row["method"],
+            _interval(row["measured_speedup"], row["measured_low"], row["measured_high"]),
+            f"{row['score']:.4f}",
+            _percent(row["percent_of_dense"]),
+        ]
+        for row in sorted(result["rows"], key=lambda row: (row["task"], row["target"]))
+    ]
+    return "\n".join(markdown_table(["task", "method", "measured [95 %]", "score", "of dense"], cells))
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f} %"
+
+
+def _interval(speedup: float, low: float, high: float) -> str:
+    return f"{speedup:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def _integer_flags(result: dict[str, Any]) -> str:
+    return " ".join(flag for flag in result["machine"]["isa"] if "vnni" in flag or "int8" in flag)
+
+
+def compound_table() -> str:
+    """Every form of every committed compound model on every engine: speedup and, where there are weights, accuracy."""
+    result = committed("compound")
+    if result is None:
+        return PENDING
+    engines = list(dict.fromkeys(row["engine"] for row in result["rows"]))
+    found = {(row["task"], row["member"], row["variant"], row["engine"]): row for row in result["rows"]}
+    cells = []
+    for task, member, variant in dict.fromkeys(key[:3] for key in found):
+        own = [found[task, member, variant, engine] for engine in engines]
+        cells.append([task, member, variant, *map(_speedup_and_score, own)])
+    caption = (
+        f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1 where no other "
+        f"is named, 128 tokens, 1 thread, {result['machine']['cpu']} "
+        f"({_integer_flags(result)}), "
+        f"{result['date'][:10]}; one seed. The dense model against itself in the same run: "
+        + ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(*part["timing"]["aa"]) for part in result["settings"].values())
+        + "."
+    )
+    return "\n".join([*markdown_table(["task", "pruned to", "form", *engines], cells), "", caption])
+
+
+def _speedup_and_score(row: dict[str, Any]) -> str:
+    if row.get("refused"):
+        return "not run by it"
+    speedup = f"{row['speedup']:.2f}x"
+    return f"{speedup}, {row['score']:.4f}" if "score" in row else speedup
+
+
+def int8_table() -> str:
+    """Every way to INT8 of every committed model: what it costs and what it brings."""
+    result = committed("int8")
+    if result is None:
+        return PENDING
+    cells = [
+        [
+            row["model"],
+            row["form"],
+            row["engine"],
+            f"{row['score']:.4f}",
+            f"{row['lost_points']:+.2f}",
+            _interval(row["speedup"], row["low"], row["high"]),
+            f"{row['onnx_bytes'] / 1e6:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    titles = ["model", "form", "engine", "accuracy", "points lost", "over float32 [95 %]", "ONNX MB"]
+    return "\n".join(markdown_table(titles, cells))
+
+
+def compound_targets_table() -> str:
+    """The same compound targets, searched with a table in the deployed form and with a float32 table."""
+    result = committed("compound_tables")
+    if result is None:
+        return PENDING
+    cells = [
+        [
+            f"{row['target']:g}x",
+            row["table"],
+            _interval(row["measured_speedup"], row["low"], row["high"]),
+            f"{row['error_percent']:+.1f} %",
+            str(row["corrections"]),
+            f"{row['score']:.4f}",
+        ]
+        for row in sorted(result["rows"], key=lambda row: row["target"])
+    ]
+    titles = ["target", "table", "measured [95 %]", "off by", "corrections", "accuracy"]
+    return "\n".join(markdown_table(titles, cells))
+
+
+def figures_with_goals() -> str:
+    """Every figure of every committed result that has a goal, against it."""
+    results = read_results(RESULTS)
+    for result in results:
+        result["figures"] = {k: v for k, v in result["figures"].items() if goal_met(v["value"], v["goal"]) is not None}
+    return figures_table(results) if results else PENDING
+
+
+def sparsity_accuracy_table() -> str:
+    """What zeros cost a classifier: in one pass, in several with Hessians collected anew, and trained after one."""
+    result = committed("sparsity_accuracy")
+    if result is None:
+        return PENDING
+    cells = [
+        [
+            f"{100 * row['sparsity']:.0f} %",
+            str(row["passes"]),
+            str(row["trained_steps"] or MISSING),
+            f"{row['score']:.4f}",
+            _percent(100 * row["score"] / result["settings"]["dense_score"]),
+        ]
+        for row in result["rows"]
+    ]
+    titles = ["zeros", "passes", "steps of training", "accuracy", "of dense"]
+    return "\n".join(markdown_table(titles, cells))
+
+
+def guides_table() -> str:
+    """Every guide with its first sentence; those of a folder share a row."""
+    alone = [name for name in guide_names() if "/" not in name]
+    cells = [[_guide_link(name), first_sentence(name)] for name in alone]
+    for folder, about in FOLDERS.items():
+        if links := [_guide_link(name) for name in guide_names() if name.startswith(f"{folder}/")]:
+            cells.append([", ".join(links), about])
+    return "\n".join(markdown_table(["`ziplm-deploy guide NAME`", "what is in it"], cells))
+
+
+def _guide_link(name: str) -> str:
+    return f"[{name}](ziplm_deploy/guides/{name}.md)"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "quickstart-short": quickstart_short_table,
+    "zeros-and-integers": zeros_and_integers,
+    "guides": guides_table,
+    "recipe": recipe_reference,
+    "quickstart": quickstart_table,
+    "family": family_table,
+    "ablation": ablation_table,
+    "pareto": pareto_table,
+    "compound": compound_table,
+    "compound_tables": compound_targets_table,
+    "sparsity_accuracy": sparsity_accuracy_table,
+    "int8": int8_table,
+    "figures": figures_with_goals,
+}
+
+
+def fill(text: str) -> str:
+    """``text`` with every marked table made anew.
+
+    Raises:
+        ValueError: a marker has no end, or names no table.
+    """
+    filled, rest = "", text
+    while mark := MARK.search(rest):
+        name, end = mark[1], f"<!-- end:{mark[1]} -->"
+        if name not in TABLES or end not in rest[mark.end() :]:
+            raise ValueError(f"expected a known table with an end marker, found {name!r}; known: {', '.join(TABLES)}")
+        filled += f"{rest[: mark.end()]}\n{TABLES[name]()}\n{end}"
+        rest = rest[mark.end() :].partition(end)[2]
+    return filled + rest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is stale")
+    options = parser.parse_args()
+    stale = []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not options.check:
+                write_text(path, filled)
+    if options.check:
+        print(f"stale: {', '.join(stale)}; run python benchmarks/tables.py" if stale else "all documents are current")
+        return int(bool(stale))
+    print(f"filled: {', '.join(stale) or 'nothing has changed'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
