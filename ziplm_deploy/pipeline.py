@@ -12,6 +12,7 @@ from pathlib import Path
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines import get_engine
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.latency import profile as profiling
 from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
@@ -259,7 +260,7 @@ def evaluate(state: Run) -> None:
         files += [(name, state.folder.pruned(name), Variant.FP32) for name in pruned]
     dense_path = state.folder.member(DENSE) / "model.onnx"
     baseline = state.recipe.environment.model_copy(update={"engine": state.recipe.baseline_engine})
-    with evaluation.open_runner(baseline, dense_path) as runner:
+    with open_runner(baseline, dense_path) as runner:
         dense_run = evaluation.cache_embeddings(runner)
         for index, (name, folder, variant) in enumerate(files):
             evaluation.evaluate_member(state, name, folder, dense_run, variant)

@@ -326,12 +326,12 @@ def test_doctor_examines_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_without_an_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from ziplm_deploy.cli import console, doctor
-    from ziplm_deploy.engines import OnnxRuntimeEngine
+    from ziplm_deploy.engines import Engine
 
-    def missing(self: OnnxRuntimeEngine) -> str:
+    def missing(self: Engine) -> str:
         raise EngineError("not installed; run: pip install onnxruntime")
 
-    monkeypatch.setattr(OnnxRuntimeEngine, "version", missing)
+    monkeypatch.setattr(Engine, "version", missing)
     findings = doctor.examine(rounds=5)
     console.print_findings(findings)
     assert "missing: not installed; run: pip install onnxruntime" in capsys.readouterr().out

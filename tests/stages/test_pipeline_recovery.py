@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.stages.test_pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
+from tests.stages.test_pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.errors import DataError, NumericalError, RecipeError, UsageError
 from ziplm_deploy.pipeline import run
 from ziplm_deploy.pruning.plan import PruningPlan

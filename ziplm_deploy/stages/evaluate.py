@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from ziplm_deploy.artifacts import content_key, write_text
-from ziplm_deploy.engines import WorkerOptions, get_engine
-from ziplm_deploy.errors import EngineError
-from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.pruning.parent import DENSE
-from ziplm_deploy.recipe import EngineName, Environment, Recipe, Variant, file_label
+from ziplm_deploy.recipe import EngineName, Recipe, Variant, file_label
 from ziplm_deploy.run.run import BATCH_SIZE, Run
 from ziplm_deploy.tasks import Run as Runner
-
-
-def onnx_runner(path: Path) -> Runner:
-    """A function from named inputs to named outputs; inputs that the graph does not take are left out.
-
-    Raises:
-        EngineError: ONNX Runtime rejects the file.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises classes of its own that share no public base
-        raise EngineError(
-            f"expected a model that ONNX Runtime runs in {path}, found: {error}; export it again"
-        ) from error
-    wanted = {item.name for item in session.get_inputs()}
-    names = [item.name for item in session.get_outputs()]
-
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = session.run(names, {name: value for name, value in inputs.items() if name in wanted})
-        return dict(zip(names, outputs, strict=True))
-
-    return run
-
-
-@contextlib.contextmanager
-def open_runner(environment: Environment, path: Path) -> Iterator[Runner]:
-    """The file as a function, run by the engine that will serve it; ONNX Runtime needs no process of its own for that.
-
-    Raises:
-        EngineError: the engine is missing, or rejects the file.
-    """
-    if environment.engine == "onnxruntime":
-        yield onnx_runner(path)
-        return
-    options = WorkerOptions(usable_cores(), environment.workload.batch_size, environment.workload.seq_len)
-    with get_engine(environment.engine).start_worker(options) as worker:
-        wanted = {entry.name for entry in worker.load("model", path).inputs}
-
-        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return worker.infer("model", {name: value for name, value in inputs.items() if name in wanted})
-
-        yield run
 
 
 def cache_embeddings(run: Runner) -> Runner:
