@@ -314,8 +314,8 @@ def test_doctor_examines_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "ROUNDS", 5)
     findings = doctor.examine(rounds=5)
-    assert findings["engines"][0]["name"] == "onnxruntime"
-    assert findings["engines"][0]["version"]
+    versions = {engine["name"]: engine["version"] for engine in findings["engines"]}
+    assert versions["onnxruntime"]
     assert findings["noise"]["aa_low"] <= findings["noise"]["aa_ratio"] <= findings["noise"]["aa_high"]
     monkeypatch.setattr(doctor, "examine", lambda: findings)
     printed = invoke("doctor").stdout
