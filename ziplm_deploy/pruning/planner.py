@@ -50,9 +50,7 @@ def table_sizes(table: LatencyTable) -> dict[ModuleKind, list[int]]:
 
 def check_target(table: LatencyTable, speedup_target: float) -> None:
     """Raise :class:`TargetUnreachableError`, naming the largest speedup, if the table rules the target out."""
-    sizes = table_sizes(table)
-    fastest_ms = sum(min(table.latency_ms(kind, size) for size in sizes[kind]) for kind in sizes)
-    largest = table.predict_speedup(table.shape.n_layers * fastest_ms)
+    largest = table.largest_speedup()
     if speedup_target > largest:
         raise TargetUnreachableError(
             f"expected a speedup that some plan can reach, found {speedup_target:g}x; with every layer dropped this "

@@ -13,7 +13,6 @@ from ziplm_deploy.compression.records import int8_notes, int8_record, kept_in_fl
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
-from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.pruning.parent import DENSE
@@ -136,12 +135,6 @@ def parameter_count(path: Path) -> int:
         ) from error
 
 
-def largest_speedup(table: LatencyTable) -> float:
-    """Predicted speedup when every module is as fast as any measured size of its kind."""
-    fastest = {kind: min(table.latency_ms(kind, size) for size in table.sizes(kind)) for kind in ("attention", "ffn")}
-    return table.predict_speedup(table.shape.n_layers * sum(fastest.values()))
-
-
 def _dense(state: Run, record: BenchmarkRecord) -> MemberReport:
     sizes = _full_sizes(state)
     return _fill(
@@ -166,7 +159,7 @@ def _member(state: Run, target: float, record: BenchmarkRecord) -> MemberReport:
     variant = state.recipe.compress.target
     result = timing_of(record, file_label(name, variant))
     slowed_by = kept_in_float32(int8_record(state, name, variant)) or _was_fast_enough(state, target)
-    verdict, reason = judge(result.speedup, target, settings, corrections, largest_speedup(state.table), slowed_by)
+    verdict, reason = judge(result.speedup, target, settings, corrections, state.table.largest_speedup(), slowed_by)
     if verdict == "faster than asked" and plan.sizes == _full_sizes(state):
         reason = f"nothing was pruned: the {variant} file is that fast as it is"
     elif verdict == "faster than asked" and correction is not None and correction.sidesteps:
