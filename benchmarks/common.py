@@ -7,7 +7,6 @@ Run a program from the repository's root, ``python benchmarks/additivity.py``; i
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import shlex
@@ -85,7 +84,7 @@ def write_result(
 
 def provenance() -> dict[str, Any]:
     """When, from which sources, on what and with what something was measured."""
-    from ziplm_deploy.machine.info import machine_info
+    from ziplm_deploy.machine.info import machine_info, versions
 
     machine = machine_info()
     return {
@@ -97,7 +96,7 @@ def provenance() -> dict[str, Any]:
             "cores": machine.usable_cores,
             "memory_bytes": machine.memory_bytes,
         },
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
 
 
@@ -113,17 +112,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}+changes" if changed else head
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a measurement depends on."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def load_average() -> float:

@@ -28,6 +28,7 @@ from exporters import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.compression.records import facts_of
 from ziplm_deploy.compression.treatment import target_treatment
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.engines.trial import Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, compare, start_worker
@@ -51,7 +52,7 @@ from ziplm_deploy.recipe import (
     parse_recipe,
 )
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import accuracy_in, cache_embeddings, evaluate_member, open_runner
+from ziplm_deploy.stages.evaluate import accuracy_in, cache_embeddings, evaluate_member
 from ziplm_deploy.stages.export import export_member
 from ziplm_deploy.stages.sparsify import compress_member
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.latency.benchmark import compare
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.modules import layers_of
@@ -37,7 +38,6 @@ from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run.run import BATCH_SIZE, Run
-from ziplm_deploy.stages.evaluate import onnx_runner
 from ziplm_deploy.stages.export import deployed_form, output_names
 
 LAYER_DROP = "layer-drop"

@@ -10,21 +10,27 @@ import pickle
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import exporters.files
 from tests.helpers.reports import benchmark_record, family_report, latency_table, plan, timing
-from ziplm_deploy.artifacts import Artifact, atomic_path, write_bytes_with, write_text
+from ziplm_deploy.artifacts import Artifact, atomic_path, content_key, write_bytes_with, write_text
+from ziplm_deploy.engines.trial import RefusedFiles
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable, PrunedSample
 from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import Environment, Workload
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.tasks.record import Scores
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
-ARTIFACTS: list[Artifact] = [latency_table(), plan(2.0), benchmark_record(**{"2x": 2.0}), family_report()]
+MEASURED: list[Artifact] = [latency_table(), benchmark_record(**{"2x": 2.0}), family_report()]
+SCORES = Scores(metric="f1", scores={"f1": 0.9, "exact": 0.8}, n_rows=7, engine="onnxruntime", engine_version="1.0")
+REFUSED = RefusedFiles(files={"2x int8": "the process died"})
+ARTIFACTS: list[Artifact] = [*MEASURED, plan(2.0), SCORES, REFUSED]
 
 
 @pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: artifact.KIND)
@@ -69,6 +75,113 @@ def test_changed_fields_are_refused(tmp_path: Path, change: dict[str, Any]) -> N
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
     with pytest.raises(CorruptArtifactError):
         LatencyTable.load(path)
+
+
+def as_schema_1(path: Path) -> dict[str, Any]:
+    """A saved file rewritten as the version before had it: batch size and tokens flat in ``environment``."""
+    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    environment = saved["environment"]
+    flat = {**environment.pop("workload"), **environment}
+    old = {**saved, "schema_version": 1, "environment": flat}
+    path.write_text(json.dumps(old), encoding="utf-8")
+    return old
+
+
+@pytest.mark.parametrize("artifact", MEASURED, ids=lambda artifact: artifact.KIND)
+def test_files_of_schema_1_are_brought_up_to_date_and_stay_as_they_are(tmp_path: Path, artifact: Any) -> None:
+    path = tmp_path / "a.json"
+    workload = Workload(batch_size=3, seq_len=17)
+    artifact = artifact.model_copy(update={"environment": Environment(threads=2, workload=workload)})
+    artifact.save(path)
+    old = as_schema_1(path)
+    assert old["environment"] == {"engine": "onnxruntime", "threads": 2, "batch_size": 3, "seq_len": 17}
+    assert type(artifact).load(path) == artifact
+    assert json.loads(path.read_text(encoding="utf-8")) == old
+
+
+@pytest.mark.parametrize(
+    "environment", [None, [], "onnxruntime", {"batch_size": "many"}, {"batch_size": 2, "workload": {"seq_len": 8}}]
+)
+def test_files_of_schema_1_with_a_damaged_environment_are_refused(tmp_path: Path, environment: Any) -> None:
+    path = tmp_path / "a.json"
+    latency_table().save(path)
+    path.write_text(json.dumps({**as_schema_1(path), "environment": environment}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match="wrong fields"):
+        LatencyTable.load(path)
+
+
+@pytest.mark.parametrize("version", [0, -1, 3, 99, 1.5, True, "2", None])
+@pytest.mark.parametrize("artifact", MEASURED, ids=lambda artifact: artifact.KIND)
+def test_other_schema_versions_are_refused(tmp_path: Path, artifact: Artifact, version: object) -> None:
+    path = tmp_path / "a.json"
+    artifact.save(path)
+    path.write_text(json.dumps({**as_schema_1(path), "schema_version": version}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match=r"of schema 2 .*make it again with this version"):
+        type(artifact).load(path)
+
+
+def test_a_schema_version_without_a_way_to_the_next_is_refused(tmp_path: Path) -> None:
+    class Third(Artifact):
+        KIND = "third"
+        SCHEMA_VERSION = 3
+        MIGRATIONS: ClassVar[Any] = {2: lambda fields: {"new": fields["old"]}}
+        new: int
+
+    path = tmp_path / "a.json"
+    for version, readable in ((1, False), (2, True), (3, False)):  # of 3 the field is unknown
+        path.write_text(json.dumps({"kind": "third", "schema_version": version, "old": 7}), encoding="utf-8")
+        if readable:
+            assert Third.load(path) == Third(new=7)
+        else:
+            with pytest.raises(CorruptArtifactError):
+                Third.load(path)
+
+
+def test_scores_from_before_they_had_a_kind_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.json"
+    path.write_text('{"spearman": 0.87, "pearson": 0.86, "mean_cosine": 0.99}', encoding="utf-8")
+    scores = Scores.load(path)
+    assert (scores.metric, scores.primary) == ("spearman", 0.87)
+    assert scores.scores == {"spearman": 0.87, "pearson": 0.86, "mean_cosine": 0.99}
+    assert (scores.n_rows, scores.engine, scores.engine_version) == (None, None, None)
+    scores.save(path)
+    assert Scores.load(path) == scores
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{}", "[]", '{"spearman": "good"}', '{"spearman": null}', '{"kind": "accuracy"}', '{"schema_version": 1}'),
+        '{"kind": "accuracy", "schema_version": 1, "metric": "f1", "scores": {}, "n_rows": 1}',
+        '{"kind": "accuracy", "schema_version": 0, "spearman": 0.87, "metric": "spearman"}',
+        '{"kind": "refused_files", "schema_version": 1, "files": {}}',
+    ],
+)
+def test_damaged_scores_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "accuracy.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match=r"accuracy\.json"):
+        Scores.load(path)
+
+
+def test_scores_hold_their_metric() -> None:
+    with pytest.raises(ValueError, match="expected a score of f1, found exact"):
+        Scores(metric="f1", scores={"exact": 0.8}, n_rows=1, engine="onnxruntime", engine_version="1.0")
+
+
+@pytest.mark.parametrize("files", [{}, {"2x int8": "the process died"}])
+def test_refused_files_from_before_they_had_a_kind_are_read(tmp_path: Path, files: dict[str, str]) -> None:
+    path = tmp_path / "refused.json"
+    path.write_text(json.dumps(files), encoding="utf-8")
+    assert RefusedFiles.load(path) == RefusedFiles(files=files)
+
+
+@pytest.mark.parametrize("content", ["[]", "", '{"2x": 1.0}', '{"kind": "refused_files"}', '{"kind": "accuracy"}'])
+def test_damaged_lists_of_refused_files_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "refused.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match=r"refused\.json"):
+        RefusedFiles.load(path)
 
 
 def test_missing_file_folder_and_pickle_are_refused(tmp_path: Path) -> None:
@@ -212,6 +325,38 @@ def test_the_published_table_is_read() -> None:
     assert (table.variant, table.form, table.unpruned, table.wholes) == ("fp32", "", None, [])
 
 
+def test_fingerprints_of_tables_are_what_schema_1_held() -> None:
+    """Content keys of runs from before there were workloads must stay as they are."""
+    path = next(PROFILES.glob("*.json"))
+    published = json.loads(path.read_text(encoding="utf-8"))
+    assert published.pop("schema_version") == 1
+    assert published.pop("kind") == "latency_table"
+    fingerprint = LatencyTable.load(path).fingerprint
+    newer = fingerprint.keys() - published.keys()  # fields that came later, with defaults
+    assert newer == {"form", "baseline_engine", "baseline_engine_version", "unpruned", "wholes", "refused"}
+    assert {name: value for name, value in fingerprint.items() if name not in newer} == published
+    assert content_key(table=LatencyTable.load(path)) == content_key(table=fingerprint)
+
+
+def test_keys_of_environments_are_what_they_were_before_there_were_workloads() -> None:
+    flat = {"engine": "onnxruntime", "batch_size": 1, "seq_len": 128, "threads": 1}
+    assert content_key(environment=Environment()) == content_key(environment=flat)
+
+
+def test_the_largest_speedup_is_everything_dropped() -> None:
+    assert latency_table().largest_speedup() == pytest.approx(10.0 / 2.4)
+
+
+def test_the_largest_speedup_takes_a_size_that_is_faster_than_none() -> None:
+    """Noise in the table of a tiny model: dropping its attention does not pay."""
+    odd = latency_table()
+    cells = [
+        cell if (cell.kind, cell.size) != ("attention", 0) else cell.model_copy(update={"timing": timing(0.8)})
+        for cell in odd.cells
+    ]
+    assert odd.model_copy(update={"cells": cells}).largest_speedup() == pytest.approx(10.0 / (2.0 + 2 * (0.6 + 0.1)))
+
+
 def test_an_engine_of_its_own_is_kept() -> None:
     table = latency_table(baseline_engine="openvino", baseline_engine_version="2.0", variant="int8")
     assert (table.engine, table.baseline_engine, table.baseline_engine_version) == ("onnxruntime", "openvino", "2.0")
@@ -237,5 +382,5 @@ def test_variants_are_found_by_name() -> None:
 
 
 def test_kinds_are_distinct() -> None:
-    kinds = [kind.KIND for kind in (BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan)]
+    kinds = [kind.KIND for kind in (BenchmarkRecord, FamilyReport, LatencyTable, PruningPlan, RefusedFiles, Scores)]
     assert len(set(kinds)) == len(kinds)

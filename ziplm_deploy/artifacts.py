@@ -1,6 +1,7 @@
 """Typed, versioned files between stages: schema version, atomic save, checked load.
 
-JSON artifacts are pydantic models. A file is written whole or not at all (temporary file, fsync, rename).
+JSON artifacts are pydantic models. A file is written whole or not at all (temporary file, fsync, rename). One of an
+older schema version is brought up to date when it is read, never on the disk.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
@@ -58,12 +59,21 @@ def write_bytes_with(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
 
 
+Fields = dict[str, Any]
+
+
 class Artifact(BaseModel):
-    """A JSON file with ``kind`` and ``schema_version``; both are checked when it is loaded."""
+    """A JSON file with ``kind`` and ``schema_version``; both are checked when it is loaded.
+
+    Attributes:
+        MIGRATIONS: for an older schema version, how its fields become those of the next one; raises ``ValueError`` if
+            they cannot. Version 0 are files from before the kind was written into them: a bare mapping.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     KIND: ClassVar[str]
     SCHEMA_VERSION: ClassVar[int] = 1
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {}
 
     def save(self, path: Path) -> None:
         head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
@@ -71,29 +81,40 @@ class Artifact(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read and check a file of this kind.
+        """Read and check a file of this kind, of this schema version or of an older one with a migration.
 
         Raises:
             CorruptArtifactError: missing, not JSON, of another kind or schema version, or fields are wrong.
         """
         what = cls.KIND.replace("_", " ")
         try:
-            raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CorruptArtifactError(
                 f"expected a {what} in {path}, found: {error}; delete it and run the same command again"
             ) from error
-        raw = raw if isinstance(raw, dict) else {}
-        kind, version = raw.pop("kind", None), raw.pop("schema_version", None)
-        if kind != cls.KIND or version != cls.SCHEMA_VERSION:
+        fields: Fields = raw if isinstance(raw, dict) else {}
+        if 0 in cls.MIGRATIONS and isinstance(raw, dict) and not {"kind", "schema_version"} & raw.keys():
+            kind, version = cls.KIND, 0
+        else:
+            kind, version = fields.pop("kind", None), fields.pop("schema_version", None)
+        if kind != cls.KIND or not cls._is_readable(version):
             raise CorruptArtifactError(
                 f"expected a {what} of schema {cls.SCHEMA_VERSION} in {path}, found kind {kind!r}, schema {version!r}; "
                 "make it again with this version of ziplm-deploy"
             )
         try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
+            for older in range(version, cls.SCHEMA_VERSION):
+                fields = cls.MIGRATIONS[older](fields)
+            return cls.model_validate(fields)
+        except ValueError as error:  # also pydantic's
             raise CorruptArtifactError(f"expected a {what} in {path}, found wrong fields: {error}") from error
+
+    @classmethod
+    def _is_readable(cls, version: object) -> bool:
+        """Whether a file of this schema version is one of today, or can become one."""
+        known = isinstance(version, int) and not isinstance(version, bool) and 0 <= version <= cls.SCHEMA_VERSION
+        return known and all(older in cls.MIGRATIONS for older in range(cast("int", version), cls.SCHEMA_VERSION))
 
 
 IGNORED = {".md", ".pyc"}  # files in a model's or data set's folder that no stage reads
@@ -126,10 +147,12 @@ def source_hash(source: str | None) -> str:
 
 
 def content_key(**inputs: Any) -> str:
-    """Hash of everything that a stage depends on."""
+    """Hash of everything that a stage depends on; a model that has a ``fingerprint`` is represented by it."""
 
     def plain(value: Any) -> Any:
-        return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+        if not isinstance(value, BaseModel):
+            return str(value)
+        return value.fingerprint if hasattr(value, "fingerprint") else value.model_dump(mode="json")
 
     text = json.dumps({"code": CODE_VERSION, **inputs}, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
+
+StepProgress = Callable[[int, int], None]  # (units done, units in all, or at most)
 
 
 class Progress:

@@ -19,7 +19,9 @@ from onnx import TensorProto, helper
 import ziplm_deploy.engines.base as base
 from tests.helpers.onnx_models import write, write_identity, write_int8, write_mlp
 from ziplm_deploy.engines import ENGINES, WorkerHandle, WorkerOptions, get_engine
-from ziplm_deploy.engines.worker import DeepSparse, OnnxRuntime, OpenVino, OpenVinoSession, make_inputs, parse
+from ziplm_deploy.engines.worker import deepsparse_session, onnxruntime_session, openvino_session
+from ziplm_deploy.engines.worker.inputs import make_inputs
+from ziplm_deploy.engines.worker.protocol import parse
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError
 
 TINY = WorkerOptions(batch_size=2, seq_len=16)
@@ -38,7 +40,7 @@ def alive(pid: int) -> bool:
 
 
 def test_registry_and_unknown_engine() -> None:
-    assert list(ENGINES) == ["onnxruntime", "openvino", "deepsparse"]
+    assert ENGINES == ("deepsparse", "onnxruntime", "openvino")
     assert get_engine("onnxruntime").version()
     with pytest.raises(EngineError, match="deepsparse, onnxruntime, openvino, found 'tensorrt'"):
         get_engine("tensorrt")
@@ -87,7 +89,7 @@ def test_shared_arena_gives_the_same_answers(tmp_path: Path) -> None:
 
 
 def made_input(path: Path, batch_size: int = 2, seq_len: int = 8) -> np.ndarray:
-    metadata = OnnxRuntime(parse([])).load(str(path)).get_inputs()
+    metadata = onnxruntime_session.Sessions(parse([])).load(str(path)).get_inputs()
     (array,) = make_inputs(metadata, batch_size, seq_len).values()
     return array
 
@@ -304,11 +306,13 @@ def test_openvino_runs_integers_as_integers_though_floats_are_float32(
 ) -> None:
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
-    engine = OpenVino(parse(["--engine", "openvino"]))
+    engine = openvino_session.Sessions(parse(["--engine", "openvino"]))
     kernels: dict[str, list[str]] = {}
     for name, path in (("int8", write_int8(tmp_path / "q.onnx")), ("fp32", write_mlp(tmp_path / "f.onnx", 64))):
         compiled = engine.core.compile_model(engine.core.read_model(str(path)), "CPU", engine.settings)
-        compiled.create_infer_request().infer(make_inputs(OpenVinoSession(compiled).get_inputs(), 1, 8))
+        compiled.create_infer_request().infer(
+            make_inputs(openvino_session.OpenVinoSession(compiled).get_inputs(), 1, 8)
+        )
         layers = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
         products = [layer for layer in layers if layer["layerType"].value == "FullyConnected"]
         kernels[name] = [layer["primitiveType"].value for layer in products]
@@ -317,7 +321,7 @@ def test_openvino_runs_integers_as_integers_though_floats_are_float32(
     assert not any(kernel.endswith("_I8") for kernel in kernels["fp32"])
 
 
-def fake_deepsparse(monkeypatch: pytest.MonkeyPatch) -> DeepSparse:
+def fake_deepsparse(monkeypatch: pytest.MonkeyPatch) -> deepsparse_session.Sessions:
     """The adapter without the engine: what it refuses must not reach the engine."""
     import importlib.metadata
 
@@ -327,7 +331,7 @@ def fake_deepsparse(monkeypatch: pytest.MonkeyPatch) -> DeepSparse:
     monkeypatch.setitem(sys.modules, "deepsparse", SimpleNamespace(Engine=never))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.8.0")
     monkeypatch.setenv("NM_DISABLE_ANALYTICS", "1")
-    return DeepSparse(parse(["--engine", "deepsparse", "--batch-size", "2", "--seq-len", "16"]))
+    return deepsparse_session.Sessions(parse(["--engine", "deepsparse", "--batch-size", "2", "--seq-len", "16"]))
 
 
 def test_deepsparse_refuses_what_it_would_run_in_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

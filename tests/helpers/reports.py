@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
+from ziplm_deploy.latency.statistics import Timing
 from ziplm_deploy.latency.table import Cell, LatencyTable
-from ziplm_deploy.latency.timing import Timing
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.pruning.plan import PruningPlan

@@ -11,10 +11,9 @@ import pytest
 import torch
 from onnxruntime.quantization import quantize_dynamic
 from torch import nn
-from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 
 from tests.helpers.models import tiny_model
-from ziplm_deploy.engines import WorkerHandle, get_engine
+from ziplm_deploy.engines import Engine, WorkerHandle, get_engine
 from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.models import TableModel, table_models
@@ -146,7 +145,7 @@ def test_cells_on_deepsparse_against_onnx_runtime() -> None:
 
 
 def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    monkeypatch.setattr(Engine, "may_abort", True)
     trials: list[str] = []
 
     def load(self: Trial, path: Path) -> None:
@@ -165,7 +164,7 @@ def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytes
 
 @pytest.mark.parametrize("needed", ["dense", "base", "both-dropped", "attention-4", "ffn-64"])
 def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    monkeypatch.setattr(Engine, "may_abort", True)
 
     def load(self: Trial, path: Path) -> None:
         if path.stem == needed:

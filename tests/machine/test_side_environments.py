@@ -148,7 +148,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
 
 def test_a_cpu_that_deepsparse_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     old = machine().model_copy(update={"isa_flags": ("sse4_2", "avx")})
-    monkeypatch.setattr("ziplm_deploy.engines.deepsparse.machine_info", lambda: old)
+    monkeypatch.setattr("ziplm_deploy.engines.base.machine_info", lambda: old)
     with pytest.raises(EngineError, match="expected a CPU with AVX2"):
         get_engine("deepsparse").version()
     monkeypatch.setattr("ziplm_deploy.machine.info.machine_info", lambda: old)

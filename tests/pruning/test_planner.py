@@ -17,7 +17,6 @@ from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.database import build_database
 from ziplm_deploy.pruning.planner import Calibration, Planner, check_target, database_sizes, table_sizes
 from ziplm_deploy.recipe import MethodName, PruneConfig, SearchConfig
-from ziplm_deploy.reporting import collect as family
 from ziplm_deploy.tasks import get_task
 
 METHODS: tuple[MethodName, ...] = ("ziplm", "uniform", "magnitude", "random", "flap", "layer-drop")
@@ -145,7 +144,7 @@ def test_the_largest_speedup_of_a_compressed_model_is_over_the_dense_float_model
     with pytest.raises(TargetUnreachableError, match=r"reaches 23\.08x as int8 in onnxruntime") as caught:
         check_target(measured, 24.0)
     assert caught.value.largest_speedup == pytest.approx(30 / 1.3)
-    assert family.largest_speedup(measured) == pytest.approx(30 / 1.3)
+    assert measured.largest_speedup() == pytest.approx(30 / 1.3)
 
 
 def test_a_warm_start_from_larger_and_from_smaller_plans() -> None:

@@ -131,10 +131,6 @@ def test_a_target_above_the_largest_speedup_says_so() -> None:
     assert "4.17x" in reason
 
 
-def test_largest_speedup_is_everything_dropped() -> None:
-    assert family.largest_speedup(latency_table()) == pytest.approx(10.0 / 2.4)
-
-
 def test_parameters_are_counted_from_the_header(tmp_path: Path) -> None:
     path = tmp_path / "pruned.safetensors"
     save_file(

@@ -122,7 +122,7 @@ def test_every_member_has_a_complete_folder_and_a_place_in_the_report(made: Path
 
 
 def test_members_load_and_answer_like_their_onnx_file(made: Path) -> None:
-    from ziplm_deploy.stages.evaluate import onnx_runner
+    from ziplm_deploy.engines.runner import onnx_runner
 
     folder = made / "runs" / "tiny" / "2.5x"
     model = ziplm_deploy.load(folder)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
@@ -24,7 +23,7 @@ from ziplm_deploy.compression.int8.sensitivity import Fp32Choice
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
-from ziplm_deploy.engines import ModelSignature, WorkerHandle
+from ziplm_deploy.engines import Engine, ModelSignature, WorkerHandle
 from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
@@ -364,7 +363,7 @@ def test_compress_without_variants_says_what_to_name(made: Path) -> None:
 def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    monkeypatch.setattr(Engine, "may_abort", True)
     run_once = Trial.run
 
     def refusing(self: Trial, path: Path) -> None:
@@ -384,7 +383,7 @@ def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
 def test_a_pruned_model_that_the_engine_cannot_run_is_pruned_a_little_further(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OnnxRuntimeEngine, "may_abort", True)
+    monkeypatch.setattr(Engine, "may_abort", True)
     load, bad = WorkerHandle.load, []
 
     def dying(self: WorkerHandle, model_id: str, path: Path) -> ModelSignature:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ziplm_deploy.stages.training_checks import check_teacher
 
 from tests.helpers.models import save_dense, tiny_model
 from tests.stages.test_pipeline import raw_recipe, write_rows

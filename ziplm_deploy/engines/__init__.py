@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from ziplm_deploy.engines.base import TURN_WARMUP_MS, Engine, ModelSignature, TensorInfo, WorkerHandle, WorkerOptions
+from ziplm_deploy.engines.worker.facts import page_of
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.recipe.choices import page_names
 
@@ -26,5 +27,5 @@ def get_engine(name: str) -> Engine:
     """The engine called ``name``; raises EngineError naming the known ones."""
     if name not in ENGINES:
         raise EngineError(f"expected one of the engines {', '.join(ENGINES)}, found {name!r}")
-    page = importlib.import_module(f"{__name__}.worker.{name}_session")
+    page = importlib.import_module(f"{__name__}.worker.{page_of(name)}")
     return Engine(name, page.FACTS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
+from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.engines import WorkerHandle
 from ziplm_deploy.errors import EngineError
 
@@ -13,6 +15,16 @@ MODEL = "on trial"
 
 class ModelRefusedError(EngineError):
     """The engine came up, but rejects a model, or dies or hangs over it."""
+
+
+class RefusedFiles(Artifact):
+    """Files that an engine cannot run, as trials found them."""
+
+    KIND: ClassVar[str] = "refused_files"
+    # Before the kind was written into it, such a file was the mapping itself.
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {0: lambda fields: {"files": fields}}
+
+    files: dict[str, str]  # name of the file in the run: what the engine said
 
 
 class Trial:

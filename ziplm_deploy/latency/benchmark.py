@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ from ziplm_deploy.errors import UsageError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.statistics import is_stable, median_ratio, relative_standard_error, summarize
 from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
-
-Progress = Callable[[int, int], None]  # (rounds done, rounds at most)
-
 
 _Workers = dict[str, WorkerHandle]
 
@@ -63,7 +61,7 @@ def compare(
     environment: Environment,
     config: BenchmarkConfig,
     baseline: str,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     *,
     seed: int = 0,
 ) -> BenchmarkRecord:
@@ -146,7 +144,7 @@ def _parts(config: BenchmarkConfig) -> list[BenchmarkConfig]:
     return [config.model_copy(update={"rounds": n, "max_seconds": config.max_seconds / n_parts}) for n in rounds]
 
 
-def _shifted(progress: Progress | None, n_before: int, total: int) -> Progress | None:
+def _shifted(progress: StepProgress | None, n_before: int, total: int) -> StepProgress | None:
     """Progress of one part as that of all."""
     return None if progress is None else lambda done, _: progress(n_before + done, total)
 
@@ -172,7 +170,11 @@ def start_worker(subject: TimedFile, environment: Environment) -> WorkerHandle:
 
 
 def _interleave(
-    workers: Mapping[str, WorkerHandle], baseline: str, config: BenchmarkConfig, progress: Progress | None, seed: int
+    workers: Mapping[str, WorkerHandle],
+    baseline: str,
+    config: BenchmarkConfig,
+    progress: StepProgress | None,
+    seed: int,
 ) -> dict[str, list[list[float]]]:
     """Timed milliseconds, name → round → run; stops after the round in which the time limit passes."""
     generator = np.random.default_rng(seed)

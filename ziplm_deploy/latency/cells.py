@@ -25,6 +25,7 @@ from ziplm_deploy.latency.models import (
 )
 from ziplm_deploy.latency.statistics import (
     Floats,
+    Timing,
     bootstrap_medians,
     interval,
     relative_standard_error,
@@ -32,7 +33,6 @@ from ziplm_deploy.latency.statistics import (
     summarize,
 )
 from ziplm_deploy.latency.table import Cell, PrunedSample
-from ziplm_deploy.latency.timing import Timing
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import ProfileConfig
 

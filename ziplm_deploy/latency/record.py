@@ -1,16 +1,29 @@
-"""TODO latency.record."""
+"""What a benchmark leaves behind: the timings of its files, and on what, with what and how they were taken."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
-from ziplm_deploy.artifacts import Artifact
-from ziplm_deploy.latency.timing import Timing
+from ziplm_deploy.artifacts import Artifact, Fields
+from ziplm_deploy.latency.statistics import Timing
 from ziplm_deploy.machine.info import MachineInfo
-from ziplm_deploy.recipe import Environment
+from ziplm_deploy.recipe import Environment, with_nested_workload
+
+
+def from_schema_1(fields: Fields) -> Fields:
+    """Fields of schema 2 from those of schema 1, in which batch size and tokens lay flat in ``environment``.
+
+    Raises:
+        ValueError: there is no such environment.
+    """
+    environment = fields.get("environment")
+    if not isinstance(environment, dict) or "workload" in environment:
+        raise ValueError(f"expected a flat environment in a file of schema 1, found {environment!r}")
+    return {**fields, "environment": with_nested_workload(environment)}
 
 
 class FileTiming(BaseModel):
@@ -34,6 +47,8 @@ class BenchmarkRecord(Artifact):
     """End-to-end timings of several ONNX files, interleaved in one run, with an A/A line."""
 
     KIND: ClassVar[str] = "benchmark_record"
+    SCHEMA_VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1}
 
     machine: MachineInfo
     engine: str  # where the members serve; a variant may have run on another one
@@ -43,9 +58,7 @@ class BenchmarkRecord(Artifact):
     aa_ratio: float  # the baseline against itself in the same run
     aa_low: float
     aa_high: float
-    rounds_of_processes: list[int] = Field(
-        default_factory=list
-    )  # one entry for each process a file had; old files: one
+    rounds_of_processes: list[int] = Field(default_factory=list)  # of each process a file had; old files: none
     variants: list[FileTiming]
     date: str
     seconds: float

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-
-from ziplm_deploy.latency.timing import Timing
+from pydantic import BaseModel
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,6 +28,17 @@ MEDIAN_EFFICIENCY = 1.2533
 
 
 MAD_TO_SIGMA = 1.4826
+
+
+class Timing(BaseModel):
+    """Summary of repeated timings of one thing, in milliseconds."""
+
+    median_ms: float
+    low_ms: float  # bootstrap 95 % interval of the median
+    high_ms: float
+    p90_ms: float
+    p99_ms: float
+    n: int
 
 
 def bootstrap_medians(

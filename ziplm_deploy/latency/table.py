@@ -1,15 +1,21 @@
-"""TODO latency.table."""
+"""The latency table: what every sub-block of a model costs on one machine, and what whole models are predicted from it.
+
+:mod:`ziplm_deploy.latency.profile` measures one. A prediction is the sum of a plan's cells and the base, corrected by
+:mod:`ziplm_deploy.latency.correction`.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
-from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.latency.correction import SumCorrection
-from ziplm_deploy.latency.timing import Timing
+from ziplm_deploy.latency.record import from_schema_1
+from ziplm_deploy.latency.statistics import Timing
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.models.shape import ModelShape, ModuleKind
 from ziplm_deploy.recipe import Environment, Variant
@@ -38,6 +44,8 @@ class LatencyTable(Artifact):
     """
 
     KIND: ClassVar[str] = "latency_table"
+    SCHEMA_VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1}
 
     machine: MachineInfo
     engine: str
@@ -78,6 +86,11 @@ class LatencyTable(Artifact):
                 raise ValueError(f"expected timed whole models of measured cells, found others: {sorted(unknown)}")
         return self
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What content keys depend on: all fields, the environment flat as in schema 1, so that old runs stay valid."""
+        return {**self.model_dump(mode="json"), "environment": self.environment.fingerprint}
+
     def latency_ms(self, kind: ModuleKind, size: int) -> float:
         """Milliseconds of one sub-block; raises ``KeyError`` for a size that was not measured."""
         return self._by_size()[kind, size]
@@ -95,7 +108,7 @@ class LatencyTable(Artifact):
         return self.base.median_ms + sum(lookup[name.split(".")[1], size] for name, size in sizes.items())
 
     def sum_dense_ms(self) -> float:
-        """The same for the dense shapes in the table's form: near ``(unpruned or dense).median_ms``."""
+        """Base and cells of the dense shapes added up: near ``(unpruned or dense).median_ms``."""
         shape = self.shape
         layer_ms = self.latency_ms("attention", shape.n_heads) + self.latency_ms("ffn", shape.intermediate_size)
         return self.base.median_ms + shape.n_layers * layer_ms
@@ -107,6 +120,12 @@ class LatencyTable(Artifact):
     def predict_speedup(self, modules_ms: float) -> float:
         """Predicted speedup of a model whose modules sum up to this many milliseconds."""
         return self.dense.median_ms / self._correction().whole_ms(self.base.median_ms + modules_ms)
+
+    def largest_speedup(self) -> float:
+        """Predicted speedup if every module is as fast as any measured size of its kind: mostly, if all are dropped."""
+        kinds: tuple[ModuleKind, ...] = ("attention", "ffn")
+        fastest_ms = sum(min(self.latency_ms(kind, size) for size in self.sizes(kind)) for kind in kinds)
+        return self.predict_speedup(self.shape.n_layers * fastest_ms)
 
     def modules_budget_ms(self, speedup: float) -> float:
         """What all modules may sum up to for a predicted speedup; not positive if the base alone takes too long."""

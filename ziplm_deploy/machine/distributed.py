@@ -29,7 +29,7 @@ def is_first() -> bool:
 
 
 def wait() -> None:
-    """Until every process has come here."""
+    """Block until every process of this launch has called this."""
     if n_processes() > 1:
         import torch
         from accelerate import PartialState

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -166,10 +166,10 @@ class MachineInfo(BaseModel):
 VERSIONED = ("ziplm-deploy", "torch", "transformers", "onnx", "onnxruntime", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that a result depends on."""
+def versions(packages: Sequence[str] = VERSIONED) -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
     found = {"python": sys.version.split()[0]}
-    for package in VERSIONED:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

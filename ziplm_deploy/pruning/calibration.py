@@ -10,12 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.models.modules import PrunableModule, output_linear
+from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
 
 Batch = dict[str, Tensor]
-
-
-Progress = Callable[[int, int], None]
 
 
 def collect_statistics(
@@ -24,7 +22,7 @@ def collect_statistics(
     modules: Sequence[PrunableModule],
     *,
     memory_limit_bytes: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, InputMoments]:
     """Statistics of all modules at once, by name. They must fit into ``memory_limit_bytes`` together.
 
@@ -47,7 +45,7 @@ def iter_statistics(
     modules: Sequence[PrunableModule],
     *,
     memory_limit_bytes: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Iterator[tuple[str, InputMoments]]:
     """Yield (module name, statistics), with as many modules in memory at once as the limit allows.
 
@@ -107,7 +105,7 @@ def _run(
     batches: list[Batch],
     group: list[PrunableModule],
     moments: dict[str, _Moments],
-    progress: Progress | None,
+    progress: StepProgress | None,
     done: int,
     total: int,
 ) -> None:

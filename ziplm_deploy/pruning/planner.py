@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from ziplm_deploy.models.levels import pareto_levels
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.models.shape import ModuleKind
+from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.allocations import uniform_plan
 from ziplm_deploy.pruning.database import Database
 from ziplm_deploy.pruning.kernels import spdy
@@ -50,9 +50,7 @@ def table_sizes(table: LatencyTable) -> dict[ModuleKind, list[int]]:
 
 def check_target(table: LatencyTable, speedup_target: float) -> None:
     """Raise :class:`TargetUnreachableError`, naming the largest speedup, if the table rules the target out."""
-    sizes = table_sizes(table)
-    fastest_ms = sum(min(table.latency_ms(kind, size) for size in sizes[kind]) for kind in sizes)
-    largest = table.predict_speedup(table.shape.n_layers * fastest_ms)
+    largest = table.largest_speedup()
     if speedup_target > largest:
         raise TargetUnreachableError(
             f"expected a speedup that some plan can reach, found {speedup_target:g}x; with every layer dropped this "
@@ -114,7 +112,7 @@ class Planner:
         target: float,
         predicted_target: float | None = None,
         warm: dict[str, int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: StepProgress | None = None,
     ) -> PruningPlan:
         """The plan for ``target``; ``predicted_target`` is what the table must predict for it (closed loop).
 
@@ -180,7 +178,7 @@ class Planner:
         ]
         return slack < 0 or any(extra <= slack for extra in growths)
 
-    def build(self, plan: PruningPlan, progress: Callable[[int, int], None] | None = None) -> nn.Module:
+    def build(self, plan: PruningPlan, progress: StepProgress | None = None) -> nn.Module:
         """The physically smaller model of a plan, refitted if the recipe says so."""
         model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
         pruned = plan.sizes != self.space.as_sizes(self._whole)
@@ -196,7 +194,7 @@ class Planner:
             self._losses = search, PlanLoss(stitched, self.calibration.rerank, first_index=len(self.calibration.search))
         return self._losses
 
-    def sensitivities(self, progress: Callable[[int, int], None] | None = None) -> list[spdy.Array]:
+    def sensitivities(self, progress: StepProgress | None = None) -> list[spdy.Array]:
         """Loss of every module alone at every level, measured once for all targets; L × [S_l]."""
         if self._curves is None:
             n_levels = self.prune.search.sensitivity_levels
@@ -204,7 +202,7 @@ class Planner:
         return self._curves
 
     def _search(
-        self, budget_ms: float, warm: dict[str, int] | None, progress: Callable[[int, int], None] | None
+        self, budget_ms: float, warm: dict[str, int] | None, progress: StepProgress | None
     ) -> tuple[dict[str, int], float, dict[str, float], int]:
         """Sizes, re-ranked loss, re-ranked losses of the seeds, evaluations."""
         search_loss, rerank_loss = self.losses()

@@ -14,7 +14,7 @@ calibration set that is too small leaves the weights as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules, residual_module
+from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.search.stitching import layer_input
 
 Batch = dict[str, Tensor]
@@ -98,7 +99,7 @@ class _Moments:
 
 
 def reconstruct(
-    dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], progress: Callable[[int, int], None] | None = None
+    dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], progress: StepProgress | None = None
 ) -> None:
     """Refit every output linear (and every dropped module's bias) of ``pruned`` in place.
 

@@ -1,12 +1,14 @@
-"""``report.json``: what a run ends with."""
+"""The report of a family as data: its members, their files, and what was measured of each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.artifacts import Artifact, Fields
+from ziplm_deploy.latency.record import from_schema_1
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
@@ -79,6 +81,8 @@ class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
 
     KIND: ClassVar[str] = "family_report"
+    SCHEMA_VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1}
 
     name: str
     model: str

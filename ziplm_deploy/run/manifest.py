@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.artifacts import Artifact, Fields
+
+
+def _from_manifest_without_kind(fields: Fields) -> Fields:
+    """Fields of today from those of a manifest of 0.1.0: its corrections held their key, and had other names."""
+    entries = fields.get("corrections", {})
+    renamed = {
+        "count": "corrections",
+        "slowdown": "float32_slowdown",
+        "rooms": "float32_restarts",
+        "sidesteps": "refused_plans",
+        "floor": "refused_speedup",
+    }
+    corrections = {
+        member: {renamed.get(name, name): value for name, value in entry.items() if name != "key"}
+        for member, entry in entries.items()
+    }
+    keys = {member: entry["key"] for member, entry in entries.items()}
+    return {**fields, "corrections": corrections, "correction_keys": keys}
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,7 @@ class Manifest(Artifact):
     """What a run folder remembers."""
 
     KIND: ClassVar[str] = "manifest"
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {0: _from_manifest_without_kind}
 
     name: str = ""
     seed: int = 0
@@ -43,25 +63,3 @@ class Manifest(Artifact):
     correction_keys: dict[str, str] = Field(default_factory=dict)  # inputs that a member's correction belongs to
     notes: dict[str, str] = Field(default_factory=dict)  # topic -> warning that the report repeats
     gzip_bytes: dict[str, int] = Field(default_factory=dict)  # file hash -> size
-
-    @classmethod
-    def migrated(cls, raw: dict[str, Any], version: Any) -> dict[str, Any] | None:
-        """Fields of a manifest from before it had a kind: corrections held their key, under other names."""
-        if version is not None:
-            return None
-        entries = raw.get("corrections", {})
-        keys = {name: entry["key"] for name, entry in entries.items()}
-        renamed = {
-            "count": "corrections",
-            "slowdown": "float32_slowdown",
-            "rooms": "float32_restarts",
-            "sidesteps": "refused_plans",
-            "floor": "refused_speedup",
-        }
-        corrections = {
-            name: {
-                renamed.get(field_name, field_name): value for field_name, value in entry.items() if field_name != "key"
-            }
-            for name, entry in entries.items()
-        }
-        return {**raw, "corrections": corrections, "correction_keys": keys}

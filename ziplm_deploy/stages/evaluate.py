@@ -11,7 +11,9 @@ from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
-from ziplm_deploy.tasks import ModelFunction, Scores, cache_embeddings
+from ziplm_deploy.tasks import ModelFunction
+from ziplm_deploy.tasks.evaluation_set import cache_embeddings
+from ziplm_deploy.tasks.record import Scores
 
 
 def evaluate(run: Run) -> None:

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from ziplm_deploy.engines.runner import cpu_session
 from ziplm_deploy.errors import DataError, NumericalError
-from ziplm_deploy.machine.info import MachineInfo, usable_cores
+from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Int8Config
 
 ACTIVATION_LEVELS = 255  # uint8: 0 … 255
@@ -119,20 +120,13 @@ class _Tensors:
     """Runs a model and yields tensors from its inside."""
 
     def __init__(self, model: onnx.ModelProto, readers: Mapping[str, str]) -> None:
-        import onnxruntime
-
         self._readers = readers
         watched = onnx.ModelProto()
         watched.CopyFrom(model)
         del watched.graph.output[:]
         for tensor in self._readers:
             watched.graph.output.append(helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = usable_cores()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = cpu_session(watched.SerializeToString())
 
     def of(self, batches: Sequence[Batch]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Yield (tensor name, values) of every batch, or of every part of it."""

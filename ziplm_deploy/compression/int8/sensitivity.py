@@ -17,10 +17,8 @@ from ziplm_deploy.compression.int8.fake_quant import (
     watch_inputs,
 )
 from ziplm_deploy.errors import NumericalError, UsageError
+from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.recipe import Int8Config
-
-Progress = Callable[[int, int], None]  # (linears done, linears in all)
-
 
 # All but one value in a thousand then share 255 / 16 ≈ 16 steps: 4 bits.
 RUINOUS_OUTLIERS = 16.0
@@ -69,7 +67,7 @@ def rank_linears(
     divergence: Callable[[nn.Module], float],
     config: Int8Config,
     reduce_range: bool,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> list[SensitivityRow]:
     """Every linear of the encoder's layers, the most sensitive first; the model is unchanged afterwards.
 

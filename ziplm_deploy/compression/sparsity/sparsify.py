@@ -24,7 +24,8 @@ from ziplm_deploy.compression.sparsity.record import LinearSparsity, SparsityRec
 from ziplm_deploy.errors import NumericalError, UnsupportedModelError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.pruning.calibration import Batch, Progress
+from ziplm_deploy.progress import StepProgress
+from ziplm_deploy.pruning.calibration import Batch
 from ziplm_deploy.pruning.kernels.obs import damp
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
 from ziplm_deploy.pruning.reconstruction import LayerCall, capture_calls
@@ -78,7 +79,7 @@ def sparsify_model(
     config: SparsityConfig,
     *,
     memory_limit_bytes: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     divergence: Callable[[nn.Module], float] | None = None,
 ) -> SparsityRecord:
     """Zero weights of ``model`` in place and fit what is left. Weights that are zero already stay so, and count.
@@ -135,7 +136,7 @@ class _Work:
         inputs: list[_Input],
         goals: dict[str, _Goal],
         config: SparsityConfig,
-        progress: Progress | None,
+        progress: StepProgress | None,
     ) -> None:
         self._model, self._batches, self._inputs, self._goals = model, batches, inputs, goals
         self._config, self._progress = config, progress

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+def page_of(engine: str) -> str:
+    """Name of the module in this folder that is an engine's page: ``my-engine`` has ``my_engine_session.py``."""
+    return engine.replace("-", "_") + "_session"
+
+
 class EngineFacts(NamedTuple):
     """Facts of one engine; the defaults are those of a package that lives beside the others."""
 

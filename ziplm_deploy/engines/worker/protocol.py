@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from .facts import page_of
 from .inputs import make_inputs
 
 TURN_VARIABLE = "ZIPLM_WORKER_TURN"  # names the file in which a worker says which of several models it runs
@@ -33,7 +34,7 @@ class Worker:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.engine = importlib.import_module(f".{options.engine}_session", __package__).Sessions(options)
+        self.engine = importlib.import_module(f".{page_of(options.engine)}", __package__).Sessions(options)
         self.sessions: dict[str, Any] = {}
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
         turn = os.environ.get(TURN_VARIABLE)

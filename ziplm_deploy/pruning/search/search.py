@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.kernels import spdy
 from ziplm_deploy.pruning.search.space import Array, Plan, SearchSpace
 from ziplm_deploy.pruning.search.surrogate import Surrogate
@@ -35,7 +36,7 @@ class SearchResult:
 
 
 def measure_sensitivities(
-    space: SearchSpace, loss: Loss, n_levels: int, progress: Callable[[int, int], None] | None = None
+    space: SearchSpace, loss: Loss, n_levels: int, progress: StepProgress | None = None
 ) -> list[Array]:
     """Loss with one module at a level and the rest whole, for every level: measured at ``n_levels``, log-interpolated.
 
@@ -148,7 +149,7 @@ class PlanSearch:
         seeds: dict[str, Plan],
         curves: Sequence[Array],
         config: SearchConfig,
-        progress: Callable[[int, int], None] | None = None,
+        progress: StepProgress | None = None,
     ) -> SearchResult:
         """Evaluate the seeds, then alternate surrogate proposals and swaps around the best plan."""
         surrogate = Surrogate(curves)

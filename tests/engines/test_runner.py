@@ -1,0 +1,43 @@
+"""ONNX files as functions: the same answers in this process and in a worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.onnx_models import write_mlp
+from ziplm_deploy.engines.runner import cpu_session, onnx_runner, open_runner
+from ziplm_deploy.errors import EngineError
+from ziplm_deploy.recipe import Environment
+
+INPUTS = {"input_ids": np.array([[1, 2, 3]]), "attention_mask": np.array([[1, 1, 0]])}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_inputs_that_a_graph_does_not_take_are_left_out(tmp_path: Path, engine: str) -> None:
+    pytest.importorskip(engine)
+    path = write_mlp(tmp_path / "a.onnx", 32)
+    expected = onnx_runner(path)(INPUTS)["output"]
+    with open_runner(Environment(engine=engine), path) as run:
+        found = run({**INPUTS, "token_type_ids": np.zeros((1, 3), np.int64)})
+    assert list(found) == ["output"]
+    np.testing.assert_allclose(found["output"], expected, atol=1e-5)
+
+
+def test_a_session_is_of_a_file_or_of_a_serialized_model(tmp_path: Path) -> None:
+    path = write_mlp(tmp_path / "a.onnx", 32)
+    of_file, of_bytes = (cpu_session(model).run(None, INPUTS)[0] for model in (path, path.read_bytes()))
+    assert np.array_equal(of_file, of_bytes)
+
+
+def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(EngineError, match=r"runs in .*broken\.onnx, found: .*export it again"):
+        onnx_runner(path)
+    with pytest.raises(EngineError, match="runs in memory"):
+        cpu_session(b"no model")
+    with pytest.raises(EngineError), open_runner(Environment(), path):
+        pass

@@ -1,0 +1,76 @@
+"""ONNX files as functions from named inputs to named outputs, for answers and not for timings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ziplm_deploy.engines import WorkerOptions, get_engine
+from ziplm_deploy.errors import EngineError
+from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.recipe import Environment
+from ziplm_deploy.tasks import Run as ModelFunction
+
+
+def cpu_session(model: Path | bytes) -> Any:
+    """A session of ONNX Runtime in this process, on all cores that it is granted; warnings are not printed.
+
+    ``model``: a file, or a serialized model. Timings need a worker instead (:meth:`Engine.start_worker`).
+
+    Raises:
+        EngineError: ONNX Runtime rejects the model.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    options.log_severity_level = 3
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own that share no public base
+        name = "memory" if isinstance(model, bytes) else model
+        raise EngineError(
+            f"expected a model that ONNX Runtime runs in {name}, found: {error}; export it again"
+        ) from error
+
+
+def onnx_runner(path: Path) -> ModelFunction:
+    """A file as a function, run by ONNX Runtime in this process; inputs that the graph does not take are left out.
+
+    Raises:
+        EngineError: ONNX Runtime rejects the file.
+    """
+    session = cpu_session(path)
+    wanted = {item.name for item in session.get_inputs()}
+    names = [item.name for item in session.get_outputs()]
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = session.run(names, {name: value for name, value in inputs.items() if name in wanted})
+        return dict(zip(names, outputs, strict=True))
+
+    return run
+
+
+@contextlib.contextmanager
+def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]:
+    """A file as a function, run by the engine that will serve it; ONNX Runtime needs no process of its own for that.
+
+    Raises:
+        EngineError: the engine is missing, or rejects the file.
+    """
+    if environment.engine == "onnxruntime":
+        yield onnx_runner(path)
+        return
+    options = WorkerOptions(usable_cores(), environment.workload.batch_size, environment.workload.seq_len)
+    with get_engine(environment.engine).start_worker(options) as worker:
+        wanted = {entry.name for entry in worker.load("model", path).inputs}
+
+        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return worker.infer("model", {name: value for name, value in inputs.items() if name in wanted})
+
+        yield run
