@@ -18,7 +18,7 @@ from exporters.heads import EmbeddingModel, evaluation_mode
 from exporters.residuals import residuals_as_sums
 
 # protobuf cannot hold more in one file; the margin is for the graph itself.
-_LARGEST_MODEL_BYTES = 2**31 - 2**25
+_MAX_MODEL_BYTES = 2**31 - 2**25
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _PER_TOKEN_OUTPUTS = ("last_hidden_state", "start_logits", "end_logits")
 # Tracing cost grows with the shape but the dynamic graph does not depend on it.
@@ -157,9 +157,9 @@ def _dynamic_axes(inputs: list[str], output_ranks: dict[str, int]) -> dict[str, 
 
 def _check_size(model: nn.Module) -> None:
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    if size_bytes > _LARGEST_MODEL_BYTES:
+    if size_bytes > _MAX_MODEL_BYTES:
         raise ExportError(
-            f"expected at most {_LARGEST_MODEL_BYTES / 1e9:.1f} GB of weights (one ONNX file holds no more), "
+            f"expected at most {_MAX_MODEL_BYTES / 1e9:.1f} GB of weights (one ONNX file holds no more), "
             f"found {size_bytes / 1e9:.1f} GB; choose a smaller model"
         )
 

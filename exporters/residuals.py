@@ -13,7 +13,7 @@ from collections import defaultdict
 import onnx
 
 # What an Add in front of a layer normalization is read by: since opset 17, and before as torch spells it out.
-_NORMALISATION = ({"LayerNormalization"}, {"ReduceMean", "Sub"})
+_NORMALIZATION = ({"LayerNormalization"}, {"ReduceMean", "Sub"})
 
 
 def residuals_as_sums(model: onnx.ModelProto) -> int:
@@ -30,7 +30,7 @@ def residuals_as_sums(model: onnx.ModelProto) -> int:
         for node in graph.node
         if node.op_type == "Add"
         and constants.isdisjoint(node.input)
-        and any(pattern <= readers[node.output[0]] for pattern in _NORMALISATION)
+        and any(pattern <= readers[node.output[0]] for pattern in _NORMALIZATION)
     ]
     for node in residuals:
         node.op_type = "Sum"

@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers.models import MODEL_TYPES, tiny_config, tiny_inputs, tiny_model
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import SUPPORTED, architecture_of
-from ziplm_deploy.models.inspection import inspect_model
+from ziplm_deploy.models.inspection import inspect_model, layer_rows
 from ziplm_deploy.models.modules import layers_of, model_shape, output_linear, prunable_modules
 
 
@@ -55,7 +55,7 @@ def test_output_linear_feeds_the_residual_stream(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_inspect_counts_parameters_from_model_and_from_config(model_type: str) -> None:
     model = tiny_model(model_type)
-    rows, from_config = inspect_model(model), inspect_model(model.config)
+    rows, from_config = inspect_model(model), layer_rows(model.config)
     assert rows == from_config
     assert len(rows) == 3
     assert all(row["prunable"] and row["heads"] == 4 and row["ffn_width"] == 64 for row in rows)
@@ -83,6 +83,6 @@ def test_others_are_refused_naming_reason_and_choices(config: Any, reason: str) 
         architecture_of(config)
     assert reason in str(caught.value)
     assert all(name in str(caught.value) for name in SUPPORTED)
-    (row,) = inspect_model(config)
+    (row,) = layer_rows(config)
     assert not row["prunable"]
     assert reason in row["reason"]

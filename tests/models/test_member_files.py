@@ -43,8 +43,7 @@ SIZES = {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attenti
 FRESH_PROCESS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from ziplm_deploy.sources import resolve_model_path
-from ziplm_deploy.checkpoints import load
+from ziplm_deploy.models.member_files import load
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     with torch.no_grad():

@@ -14,18 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.levels import levels_of
 from tests.helpers.models import random_entries, tiny_inputs, tiny_model
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError, StorageError
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import output_linear, prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.pruning.calibration import collect_statistics, iter_statistics
-from ziplm_deploy.pruning.database import SMALL_SAMPLE_DAMPING, Database, build_database, build_levels, estimate_bytes
+from ziplm_deploy.pruning.compensations import SMALL_SAMPLE_DAMPING
+from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
 from ziplm_deploy.pruning.kernels import obs
+from ziplm_deploy.pruning.methods import METHODS
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.recipe import MethodName, PruneConfig
-
-METHODS: tuple[MethodName, ...] = ("ziplm", "uniform", "magnitude", "random", "flap", "layer-drop")
 
 
 def layer(r: int = 6, d: int = 12, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +59,7 @@ def error_on_data(level: LevelWeights, W: Tensor, b: Tensor, X: Tensor, group_si
 def test_relative_errors_are_those_on_the_data(method: MethodName, centred: bool, group_size: int) -> None:
     W, b, X = layer()
     n = 12 // group_size
-    levels = build_levels(W, b, stats_of(X), group_size, range(n + 1), method=method, centred=centred)
+    levels = levels_of((W, b, stats_of(X)), range(n + 1), method=method, centred=centred, group_size=group_size)
     assert list(levels) == ([n, 0] if method == "layer-drop" else list(range(n, -1, -1)))
     for size, level in levels.items():
         assert level.size == size
@@ -71,7 +72,7 @@ def test_relative_errors_are_those_on_the_data(method: MethodName, centred: bool
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.integers(0, 999))
 def test_shapes_and_errors_for_any_layer(r: int, n: int, group_size: int, centred: bool, seed: int) -> None:
     W, b, X = layer(r, n * group_size, 40, seed)
-    levels = build_levels(W, b, stats_of(X), group_size, range(n + 1), centred=centred)
+    levels = levels_of((W, b, stats_of(X)), range(n + 1), centred=centred, group_size=group_size)
     for size, level in levels.items():
         assert level.kept.tolist() == sorted(set(level.kept.tolist()))
         assert level.weight.shape == (r, size * group_size)
@@ -81,7 +82,7 @@ def test_shapes_and_errors_for_any_layer(r: int, n: int, group_size: int, centre
 def test_full_size_is_the_dense_layer_and_zero_is_what_was_promised() -> None:
     W, b, X = layer()
     for centred in (True, False):
-        levels = build_levels(W, b, stats_of(X), 1, [12, 0], centred=centred)
+        levels = levels_of((W, b, stats_of(X)), [12, 0], centred=centred)
         torch.testing.assert_close(levels[12].weight, W.float(), rtol=0, atol=0)
         torch.testing.assert_close(levels[12].bias, b.float(), rtol=0, atol=0)
         assert levels[12].relative_error == 0
@@ -96,7 +97,7 @@ def test_full_size_is_the_dense_layer_and_zero_is_what_was_promised() -> None:
 def test_bias_is_the_best_for_the_weights() -> None:
     """No other bias lowers the error: the mean residual is zero."""
     W, b, X = layer()
-    for level in build_levels(W, b, stats_of(X), 1, range(13)).values():
+    for level in levels_of((W, b, stats_of(X)), range(13)).values():
         pruned = level.weight.double() @ X[level.kept] + level.bias.double()[:, None]
         torch.testing.assert_close((W @ X + b[:, None] - pruned).mean(1), torch.zeros(6).double(), rtol=0, atol=1e-5)
 
@@ -104,7 +105,7 @@ def test_bias_is_the_best_for_the_weights() -> None:
 def test_centred_beats_plain_beats_no_update() -> None:
     W, b, X = layer(r=8, d=16)
     errors = {
-        name: sum(level.relative_error for level in build_levels(W, b, stats_of(X), 1, range(17), **options).values())
+        name: sum(level.relative_error for level in levels_of((W, b, stats_of(X)), range(17), **options).values())
         for name, options in {
             "centred": {"centred": True},
             "plain": {"centred": False},
@@ -118,7 +119,7 @@ def test_centred_beats_plain_beats_no_update() -> None:
 
 def test_errors_grow_as_the_module_shrinks() -> None:
     W, b, X = layer(r=20, d=40, tokens=900)
-    errors = [level.relative_error for level in build_levels(W, b, stats_of(X), 1, range(41)).values()]
+    errors = [level.relative_error for level in levels_of((W, b, stats_of(X)), range(41)).values()]
     assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(errors))
 
 
@@ -127,7 +128,7 @@ def test_levels_agree_with_the_kernel() -> None:
     stats = stats_of(X)
     H, _, _ = obs.damp(stats.covariance(), 0.01)
     order, _ = obs.removal_order(H, W, 1)
-    levels = build_levels(W, b, stats, 1, [5])
+    levels = levels_of((W, b, stats), [5])
     assert levels[5].kept.tolist() == sorted(order[7:].tolist())
 
 
@@ -135,7 +136,7 @@ def test_levels_agree_with_the_kernel() -> None:
 def test_dead_columns_go_first_and_cost_nothing(centred: bool) -> None:
     W, b, X = layer()
     X[[2, 7]] = 0.0
-    levels = build_levels(W, b, stats_of(X), 1, range(13), centred=centred)
+    levels = levels_of((W, b, stats_of(X)), range(13), centred=centred)
     assert set(range(12)) - set(levels[10].kept.tolist()) == {2, 7}
     assert levels[10].relative_error < 1e-4  # nothing but damping
     assert all(bool(torch.isfinite(level.weight).all()) for level in levels.values())
@@ -144,7 +145,7 @@ def test_dead_columns_go_first_and_cost_nothing(centred: bool) -> None:
 def test_a_constant_column_moves_into_the_bias() -> None:
     W, b, X = layer()
     X[4] = 5.0
-    levels = build_levels(W, b, stats_of(X), 1, [11], centred=True)
+    levels = levels_of((W, b, stats_of(X)), [11], centred=True)
     assert 4 not in levels[11].kept
     assert error_on_data(levels[11], W, b, X, 1) < 1e-4
 
@@ -153,14 +154,14 @@ def test_a_module_without_any_signal() -> None:
     W = torch.randn(3, 4, dtype=torch.float64)
     stats = InputMoments(torch.zeros(4, 4).double(), torch.zeros(4).double(), 10)
     for centred in (True, False):
-        levels = build_levels(W, None, stats, 1, range(1, 5), centred=centred)
+        levels = levels_of((W, None, stats), range(1, 5), centred=centred)
         assert all(level.relative_error == 0 for level in levels.values())
         assert all(bool(torch.isfinite(level.weight).all()) for level in levels.values())
 
 
 def test_fewer_tokens_than_columns_still_works() -> None:
     W, b, X = layer(d=12, tokens=5)
-    levels = build_levels(W, b, stats_of(X), 1, range(13))
+    levels = levels_of((W, b, stats_of(X)), range(13))
     assert levels[6].relative_error == pytest.approx(error_on_data(levels[6], W, b, X, 1), rel=1e-3, abs=1e-8)
 
 
@@ -168,16 +169,16 @@ def test_bad_input_is_named() -> None:
     W, b, X = layer()
     stats = stats_of(X)
     with pytest.raises(ValueError, match=r"0\.\.12"):
-        build_levels(W, b, stats, 1, [13])
+        levels_of((W, b, stats), [13])
     with pytest.raises(ValueError, match="groups of 5"):
-        build_levels(W, b, stats, 5, [1])
+        levels_of((W, b, stats), [1], group_size=5)
     with pytest.raises(ValueError, match="float64"):
         dataclasses.replace(stats, mean=stats.mean.float())
     with pytest.raises(ValueError, match=r"\[d, d\]"):
         dataclasses.replace(stats, mean=stats.mean[:3])
     W[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="finite"):
-        build_levels(W, b, stats, 1, [3])
+        levels_of((W, b, stats), [3])
 
 
 def small_database(method: MethodName = "ziplm") -> Database:
@@ -222,7 +223,7 @@ def test_levels_of_a_shrunk_ffn_are_those_of_the_sub_matrix() -> None:
     module = prunable_modules(dense)[1]
     whole = collect_statistics(dense, batches, [module], memory_limit_bytes=2**30)["0.ffn"]
     part = InputMoments(whole.hessian[entry.kept][:, entry.kept], whole.mean[entry.kept], whole.n_tokens)
-    expected = build_levels(entry.weight, entry.bias, part, 1, [24, 15, 6, 0])
+    expected = levels_of((entry.weight, entry.bias, part), [24, 15, 6, 0])
     modules = prunable_modules(model)
     stats = collect_statistics(model, batches, modules, memory_limit_bytes=2**30)
     sizes = {m.name: [m.structures] for m in modules} | {"0.ffn": [24, 15, 6, 0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -10,14 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ziplm_deploy.pruning import baseline_plans, baselines
-from ziplm_deploy.pruning.database import build_levels
+from tests.helpers.levels import levels_of
+from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.pruning.allocations import layer_drop_plan, random_plan, threshold_plan, uniform_plan
 from ziplm_deploy.pruning.kernels.spdy import InfeasibleBudgetError
+from ziplm_deploy.pruning.methods import METHODS, OutputLinear, get_method
 from ziplm_deploy.pruning.moments import InputMoments
-from ziplm_deploy.pruning.search.space import SearchSpace
-from ziplm_deploy.recipe import MethodName
+from ziplm_deploy.pruning.search.space import Plan, SearchSpace
+from ziplm_deploy.recipe import MethodName, PruneConfig
 
 BASELINES: tuple[MethodName, ...] = ("uniform", "layer-drop", "random", "magnitude", "flap")
+
+
+def plan_of(
+    method: MethodName, space: SearchSpace, budget_ms: float, scores: Mapping[str, torch.Tensor], seed: int = 0
+) -> Plan:
+    return get_method(method).plan(space, budget_ms, scores, seed)
+
+
+def scores_of(method: MethodName, W: torch.Tensor, moments: InputMoments, group_size: int = 1) -> torch.Tensor | None:
+    return get_method(method).scores(OutputLinear.of(W, None, moments, group_size), seed=0)
 
 
 def simple_stats(variances: list[float], means: list[float] | None = None) -> InputMoments:
@@ -27,7 +40,7 @@ def simple_stats(variances: list[float], means: list[float] | None = None) -> In
 
 def test_magnitude_keeps_the_largest_columns() -> None:
     W = torch.tensor([[3.0, -5.0, 1.0, 4.0]]).double()
-    levels = build_levels(W, None, simple_stats([1, 1, 100, 1]), 1, range(5), method="magnitude")
+    levels = levels_of((W, None, simple_stats([1, 1, 100, 1])), range(5), method="magnitude")
     assert [level.kept.tolist() for level in levels.values()] == [[0, 1, 2, 3], [0, 1, 3], [1, 3], [1], []]
     assert levels[2].weight.tolist() == [[-5, 4]]
     assert levels[2].relative_error == pytest.approx((9 + 100) / (9 + 25 + 100 + 16))
@@ -35,29 +48,45 @@ def test_magnitude_keeps_the_largest_columns() -> None:
 
 def test_magnitude_of_a_group_is_its_norm() -> None:
     W = torch.tensor([[3.0, 3.0, 4.0, 0.0]]).double()
-    scores = baselines.structure_scores("magnitude", W, simple_stats([1] * 4), 2)
+    scores = scores_of("magnitude", W, simple_stats([1] * 4), 2)
+    assert scores is not None
     torch.testing.assert_close(scores, torch.tensor([18.0, 16.0]).double().sqrt())
 
 
 def test_flap_weighs_by_variance_and_moves_the_mean_to_the_bias() -> None:
     W = torch.tensor([[1.0, 2.0, 3.0]]).double()
     stats = simple_stats([9.0, 1.0, 0.25], means=[1.0, 2.0, 10.0])
-    scores = baselines.structure_scores("flap", W, stats, 1)
+    scores = scores_of("flap", W, stats)
+    assert scores is not None
     torch.testing.assert_close(scores, torch.tensor([9.0, 4.0, 2.25]).double())
-    level = build_levels(W, torch.ones(1), stats, 1, [1], method="flap")[1]
+    level = levels_of((W, torch.ones(1), stats), [1], method="flap")[1]
     assert level.kept.tolist() == [0]
     assert level.bias.tolist() == [1 + 2 * 2 + 3 * 10]
 
 
 def test_random_depends_on_the_seed_only() -> None:
     W, stats = torch.ones(2, 20).double(), simple_stats([1.0] * 20)
-    first, again, other = (build_levels(W, None, stats, 1, [7], method="random", seed=s)[7].kept for s in (1, 1, 2))
+    first, again, other = (levels_of((W, None, stats), [7], method="random", seed=s)[7].kept for s in (1, 1, 2))
     assert first.tolist() == again.tolist() != other.tolist()
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="magnitude, random, flap"):
-        baselines.structure_scores("taylor", torch.ones(1, 2), simple_stats([1, 1]), 1)
+    with pytest.raises(RecipeError, match="magnitude, random, uniform, ziplm"):
+        get_method("taylor")
+
+
+def test_every_page_is_a_method_that_recipes_know() -> None:
+    assert set(METHODS) == {"ziplm", *BASELINES}
+    assert [method for method in METHODS if get_method(method).searches] == ["ziplm"]
+    assert [method for method in METHODS if get_method(method).refits] == ["uniform", "ziplm"]
+    for method in METHODS:
+        assert PruneConfig(method=method).method == method
+        assert get_method(method).title
+
+
+def test_only_methods_that_plan_by_a_threshold_or_by_chance_keep_scores() -> None:
+    scores = {method: scores_of(method, torch.ones(2, 4), simple_stats([1.0] * 4), 2) for method in METHODS}
+    assert {method for method, values in scores.items() if values is not None} == {"magnitude", "flap", "random"}
 
 
 def make_space(layers: int = 3, seed: int = 0) -> SearchSpace:
@@ -100,7 +129,7 @@ def fastest(space: SearchSpace) -> float:
 def test_every_plan_fits_its_budget(method: MethodName, share: float, layers: int, seed: int) -> None:
     space = make_space(layers, seed)
     budget_ms = fastest(space) + share * (slowest(space) - fastest(space)) + 1e-9
-    plan = baseline_plans.baseline_plan(method, space, budget_ms, make_scores(space, seed), seed)
+    plan = plan_of(method, space, budget_ms, make_scores(space, seed), seed)
     assert space.plan_ms(plan) <= budget_ms
     assert space.from_sizes(space.as_sizes(plan)) == plan
 
@@ -108,7 +137,7 @@ def test_every_plan_fits_its_budget(method: MethodName, share: float, layers: in
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_generous_budget_keeps_everything(method: MethodName) -> None:
     space = make_space()
-    plan = baseline_plans.baseline_plan(method, space, slowest(space), make_scores(space))
+    plan = plan_of(method, space, slowest(space), make_scores(space))
     assert plan == (0,) * len(plan)
 
 
@@ -116,18 +145,18 @@ def test_a_generous_budget_keeps_everything(method: MethodName) -> None:
 def test_an_impossible_budget_is_an_error(method: MethodName) -> None:
     space = make_space()
     with pytest.raises(InfeasibleBudgetError, match="ms"):
-        baseline_plans.baseline_plan(method, space, fastest(space) - 1e-6, make_scores(space))
+        plan_of(method, space, fastest(space) - 1e-6, make_scores(space))
 
 
 def test_the_search_is_no_baseline() -> None:
-    with pytest.raises(ValueError, match="search"):
-        baseline_plans.baseline_plan("ziplm", make_space(), 1.0, {})
+    with pytest.raises(NotImplementedError, match="search"):
+        plan_of("ziplm", make_space(), 1.0, {})
 
 
 def test_uniform_keeps_one_fraction_the_largest_that_fits() -> None:
     space = make_space()
     for budget_ms in np.linspace(fastest(space) + 1e-9, slowest(space), 23):
-        sizes = space.as_sizes(baseline_plans.uniform_plan(space, budget_ms))
+        sizes = space.as_sizes(uniform_plan(space, budget_ms))
         assert len({size for name, size in sizes.items() if "ffn" in name}) == 1
         assert len({size for name, size in sizes.items() if "attention" in name}) == 1
         by_brute_force = max(
@@ -142,7 +171,7 @@ def test_uniform_keeps_one_fraction_the_largest_that_fits() -> None:
 def test_layer_drop_takes_whole_layers_from_the_top() -> None:
     space = make_space()
     whole = slowest(space) - fastest(space)
-    plan = baseline_plans.layer_drop_plan(space, fastest(space) + whole * 0.4)
+    plan = layer_drop_plan(space, fastest(space) + whole * 0.4)
     sizes = space.as_sizes(plan)
     assert sizes == {"0.attention": 4, "0.ffn": 64, "1.attention": 0, "1.ffn": 0, "2.attention": 0, "2.ffn": 0}
 
@@ -162,28 +191,28 @@ def test_plans_of_a_shrunk_model_fit_and_keep_all_if_they_may(method: MethodName
     space = shrunk_space()
     scores = {name: s for name, s in make_scores(space).items() if len(s)}  # none for dropped modules
     for budget_ms in np.linspace(fastest(space) + 1e-9, slowest(space) + 1e-9, 11):
-        plan = baseline_plans.baseline_plan(method, space, budget_ms, scores)
+        plan = plan_of(method, space, budget_ms, scores)
         assert space.plan_ms(plan) <= budget_ms
         assert space.from_sizes(space.as_sizes(plan)) == plan
     assert plan == (0,) * 6
     with pytest.raises(InfeasibleBudgetError):
-        baseline_plans.baseline_plan(method, space, fastest(space) - 1e-6, scores)
+        plan_of(method, space, fastest(space) - 1e-6, scores)
 
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_model_with_nothing_left_has_one_plan(method: MethodName) -> None:
     space = SearchSpace(("0.attention", "0.ffn"), ((0,), (0,)), (np.full(1, 0.1),) * 2, (np.zeros(1),) * 2)
-    assert baseline_plans.baseline_plan(method, space, 0.3, {}) == (0, 0)
+    assert plan_of(method, space, 0.3, {}) == (0, 0)
     with pytest.raises(InfeasibleBudgetError):
-        baseline_plans.baseline_plan(method, space, 0.1, {})
+        plan_of(method, space, 0.1, {})
 
 
 def test_layer_drop_counts_only_the_layers_that_are_left() -> None:
     space = shrunk_space()
     without_last = space.as_sizes((0,) * 6) | {"2.attention": 0, "2.ffn": 0}
     budget_ms = space.plan_ms(space.from_sizes(without_last)) + 1e-9
-    assert space.as_sizes(baseline_plans.layer_drop_plan(space, budget_ms)) == without_last
-    nothing = space.as_sizes(baseline_plans.layer_drop_plan(space, budget_ms - 1e-6))
+    assert space.as_sizes(layer_drop_plan(space, budget_ms)) == without_last
+    nothing = space.as_sizes(layer_drop_plan(space, budget_ms - 1e-6))
     assert set(nothing.values()) == {0}
 
 
@@ -193,7 +222,7 @@ def test_threshold_plan_is_the_lowest_threshold_that_fits() -> None:
     standard = {name: (s - s.mean()) / s.std(correction=0) for name, s in scores.items()}
     thresholds = torch.cat(list(standard.values())).sort().values
     for budget_ms in np.linspace(fastest(space) + 1e-9, slowest(space), 17):
-        plan = baseline_plans.threshold_plan(space, budget_ms, scores)
+        plan = threshold_plan(space, budget_ms, scores)
         candidates = (
             space.from_sizes({name: int((z > t).sum()) for name, z in standard.items()})
             for t in itertools.chain([-torch.inf], thresholds)
@@ -206,16 +235,14 @@ def test_equal_scores_and_scale_do_not_matter_to_the_threshold() -> None:
     scores = make_scores(space)
     budget_ms = 0.6 * slowest(space)
     scaled = {name: 7 * s + 3 for name, s in scores.items()}
-    assert baseline_plans.threshold_plan(space, budget_ms, scaled) == baseline_plans.threshold_plan(
-        space, budget_ms, scores
-    )
+    assert threshold_plan(space, budget_ms, scaled) == threshold_plan(space, budget_ms, scores)
     equal = {name: torch.ones_like(s) for name, s in scores.items()}
-    plan = baseline_plans.threshold_plan(space, budget_ms, equal)
+    plan = threshold_plan(space, budget_ms, equal)
     assert space.plan_ms(plan) <= budget_ms
 
 
 def test_random_plans_differ_by_seed() -> None:
     space = make_space()
-    plans = {baseline_plans.random_plan(space, 0.5 * slowest(space), seed) for seed in range(8)}
+    plans = {random_plan(space, 0.5 * slowest(space), seed) for seed in range(8)}
     assert len(plans) > 1
-    assert baseline_plans.random_plan(space, 0.5 * slowest(space), 3) in plans
+    assert random_plan(space, 0.5 * slowest(space), 3) in plans

@@ -158,7 +158,7 @@ def test_joint_weights_and_bias_come_from_the_centred_hessian() -> None:
 
 
 def test_double_precision_does_not_drift() -> None:
-    """After hundreds of downdates the remaining scores still equal a fresh factorisation; float32 ones do not."""
+    """After hundreds of downdates the remaining scores still equal a fresh factorization; float32 ones do not."""
     H, W = problem(16, 300, 1, seed=5)
     order, scores = obs.removal_order(H, W, 1)
     _, single = obs.removal_order(H.float(), W.float(), 1)
@@ -189,7 +189,7 @@ def test_damping_is_relative_and_recorded() -> None:
     assert thousandfold == pytest.approx(20)
 
 
-def test_damping_is_raised_until_it_factorises() -> None:
+def test_damping_is_raised_until_it_factorizes() -> None:
     H = torch.diag(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
     H[0, 1] = H[1, 0] = 1.05  # smallest eigenvalue -0.05
     _, used, tried = obs.damp(H, 0.01)

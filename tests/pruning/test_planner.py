@@ -25,7 +25,7 @@ SHRUNK = {"0.attention": 3, "0.ffn": 40, "1.attention": 0, "1.ffn": 16, "2.atten
 
 
 def table() -> LatencyTable:
-    """Of the tiny models: dense 10 ms = base 1 + 3 x (1 + 2); everything dropped: 1.3 ms; SHRUNK: 4.95 ms."""
+    """A table of the tiny models: dense 10 ms = base 1 + 3 x (1 + 2); everything dropped: 1.3 ms; SHRUNK: 4.95 ms."""
     cells = [Cell(kind="attention", size=n, timing=timing(0.25 * n or 0.05)) for n in range(5)]
     cells += [Cell(kind="ffn", size=width, timing=timing(ms)) for width, ms in WIDTHS.items()]
     shape = model_shape(tiny_model("bert").config)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_a_target_that_is_reached_already_keeps_the_model(method: MethodName) ->
 
 
 def compressed_table() -> LatencyTable:
-    """Of the same models as INT8: whole they take 10 ms, the dense float model on its own engine takes 30 ms."""
+    """A table of these models as INT8: whole they take 10 ms, the dense float model on its own engine takes 30 ms."""
     changes = {"dense": timing(30.0), "unpruned": timing(10.1), "variant": "int8", "baseline_engine": "openvino"}
     return table().model_copy(update=changes)
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ziplm_deploy.pruning import baseline_plans
+from ziplm_deploy.pruning.allocations import uniform_plan
 from ziplm_deploy.pruning.search.search import PlanSearch, measure_sensitivities
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.pruning.search.surrogate import Surrogate
@@ -49,7 +49,7 @@ def search(of: SearchSpace, loss: SensitivityLoss, budget_ms: float, config: Sea
     seeds = {
         "relative error": run.solve(of.errors),
         "measured": run.solve(curves),
-        "uniform": baseline_plans.uniform_plan(of, budget_ms),
+        "uniform": uniform_plan(of, budget_ms),
     }
     return run.run(seeds, curves, config), seeds
 

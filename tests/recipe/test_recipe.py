@@ -9,36 +9,36 @@ import pytest
 from pydantic import ValidationError
 
 from ziplm_deploy.errors import RecipeError, UsageError
-from ziplm_deploy.recipe import Environment, Recipe, Workload, load_recipe, parse_recipe, recipe_reference
+from ziplm_deploy.recipe import Recipe, Workload, load_recipe, parse_recipe, recipe_reference
 
-LEAST = {"name": "demo", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
+MIN_RECIPE = {"name": "demo", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
 MIN_YAML = "name: demo\nmodel: {path: m, task: fill-mask}\nspeedups: [2]\n"
 
 
 def test_the_least_recipe_is_complete() -> None:
-    recipe = parse_recipe(LEAST)
+    recipe = parse_recipe(MIN_RECIPE)
     assert recipe.run_dir == Path("runs/demo")
     assert recipe.environment.describe() == "onnxruntime, batch 1, 128 tokens, 1 thread(s)"
     assert recipe.prune.method == "ziplm"
 
 
 def test_speedups_are_sorted_and_distinct() -> None:
-    assert parse_recipe({**LEAST, "speedups": [3, 1.5, 3.0, 2]}).speedups == (1.5, 2.0, 3.0)
+    assert parse_recipe({**MIN_RECIPE, "speedups": [3, 1.5, 3.0, 2]}).speedups == (1.5, 2.0, 3.0)
 
 
 def test_scenario_names() -> None:
-    assert Environment(workload=Workload(batch_size=1)).scenario == "SingleStream"
-    assert Environment(workload=Workload(batch_size=16)).scenario == "Offline"
+    assert Workload(batch_size=1).scenario == "SingleStream"
+    assert Workload(batch_size=16).scenario == "Offline"
 
 
 def test_a_recipe_cannot_be_changed() -> None:
-    recipe = parse_recipe(LEAST)
+    recipe = parse_recipe(MIN_RECIPE)
     with pytest.raises(ValidationError):
         recipe.seed = 1  # type: ignore[misc]
 
 
 def test_a_recipe_survives_its_own_dump() -> None:
-    recipe = parse_recipe({**LEAST, "environment": {"threads": 2}, "profile": {"table": "t.json"}})
+    recipe = parse_recipe({**MIN_RECIPE, "environment": {"threads": 2}, "profile": {"table": "t.json"}})
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
@@ -72,7 +72,7 @@ def test_a_recipe_survives_its_own_dump() -> None:
 )
 def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse_recipe({**LEAST, **change})
+        parse_recipe({**MIN_RECIPE, **change})
     assert named in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -82,7 +82,7 @@ def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
 def test_training_without_anything_to_train_is_refused(mode: str, method: str) -> None:
     compress = {"variants": ["int8"], "int8": {"method": method}, "train": {"mode": mode}}
     with pytest.raises(RecipeError, match=rf"train\.mode {mode} .*int8\.method {method} .*none or int8\.method: qat"):
-        parse_recipe({**LEAST, "compress": compress})
+        parse_recipe({**MIN_RECIPE, "compress": compress})
     changes: list[dict[str, Any]] = [
         {"variants": ["int8", "sparse"]},
         {"variants": ["sparse-int8"]},
@@ -90,13 +90,13 @@ def test_training_without_anything_to_train_is_refused(mode: str, method: str) -
         {"train": {"mode": "none"}},
     ]
     for change in changes:
-        parse_recipe({**LEAST, "compress": {**compress, **change}})
+        parse_recipe({**MIN_RECIPE, "compress": {**compress, **change}})
 
 
 @pytest.mark.parametrize("field", ["name", "model", "speedups"])
 def test_missing_fields_are_named(field: str) -> None:
     with pytest.raises(RecipeError, match=f"{field}: required, but missing"):
-        parse_recipe({key: value for key, value in LEAST.items() if key != field})
+        parse_recipe({key: value for key, value in MIN_RECIPE.items() if key != field})
 
 
 def test_every_wrong_field_is_reported_at_once() -> None:
@@ -158,7 +158,7 @@ def test_every_field_has_a_description() -> None:
 
 def test_a_rule_over_several_fields_is_told_without_the_whole_recipe() -> None:
     with pytest.raises(RecipeError) as caught:
-        parse_recipe({**LEAST, "environment": {"engine": "deepsparse"}})
+        parse_recipe({**MIN_RECIPE, "environment": {"engine": "deepsparse"}})
     text = str(caught.value)
     assert "recipe: DeepSparse" in text
     assert "export.shapes: static" in text

@@ -1,9 +1,4 @@
-"""Load a dense model, save a resized one, and load that again in a fresh process.
-
-A member's folder has ``config.json`` (of the dense model, plus ``per_layer_config`` with what differs by layer), the
-weights in ``pruned.safetensors``, ``ziplm_config.json`` (kept heads and columns) and the tokenizer. The weights have
-no standard name on purpose: transformers would fill the tensors whose shapes differ with random numbers.
-"""
+"""The dense model that members are pruned from, and its tokenizer or image processor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""TODO models.member_files."""
+"""Save a resized model, and load it again in a fresh process.
+
+A member's folder has ``config.json`` (of the dense model, plus ``per_layer_config`` with what differs by layer), the
+weights in ``pruned.safetensors``, ``ziplm_config.json`` (kept heads and columns) and the tokenizer. The weights have
+no standard name on purpose: transformers would fill the tensors whose shapes differ with random numbers.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import shutil
@@ -16,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ziplm_deploy.artifacts import Artifact, write_bytes_with, write_text
+from ziplm_deploy.artifacts import Artifact, file_hash, write_bytes_with, write_text
 from ziplm_deploy.errors import (
     CorruptArtifactError,
     StorageError,
@@ -94,7 +98,7 @@ def save_member(
         normalize=model_config.normalize,
         sizes={name: len(indices) for name, indices in kept.items()},
         kept=kept,
-        weights_sha256=_sha256(folder / WEIGHTS_FILE),
+        weights_sha256=file_hash(folder / WEIGHTS_FILE),
         extra=extra,
     ).save(folder / MEMBER_FILE)
 
@@ -123,7 +127,7 @@ def load(folder: Path | str) -> nn.Module:
     folder = Path(folder)
     member = MemberConfig.load(folder / MEMBER_FILE)
     weights = folder / WEIGHTS_FILE
-    if not weights.is_file() or _sha256(weights) != member.weights_sha256:
+    if not weights.is_file() or file_hash(weights) != member.weights_sha256:
         found = "other content" if weights.is_file() else "no file"
         raise CorruptArtifactError(
             f"expected the weights that {MEMBER_FILE} describes in {weights}, found {found}; copy the folder again"
@@ -194,11 +198,3 @@ def _write_sentence_modules(folder: Path, model_config: ModelConfig, hidden_size
     }
     write_text(folder / "modules.json", json.dumps(modules, indent=1) + "\n")
     write_text(folder / "1_Pooling" / "config.json", json.dumps(pooling, indent=1) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,8 +1,4 @@
-"""The only file that knows attribute paths of Hugging Face models.
-
-An architecture is one declarative entry: where the layers are, and inside a layer where the attention block, the
-FFN block and their output linears are. ``ffn`` is the smallest block that owns the first FFN linear.
-"""
+"""A model as the modules that can be pruned, two a layer, and where in the model each has its linear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO models.shape."""
+"""The dimensions of a model, without torch: what tables are measured for and plans are made of."""
 
 from __future__ import annotations
 

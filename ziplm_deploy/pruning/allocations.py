@@ -1,6 +1,7 @@
 """Plans without a search: which level every module gets within a latency budget.
 
-All return a :data:`Plan` with ``Σ latency <= budget_ms`` and raise ``spdy.InfeasibleBudgetError`` where none fits.
+All functions return a :data:`Plan` with ``Σ latency <= budget_ms``, and raise ``spdy.InfeasibleBudgetError`` where none
+fits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO pruning.plan."""
+"""A pruning plan as a file: the size of every module, and what it is predicted to take and to lose."""
 
 from __future__ import annotations
 

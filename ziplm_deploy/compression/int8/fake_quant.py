@@ -127,7 +127,10 @@ def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def module_ranges(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], linears: Collection[str] | None = None
 ) -> dict[str, ActivationRange]:
-    """Smallest and largest input of linears over all tokens, padding included, as the ONNX graph computes it, too.
+    """Smallest and largest input of linears over all positions of the batches.
+
+    Padding counts like any token, as in :func:`int8.scales.tensor_ranges`, although no output depends on what enters a
+    linear there: batches that are mostly padding widen the ranges by values that do not matter.
 
     Args:
         batches: model inputs.
@@ -193,9 +196,10 @@ def insert_fake_quant(
     *,
     keep_fp32: Collection[str] = (),
 ) -> dict[str, QuantizedLinear]:
-    """Put quantized linears, by module path, in place of the linears of the encoder's layers; undo with :func:`remove`.
+    """Put quantized linears in place of the linears of the encoder's layers; returns them by module path.
 
-    Query, key and value of a layer share their activation's scale. Weights and biases stay the same parameters.
+    :func:`remove_fake_quant` undoes it. Query, key and value of a layer share their activation's scale. Weights and
+    biases stay the same parameters.
 
     Raises:
         UsageError: the model has quantized linears already, or a linear has no range.
@@ -203,7 +207,7 @@ def insert_fake_quant(
     linears = quantizable_linears(model)
     _named(model, keep_fp32)
     if any(isinstance(linear, QuantizedLinear) for linear in linears.values()):
-        raise UsageError("expected a model with plain linears, found quantized ones; call fake_quant.remove first")
+        raise UsageError("expected a model with plain linears, found quantized ones; call remove_fake_quant first")
     chosen = [name for name in linears if name not in set(keep_fp32)]
     missing = [name for name in chosen if name not in ranges]
     if missing:
@@ -244,7 +248,7 @@ def learned_ranges(model: nn.Module) -> dict[str, LinearScales]:
                 raise NumericalError(f"expected finite scales of {name}, found others; lower the learning rate")
             learned[name] = LinearScales(scale, int(linear.activation.zero_point), weight_scale, linear.limit)
     if not learned:
-        raise UsageError("expected a model with quantized linears, found none; call fake_quant.insert first")
+        raise UsageError("expected a model with quantized linears, found none; call insert_fake_quant first")
     return learned
 
 

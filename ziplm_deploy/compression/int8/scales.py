@@ -94,7 +94,8 @@ def tensor_ranges(
     """Ranges of tensors of a float32 model on calibration data, by ``config.ranges``.
 
     Memory holds these tensors for one batch at a time, or for a few examples of it where the model takes any number.
-    The result depends neither on the order of the examples nor on how they are batched: histograms, which take a second
+    Every position counts, padding too, so the result depends on how far the batches are padded. Given the padding, it
+    depends neither on the order of the examples nor on how they are cut into batches: histograms, which take a second
     pass, have the same bins for every batch.
 
     Args:

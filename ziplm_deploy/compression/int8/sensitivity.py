@@ -111,7 +111,7 @@ def keep_in_fp32(
     The last number tried is ``config.max_fp32_share`` of the linears, or all but one.
 
     Args:
-        rows: the most sensitive first, as :func:`listing` returns them.
+        rows: the most sensitive first, as :func:`rank_linears` returns them.
         evaluate: score, higher is better, of the quantized file with these linears in float32.
         reference_score: of the model before INT8.
 

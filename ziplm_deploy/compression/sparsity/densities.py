@@ -1,4 +1,4 @@
-"""TODO compression.sparsity.densities."""
+"""How dense each linear stays where some tolerate more zeros than others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO compression.sparsity.linears."""
+"""The linears whose weights may become zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO compression.sparsity.record."""
+"""What sparsification did to a model, linear by linear, as a file beside its weights."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ The sweep follows SparseGPT (Frantar and Alistarh, 2023): columns from left to r
 weights of least ρ, over all rows together; whatever is zeroed is made up for by the weights to its right, zeroed later
 or not. What is left of a column cannot react, so weights after the sweep are not the best ones for their zeros. Those
 solve ``min tr((W−Ŵ) H (W−Ŵ)ᵀ)`` over the weights that are not zero, row by row: a few steps of conjugate gradients,
-which cost one product with H each, come close, where a factorisation for every row would not be affordable.
+which cost one product with H each, come close, where a factorization for every row would not be affordable.
 """
 
 from __future__ import annotations

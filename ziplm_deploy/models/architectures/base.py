@@ -1,4 +1,4 @@
-"""TODO models.architectures.base."""
+"""Attribute paths of one kind of model: where its layers are, and in a layer its blocks and their linears."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ziplm_deploy.models.shape import ModuleKind
 
 @dataclass(frozen=True)
 class Architecture:
-    """Attribute paths of one ``model_type``; the defaults are BERT's. Paths are relative to a layer."""
+    """Attribute paths of one ``model_type``; the defaults are BERT's. Paths are relative to a layer.
+
+    ``ffn`` is the smallest block that owns the first FFN linear.
+    """
 
     model_type: str
     layers: str = "encoder.layer"  # relative to the base model

@@ -53,7 +53,7 @@ class Level:
 
 
 def damp(H: Tensor, relative: float) -> tuple[Tensor, float, list[float]]:
-    """Add ``λI`` with λ = relative · mean diagonal, raised on :data:`DAMPING_FACTORS` until H factorises.
+    """Add ``λI`` with λ = relative · mean diagonal, raised on :data:`DAMPING_FACTORS` until H factorizes.
 
     Args:
         H: [d, d] symmetric, not changed. Dead columns (zero diagonal) get the diagonal 1: their weights must be zero.
@@ -189,7 +189,7 @@ class _Elimination:
         self.G_blocks -= _block_products(u, u, m)
         cross = _block_products(v, q, m)
         self.S_blocks -= cross + cross.transpose(1, 2)
-        self.G_blocks[place] = torch.eye(m, dtype=g.dtype)  # factorises; the place is masked by `removed`
+        self.G_blocks[place] = torch.eye(m, dtype=g.dtype)  # factorizes; the place is masked by `removed`
         self.removed[place] = True
         for panel, rows in ((self.U, u), (self.V, v), (self.Q, q)):
             panel[used : used + m, :d] = rows

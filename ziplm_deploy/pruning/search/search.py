@@ -19,9 +19,7 @@ from ziplm_deploy.pruning.search.space import Array, Plan, SearchSpace
 from ziplm_deploy.pruning.search.surrogate import Surrogate
 from ziplm_deploy.recipe import SearchConfig
 
-"""Loss of a plan on the search examples; may return inf as soon as it must exceed the second argument."""
-
-
+# Loss of a plan on the search examples; may return inf as soon as it must exceed the second argument.
 Loss = Callable[[Plan, float], float]
 
 
@@ -126,7 +124,7 @@ class PlanSearch:
             slack -= extra
 
     def propose_swap(self, plan: Plan, surrogate: Surrogate) -> Plan | None:
-        """Of a few random swaps (one or two modules some levels down, others up), the one predicted best."""
+        """The best by prediction of a few random swaps: one or two modules some levels down, others up."""
         n_modules = len(plan)
         movable = [i for i, sizes in enumerate(self.space.sizes) if len(sizes) > 1]
         candidates = []

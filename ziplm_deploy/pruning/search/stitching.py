@@ -172,7 +172,7 @@ class StitchedModel:
 
 
 class PlanLoss:
-    """Mean divergence of a plan's features from those of the model as it is; over fixed batches, memoised by plan."""
+    """Mean divergence of a plan's features from those of the model as it is; over fixed batches, memoized by plan."""
 
     def __init__(self, stitched: StitchedModel, batches: Sequence[Batch], first_index: int = 0) -> None:
         self._stitched = stitched

@@ -1,4 +1,7 @@
-"""TODO pruning.search.surrogate."""
+"""A cheap stand-in for the loss of a plan: the modules' own measured losses, added up with learnt weights.
+
+What it cannot see is how modules make up for each other; the search measures whole plans for that.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,12 @@ class Surrogate:
         self._ridge = ridge
 
     def costs(self, noise: Array | None = None) -> list[Array]:
+        """Predicted loss of every level, L × [S_l]; ``noise`` [L] multiplies the weights."""
         weights = self.weights if noise is None else self.weights * noise
         return [w * curve for w, curve in zip(weights, self.curves, strict=True)]
 
     def predict(self, plan: Plan) -> float:
+        """Predicted loss of a plan."""
         return float(sum(w * c[s] for w, c, s in zip(self.weights, self.curves, plan, strict=True)))
 
     def fit(self, losses: dict[Plan, float]) -> None:
