@@ -40,6 +40,8 @@ from ziplm_deploy.models.member_files import save_member
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.recipe import ModelConfig
 
+pytestmark = pytest.mark.transformers
+
 SETTINGS = ExportSettings(seq_len=32)
 SIZES = {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attention": 3}
 OUTPUTS = {
@@ -213,6 +215,7 @@ def test_stock_optimum_gives_the_same_answers(model_type: str, task: str, tmp_pa
 def test_sentence_transformers_accepts_a_member(tmp_path: Path) -> None:
     """In a process of its own: its import turns on warnings and telemetry settings of other packages."""
     pytest.importorskip("sentence_transformers")
+    pytest.importorskip("optimum.onnxruntime")
     model, folder = _member(tmp_path, "bert", "sentence-similarity")
     code = (
         "import sys, numpy; from sentence_transformers import SentenceTransformer as S\n"

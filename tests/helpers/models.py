@@ -125,7 +125,7 @@ def tiny_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vocab.txt"
     path.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
-    return transformers.BertTokenizerFast(vocab_file=str(path), model_max_length=40)
+    return transformers.BertTokenizerFast.from_pretrained(folder, model_max_length=40)
 
 
 def save_dense(folder: Path, model_type: str = "bert", task: str = "sentence-similarity", **changes: Any) -> nn.Module:

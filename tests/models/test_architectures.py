@@ -15,6 +15,8 @@ from ziplm_deploy.models.architectures import SUPPORTED, architecture_of
 from ziplm_deploy.models.inspection import inspect_model, layer_rows
 from ziplm_deploy.models.modules import layers_of, model_shape, output_linear, prunable_modules
 
+pytestmark = pytest.mark.transformers
+
 
 def test_supported_is_what_the_tests_cover() -> None:
     assert sorted(SUPPORTED) == sorted(MODEL_TYPES)

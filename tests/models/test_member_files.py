@@ -39,6 +39,8 @@ from ziplm_deploy.models.member_files import MEMBER_FILE, WEIGHTS_FILE, load, sa
 from ziplm_deploy.models.resizing import kept_structures, resize
 from ziplm_deploy.recipe import ModelConfig
 
+pytestmark = pytest.mark.transformers
+
 SIZES = {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attention": 3}
 FRESH_PROCESS = """
 import sys, torch

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optimum.onnxruntime
 import pytest
 import torch
 
@@ -16,6 +15,8 @@ from ziplm_deploy.pipeline import run
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.tasks import get_task
+
+pytestmark = pytest.mark.transformers
 
 WORDS = VOCABULARY[5:]
 pytestmark = pytest.mark.slow
@@ -101,7 +102,8 @@ def test_a_family_is_made_and_stock_optimum_serves_it(model_type: str, task: str
     assert member.parameters < report.members[0].parameters
     folder = tmp_path / "runs" / "case" / "2x"
     assert FamilyReport.load(folder.parent / "report.json") == report
-    served = getattr(optimum.onnxruntime, get_task(task).ort_class).from_pretrained(folder)
+    ort = pytest.importorskip("optimum.onnxruntime")
+    served = getattr(ort, get_task(task).ort_class).from_pretrained(folder)
     if task == "image-classification":
         inputs = {"pixel_values": torch.zeros(1, 3, 16, 16)}
     else:

@@ -109,7 +109,8 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected a model with a head for {auto_class}, found a {config.model_type}; choose another task"
         ) from None
     try:
-        with _quiet_transformers():  # what it warns about, missing weights, is an error below
+        # What it warns about, missing weights, is an error below.
+        with quiet_transformers(downloads=not Path(path).is_dir()):
             model, report = model_class.from_pretrained(
                 path,
                 config=config,
@@ -145,7 +146,11 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
 def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
     loader: Any = transformers.AutoImageProcessor if input_kind == "image" else transformers.AutoTokenizer
     try:
-        return loader.from_pretrained(path, **({"use_fast": False} if input_kind == "image" else {}), **source)
+        processor = loader.from_pretrained(path, **(_by_pillow() if input_kind == "image" else {}), **source)
+        # transformers 5 makes an empty tokenizer of a folder that has none.
+        if input_kind != "image" and len(processor) <= len(processor.all_special_tokens):
+            raise ValueError("a vocabulary of nothing but special tokens")
+        return processor
     except ImportError as error:
         raise EnvironmentMismatchError(f"expected the packages for inputs of {path}, found: {error}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -153,6 +158,11 @@ def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
         raise UnsupportedModelError(
             f"expected {what} in {path}, found: {error}; copy its files from the model it was trained from"
         ) from error
+
+
+def _by_pillow() -> dict[str, Any]:
+    """Keyword of an image processor that works without torchvision; transformers 5.4 gave it another name."""
+    return {"backend": "pil"} if hasattr(transformers, "PilBackend") else {"use_fast": False}
 
 
 def _check_files(folder: Path, auto_class: str) -> None:
@@ -178,7 +188,7 @@ def _check_files(folder: Path, auto_class: str) -> None:
 def _conversion(path: str, auto_class: str) -> str:
     code = (
         f"from transformers import {auto_class} as M; "
-        f"M.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r}, safe_serialization=True)"
+        f"M.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r})"
     )
     return f'if you trust where they came from, convert them: python -c "{code}"'
 
@@ -194,14 +204,19 @@ def _check_safetensors(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers(*, downloads: bool = False) -> Iterator[None]:
+    """No warnings of transformers, and no progress bars unless something may be downloaded."""
     logging: Any = transformers.logging
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not downloads:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _pooler_is_optional(model_class: Any, auto_class: str) -> bool:

@@ -59,10 +59,10 @@ class DroppedBlock(nn.Module):
 
 
 class DroppedAttention(BiasOnly):
-    """A dropped attention block that owned its output linear (DistilBERT, MPNet)."""
+    """A dropped attention block that owned its output linear (DistilBERT, MPNet, newer ViT)."""
 
-    def forward(self, *args: Any, output_attentions: bool = False, **kwargs: Any) -> Any:
-        return (self.bias, None) if output_attentions else (self.bias,)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.bias, None
 
 
 def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeights) -> Replacement:
@@ -184,14 +184,11 @@ def masked(dense: _Module, entries: dict[str, LevelWeights]) -> _Module:
 
 def _dropped(architecture: Architecture, module: PrunableModule, entry: LevelWeights) -> Replacement:
     block, output = architecture.block(module.kind), architecture.output(module.kind)
-    if architecture.output_in_block(module.kind) is not None:
-        return {block: DroppedAttention(entry.bias) if module.kind == "attention" else BiasOnly(entry.bias)}
     norm = architecture.norm(module.kind)
-    return {
-        block: DroppedBlock(returns_tuple=module.kind == "attention"),
-        output: BiasOnly(entry.bias),
-        **({norm: nn.Identity()} if norm is not None else {}),
-    }
+    unread: Replacement = {norm: nn.Identity()} if norm is not None else {}
+    if architecture.output_in_block(module.kind) is not None:
+        return {block: DroppedAttention(entry.bias) if module.kind == "attention" else BiasOnly(entry.bias), **unread}
+    return {block: DroppedBlock(returns_tuple=module.kind == "attention"), output: BiasOnly(entry.bias), **unread}
 
 
 def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableModule, kept: torch.Tensor) -> None:
@@ -199,7 +196,8 @@ def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableMo
     for name in (architecture.query, architecture.key, architecture.value):
         block._modules[name] = _keep_rows(block.get_submodule(name), rows)
     setattr(block, architecture.head_count, kept.numel())
-    setattr(block, architecture.head_width, rows.numel())
+    if architecture.head_width is not None:
+        setattr(block, architecture.head_width, rows.numel())
     if architecture.sliced_attention is not None and not torch.equal(kept, torch.arange(module.structures)):
         earlier = block._buffers.get("kept_heads")  # of the original heads: the position bias still has them all
         block.__class__ = architecture.sliced_attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -89,9 +90,6 @@ class DistillationTrainer(transformers.Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.student.model, str(folder / WEIGHTS))
 
-    def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
-        super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)  # by step: file times may be too coarse
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_model(self.student.model, str(Path(resume_from_checkpoint) / WEIGHTS))
 
@@ -123,6 +121,13 @@ class _Watcher(transformers.TrainerCallback):
         if state.is_world_process_zero:
             self._progress.step(state.global_step, state.max_steps)
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Only the newest checkpoint stays; by step, as file times may be too coarse for Trainer's own rotation."""
+        if state.is_world_process_zero:
+            for path in Path(args.output_dir).glob("checkpoint-*"):
+                if path.name != f"checkpoint-{state.global_step}":
+                    shutil.rmtree(path, ignore_errors=True)
+
 
 def train(
     student: Student,
@@ -150,9 +155,11 @@ def train(
             f"expected at least one batch of {batch} training examples for {title}, found {len(examples)}; give more "
             "data in data.train or a smaller batch_size"
         )
+    left = total_steps(config, len(examples), batch)
+    arguments.warmup_steps = math.ceil(config.warmup_ratio * left)
     watcher = _Watcher(progress)
     trainer = _trainer(student, objective, examples, config, arguments, watcher)
-    checkpoint, left = last_checkpoint(folder), total_steps(config, len(examples), batch)
+    checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         progress.note(f"{title}: goes on from {checkpoint.name}")
         left -= step_of(checkpoint)
@@ -206,7 +213,7 @@ def _trainer(
             f"expected an installed logger of Trainer in report_to, found {config.report_to!r}: {error}; install it or "
             "set report_to: none"
         ) from error
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # type: ignore[no-untyped-call]
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # type: ignore[no-untyped-call, unused-ignore]
     return trainer
 
 
@@ -220,25 +227,31 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transfor
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_ratio=config.warmup_ratio,
+        lr_scheduler_type="linear",  # `train` sets warmup_steps, for which it must know how many steps there are
         weight_decay=config.weight_decay,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=1,
         logging_steps=20,
         seed=seed,
         report_to=config.report_to,
-        logging_dir=str(folder.parent.parent / "logs" / folder.name),  # the checkpoints' folder does not last
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        **_tensorboard_logs(folder.parent.parent / "logs" / folder.name),  # the checkpoints' folder does not last
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes: accelerate launch
     return arguments
+
+
+def _tensorboard_logs(folder: Path) -> dict[str, Any]:
+    """Where TensorBoard's logs go: a setting of Trainer at first, later in transformers 5 an environment variable."""
+    if "logging_dir" in inspect.signature(transformers.TrainingArguments).parameters:
+        return {"logging_dir": str(folder)}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+    return {}
 
 
 def total_steps(config: TrainConfig, n_examples: int, batch: int) -> int:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.engines import get_engine
-from ziplm_deploy.engines.trial import ModelRefusedError, Trial
+from ziplm_deploy.engines.trial import ModelRefusedError, RefusedFiles, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
-from ziplm_deploy.engines.trial import RefusedFiles
 from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.run.member import DENSE, Member, ModelFile
 from ziplm_deploy.run.run import Generation, Run

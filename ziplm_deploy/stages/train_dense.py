@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 from ziplm_deploy.machine import distributed
+from ziplm_deploy.models.dense import quiet_transformers
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run.run import Run
@@ -37,7 +38,8 @@ def _train(run: Run, key: str) -> None:
         return
     making = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(making, ignore_errors=True)
-    model.save_pretrained(making, safe_serialization=True)  # type: ignore[operator]
+    with quiet_transformers():
+        model.save_pretrained(making)  # type: ignore[operator]
     run.dense.processor.save_pretrained(making)
     record.save(making / "training.json")
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,7 @@ class Architecture:
     key: str = "key"
     value: str = "value"
     head_count: str = "num_attention_heads"  # attributes of `attention` that its views use
-    head_width: str = "all_head_size"
+    head_width: str | None = "all_head_size"
     attention_output: str = "attention.output.dense"
     ffn: str = "intermediate"
     ffn_input: str = "dense"  # relative to `ffn`

@@ -5,10 +5,13 @@ An entry names what differs from BERT, by attribute paths in the classes of tran
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+from transformers.models.vit import modeling_vit
 
 from ziplm_deploy.models.architectures.base import Architecture
 
@@ -18,21 +21,40 @@ class HeadSlicedMPNetAttention(MPNetSelfAttention):
 
     kept_heads: torch.Tensor  # int64 [k], buffer
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        head_mask: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        # By name: transformers 5 has no head_mask in front of position_bias.
+        call = inspect.signature(super().forward).bind(*args, **kwargs)
+        position_bias: torch.Tensor | None = call.arguments.get("position_bias")
         if position_bias is not None:
-            position_bias = position_bias.index_select(1, self.kept_heads)  # [1, k, q, k_len]
-        outputs: tuple[torch.Tensor, ...] = super().forward(  # type: ignore[no-untyped-call]
-            hidden_states, attention_mask, head_mask, position_bias, output_attentions, **kwargs
-        )
+            call.arguments["position_bias"] = position_bias.index_select(1, self.kept_heads)  # [1, k, q, k_len]
+        outputs: tuple[torch.Tensor, ...] = super().forward(*call.args, **call.kwargs)  # type: ignore[no-untyped-call]
         return outputs
+
+
+def _vit() -> Architecture:
+    """ViT; its modules have other places and names since transformers 5.9."""
+    older = Architecture(
+        "vit",
+        attention="attention.attention",
+        ffn_residual="layernorm_after",
+        attention_norm="layernorm_before",
+        ffn_norm="layernorm_after",
+    )
+    if not hasattr(modeling_vit, "ViTMLP"):
+        return older
+    return replace(
+        older,
+        layers="layers",
+        attention="attention",
+        query="q_proj",
+        key="k_proj",
+        value="v_proj",
+        head_width=None,
+        attention_output="attention.o_proj",
+        ffn="mlp",
+        ffn_input="fc1",
+        ffn_output="mlp.fc2",
+    )
 
 
 ENCODERS = (
@@ -66,11 +88,5 @@ ENCODERS = (
         attention_output="attention.attn.o",
         sliced_attention=HeadSlicedMPNetAttention,
     ),
-    Architecture(
-        "vit",
-        attention="attention.attention",
-        ffn_residual="layernorm_after",
-        attention_norm="layernorm_before",
-        ffn_norm="layernorm_after",
-    ),
+    _vit(),
 )
