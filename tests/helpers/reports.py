@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,15 @@ from ziplm_deploy.latency.table import Cell, LatencyTable
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import Environment, Variant, file_label, parse_recipe
+from ziplm_deploy.recipe import Environment, Variant, parse_recipe
+from ziplm_deploy.reporting import collect
+from ziplm_deploy.reporting.facts import FamilyFacts
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
 from ziplm_deploy.run.folder import RunFolder
-from ziplm_deploy.run.run import Step
+from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.run import Generation
+from ziplm_deploy.stages import report
+from ziplm_deploy.tasks.record import Scores
 
 DATE = "2026-01-01T00:00:00+00:00"
 
@@ -120,30 +124,35 @@ def benchmark_record(**speedups: float) -> BenchmarkRecord:
 
 
 def member(name: str, **changes: Any) -> MemberReport:
+    """A member; figures, variant and accuracy among ``changes`` are those of the file that its target is about."""
     target = None if name == "dense" else float(name.removesuffix("x"))
     measured = target or 1.0
-    fields: dict[str, Any] = {
-        "name": name,
-        "folder": name,
-        "speedup_target": target,
-        "predicted_speedup": None if target is None else target * 1.01,
+    served: dict[str, Any] = {
+        "variant": Variant.FP32,
         "measured_speedup": measured,
         "measured_low": measured - 0.01,
         "measured_high": measured + 0.01,
         "p50_ms": 10.0 / measured,
         "p99_ms": 12.0 / measured,
         "throughput_per_second": 100.0 * measured,
-        "peak_memory_bytes": 2**20,
-        "parameters": int(22_000_000 / measured),
         "onnx_bytes": int(90_000_000 / measured),
         "accuracy": {"spearman": 0.87 / measured**0.01, "pearson": 0.86, "mean_cosine": 0.9},
+    }
+    if target is None:
+        served["accuracy"].pop("mean_cosine")
+    served |= {key: changes.pop(key) for key in list(changes) if key in served}
+    fields: dict[str, Any] = {
+        "name": name,
+        "folder": name,
+        "speedup_target": target,
+        "predicted_speedup": None if target is None else target * 1.01,
+        "parameters": int(22_000_000 / measured),
+        "served": file(Variant(served.pop("variant")), **served),
         "sizes": {"0.attention": 2, "0.ffn": 16, "1.attention": 0, "1.ffn": 8},
         "search_loss": None if target is None else 0.01,
         "seed_losses": {} if target is None else {"uniform": 0.02},
         "verdict": "baseline" if target is None else "reached",
     }
-    if target is None:
-        fields["accuracy"].pop("mean_cosine")
     return MemberReport(**{**fields, **changes})
 
 
@@ -209,26 +218,38 @@ def int8_record(**changes: Any) -> Int8Record:
     return Int8Record(**{**fields, **changes})
 
 
-class State(SimpleNamespace):
-    """What reporting reads of a run."""
-
-    names = ("dense", "2x", "4x")
-    steps = (Step("dense", (2.0, 4.0)),)
+class FinishedRun(SimpleNamespace):
+    """What the report stage reads of a run."""
 
     @staticmethod
     def file_hash(path: Path) -> str:
         return file_hash(path)
 
-    @staticmethod
-    def member_name(target: float) -> str:
-        return f"{target:g}x"
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return (self.dense_member, *self.pruned_members)
 
-    @staticmethod
-    def parent_of(target: float) -> SimpleNamespace:
-        return SimpleNamespace(key=lambda: "database")
+    def generation_of(self, member: Member) -> Generation:
+        return Generation(self.dense_member, self.pruned_members)
+
+    def member(self, name: str) -> Member:
+        return next(member for member in self.members if member.name == name)
+
+    def report(self) -> FamilyReport:
+        return collect.family_report(report.family_facts(self))  # type: ignore[arg-type]
+
+    def files(self, name: str) -> list[FileReport]:
+        """Reports of a member's files; others need not have been timed."""
+        member, record = self.member(name), BenchmarkRecord.load(self.folder.benchmark)
+        facts = report._files(self, member, record)  # type: ignore[arg-type]
+        family = FamilyFacts(self.recipe, "spearman", record, self.table, [], [], {})
+        reports: list[FileReport] = []
+        for each in facts:
+            reports.append(collect._file_report(family, each, reports))
+        return reports
 
 
-def finished_run(output_dir: Path, record: BenchmarkRecord, scores: Mapping[str, float], **settings: Any) -> State:
+def finished_run(output_dir: Path, record: BenchmarkRecord, scores: Mapping[str, float], **settings: Any) -> FinishedRun:
     """A run of the targets 2x and 4x, by hand; ``scores``: of every member's files."""
     given: dict[str, Any] = {
         "name": "demo",
@@ -239,18 +260,26 @@ def finished_run(output_dir: Path, record: BenchmarkRecord, scores: Mapping[str,
     }
     recipe = parse_recipe({**given, **settings})
     folder = RunFolder(recipe)
-    task = SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction")
-    state = State(recipe=recipe, folder=folder, table=latency_table(), task=task, notes=["a note"], trains=False)
+    folder.set_note("a topic", "a note")
+    run = FinishedRun(
+        recipe=recipe,
+        folder=folder,
+        table=latency_table(),
+        task=SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction"),
+        trains=False,
+        dense_member=folder.member(None),
+        pruned_members=(folder.member(2.0), folder.member(4.0)),
+    )
     record.save(folder.benchmark)
-    folder.step_benchmark("dense").parent.mkdir(exist_ok=True)
-    record.save(folder.step_benchmark("dense"))  # as if the closed loop had measured the same
-    for name in State.names:
-        folder.member(name).mkdir()
-        save_file({"w": np.zeros((2, 8), np.float32)}, folder.member(name) / "pruned.safetensors")
+    record.save(folder.generation_benchmark("dense"))  # as if the closed loop had measured the same
+    for member in run.members:
+        member.folder.mkdir()
+        save_file({"w": np.zeros((2, 8), np.float32)}, member.weights)
         for variant in recipe.variants:
-            (folder.member(name) / variant.onnx_file).write_bytes(b"x" * 100)
-            accuracy = json.dumps({"spearman": scores[file_label(name, variant)]})
-            (folder.member(name) / variant.accuracy_file).write_text(accuracy, encoding="utf-8")
-    plan(2.0).save(folder.plan("2x"))
-    plan(4.0, search_loss=None, seed_losses={}).save(folder.plan("4x"))
-    return state
+            made = member.file(variant)
+            made.onnx.write_bytes(b"x" * 100)
+            score = {"spearman": scores[made.label]}
+            Scores(metric="spearman", scores=score, n_rows=9, engine=None, engine_version=None).save(made.scores)
+    plan(2.0).save(run.member("2x").plan)
+    plan(4.0, search_loss=None, seed_losses={}).save(run.member("4x").plan)
+    return run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.models import save_dense
-from tests.stages.test_pipeline import raw_recipe, write_rows
+from tests.helpers.pipeline import raw_recipe, write_rows
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.reporting.records import FamilyReport
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ziplm_deploy.reporting.files import file_reports
 
-from tests.helpers.reports import State, benchmark_record, finished_run, int8_record, variant
-from ziplm_deploy.compression.records import int8_note, int8_record_path
+from tests.helpers.reports import FinishedRun, benchmark_record, finished_run, int8_record, variant
+from ziplm_deploy.compression.records import int8_note
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.engines.trial import RefusedFiles
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
-from ziplm_deploy.reporting import collect as family
+from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FileReport
 from ziplm_deploy.reporting.table import file_header, file_rows
 
@@ -37,11 +36,11 @@ def record_on_two_engines(as_served: float | None, **speedups: float) -> Benchma
     return record.model_copy(update={"engine": "deepsparse", "variants": [dense, *served]})
 
 
-def int8_run(folder: Path, record: BenchmarkRecord, **settings: Any) -> State:
-    state = finished_run(folder, record, SCORES, **{"compress": INT8, **settings})
+def int8_run(folder: Path, record: BenchmarkRecord, **settings: Any) -> FinishedRun:
+    run = finished_run(folder, record, SCORES, **{"compress": INT8, **settings})
     for name in NAMES:
-        int8_record().save(int8_record_path(state, name, "int8"))
-    return state
+        int8_record().save(run.member(name).file(Variant("int8")).int8_record)
+    return run
 
 
 def verdicts(reports: list[FileReport]) -> list[tuple[str, str, bool]]:
@@ -53,7 +52,7 @@ def test_dense_int8_is_compared_with_dense_on_its_own_engine(
     tmp_path: Path, as_served: float, recommended: bool
 ) -> None:
     record = record_on_two_engines(as_served, **{"dense int8": 1.2})
-    reports = file_reports(int8_run(tmp_path, record, **DEEPSPARSE), "dense", record)
+    reports = int8_run(tmp_path, record, **DEEPSPARSE).files("dense")
     assert verdicts(reports) == [
         ("model.onnx", "onnxruntime", True),
         ("model.onnx", "deepsparse", True),
@@ -66,16 +65,16 @@ def test_dense_int8_is_compared_with_dense_on_its_own_engine(
 
 def test_a_slower_engine_does_not_hide_that_int8_helps_on_it(tmp_path: Path) -> None:
     record = record_on_two_engines(0.5, **{"dense int8": 0.9})
-    dense_int8 = file_reports(int8_run(tmp_path, record, **DEEPSPARSE), "dense", record)[-1]
+    dense_int8 = int8_run(tmp_path, record, **DEEPSPARSE).files("dense")[-1]
     assert (dense_int8.measured_speedup, dense_int8.recommended) == (0.9, True)
 
 
 def test_where_the_engine_refuses_dense_nothing_is_compared_with_another_engine(tmp_path: Path) -> None:
     record = record_on_two_engines(None, **{"dense int8": 0.9})
-    state = int8_run(tmp_path, record, **DEEPSPARSE)
-    refused = state.folder.path / "compression" / "refused.json"
-    refused.write_text(json.dumps({"dense (deepsparse)": "assertion failed"}), encoding="utf-8")
-    assert verdicts(file_reports(state, "dense", record)) == [
+    run = int8_run(tmp_path, record, **DEEPSPARSE)
+    refused = run.folder.refused_files
+    RefusedFiles(files={"dense (deepsparse)": "assertion failed"}).save(refused)
+    assert verdicts(run.files("dense")) == [
         ("model.onnx", "onnxruntime", True),
         ("model_int8.onnx", "deepsparse", True),
     ]
@@ -84,12 +83,12 @@ def test_where_the_engine_refuses_dense_nothing_is_compared_with_another_engine(
 def test_a_benchmark_without_dense_where_members_serve_is_refused(tmp_path: Path) -> None:
     record = record_on_two_engines(None, **{"dense int8": 0.9})
     with pytest.raises(CorruptArtifactError, match=r"timing of dense \(deepsparse\).*benchmark again"):
-        file_reports(int8_run(tmp_path, record, **DEEPSPARSE), "dense", record)
+        int8_run(tmp_path, record, **DEEPSPARSE).files("dense")
 
 
 def test_members_have_one_row_a_file_and_rows_say_the_engine_where_there_are_two(tmp_path: Path) -> None:
     timed = {"2x": 2.0, "4x": 4.0, "dense int8": 1.2, "2x int8": 2.5, "4x int8": 4.5}
-    report = family.collect(int8_run(tmp_path, record_on_two_engines(0.9, **timed), **DEEPSPARSE))
+    report = int8_run(tmp_path, record_on_two_engines(0.9, **timed), **DEEPSPARSE).report()
     assert (report.baseline_engine, report.baseline_engine_version, report.engine) == (
         "onnxruntime",
         "1.0",
@@ -113,7 +112,7 @@ def test_members_have_one_row_a_file_and_rows_say_the_engine_where_there_are_two
 @pytest.mark.parametrize("order", [["sparse-int8", "int8", "sparse"], ["int8", "sparse", "sparse-int8"]])
 def test_recommendations_do_not_depend_on_the_order_of_variants(tmp_path: Path, order: list[str]) -> None:
     record = benchmark_record(**{"2x": 2.0, "2x int8": 3.0, "2x sparse": 2.2, "2x sparse-int8": 2.8})
-    state = int8_run(tmp_path, record, compress={"variants": order})
+    run = int8_run(tmp_path, record, compress={"variants": order})
     SparsityRecord(
         sparsity=0.8,
         pattern="unstructured",
@@ -122,9 +121,9 @@ def test_recommendations_do_not_depend_on_the_order_of_variants(tmp_path: Path, 
         relative_damping=0.01,
         n_tokens=99,
         linears=[],
-    ).save(state.folder.compressed("2x") / "sparsity.json")
-    int8_record().save(int8_record_path(state, "2x", "sparse-int8"))
-    reports = file_reports(state, "2x", record)
+    ).save(run.member("2x").sparsity_record)
+    int8_record().save(run.member("2x").file(Variant("sparse-int8")).int8_record)
+    reports = run.files("2x")
     assert verdicts(reports) == [
         ("model.onnx", "onnxruntime", True),
         ("model_int8.onnx", "onnxruntime", True),
@@ -136,10 +135,10 @@ def test_recommendations_do_not_depend_on_the_order_of_variants(tmp_path: Path, 
 
 def test_a_file_outside_the_accuracy_budget_is_not_recommended_however_fast(tmp_path: Path) -> None:
     timed = {"2x": 1.5, "4x": 2.0, "dense int8": 1.5, "2x int8": 2.0, "4x int8": 4.0}
-    state = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
+    run = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
     lost = int8_record(within_budget=False, scores=[0.7, 0.712, 0.71], fp32_linears=["a"])
-    lost.save(int8_record_path(state, "2x", "int8"))
-    _, lossy, good = family.collect(state).members
+    lost.save(run.member("2x").file(Variant("int8")).int8_record)
+    _, lossy, good = run.report().members
     assert lossy.verdict == "reached"
     assert lossy.reason == ""
     assert [each.recommended for each in lossy.files] == [True, False]
@@ -149,22 +148,22 @@ def test_a_file_outside_the_accuracy_budget_is_not_recommended_however_fast(tmp_
 
 def test_the_budget_holds_where_the_file_serves_too(tmp_path: Path) -> None:
     record = benchmark_record(**{"2x": 2.0, "2x int8": 2.5})
-    state = int8_run(tmp_path, record, compress={**INT8, "int8": {"max_loss": 0.02}})
-    int8_record(reference_score=0.9, scores=[0.895]).save(int8_record_path(state, "2x", "int8"))
-    accuracy = state.folder.member("2x") / "accuracy_int8.json"
+    run = int8_run(tmp_path, record, compress={**INT8, "int8": {"max_loss": 0.02}})
+    int8_record(reference_score=0.9, scores=[0.895]).save(run.member("2x").file(Variant("int8")).int8_record)
+    accuracy = run.member("2x").file(Variant.INT8).scores
     accuracy.write_text('{"spearman": 0.883}', encoding="utf-8")
-    assert file_reports(state, "2x", record)[1].recommended
+    assert run.files("2x")[1].recommended
     accuracy.write_text('{"spearman": 0.881}', encoding="utf-8")
-    served = file_reports(state, "2x", record)[1]
+    served = run.files("2x")[1]
     assert not served.recommended
     assert served.reason == "outside the accuracy budget on the engine that serves (0.8810 against 0.9000)"
 
 
 def test_a_target_missed_after_the_closed_loop_says_that_it_was_reached_there(tmp_path: Path) -> None:
     timed = {"2x": 1.5, "4x": 2.0, "dense int8": 1.5, "2x int8": 1.8, "4x int8": 3.0}
-    state = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
-    benchmark_record(**{"2x": 2.01, "4x": 3.0}).save(state.folder.step_benchmark("dense"))
-    _, reached, never = family.collect(state).members
+    run = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
+    benchmark_record(**{"2x": 2.01, "4x": 3.0}).save(run.folder.generation_benchmark("dense"))
+    _, reached, never = run.report().members
     assert reached.reason.startswith("it was fast enough (2.01x) when the closed loop measured it")
     assert "levels are too far apart" in never.reason
 
@@ -185,18 +184,18 @@ def test_notes_name_the_linears_that_they_are_about() -> None:
 @pytest.mark.parametrize("within_budget", [True, None])
 def test_a_budget_that_holds_or_was_never_set_rules_nothing_out(tmp_path: Path, within_budget: bool | None) -> None:
     record = benchmark_record(**{"2x": 2.0, "2x int8": 2.5})
-    state = int8_run(tmp_path, record)
+    run = int8_run(tmp_path, record)
     int8_record(within_budget=within_budget, scores=[], reference_score=None).save(
-        int8_record_path(state, "2x", "int8")
+        run.member("2x").file(Variant("int8")).int8_record
     )
-    assert [each.recommended for each in file_reports(state, "2x", record)] == [True, True]
+    assert [each.recommended for each in run.files("2x")] == [True, True]
 
 
 def test_a_target_missed_because_linears_stayed_float32_says_so(tmp_path: Path) -> None:
     timed = {"2x": 1.5, "4x": 2.0, "dense int8": 1.5, "2x int8": 1.8, "4x int8": 3.0}
-    state = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
-    int8_record(fp32_linears=["a", "b"], scores=[0.7, 0.8, 0.865]).save(int8_record_path(state, "2x", "int8"))
-    _, kept, throughout = family.collect(state).members
+    run = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
+    int8_record(fp32_linears=["a", "b"], scores=[0.7, 0.8, 0.865]).save(run.member("2x").file(Variant("int8")).int8_record)
+    _, kept, throughout = run.report().members
     assert kept.verdict == throughout.verdict == "missed"
     assert kept.reason.startswith("2 of 12 linears stayed float32 to hold the accuracy budget")
     assert "linears" not in throughout.reason

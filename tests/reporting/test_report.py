@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
-from ziplm_deploy.run.correction import Correction
 
 from tests.helpers.reports import (
-    State,
+    FinishedRun,
     benchmark_record,
     family_report,
     file,
@@ -29,15 +28,16 @@ from ziplm_deploy.cli import console
 from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
-from ziplm_deploy.recipe import BenchmarkConfig
+from ziplm_deploy.recipe import BenchmarkConfig, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
-from ziplm_deploy.reporting import collect as family
+from ziplm_deploy.reporting.judge import harmed_by_training, judge
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
-from ziplm_deploy.reporting.table import header, markdown_table, rows, shows_no_speedup
-from ziplm_deploy.stages.export import member_key
+from ziplm_deploy.reporting.table import aa_line, header, markdown_table, rows, shows_no_speedup
+from ziplm_deploy.run.manifest import Correction
+from ziplm_deploy.stages import report as report_stage
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
 
@@ -55,7 +55,7 @@ SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
     ],
 )
 def test_verdicts(measured: float, corrections: int, verdict: str, reason: str) -> None:
-    found, why = family.judge(measured, 2.0, SETTINGS, corrections, largest=4.0)
+    found, why = judge(measured, 2.0, SETTINGS, corrections, largest=4.0)
     assert found == verdict
     assert why.startswith(reason)
     assert bool(why) == bool(reason)
@@ -64,34 +64,34 @@ def test_verdicts(measured: float, corrections: int, verdict: str, reason: str) 
 def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the_table() -> None:
     slowed_by = kept_in_float32(int8_record(fp32_linears=["a", "b", "c"]))
     for corrections in (0, 1, 3):
-        verdict, reason = family.judge(1.9, 2.0, SETTINGS, corrections, largest=4.0, slowed_by=slowed_by)
+        verdict, reason = judge(1.9, 2.0, SETTINGS, corrections, largest=4.0, slowed_by=slowed_by)
         assert verdict == "missed"
         assert reason.startswith("3 of 12 linears stayed float32 to hold the accuracy budget; raise")
         assert "compress.int8.max_loss or lower max_fp32_share" in reason
-    assert "latency table" in family.judge(1.9, 5.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
-    assert family.judge(2.0, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by) == ("reached", "")
-    assert "3 corrections" in family.judge(2.3, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
+    assert "latency table" in judge(1.9, 5.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
+    assert judge(2.0, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by) == ("reached", "")
+    assert "3 corrections" in judge(2.3, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
     assert kept_in_float32(int8_record()) == kept_in_float32(None) == ""
 
 
 def test_a_member_that_training_made_worse_is_named() -> None:
     worse = member("2x", accuracy={"spearman": 0.8}, accuracy_before_training={"spearman": 0.85})
     better = member("3x", accuracy={"spearman": 0.86}, accuracy_before_training={"spearman": 0.85})
-    assert family.harmed_by_training([worse, better, member("4x", accuracy={})], "spearman") == [
+    assert harmed_by_training([worse, better, member("4x", accuracy={})], "spearman") == [
         "2x: training lowered spearman from 0.8500 to 0.8000; try a smaller recover.learning_rate, or more steps"
     ]
 
 
 def test_what_training_did_is_judged_by_one_file() -> None:
     before = {"spearman": 0.85}
-    files = [file("fp32", accuracy={"spearman": 0.86}), file("int8", accuracy={"spearman": 0.7})]
+    files = [file(Variant("fp32"), accuracy={"spearman": 0.86}), file(Variant("int8"), accuracy={"spearman": 0.7})]
     better = member("2x", variant="int8", files=files, accuracy={"spearman": 0.7}, accuracy_before_training=before)
-    assert family.harmed_by_training([better], "spearman") == []
-    files = [file("fp32", accuracy={"spearman": 0.8}), file("int8", accuracy={"spearman": 0.9})]
+    assert harmed_by_training([better], "spearman") == []
+    files = [file(Variant("fp32"), accuracy={"spearman": 0.8}), file(Variant("int8"), accuracy={"spearman": 0.9})]
     worse = member("2x", variant="int8", files=files, accuracy={"spearman": 0.9}, accuracy_before_training=before)
-    assert "from 0.8500 to 0.8000" in family.harmed_by_training([worse], "spearman")[0]
+    assert "from 0.8500 to 0.8000" in harmed_by_training([worse], "spearman")[0]
     only_int8 = member("2x", variant="int8", files=files[1:], accuracy_before_training=before)
-    assert family.harmed_by_training([only_int8], "spearman") == []
+    assert harmed_by_training([only_int8], "spearman") == []
 
 
 def test_a_score_before_training_stands_only_beside_that_of_the_same_file() -> None:
@@ -100,7 +100,7 @@ def test_a_score_before_training_stands_only_beside_that_of_the_same_file() -> N
     assert "before training" in header([member("dense"), exported], "spearman")
     assert "0.8500" in rows([exported], "spearman")[0]
     assert "| spearman, before training | 0.8500 |" in model_card(family_report(), exported, "ORTModel")
-    quantized = member("2x", variant="int8", files=[file("fp32"), file("int8")], accuracy_before_training=before)
+    quantized = member("2x", variant="int8", files=[file(Variant("fp32")), file(Variant("int8"))], accuracy_before_training=before)
     assert "before training" not in header([member("dense"), quantized], "spearman")
     assert "0.8500" not in rows([quantized], "spearman")[0]
     card = model_card(family_report(), quantized, "ORTModel")
@@ -117,7 +117,7 @@ def test_markdown_says_what_training_did_to_the_exported_file() -> None:
     training = TrainingRecord(
         device="cpu", steps=6, examples_per_step=16, seconds=1.0, samples_per_second=96.0, losses=[(1, 0.5), (6, 0.1)]
     )
-    files = [file("fp32", accuracy={"spearman": 0.86}), file("int8", accuracy={"spearman": 0.7})]
+    files = [file(Variant("fp32"), accuracy={"spearman": 0.86}), file(Variant("int8"), accuracy={"spearman": 0.7})]
     changes: dict[str, Any] = {"training": training, "variant": "int8", "files": files}
     with_score = member("2x", accuracy_before_training={"spearman": 0.85}, **changes)
     text = family_markdown(family_report(member("dense"), with_score, member("3x", **changes), recovery="one-shot"))
@@ -126,7 +126,7 @@ def test_markdown_says_what_training_did_to_the_exported_file() -> None:
 
 
 def test_a_target_above_the_largest_speedup_says_so() -> None:
-    verdict, reason = family.judge(3.0, 5.0, SETTINGS, 0, largest=4.1667)
+    verdict, reason = judge(3.0, 5.0, SETTINGS, 0, largest=4.1667)
     assert verdict == "missed"
     assert "4.17x" in reason
 
@@ -136,7 +136,7 @@ def test_parameters_are_counted_from_the_header(tmp_path: Path) -> None:
     save_file(
         {"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float32), "c": np.zeros((0, 7), np.float32)}, path
     )
-    assert family.parameter_count(path) == 17
+    assert report_stage.parameter_count(path) == 17
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 4, struct.pack("<Q", 1 << 40), b"not a safetensors file at all"])
@@ -144,58 +144,59 @@ def test_damaged_weights_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "pruned.safetensors"
     path.write_bytes(content)
     with pytest.raises(CorruptArtifactError, match=r"pruned\.safetensors"):
-        family.parameter_count(path)
+        report_stage.parameter_count(path)
     with pytest.raises(CorruptArtifactError):
-        family.parameter_count(tmp_path / "none.safetensors")
+        report_stage.parameter_count(tmp_path / "none.safetensors")
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> State:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FinishedRun:
     """2x reached, 4x missed after three corrections."""
     record = benchmark_record(**{"2x": 2.01, "4x": 3.5})
     made = finished_run(tmp_path, record, {"dense": 0.88, "2x": 0.87, "4x": 0.8})
-    made.folder.set_correction("4x", member_key(made, 4.0), Correction(4.2, 3))
+    monkeypatch.setattr(report_stage, "member_key", lambda run, member: "key")
+    made.folder.set_correction("4x", "key", Correction(4.2, 3))
     return made
 
 
-def test_a_report_is_collected_written_and_read_back(state: State) -> None:
-    report = family.write_report(state)
-    assert FamilyReport.load(state.folder.path / "report.json") == report
+def test_a_report_is_collected_written_and_read_back(run: FinishedRun) -> None:
+    report = report_stage.write_report(run)
+    assert FamilyReport.load(run.folder.path / "report.json") == report
     assert [item.name for item in report.members] == ["dense", "2x", "4x"]
     assert [item.verdict for item in report.members] == ["baseline", "reached", "missed"]
     dense, _, missed = report.members
     assert dense.sizes == {"0.attention": 2, "0.ffn": 16, "1.attention": 2, "1.ffn": 16}
     assert (missed.corrections, missed.search_loss, missed.reason[:5]) == (3, None, "all 3")
     assert {item.parameters for item in report.members} == {16}
-    assert {item.onnx_bytes for item in report.members} == {100}
+    assert {item.served.onnx_bytes for item in report.members} == {100}
     assert report.notes == ["a note"]
     for name in ("dense", "2x", "4x"):
-        assert (state.folder.member(name) / "README.md").read_text(encoding="utf-8").startswith("---\n")
+        assert (run.member(name).folder / "README.md").read_text(encoding="utf-8").startswith("---\n")
     jsonschema.validate(
-        json.loads((state.folder.path / "report.json").read_text(encoding="utf-8")), json_schema("report")
+        json.loads((run.folder.path / "report.json").read_text(encoding="utf-8")), json_schema("report")
     )
 
 
-def test_a_run_without_evaluation_still_has_a_report(state: State) -> None:
+def test_a_run_without_evaluation_still_has_a_report(run: FinishedRun) -> None:
     for name in ("dense", "2x", "4x"):
-        (state.folder.member(name) / "accuracy.json").unlink()
-    report = family.write_report(state)
-    assert all(item.accuracy == {} for item in report.members)
-    assert "## Scores" not in (state.folder.path / "report.md").read_text(encoding="utf-8")
+        (run.member(name).folder / "accuracy.json").unlink()
+    report = report_stage.write_report(run)
+    assert all(item.served.accuracy == {} for item in report.members)
+    assert "## Scores" not in (run.folder.path / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("missing", ["benchmark.json", "pruning/2x.json", "2x/model.onnx", "4x/pruned.safetensors"])
-def test_missing_files_are_named_and_no_report_is_written(state: State, missing: str) -> None:
-    (state.folder.path / missing).unlink()
+def test_missing_files_are_named_and_no_report_is_written(run: FinishedRun, missing: str) -> None:
+    (run.folder.path / missing).unlink()
     with pytest.raises(CorruptArtifactError, match=Path(missing).name.replace(".", r"\.")):
-        family.write_report(state)
-    assert not (state.folder.path / "report.json").exists()
+        report_stage.write_report(run)
+    assert not (run.folder.path / "report.json").exists()
 
 
-def test_a_benchmark_that_lacks_a_member_is_refused(state: State) -> None:
-    benchmark_record(**{"2x": 2.0}).save(state.folder.benchmark)
+def test_a_benchmark_that_lacks_a_member_is_refused(run: FinishedRun) -> None:
+    benchmark_record(**{"2x": 2.0}).save(run.folder.benchmark)
     with pytest.raises(CorruptArtifactError, match="timing of 4x"):
-        family.write_report(state)
+        report_stage.write_report(run)
 
 
 @pytest.mark.parametrize("kind", sorted(ARTIFACTS))
@@ -309,7 +310,7 @@ def test_the_snippet_of_a_card_loads_the_file_that_the_figures_are_of() -> None:
     plain = model_card(family_report(), member("2x"), "ORTModel")
     assert 'ORTModel.from_pretrained("2x")  # this folder' in plain
     assert "Stock optimum" not in plain
-    quantized = member("2x", variant="int8", files=[file("fp32"), file("int8")])
+    quantized = member("2x", variant="int8", files=[file(Variant("fp32")), file(Variant("int8"))])
     card = model_card(family_report(), quantized, "ORTModel")
     assert 'ORTModel.from_pretrained("2x", file_name="model_int8.onnx")' in card
     assert 'ziplm_deploy.load("2x")  # torch: model.onnx, not model_int8.onnx' in card
@@ -317,12 +318,12 @@ def test_the_snippet_of_a_card_loads_the_file_that_the_figures_are_of() -> None:
 
 def test_a_card_says_when_its_figures_are_of_another_engine_than_the_snippet() -> None:
     report = family_report(engine="deepsparse", baseline_engine="onnxruntime")
-    card = model_card(report, member("2x", variant="int8", files=[file("int8")]), "ORTModel")
+    card = model_card(report, member("2x", variant="int8", files=[file(Variant("int8"))]), "ORTModel")
     assert "those of model_int8.onnx on deepsparse. Stock optimum runs it on ONNX Runtime" in card
     assert "Stock optimum" not in model_card(report, member("dense"), "ORTModel")  # its figures are the baseline's
     assert "on deepsparse. Stock optimum" in model_card(family_report(engine="deepsparse"), member("dense"), "ORTModel")
 
 
 def test_aa_line_tells_noise() -> None:
-    assert "as it should be" in console.aa_line(1.0, 0.99, 1.01)
-    assert "trust no difference" in console.aa_line(1.05, 1.03, 1.07)
+    assert "as it should be" in aa_line(1.0, 0.99, 1.01)
+    assert "trust no difference" in aa_line(1.05, 1.03, 1.07)

@@ -14,7 +14,7 @@ from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Environment, Recipe, parse_recipe
-from ziplm_deploy.run.correction import Correction
+from ziplm_deploy.run.manifest import Correction, Manifest
 from ziplm_deploy.run.folder import RunFolder
 
 
@@ -46,21 +46,21 @@ def test_a_stage_runs_once_also_in_the_next_process(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     folder.save()
     work = Work(folder.path / "out")
-    assert folder.stage("s", "key", [work.path], work) is True
-    assert folder.stage("s", "key", [work.path], work) is False
-    assert RunFolder(_recipe(tmp_path)).stage("s", "key", [work.path], work) is False
+    assert folder.make("s", "key", [work.path], work) is True
+    assert folder.make("s", "key", [work.path], work) is False
+    assert RunFolder(_recipe(tmp_path)).make("s", "key", [work.path], work) is False
     assert work.runs == 1
-    assert set(folder.seconds) == {"s"}
+    assert set(folder.stage_seconds) == {"s"}
 
 
 def test_a_stage_runs_again_when_its_key_changes_or_its_output_is_gone(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     folder.save()
     work = Work(folder.path / "out")
-    folder.stage("s", "key", [work.path], work)
-    assert folder.stage("s", "other", [work.path], work) is True
+    folder.make("s", "key", [work.path], work)
+    assert folder.make("s", "other", [work.path], work) is True
     work.path.unlink()
-    assert folder.stage("s", "other", [work.path], work) is True
+    assert folder.make("s", "other", [work.path], work) is True
     assert work.runs == 3
 
 
@@ -69,30 +69,30 @@ def test_a_stage_that_failed_runs_again(tmp_path: Path, failure: type[BaseExcept
     folder = RunFolder(_recipe(tmp_path))
     folder.save()
     work = Work(folder.path / "out")
-    folder.stage("s", "old", [work.path], work)
+    folder.make("s", "old", [work.path], work)
 
     def fail() -> None:
         raise failure
 
     with pytest.raises(failure):
-        folder.stage("s", "new", [work.path], fail)
-    assert RunFolder(_recipe(tmp_path)).stage("s", "new", [work.path], work) is True
+        folder.make("s", "new", [work.path], fail)
+    assert RunFolder(_recipe(tmp_path)).make("s", "new", [work.path], work) is True
 
 
 def test_a_later_failure_keeps_what_is_done(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     folder.save()
     work = Work(folder.path / "out")
-    folder.stage("first", "key", [work.path], work)
+    folder.make("first", "key", [work.path], work)
     with pytest.raises(ZeroDivisionError):
-        folder.stage("second", "key", [], lambda: print(1 / 0))
-    assert RunFolder(_recipe(tmp_path)).stage("first", "key", [work.path], work) is False
+        folder.make("second", "key", [], lambda: print(1 / 0))
+    assert RunFolder(_recipe(tmp_path)).make("first", "key", [work.path], work) is False
 
 
 def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     assert folder.correction("2x", "key") is None
-    correction = Correction(2.1, 1, [(2.0, 1.9)], slowdown=1.2, rooms=1, sidesteps=2, floor=2.05)
+    correction = Correction(2.1, 1, [(2.0, 1.9)], float32_slowdown=1.2, float32_restarts=1, refused_plans=2, refused_speedup=2.05)
     assert all(getattr(correction, item.name) != item.default for item in dataclasses.fields(Correction))
     folder.set_correction("2x", "key", correction)
     assert RunFolder(_recipe(tmp_path)).correction("2x", "key") == correction
@@ -103,18 +103,18 @@ def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
 def test_a_forgotten_stage_runs_again(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     work = Work(folder.path / "out")
-    folder.stage("first", "key", [work.path], work)
-    folder.forget("first")
-    folder.forget("unknown")
-    assert RunFolder(_recipe(tmp_path)).stage("first", "key", [work.path], work) is True
+    folder.make("first", "key", [work.path], work)
+    folder.unmake("first")
+    folder.unmake("unknown")
+    assert RunFolder(_recipe(tmp_path)).make("first", "key", [work.path], work) is True
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"stages": '])
+@pytest.mark.parametrize("content", ["", "{", '{"stages": ', "[1]", '{"kind": "manifest", "schema_version": 1, "stages": 3}'])
 def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     folder = RunFolder(_recipe(tmp_path))
     folder.save()
     (folder.path / "manifest.json").write_text(content, encoding="utf-8")
-    with pytest.raises(CorruptArtifactError, match=r"manifest\.json.*delete the file"):
+    with pytest.raises(CorruptArtifactError, match=r"manifest .*in .*manifest\.json"):
         RunFolder(_recipe(tmp_path))
 
 
@@ -151,3 +151,35 @@ def test_hashes_of_sources(tmp_path: Path) -> None:
     assert source_hash(str(tmp_path)) != before
     assert source_hash("glue") == "glue"
     assert source_hash(None) == ""
+
+
+def test_a_manifest_of_the_version_before_is_understood(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    before = {
+        "stages": {"profile": "abc"},
+        "seconds": {"profile": 2.5},
+        "corrections": {
+            "2x": {
+                "key": "k",
+                "predicted_target": 2.2,
+                "count": 1,
+                "history": [[2.0, 1.8]],
+                "slowdown": 1.1,
+                "rooms": 1,
+                "sidesteps": 2,
+                "floor": 2.1,
+            }
+        },
+        "notes": {"topic": "text"},
+        "name": "demo",
+        "seed": 0,
+    }
+    (folder.path / "manifest.json").write_text(json.dumps(before), encoding="utf-8")
+    again = RunFolder(_recipe(tmp_path))
+    assert again.is_made("profile", "abc")
+    assert again.stage_seconds == {"profile": 2.5}
+    assert again.notes == ["text"]
+    assert again.correction("2x", "k") == Correction(2.2, 1, [(2.0, 1.8)], 1.1, 1, 2, 2.1)
+    again.save()
+    assert Manifest.load(folder.path / "manifest.json").corrections == {"2x": again.correction("2x", "k")}

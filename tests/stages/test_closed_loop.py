@@ -2,69 +2,80 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
-from ziplm_deploy.recipe import BenchmarkConfig
-from ziplm_deploy.run.correction import Correction
-from ziplm_deploy.run.run import Step
-from ziplm_deploy.stages import closed_loop
+from ziplm_deploy.recipe import BenchmarkConfig, Variant
+from ziplm_deploy.run.manifest import Correction
+from ziplm_deploy.run.member import DENSE, Member, member_name
+from ziplm_deploy.run.run import Generation
+from ziplm_deploy.stages import closed_loop, prune
+
+
+def member_of(target: float | None) -> Member:
+    return Member(DENSE if target is None else member_name(target), Path("run"), trained=False, target=target)
 
 
 class Machine:
     """Members are plans with any predicted speedup; the measured one is ``bias`` times it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: tuple[float, ...], bias: float, limit: float = 100.0):
-        self.bias, self.limit = bias, limit
-        self.predicted = {f"{target:g}x": target for target in targets}
+        self.bias, self.limit, self.trains = bias, limit, False
+        self.dense_member = member_of(None)
+        self.pruned_members = tuple(map(member_of, targets))
+        self.generations = [Generation(self.dense_member, self.pruned_members)]
+        self.predicted = {member.name: float(member.target or 0) for member in self.pruned_members}
         self.corrections: dict[str, Correction] = {}
+        self.notes: dict[str, str | None] = {}
         self.measurements = 0
-        self.recipe = SimpleNamespace(speedups=targets, benchmark=BenchmarkConfig(), finishes_after_pruning=False)
+        self.recipe = SimpleNamespace(
+            benchmark=BenchmarkConfig(),
+            finishes_after_pruning=False,
+            compress=SimpleNamespace(target=Variant.FP32),
+            environment=SimpleNamespace(engine="deepsparse"),
+        )
         self.progress = SimpleNamespace(note=lambda text: None)
         self.folder = SimpleNamespace(
-            plan=lambda name: name,
-            pruned=lambda name: name,
             correction=lambda name, key: self.corrections.get(name),
             set_correction=lambda name, key, correction: self.corrections.__setitem__(name, correction),
+            unmake=lambda stage: None,
+            set_note=lambda topic, text: self.notes.__setitem__(topic, text),
+            generation_benchmark=lambda parent: parent,
         )
         planner = SimpleNamespace(changes=self._changes, budget_ms=lambda aim: self._changes(None, aim))
-        self.parent_of = lambda target: SimpleNamespace(planner=planner)
-        monkeypatch.setattr(closed_loop, "member_key", lambda state, target: "key")
+        self.parent_of = lambda member: SimpleNamespace(planner=planner)
+        load = SimpleNamespace(
+            load=lambda path: SimpleNamespace(predicted_speedup=self.predicted[path.stem], sizes={})
+        )
+        for stage in (closed_loop, prune):
+            monkeypatch.setattr(stage, "member_key", lambda run, member: "key")
+            monkeypatch.setattr(stage, "PruningPlan", load)
         monkeypatch.setattr(closed_loop, "prune_member", self._prune)
-        monkeypatch.setattr(closed_loop, "export_pruned", lambda state, name: None)
-        load = SimpleNamespace(load=lambda name: SimpleNamespace(predicted_speedup=self.predicted[name], sizes={}))
-        monkeypatch.setattr(closed_loop, "PruningPlan", load)
-        monkeypatch.setattr(closed_loop, "refused_targets", lambda state, step: self.refused(step.targets))
-        self.folder.forget = lambda stage: None
-        self.folder.set_note = lambda topic, text: self.notes.__setitem__(topic, text)
-        self.notes: dict[str, str | None] = {}
+        monkeypatch.setattr(closed_loop, "export_pruned", lambda run, member: None)
+        monkeypatch.setattr(closed_loop, "measure_generation", lambda run, generation: self.measure())
+        monkeypatch.setattr(closed_loop, "refused_members", lambda run, generation: self.refused(generation.members))
 
-    def refused(self, targets: tuple[float, ...]) -> dict[float, str]:
+    def refused(self, members: tuple[Member, ...]) -> dict[Member, str]:
         return {}
-
-    @staticmethod
-    def member_name(target: float) -> str:
-        return f"{target:g}x"
 
     def _changes(self, plan: Any, predicted_target: float) -> bool:
         if predicted_target > self.limit:
             raise TargetUnreachableError("expected less", self.limit)
         return True
 
-    def _prune(self, state: Any, target: float) -> None:
-        name = self.member_name(target)
-        self.predicted[name] = self.corrections[name].predicted_target
+    def _prune(self, run: Any, member: Member) -> None:
+        self.predicted[member.name] = self.corrections[member.name].predicted_target
 
     def measure(self) -> Any:
         self.measurements += 1
         return SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=self.bias * self.predicted[name]))
 
     def run(self) -> Any:
-        step = Step("dense", self.recipe.speedups)
-        return closed_loop.reach_targets(self, step, self.measure)  # type: ignore[arg-type]
+        return closed_loop.reach_targets(self, self.generations[0])  # type: ignore[arg-type]
 
 
 def test_members_inside_the_tolerance_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +111,9 @@ def test_a_target_beyond_reach_is_given_up_and_the_others_are_still_served(monke
 
 def test_corrections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, (2.0,), bias=0.5)
-    monkeypatch.setattr(closed_loop, "prune_member", lambda state, target: None)  # nothing ever helps
+    monkeypatch.setattr(closed_loop, "prune_member", lambda run, member: None)  # nothing ever helps
     machine.run()
-    assert machine.corrections["2x"].count == machine.recipe.benchmark.max_corrections
+    assert machine.corrections["2x"].corrections == machine.recipe.benchmark.max_corrections
 
 
 def test_a_member_that_was_fast_enough_is_not_given_up_for_a_missed_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,23 +132,23 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
     monkeypatch: pytest.MonkeyPatch, bias: float, aim: float | None
 ) -> None:
     machine = Machine(monkeypatch, (2.0, 4.0), bias=bias)
-    machine.steps = [Step("dense", (2.0,)), Step("2x", (4.0,))]  # type: ignore[attr-defined]
-    machine.folder.step_benchmark = lambda parent: parent
+    two, four = machine.pruned_members
+    machine.generations = [Generation(machine.dense_member, (two,)), Generation(two, (four,))]
     measured = SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=bias * machine.predicted[name]))
-    monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: measured))
-    closed_loop.start_from_last_bias(machine, machine.steps[0])  # type: ignore[arg-type, attr-defined]
+    monkeypatch.setattr(prune, "BenchmarkRecord", SimpleNamespace(load=lambda path: measured))
+    prune.start_from_last_bias(machine, machine.generations[0])  # type: ignore[arg-type]
     assert machine.corrections == {}
-    closed_loop.start_from_last_bias(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
+    prune.start_from_last_bias(machine, machine.generations[1])  # type: ignore[arg-type]
     found = machine.corrections.get("4x")
     assert (found and found.predicted_target) == (aim and pytest.approx(aim))
     if found:
-        assert found.count == 0  # all corrections are still to be had
+        assert found.corrections == 0  # all corrections are still to be had
         machine.corrections["4x"] = Correction(4.9, 2)
-        closed_loop.start_from_last_bias(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
+        prune.start_from_last_bias(machine, machine.generations[1])  # type: ignore[arg-type]
         assert machine.corrections["4x"].predicted_target == 4.9
         machine.corrections.clear()
         machine.limit = 4.2  # the larger aim is out of reach, the target itself is not
-        closed_loop.start_from_last_bias(machine, machine.steps[1])  # type: ignore[arg-type, attr-defined]
+        prune.start_from_last_bias(machine, machine.generations[1])  # type: ignore[arg-type]
         assert machine.corrections == {}
 
 
@@ -155,18 +166,17 @@ class AbortingMachine(Machine):
     ):
         super().__init__(monkeypatch, (1.5, 2.0), bias=bias, limit=limit)
         self.bad, self.coarse = bad, coarse
-        self.recipe.environment = SimpleNamespace(engine="deepsparse")
 
-    def refused(self, targets: tuple[float, ...]) -> dict[float, str]:
+    def refused(self, members: tuple[Member, ...]) -> dict[Member, str]:
         return {
-            target: "the process died"
-            for target in targets
-            if self.bad[0] <= self.predicted[self.member_name(target)] <= self.bad[1]
+            member: "the process died"
+            for member in members
+            if self.bad[0] <= self.predicted[member.name] <= self.bad[1]
         }
 
-    def _prune(self, state: Any, target: float) -> None:
-        super()._prune(state, target)
-        if target == 2.0:
+    def _prune(self, run: Any, member: Member) -> None:
+        super()._prune(run, member)
+        if member.target == 2.0:
             self.predicted["2x"] = max(self.predicted["2x"], self.coarse)
 
 
@@ -177,7 +187,7 @@ def test_a_member_that_the_engine_cannot_run_gives_way_to_a_slightly_faster_one(
     machine = AbortingMachine(monkeypatch, (1.9, upper))
     assert upper < machine.run().variant("2x").speedup <= upper * closed_loop.ABOVE_REFUSED
     assert machine.corrections.keys() == {"2x"}
-    assert machine.corrections["2x"].count == 0  # all corrections are still to be had
+    assert machine.corrections["2x"].corrections == 0  # all corrections are still to be had
     assert machine.measurements == 1
     assert machine.notes["sidesteps of 1.5x"] is None
     assert "deepsparse could not run" in str(machine.notes["sidesteps of 2x"])
@@ -188,21 +198,21 @@ def test_the_next_plan_is_above_what_the_refused_one_promises(monkeypatch: pytes
     machine.predicted["2x"] = 2.15  # 7 % above its target: steps from the target would find the same plan
     machine.recipe.benchmark = BenchmarkConfig(overshoot=0.2)
     assert machine.run().variant("2x").speedup == pytest.approx(2.15 * closed_loop.ABOVE_REFUSED)
-    assert machine.corrections["2x"].sidesteps == 1
+    assert machine.corrections["2x"].refused_plans == 1
 
 
 def test_a_correction_does_not_go_back_to_a_plan_that_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = AbortingMachine(monkeypatch, (1.9, 2.0), bias=1.3)  # measured 2.6x and more: too fast, but the least
     record = machine.run()
     assert record.variant("2x").speedup == pytest.approx(1.3 * 2.0 * closed_loop.ABOVE_REFUSED)
-    assert machine.corrections["2x"].sidesteps == 1
+    assert machine.corrections["2x"].refused_plans == 1
 
 
 @pytest.mark.parametrize(("upper", "limit"), [(50.0, 100.0), (2.0, 2.01)])
 def test_sidesteps_are_bounded(monkeypatch: pytest.MonkeyPatch, upper: float, limit: float) -> None:
     machine = AbortingMachine(monkeypatch, (1.9, upper), limit=limit)
     forgotten: list[str] = []
-    machine.folder.forget = forgotten.append
+    machine.folder.unmake = forgotten.append
     with pytest.raises(EngineError, match=r"the process died\n2x: this was the last"):
         machine.run()
     assert machine.predicted["2x"] <= 2.0 * closed_loop.ABOVE_REFUSED**closed_loop.MAX_REFUSED_PLANS * 1.0001
@@ -214,12 +224,11 @@ class SlowedMachine(Machine):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slowdown: float, kept: str = "3 of 12", limit: float = 100.0):
         super().__init__(monkeypatch, (2.0, 4.0), bias=1.0, limit=limit)
-        self.slowdown, self.trains = slowdown, False
-        self.recipe.compress = SimpleNamespace(target="int8")
+        self.slowdown = slowdown
+        self.recipe.compress = SimpleNamespace(target=Variant.INT8)
         self.recipe.finishes_after_pruning = True
-        self.folder.step_benchmark = lambda parent: parent
         monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: self.measure()))
-        monkeypatch.setattr(closed_loop, "int8_record", lambda state, name, variant: name)
+        monkeypatch.setattr(closed_loop, "int8_record", lambda file: file.member.name)
         monkeypatch.setattr(closed_loop, "kept_in_float32", lambda name: kept if name == "4x" else "")
 
     def final(self) -> Any:
@@ -235,8 +244,9 @@ class SlowedMachine(Machine):
         rooms = 0
         while closed_loop.compensate_float32(self, self.final()):  # type: ignore[arg-type]
             rooms += 1
-            for name in self.corrections:
-                self._prune(self, float(name.removesuffix("x")))
+            for member in self.pruned_members:
+                if member.name in self.corrections:
+                    self._prune(self, member)
             self.run()
         return rooms
 
@@ -246,7 +256,7 @@ def test_linears_that_stay_in_float32_are_made_room_for(monkeypatch: pytest.Monk
     assert machine.finish() == 1
     assert 4.0 <= machine.final().variant("4x int8").speedup <= 4.1
     assert machine.predicted["2x"] == 2.0
-    assert machine.corrections["4x"].slowdown == pytest.approx(1.3)
+    assert machine.corrections["4x"].float32_slowdown == pytest.approx(1.3)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +282,7 @@ def test_a_file_that_is_faster_than_its_stand_in_does_not_loosen_the_target(monk
     machine = SlowedMachine(monkeypatch, slowdown=0.99)
     machine.predicted["4x"] = 3.8  # given up there, and still too slow in the end
     assert closed_loop.compensate_float32(machine, machine.final())  # type: ignore[arg-type]
-    assert machine.corrections["4x"].slowdown == 1.0
+    assert machine.corrections["4x"].float32_slowdown == 1.0
     assert machine.corrections["4x"].predicted_target > 4.0
 
 

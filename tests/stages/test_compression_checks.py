@@ -14,14 +14,15 @@ import torch
 
 from tests.helpers.int8_files import constants, exported, tensors
 from tests.helpers.models import save_dense, sentences, tiny_model
-from ziplm_deploy.compression.treatment import export_stand_in, target_treatment
+from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.models.member_files import replace_member
+from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_compression
-from ziplm_deploy.stages.export import save_checkpoint
+from ziplm_deploy.stages.export import export_stand_in
 
 TOOL = {"variants": ["int8"], "int8": {"backend": "neural-compressor"}}
 SPARSE = {"variants": ["sparse"], "target": "sparse"}
@@ -92,7 +93,7 @@ def test_who_does_not_use_neural_compressor_needs_none(tmp_path: Path, monkeypat
 def test_static_files_get_whole_batches(
     tmp_path: Path, checkpoint: Path, task: str, n_rows: int, batch_size: int, n_batches: int
 ) -> None:
-    state = run_of(
+    run = run_of(
         checkpoint,
         tmp_path,
         task,
@@ -100,22 +101,22 @@ def test_static_files_get_whole_batches(
         export={"shapes": "static"},
         compress={"variants": ["int8"], "int8": {"n_calibration": n_rows}},
     )
-    assert len(state.ranges_batches) == n_batches
-    assert {value.shape for batch in state.ranges_batches for value in batch.values()} == {(batch_size, 16)}
-    found = [tuple(row.tolist()) for batch in state.ranges_batches for row in batch["input_ids"]]
-    there = {tuple(row.tolist()) for batch in state.encode(state.ranges_rows, 1, 16) for row in batch["input_ids"]}
+    assert len(run.data.ranges_batches) == n_batches
+    assert {value.shape for batch in run.data.ranges_batches for value in batch.values()} == {(batch_size, 16)}
+    found = [tuple(row.tolist()) for batch in run.data.ranges_batches for row in batch["input_ids"]]
+    there = {tuple(row.tolist()) for batch in run.data.encode(run.data.ranges_rows, 1, 16) for row in batch["input_ids"]}
     assert set(found) <= there
     if n_rows < batch_size:  # every example is there, equally often
         assert {found.count(row) for row in there} <= {batch_size // n_rows, -(-batch_size // n_rows)}
 
 
 def test_rows_of_one_text_fill_a_batch_too(tmp_path: Path, checkpoint: Path) -> None:
-    state = run_of(
+    run = run_of(
         checkpoint, tmp_path, environment={"workload": {"batch_size": 4, "seq_len": 16}}, export={"shapes": "static"}
     )
-    text = state.calibration_rows[0]
-    state.calibration_rows = [text] * 6 + state.calibration_rows[1:3]
-    [batch] = state.ranges_batches  # three different texts of eight rows
+    text = run.data.calibration_rows[0]
+    run.data.calibration_rows = [text] * 6 + run.data.calibration_rows[1:3]
+    [batch] = run.data.ranges_batches  # three different texts of eight rows
     assert batch["input_ids"].shape == (4, 16)
     assert len(torch.unique(batch["input_ids"], dim=0)) == 3
 
@@ -151,12 +152,14 @@ def test_a_stand_in_is_made_again_for_another_pooling(tmp_path: Path, checkpoint
     settings: list[dict[str, Any]] = [{}, {"pooling": "cls"}, {"pooling": "cls", "normalize": False}]
     files = []
     for model in settings:
-        state = run_of(checkpoint, tmp_path, model=model, environment={"workload": {"seq_len": 16}}, compress=SPARSE)
+        run = run_of(checkpoint, tmp_path, model=model, environment={"workload": {"seq_len": 16}}, compress=SPARSE)
+        [member] = run.pruned_members
         if not files:
-            save_checkpoint(state, state.folder.pruned("2x"), state.dense, {"member": "2x"})
-        export_stand_in(state, "2x")
-        files.append(state.folder.stand_in("2x", "sparse").read_bytes())
-        written = state.folder.stand_in("2x", "sparse").stat().st_mtime_ns
-        export_stand_in(state, "2x")  # nothing has changed
-        assert state.folder.stand_in("2x", "sparse").stat().st_mtime_ns == written
+            replace_member(member.pruned_folder, run.dense.model, run.dense.processor, run.recipe.model, {})
+        export_stand_in(run, member)
+        made = member.stand_in(Variant.SPARSE)
+        files.append(made.read_bytes())
+        written = made.stat().st_mtime_ns
+        export_stand_in(run, member)  # nothing has changed
+        assert made.stat().st_mtime_ns == written
     assert len(set(files)) == 3

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ziplm_deploy
-from tests.helpers.models import VOCABULARY, save_dense
+from tests.helpers.models import save_dense
+from tests.helpers.pipeline import WORDS, raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import (
     CorruptArtifactError,
@@ -31,47 +32,9 @@ from ziplm_deploy.errors import (
     TargetUnreachableError,
 )
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.pipeline import run
+from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
-
-WORDS = VOCABULARY[5:]
-
-
-def write_rows(path: Path, n: int, seed: int) -> str:
-    rng = np.random.default_rng(seed)
-    rows = [
-        {"text": " ".join(rng.choice(WORDS, size=rng.integers(3, 12))), "label": int(rng.integers(3))} for _ in range(n)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "name": "tiny",
-        "output_dir": str(folder / "runs"),
-        "model": {"path": str(folder / "model"), "task": "text-classification"},
-        "data": {
-            "calibration": str(folder / "train.jsonl"),
-            "evaluation": str(folder / "test.jsonl"),
-            "n_calibration": 64,
-        },
-        "environment": {"workload": {"seq_len": 32}},
-        "speedups": [1.5],
-        "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
-        "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "coefficient_steps": 3, "swap_evaluations": 6}},
-        # these models take microseconds: the loop's job is tested in test_closed_loop, here it may miss
-        "benchmark": {"rounds": 5, "runs_per_round": 1, "max_seconds": 10, "max_corrections": 0},
-    }
-    for section, fields in changes.items():
-        raw[section] = {**raw.get(section, {}), **fields} if isinstance(fields, dict) else fields
-    return raw
-
-
-def recipe(folder: Path, **changes: Any) -> Recipe:
-    return parse_recipe(raw_recipe(folder, **changes))
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -91,17 +54,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(made: Path, tmp_path: Path) -> Path:
     shutil.copytree(made, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def stamps(folder: Path) -> dict[str, int]:
-    run_dir = folder / "runs" / "tiny"
-    return {str(p.relative_to(run_dir)): p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
-
-
-def written_again(folder: Path, changed: Recipe) -> set[str]:
-    before = stamps(folder)
-    run(changed)
-    return {name for name, stamp in stamps(folder).items() if before.get(name) != stamp}
 
 
 def test_every_member_has_a_complete_folder_and_a_place_in_the_report(made: Path) -> None:

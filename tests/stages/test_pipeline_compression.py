@@ -13,14 +13,13 @@ import pytest
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
-from tests.stages.test_pipeline import raw_recipe, recipe, write_rows, written_again
-from ziplm_deploy import pipeline
+from tests.helpers.pipeline import raw_recipe, recipe, write_rows, written_again
 from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings
 from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult
 from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
 from ziplm_deploy.compression.int8.sensitivity import Fp32Choice
-from ziplm_deploy.compression.records import Int8Record, int8_record_path
+from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.engines import Engine, ModelSignature, WorkerHandle
@@ -29,16 +28,20 @@ from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalErro
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.resizing import random_resized
-from ziplm_deploy.pipeline import run
+from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import CompressConfig, parse_recipe
+from ziplm_deploy.models.member_files import replace_member
+from ziplm_deploy.recipe import CompressConfig, Variant, parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages import quantize as int8_members
-from ziplm_deploy.stages.export import export_member, save_checkpoint
-from ziplm_deploy.stages.sparsify import compress_member, sparsity_steps
+from ziplm_deploy.stages import benchmark as benchmark_stage
+from ziplm_deploy.stages import quantize as quantize_stage
+from ziplm_deploy.stages.compress import compress_member
+from ziplm_deploy.stages.export import export_member
+from ziplm_deploy.stages.sparsify import sparsity_steps
+from ziplm_deploy.stages.stage import Stage
 
 VARIANTS = ["int8", "sparse", "sparse-int8"]
 COMPRESS = {"variants": VARIANTS, "int8": {"n_calibration": 16}}
@@ -142,10 +145,10 @@ def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made:
     stand_in = folder / "pruning" / "1.5x-int8.onnx"
     assert quantized_linears(stand_in) == quantized_linears(folder / "1.5x" / "model_int8.onnx")
     faster = report.members[1]
-    assert faster.variant == "int8"
+    assert faster.served.variant == "int8"
     file = next(file for file in faster.files if file.variant == "int8")
-    assert faster.measured_speedup == file.measured_speedup
-    assert faster.accuracy == file.accuracy
+    assert faster.served.measured_speedup == file.measured_speedup
+    assert faster.served.accuracy == file.accuracy
     with pytest.raises(ziplm_deploy.errors.IncompatibleArtifactError, match="variant"):
         run(recipe(made, name="other", output_dir=str(tmp_path), profile={"table": str(folder / "profile.json")}))
 
@@ -159,16 +162,16 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
 
     plans: list[PruningPlan] = []
 
-    def slower_at_first(state: Run) -> BenchmarkRecord:
-        record = benchmark(state)
-        plans.append(PruningPlan.load(state.folder.plan("2x")))
+    def slower_at_first(of: Run) -> BenchmarkRecord:
+        record = benchmark_stage.benchmark(of)
+        plans.append(PruningPlan.load(of.pruned_members[0].plan))
         found = record.variant("2x int8")
         monkeypatch.setattr(found, "speedup", 1.4 if len(plans) == 1 else 2.0)
         return record
 
-    benchmark = pipeline.benchmark
-    monkeypatch.setattr(int8_members, "keep_in_fp32", keep_two)
-    monkeypatch.setattr(pipeline, "benchmark", slower_at_first)
+    monkeypatch.setattr(quantize_stage, "keep_in_fp32", keep_two)
+    stage = Stage("benchmark", benchmark_stage.STAGE.describe, slower_at_first)
+    monkeypatch.setattr(benchmark_stage, "STAGE", stage)
     settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
     data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), speedups=[2.0])
     run(parse_recipe(data))
@@ -176,8 +179,8 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     assert after.budget_ms < before.budget_ms
     assert after.predicted_speedup > before.predicted_speedup
     manifest = json.loads((tmp_path / "tiny" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["corrections"]["2x"]["rooms"] == 1
-    assert manifest["corrections"]["2x"]["slowdown"] > 1
+    assert manifest["corrections"]["2x"]["float32_restarts"] == 1
+    assert manifest["corrections"]["2x"]["float32_slowdown"] > 1
 
 
 def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:
@@ -220,19 +223,20 @@ def test_variants_that_are_no_longer_asked_for_go(tmp_path: Path, made: Path) ->
 
 def test_a_member_without_any_module_left_has_its_files_all_the_same(tmp_path: Path, made: Path) -> None:
     shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
-    state = Run(recipe(made, output_dir=str(tmp_path), compress=COMPRESS))
-    folder = state.folder.member("1.5x")
+    started = Run(recipe(made, output_dir=str(tmp_path), compress=COMPRESS))
+    [left] = started.pruned_members
     empty = random_resized(
-        ziplm_deploy.load(folder), dict.fromkeys(("0.attention", "0.ffn", "1.attention", "1.ffn"), 0)
+        ziplm_deploy.load(left.folder), dict.fromkeys(("0.attention", "0.ffn", "1.attention", "1.ffn"), 0)
     )
-    save_checkpoint(state, folder, empty, {})
-    export_member(state, "1.5x", folder)
-    compress_member(state, "1.5x")
-    assert quantized_linears(folder / "model_int8.onnx") == ()
-    assert has_rounded_embeddings(folder / "model_int8.onnx")
-    record = Int8Record.load(int8_record_path(state, "1.5x", "int8"))
+    replace_member(left.folder, empty, started.dense.processor, started.recipe.model, {})
+    export_member(started, left, left.folder)
+    compress_member(started, left)
+    int8 = left.file(Variant.INT8)
+    assert quantized_linears(int8.onnx) == ()
+    assert has_rounded_embeddings(int8.onnx)
+    record = Int8Record.load(int8.int8_record)
     assert (record.n_linears, record.embeddings) == (0, True)
-    assert SparsityRecord.load(state.folder.compressed("1.5x") / "sparsity.json").linears == []
+    assert SparsityRecord.load(left.sparsity_record).linears == []
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
@@ -248,18 +252,19 @@ def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scor
         quantize(source, target, plain, engine="onnxruntime", reduce_range=True)
         return NeuralCompressorResult((evaluate(source), evaluate(target))[1:], (), True)
 
-    def score(state: Run, path: Path, variant: str, engine: str) -> float:
+    def score(of: Run, path: Path, variant: Variant, engine: str) -> float:
         scored.append(has_rounded_embeddings(path))
         return 0.9
 
-    monkeypatch.setattr(int8_members, "quantize_with_neural_compressor", tool)
-    monkeypatch.setattr(int8_members, "score_of", score)
+    monkeypatch.setattr(quantize_stage, "quantize_with_neural_compressor", tool)
+    monkeypatch.setattr(quantize_stage, "score_of", score)
     settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor", "embeddings": embeddings}}
-    state = Run(recipe(made, output_dir=str(tmp_path), compress=settings))
-    int8_members.quantize_member(state, "1.5x", "int8")
+    [of] = Run(recipe(made, output_dir=str(tmp_path), compress=settings)).pruned_members
+    int8 = of.file(Variant.INT8)
+    quantize_stage.quantize_file(Run(recipe(made, output_dir=str(tmp_path), compress=settings)), int8)
     assert scored == [False, embeddings]
-    assert has_rounded_embeddings(state.folder.member("1.5x") / "model_int8.onnx") is embeddings
-    assert Int8Record.load(int8_record_path(state, "1.5x", "int8")).embeddings is embeddings
+    assert has_rounded_embeddings(int8.onnx) is embeddings
+    assert Int8Record.load(int8.int8_record).embeddings is embeddings
 
 
 def test_trained_scales_survive_a_failure_after_training(
@@ -400,4 +405,4 @@ def test_a_pruned_model_that_the_engine_cannot_run_is_pruned_a_little_further(
     served = (tmp_path / "tiny" / "1.5x" / "model.onnx").read_bytes()
     assert served != bad[0]
     correction = json.loads((tmp_path / "tiny" / "manifest.json").read_text())["corrections"]["1.5x"]
-    assert correction["sidesteps"] >= 1
+    assert correction["refused_plans"] >= 1

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
-from tests.stages.test_pipeline import raw_recipe, recipe, stamps, write_rows, written_again
+from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.errors import DataError, NumericalError, RecipeError, UsageError
-from ziplm_deploy.pipeline import run
+from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.models import VOCABULARY, save_dense
-from ziplm_deploy.pipeline import run
+from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.tasks import get_task

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tests.helpers.models import save_dense, tiny_model
-from tests.stages.test_pipeline import raw_recipe, write_rows
+from tests.helpers.pipeline import raw_recipe, write_rows
 from ziplm_deploy.errors import UnsupportedModelError, UsageError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.recipe import ModelConfig, RecoverConfig, parse_recipe

@@ -1,0 +1,61 @@
+"""Recipes, data and files of whole runs on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.helpers.models import VOCABULARY
+from ziplm_deploy.pipeline import run_pipeline
+from ziplm_deploy.recipe import Recipe, parse_recipe
+
+WORDS = VOCABULARY[5:]
+
+
+def write_rows(path: Path, n: int, seed: int) -> str:
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"text": " ".join(rng.choice(WORDS, size=rng.integers(3, 12))), "label": int(rng.integers(3))} for _ in range(n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": str(folder / "runs"),
+        "model": {"path": str(folder / "model"), "task": "text-classification"},
+        "data": {
+            "calibration": str(folder / "train.jsonl"),
+            "evaluation": str(folder / "test.jsonl"),
+            "n_calibration": 64,
+        },
+        "environment": {"workload": {"seq_len": 32}},
+        "speedups": [1.5],
+        "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
+        "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "coefficient_steps": 3, "swap_evaluations": 6}},
+        # these models take microseconds: the loop's job is tested in test_closed_loop, here it may miss
+        "benchmark": {"rounds": 5, "runs_per_round": 1, "max_seconds": 10, "max_corrections": 0},
+    }
+    for section, fields in changes.items():
+        raw[section] = {**raw.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    return raw
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    return parse_recipe(raw_recipe(folder, **changes))
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    run_dir = folder / "runs" / "tiny"
+    return {str(p.relative_to(run_dir)): p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
+
+
+def written_again(folder: Path, changed: Recipe) -> set[str]:
+    before = stamps(folder)
+    run_pipeline(changed)
+    return {name for name, stamp in stamps(folder).items() if before.get(name) != stamp}
