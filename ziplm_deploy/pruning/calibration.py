@@ -11,9 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.models.modules import PrunableModule, output_linear
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
-
-Batch = dict[str, Tensor]
-
+from ziplm_deploy.tasks.batching import Batch
 
 Progress = Callable[[int, int], None]
 

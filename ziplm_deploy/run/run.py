@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.engines import get_engine
@@ -27,14 +27,11 @@ from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import EngineName, Recipe
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.tasks import Task, get_task
+from ziplm_deploy.tasks.batching import Batch
 
 if TYPE_CHECKING:
     from ziplm_deploy.recovery.examples import Examples
     from ziplm_deploy.recovery.teacher import Teacher
-
-
-Batch = dict[str, Tensor]
-
 
 BATCH_SIZE = 32
 
