@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from exporters.heads import pool
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Run, Task, Which
@@ -168,15 +169,8 @@ class SentenceSimilarity(Task):
         )
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """[batch, length, hidden] → [batch, hidden]."""
-        from torch.nn.functional import normalize
-
-        if self.model.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            weights = mask.unsqueeze(-1).to(hidden.dtype)  # [batch, length, 1]
-            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        return normalize(pooled, dim=-1) if self.model.normalize else pooled
+        """Embeddings [batch, hidden] of hidden states [batch, length, hidden], as the exported graph pools them."""
+        return pool(hidden, mask, self.model.pooling, self.model.normalize)
 
     def _pool_arrays(self, hidden: np.ndarray, inputs: Arrays) -> np.ndarray:
         import torch
