@@ -54,8 +54,15 @@ def batch_indices(lengths: list[int], batch_size: int, *, sort: bool) -> list[li
 
 
 def pad_batch(examples: list[Example], processor: Any, pad_to: int | None) -> Batch:
-    """Tensors [len(examples), longest or pad_to], int64, padded on the tokenizer's side."""
-    length = max(len(example["input_ids"]) for example in examples) if pad_to is None else pad_to
+    """Tensors [len(examples), longest or pad_to], int64, padded on the tokenizer's side.
+
+    Raises:
+        ValueError: an example is longer than ``pad_to``.
+    """
+    longest = max(len(example["input_ids"]) for example in examples)
+    if pad_to is not None and longest > pad_to:
+        raise ValueError(f"expected examples of at most {pad_to} tokens (pad_to), found {longest}; raise pad_to or cut")
+    length = longest if pad_to is None else pad_to
     return {
         name: _padded([torch.tensor(example[name], dtype=torch.int64) for example in examples], name, length, processor)
         for name in examples[0]
