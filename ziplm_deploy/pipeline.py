@@ -29,6 +29,7 @@ from ziplm_deploy.stages import evaluate as evaluation
 from ziplm_deploy.stages import export as members
 from ziplm_deploy.stages import timed_files as subjects
 from ziplm_deploy.stages.checks import check_compression
+from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 
 
 def run(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -260,7 +261,7 @@ def evaluate(state: Run) -> None:
     dense_path = state.folder.member(DENSE) / "model.onnx"
     baseline = state.recipe.environment.model_copy(update={"engine": state.recipe.baseline_engine})
     with evaluation.open_runner(baseline, dense_path) as runner:
-        dense_run = evaluation.cache_embeddings(runner)
+        dense_run = cache_embeddings(runner)
         for index, (name, folder, variant) in enumerate(files):
             evaluation.evaluate_member(state, name, folder, dense_run, variant)
             state.progress.step(index + 1, len(files))

@@ -26,14 +26,13 @@ from ziplm_deploy.pruning.parent import DENSE, Parent
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import EngineName, Recipe
 from ziplm_deploy.run.folder import RunFolder
-from ziplm_deploy.tasks import Task, get_task
+from ziplm_deploy.tasks import EvaluationSet, Task, get_task
 from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 
 if TYPE_CHECKING:
     from ziplm_deploy.recovery.examples import Examples
     from ziplm_deploy.recovery.teacher import Teacher
-
-BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ class Run:
         """Model inputs; what the tokenizer gives and the model does not take is left out."""
         accepted = inspect.signature(self.dense.forward).parameters
         seq_len = self.recipe.environment.workload.seq_len
-        batches = self.task.encode(rows, self.processor, seq_len, batch_size, pad_to=pad_to)
+        batches = self.task.encode(EvaluationSet(rows, self.processor, seq_len, batch_size, pad_to))
         return [{name: value for name, value in batch.items() if name in accepted} for batch in batches]
 
     @functools.cached_property

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,11 +16,12 @@ from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.pruning.parent import DENSE
 from ziplm_deploy.recipe import EngineName, Environment, Recipe, Variant, file_label
-from ziplm_deploy.run.run import BATCH_SIZE, Run
-from ziplm_deploy.tasks import Run as Runner
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.tasks import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE, cache_embeddings
 
 
-def onnx_runner(path: Path) -> Runner:
+def onnx_runner(path: Path) -> ModelFunction:
     """A function from named inputs to named outputs; inputs that the graph does not take are left out.
 
     Raises:
@@ -47,7 +47,7 @@ def onnx_runner(path: Path) -> Runner:
 
 
 @contextlib.contextmanager
-def open_runner(environment: Environment, path: Path) -> Iterator[Runner]:
+def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]:
     """The file as a function, run by the engine that will serve it; ONNX Runtime needs no process of its own for that.
 
     Raises:
@@ -66,23 +66,9 @@ def open_runner(environment: Environment, path: Path) -> Iterator[Runner]:
         yield run
 
 
-def cache_embeddings(run: Runner) -> Runner:
-    """The same answers; sentence embeddings, which metric and fidelity both read, are computed once a batch."""
-    known: dict[bytes, dict[str, np.ndarray]] = {}
-
-    def remembered(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        key = b"".join(inputs[name].tobytes() for name in sorted(inputs))
-        if key in known:
-            return known[key]
-        outputs = run(inputs)
-        if "sentence_embedding" in outputs:  # other outputs may be vocabulary-wide
-            known[key] = {"sentence_embedding": outputs["sentence_embedding"]}
-        return outputs
-
-    return remembered
-
-
-def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner, variant: Variant = Variant.FP32) -> None:
+def evaluate_member(
+    state: Run, name: str, folder: Path, dense_run: ModelFunction, variant: Variant = Variant.FP32
+) -> None:
     """Write ``accuracy.json`` (or a variant's) into a member's folder; fidelity to the dense file too, where there is.
 
     ``dense_run``: the dense model in the engine of the baseline.
@@ -100,13 +86,13 @@ def evaluate_member(state: Run, name: str, folder: Path, dense_run: Runner, vari
     )
 
     def work() -> None:
-        arguments = _arguments(state, batch_size)
+        data = _evaluation_set(state, batch_size)
         if is_baseline:
-            scores = state.task.evaluate(dense_run, *arguments)
+            scores = state.task.evaluate(dense_run, data)
         else:
             with open_runner(recipe.environment, path) as runner:
                 run = cache_embeddings(runner)
-                scores = state.task.evaluate(run, *arguments) | state.task.fidelity(run, dense_run, *arguments)
+                scores = state.task.evaluate(run, data) | state.task.fidelity(run, dense_run, data)
         write_text(target, json.dumps(scores, indent=1) + "\n")
 
     what = file_label(name, variant)
@@ -120,15 +106,15 @@ def score_of(state: Run, path: Path, variant: Variant, engine: EngineName | None
     if engine is not None:
         environment = environment.model_copy(update={"engine": engine})
     with open_runner(environment, path) as run:
-        arguments = _arguments(state, evaluation_batch_size(state.recipe, variant))
-        return state.task.evaluate(run, *arguments)[state.task.metric_name]
+        data = _evaluation_set(state, evaluation_batch_size(state.recipe, variant))
+        return state.task.evaluate(run, data)[state.task.metric_name]
 
 
-def _arguments(state: Run, batch_size: int) -> tuple[list[dict[str, Any]], Any, int, int, int | None]:
-    """What tasks evaluate on: rows, processor, tokens, examples in a call, and to how many tokens they are padded."""
+def _evaluation_set(state: Run, batch_size: int) -> EvaluationSet:
+    """The evaluation rows in batches of the shape that the ONNX files take."""
     seq_len = state.recipe.environment.workload.seq_len
     pad_to = seq_len if state.recipe.export.shapes == "static" else None
-    return state.evaluation_rows, state.processor, seq_len, batch_size, pad_to
+    return EvaluationSet(state.evaluation_rows, state.processor, seq_len, batch_size, pad_to)
 
 
 def evaluation_batch_size(recipe: Recipe, variant: Variant) -> int:
