@@ -52,9 +52,10 @@ from ziplm_deploy.recipe import (
     parse_recipe,
 )
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import accuracy_in, cache_embeddings, evaluate_member
+from ziplm_deploy.stages.evaluate import accuracy_in, evaluate_member
 from ziplm_deploy.stages.export import export_member
 from ziplm_deploy.stages.sparsify import compress_member
+from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 
 ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
 VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "sparse", "sparse-int8")

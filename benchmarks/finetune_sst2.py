@@ -23,7 +23,7 @@ from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks import get_task, torch_run
+from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 from ziplm_deploy.tasks.batching import Example, pad_batch, tokenize
 
 LABELS = ("negative", "positive")
@@ -100,7 +100,8 @@ def main(options: argparse.Namespace) -> None:
     train(model, Examples(train_rows, tokenizer), options)
     train_seconds = time.perf_counter() - started
     validation = task.check_labels(task.load_rows(data, "evaluation", options.seed), model.config)
-    scores = task.evaluate(torch_run(task, model.eval()), validation, tokenizer, 128, BATCH_SIZE)
+    data_set = EvaluationSet(validation, tokenizer, 128, BATCH_SIZE)
+    scores = task.evaluate(torch_function(task, model.eval()), data_set)
 
     model.save_pretrained(options.output, safe_serialization=True)
     tokenizer.save_pretrained(options.output)

@@ -34,7 +34,8 @@ from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.recipe import DataConfig, MethodName, ModelConfig, PruneConfig
-from ziplm_deploy.tasks import Run, Task, get_task, torch_run
+from ziplm_deploy.tasks import EvaluationSet, Task, get_task, torch_function
+from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
 SEEDS = (0, 1, 2)
@@ -48,19 +49,6 @@ TASKS = {
 }
 
 
-def cache_embeddings(run: Run) -> Run:
-    """The same answers, computed once a batch: metric and fidelity read the same outputs."""
-    known: dict[bytes, dict[str, np.ndarray]] = {}
-
-    def remembered(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        key = inputs["input_ids"].tobytes()
-        if key not in known:
-            known[key] = {name: value for name, value in run(inputs).items() if name != "last_hidden_state"}
-        return known[key]
-
-    return remembered
-
-
 class Bench:
     """One task: dense model, evaluation rows, table; runs one (calibration size, seed) at a time."""
 
@@ -72,22 +60,23 @@ class Bench:
         self.task: Task = get_task(settings)
         self.table = LatencyTable.load(arguments.table)
         rows = self.task.load_rows(DataConfig(evaluation=str(self.folder / "validation.jsonl.gz")), "evaluation", 0)
-        self.evaluation = self.task.check_labels(rows, self.dense.config)
-        self._dense_run = cache_embeddings(torch_run(self.task, self.dense))
+        self.evaluation = EvaluationSet(
+            self.task.check_labels(rows, self.dense.config), self.processor, SEQ_LEN, batch_size=64
+        )
+        self._dense_run = cache_embeddings(torch_function(self.task, self.dense))
         self.dense_score = self.score(self.dense)[self.metric]
 
     def score(self, model: nn.Module) -> dict[str, float]:
-        run = self._dense_run if model is self.dense else cache_embeddings(torch_run(self.task, model))
-        arguments = (self.evaluation, self.processor, SEQ_LEN, 64)
-        scores = self.task.evaluate(run, *arguments)
-        return scores if model is self.dense else scores | self.task.fidelity(run, self._dense_run, *arguments)
+        run = self._dense_run if model is self.dense else cache_embeddings(torch_function(self.task, model))
+        scores = self.task.evaluate(run, self.evaluation)
+        return scores if model is self.dense else scores | self.task.fidelity(run, self._dense_run, self.evaluation)
 
     def calibration(self, size: int, seed: int) -> Calibration:
         data = DataConfig(calibration=str(self.folder / "train.jsonl.gz"), n_calibration=size)
         rows = self.task.load_rows(data, "calibration", seed)
 
         def encode(part: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-            return self.task.encode(part, self.processor, SEQ_LEN, BATCH_SIZE)
+            return self.task.encode(EvaluationSet(part, self.processor, SEQ_LEN, BATCH_SIZE))
 
         search = PruneConfig().search
         return Calibration(encode(rows), encode(rows[: search.n_sequences]), encode(rows[-search.n_rerank :]))

@@ -37,8 +37,9 @@ from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
-from ziplm_deploy.run.run import BATCH_SIZE, Run
+from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.export import deployed_form, output_names
+from ziplm_deploy.tasks import EvaluationSet
 
 LAYER_DROP = "layer-drop"
 METHODS = (OURS, "flap", "magnitude", LAYER_DROP)
@@ -141,15 +142,9 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
                 names = output_names(state.task, recipe.export)
                 export_encoder(deployed, dummy_inputs(deployed, settings), names, files[name], settings)
         timing = compare(files, recipe.environment, recipe.benchmark, "dense").variant(FRESH)
+        data = EvaluationSet(state.evaluation_rows, state.processor, recipe.environment.workload.seq_len)
         scores = {
-            name: state.task.evaluate(
-                onnx_runner(path),
-                state.evaluation_rows,
-                state.processor,
-                recipe.environment.workload.seq_len,
-                BATCH_SIZE,
-            )[state.task.metric_name]
-            for name, path in files.items()
+            name: state.task.evaluate(onnx_runner(path), data)[state.task.metric_name] for name, path in files.items()
         }
     return [
         {

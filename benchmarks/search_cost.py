@@ -23,7 +23,7 @@ from ziplm_deploy.pruning.database import build_database
 from ziplm_deploy.pruning.kernels import spdy
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.recipe import DataConfig, ModelConfig, PruneConfig
-from ziplm_deploy.tasks import get_task
+from ziplm_deploy.tasks import EvaluationSet, get_task
 
 MODULES, LEVELS, REPEATS = 24, 45, 31
 SEQ_LEN, BATCH_SIZE, TARGET = 128, 32, 2.0
@@ -52,7 +52,7 @@ def planner(table: LatencyTable) -> Planner:
     rows = task.load_rows(data, "calibration", 0)
     prune = PruneConfig()
     parts = (rows, rows[: prune.search.n_sequences], rows[-prune.search.n_rerank :])
-    calibration = Calibration(*(task.encode(part, tokenizer, SEQ_LEN, BATCH_SIZE) for part in parts))
+    calibration = Calibration(*(task.encode(EvaluationSet(part, tokenizer, SEQ_LEN, BATCH_SIZE)) for part in parts))
     modules = prunable_modules(dense)
     statistics = collect_statistics(dense, calibration.hessian, modules, memory_limit_bytes=8 * 2**30)
     database = build_database(dense, statistics, database_sizes(dense, table), prune)

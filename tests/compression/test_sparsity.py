@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from ziplm_deploy.architectures import layers_of
 
 from tests.helpers.models import MODEL_TYPES, last_states, random_entries, tiny_batches, tiny_inputs, tiny_model
 from ziplm_deploy.compression.sparsity import sparsegpt
@@ -21,6 +20,7 @@ from ziplm_deploy.compression.sparsity.masks import random_masks, sparsity_of, z
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model, sparsity_bytes
 from ziplm_deploy.errors import DataError, NumericalError, UnsupportedModelError, UsageError
+from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import random_resized, resize
 from ziplm_deploy.pruning.calibration import Batch
 from ziplm_deploy.recipe import SparsityConfig

@@ -249,7 +249,9 @@ class FinishedRun(SimpleNamespace):
         return reports
 
 
-def finished_run(output_dir: Path, record: BenchmarkRecord, scores: Mapping[str, float], **settings: Any) -> FinishedRun:
+def finished_run(
+    output_dir: Path, record: BenchmarkRecord, scores: Mapping[str, float], **settings: Any
+) -> FinishedRun:
     """A run of the targets 2x and 4x, by hand; ``scores``: of every member's files."""
     given: dict[str, Any] = {
         "name": "demo",

@@ -194,7 +194,9 @@ def test_a_budget_that_holds_or_was_never_set_rules_nothing_out(tmp_path: Path, 
 def test_a_target_missed_because_linears_stayed_float32_says_so(tmp_path: Path) -> None:
     timed = {"2x": 1.5, "4x": 2.0, "dense int8": 1.5, "2x int8": 1.8, "4x int8": 3.0}
     run = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})
-    int8_record(fp32_linears=["a", "b"], scores=[0.7, 0.8, 0.865]).save(run.member("2x").file(Variant("int8")).int8_record)
+    int8_record(fp32_linears=["a", "b"], scores=[0.7, 0.8, 0.865]).save(
+        run.member("2x").file(Variant("int8")).int8_record
+    )
     _, kept, throughout = run.report().members
     assert kept.verdict == throughout.verdict == "missed"
     assert kept.reason.startswith("2 of 12 linears stayed float32 to hold the accuracy budget")

@@ -30,8 +30,8 @@ from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 from ziplm_deploy.recipe import BenchmarkConfig, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
-from ziplm_deploy.reporting.judge import harmed_by_training, judge
 from ziplm_deploy.reporting.card import model_card
+from ziplm_deploy.reporting.judge import harmed_by_training, judge
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
@@ -100,7 +100,9 @@ def test_a_score_before_training_stands_only_beside_that_of_the_same_file() -> N
     assert "before training" in header([member("dense"), exported], "spearman")
     assert "0.8500" in rows([exported], "spearman")[0]
     assert "| spearman, before training | 0.8500 |" in model_card(family_report(), exported, "ORTModel")
-    quantized = member("2x", variant="int8", files=[file(Variant("fp32")), file(Variant("int8"))], accuracy_before_training=before)
+    quantized = member(
+        "2x", variant="int8", files=[file(Variant("fp32")), file(Variant("int8"))], accuracy_before_training=before
+    )
     assert "before training" not in header([member("dense"), quantized], "spearman")
     assert "0.8500" not in rows([quantized], "spearman")[0]
     card = model_card(family_report(), quantized, "ORTModel")

@@ -14,8 +14,8 @@ from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Environment, Recipe, parse_recipe
-from ziplm_deploy.run.manifest import Correction, Manifest
 from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.run.manifest import Correction, Manifest
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -92,7 +92,9 @@ def test_a_later_failure_keeps_what_is_done(tmp_path: Path) -> None:
 def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     assert folder.correction("2x", "key") is None
-    correction = Correction(2.1, 1, [(2.0, 1.9)], float32_slowdown=1.2, float32_restarts=1, refused_plans=2, refused_speedup=2.05)
+    correction = Correction(
+        2.1, 1, [(2.0, 1.9)], float32_slowdown=1.2, float32_restarts=1, refused_plans=2, refused_speedup=2.05
+    )
     assert all(getattr(correction, item.name) != item.default for item in dataclasses.fields(Correction))
     folder.set_correction("2x", "key", correction)
     assert RunFolder(_recipe(tmp_path)).correction("2x", "key") == correction
@@ -109,7 +111,9 @@ def test_a_forgotten_stage_runs_again(tmp_path: Path) -> None:
     assert RunFolder(_recipe(tmp_path)).make("first", "key", [work.path], work) is True
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"stages": ', "[1]", '{"kind": "manifest", "schema_version": 1, "stages": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"stages": ', "[1]", '{"kind": "manifest", "schema_version": 1, "stages": 3}']
+)
 def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     folder = RunFolder(_recipe(tmp_path))
     folder.save()

@@ -48,9 +48,7 @@ class Machine:
         )
         planner = SimpleNamespace(changes=self._changes, budget_ms=lambda aim: self._changes(None, aim))
         self.parent_of = lambda member: SimpleNamespace(planner=planner)
-        load = SimpleNamespace(
-            load=lambda path: SimpleNamespace(predicted_speedup=self.predicted[path.stem], sizes={})
-        )
+        load = SimpleNamespace(load=lambda path: SimpleNamespace(predicted_speedup=self.predicted[path.stem], sizes={}))
         for stage in (closed_loop, prune):
             monkeypatch.setattr(stage, "member_key", lambda run, member: "key")
             monkeypatch.setattr(stage, "PruningPlan", load)

@@ -17,8 +17,8 @@ from tests.helpers.models import save_dense, sentences, tiny_model
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
-from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.member_files import replace_member
+from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_compression
@@ -104,7 +104,9 @@ def test_static_files_get_whole_batches(
     assert len(run.data.ranges_batches) == n_batches
     assert {value.shape for batch in run.data.ranges_batches for value in batch.values()} == {(batch_size, 16)}
     found = [tuple(row.tolist()) for batch in run.data.ranges_batches for row in batch["input_ids"]]
-    there = {tuple(row.tolist()) for batch in run.data.encode(run.data.ranges_rows, 1, 16) for row in batch["input_ids"]}
+    there = {
+        tuple(row.tolist()) for batch in run.data.encode(run.data.ranges_rows, 1, 16) for row in batch["input_ids"]
+    }
     assert set(found) <= there
     if n_rows < batch_size:  # every example is there, equally often
         assert {found.count(row) for row in there} <= {batch_size // n_rows, -(-batch_size // n_rows)}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
-from tests.helpers.pipeline import WORDS, raw_recipe, recipe, stamps, write_rows, written_again
+from tests.helpers.pipeline import raw_recipe, recipe, write_rows, written_again
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import (
     CorruptArtifactError,
@@ -33,8 +33,9 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.pipeline import run_pipeline as run
-from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,11 +27,11 @@ from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.member_files import replace_member
 from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.models.member_files import replace_member
 from ziplm_deploy.recipe import CompressConfig, Variant, parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport

@@ -14,6 +14,7 @@ from tests.helpers.pipeline import raw_recipe, write_rows
 from ziplm_deploy.errors import UnsupportedModelError, UsageError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.recipe import ModelConfig, RecoverConfig, parse_recipe
+from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 
 

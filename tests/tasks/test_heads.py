@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import transformers
 
-from tests.helpers.models import NUM_LABELS, labelled_rows, tiny_tokenizer
+from tests.helpers.evaluation import evaluation_set
+from tests.helpers.models import NUM_LABELS, labelled_rows
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks import get_task
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
 
 # new heads
 
@@ -97,11 +92,11 @@ def test_spearman_of_a_run_that_knows_the_order(tokenizer: Any) -> None:
         ]
         return {"logits": np.exp(np.array(known, np.float32))[:, None]}
 
-    found = task.evaluate(run, rows, tokenizer, 36, 4, 36)
+    found = task.evaluate(run, evaluation_set(rows, tokenizer, pad_to=36))
     assert found["spearman"] == pytest.approx(1)
     assert 0.5 < found["pearson"] < 0.999
     with pytest.raises(DataError, match="differing scores"):
-        task.evaluate(run, [{**row, "label": 1.0} for row in rows], tokenizer, 36, 4)
+        task.evaluate(run, evaluation_set([{**row, "label": 1.0} for row in rows], tokenizer))
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
@@ -109,8 +104,8 @@ def test_a_collapsed_model_has_no_correlation(value: float, tokenizer: Any) -> N
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"logits": np.full((len(inputs["input_ids"]), 1), value, np.float32)}
 
-    rows = labelled_rows("text-regression", 9)
-    assert get_task("text-regression").evaluate(run, rows, tokenizer, 36, 4) == {"spearman": 0.0, "pearson": 0.0}
+    data = evaluation_set(labelled_rows("text-regression", 9), tokenizer)
+    assert get_task("text-regression").evaluate(run, data) == {"spearman": 0.0, "pearson": 0.0}
 
 
 def test_regression_keeps_the_scale_of_the_data() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ziplm_deploy.recipe import DataConfig, load_recipe
-from ziplm_deploy.tasks import get_task, torch_run
+from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -65,5 +65,5 @@ def test_dense_minilm_reaches_its_known_spearman() -> None:
     task = get_task(recipe.model)
     rows = task.load_rows(recipe.data.model_copy(update={"n_evaluation": 300}), "evaluation", recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = task.evaluate(torch_run(task, model.eval()), rows, tokenizer, 128, 32)
+    scores = task.evaluate(torch_function(task, model.eval()), EvaluationSet(rows, tokenizer, 128))
     assert scores["spearman"] > 0.84

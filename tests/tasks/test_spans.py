@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.models import tiny_model, tiny_tokenizer
+from tests.helpers.evaluation import evaluation_set
+from tests.helpers.models import tiny_model
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks import get_task, torch_run
+from ziplm_deploy.tasks import get_task, torch_function
 from ziplm_deploy.tasks.answering import best_span, make_windows
 from ziplm_deploy.tasks.batching import Arrays
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
 
 # question answering
 
@@ -51,9 +46,9 @@ def point_at(tokenizer: Any, words: tuple[str, ...]) -> Any:
 @pytest.mark.parametrize("pad_to", [None, 36])
 def test_an_answer_far_into_the_context_is_found(tokenizer: Any, pad_to: int | None) -> None:
     task = get_task("question-answering")
-    scores = task.evaluate(point_at(tokenizer, ("a", "cat")), QUESTIONS[:1], tokenizer, 36, 4, pad_to)
+    scores = task.evaluate(point_at(tokenizer, ("a", "cat")), evaluation_set(QUESTIONS[:1], tokenizer, pad_to=pad_to))
     assert scores == {"f1": 1.0, "exact_match": 1.0}
-    scores = task.evaluate(point_at(tokenizer, ("the", "dog")), QUESTIONS, tokenizer, 36, 4, pad_to)
+    scores = task.evaluate(point_at(tokenizer, ("the", "dog")), evaluation_set(QUESTIONS, tokenizer, pad_to=pad_to))
     assert scores == {"f1": 0.5, "exact_match": 0.5}
 
 
@@ -115,10 +110,10 @@ def test_entity_f1_of_a_tagger_that_knows(tokenizer: Any, pad_to: int | None) ->
         classes = np.where(ids == dog, 1, np.where(ids == cat, np.where(after_dog, 2, 1), 0))
         return {"logits": np.eye(3, dtype=np.float32)[classes]}
 
-    scores = task.evaluate(run, rows, tokenizer, 12, 4, pad_to)
+    scores = task.evaluate(run, evaluation_set(rows, tokenizer, pad_to=pad_to, max_length=12))
     assert set(scores.values()) == {1.0}
-    cut = task.evaluate(run, rows, tokenizer, 3, 4, pad_to)  # one word left of each row: nothing is found
-    assert cut["entity_f1"] == 0.0
+    cut = task.evaluate(run, evaluation_set(rows, tokenizer, pad_to=pad_to, max_length=3))
+    assert cut["entity_f1"] == 0.0, "one word is left of each row: nothing is found"
 
 
 def test_a_word_is_judged_by_its_first_token(tokenizer: Any) -> None:
@@ -148,7 +143,7 @@ def test_unknown_tags_and_unchecked_rows(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"found 'B-PER' in row 1"):
         task.check_labels([{"words": ["a"], "label": ["B-PER"]}], NAMES)
     with pytest.raises(DataError, match="check_labels"):
-        task.evaluate(lambda inputs: {}, TAGGED, tokenizer, 12, 4)
+        task.evaluate(lambda inputs: {}, evaluation_set(TAGGED, tokenizer, max_length=12))
 
 
 # fill-mask
@@ -156,9 +151,9 @@ def test_unknown_tags_and_unchecked_rows(tokenizer: Any) -> None:
 
 def test_masking_is_repeatable_and_never_hides_special_tokens(tokenizer: Any) -> None:
     rows = [{"text": "the cat sat on the mat under a tree . [MASK] dog"}, {"text": "who"}]
-    first, second = (get_task("fill-mask").encode(rows, tokenizer, 36, 4)[0] for _ in range(2))
+    first, second = (get_task("fill-mask").encode(evaluation_set(rows, tokenizer))[0] for _ in range(2))
     assert torch.equal(first["input_ids"], second["input_ids"])
-    plain = get_task("text-classification").encode(rows, tokenizer, 36, 4)[0]["input_ids"]
+    plain = get_task("text-classification").encode(evaluation_set(rows, tokenizer))[0]["input_ids"]
     hidden = first["input_ids"] != plain
     assert hidden.sum(1).tolist() == [1, 2]  # 15 % of 11 ordinary tokens, and at least one
     assert (first["input_ids"][hidden] == tokenizer.mask_token_id).all()
@@ -175,7 +170,7 @@ def test_masked_accuracy_of_a_run_that_knows(tokenizer: Any) -> None:
         def run(inputs: Arrays, logits: np.ndarray = logits) -> Arrays:
             return {"logits": np.broadcast_to(logits, (*inputs["input_ids"].shape, 60))}
 
-        scores = get_task("fill-mask").evaluate(run, rows, tokenizer, 36, 2, 36)
+        scores = get_task("fill-mask").evaluate(run, evaluation_set(rows, tokenizer, 2, pad_to=36))
         assert scores["masked_accuracy"] == accuracy
         assert scores["masked_log_likelihood"] < 0
 
@@ -185,7 +180,7 @@ def test_fill_mask_bad_input(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="only blank rows"):
         task.normalize_rows([{"text": " "}], DataConfig(), "calibration")
     with pytest.raises(DataError, match="tokens to mask"):
-        task.evaluate(lambda inputs: {"logits": np.zeros((1, 2, 60))}, [{"text": ""}], tokenizer, 36, 2)
+        task.evaluate(lambda inputs: {"logits": np.zeros((1, 2, 60))}, evaluation_set([{"text": ""}], tokenizer, 2))
     with pytest.raises(RuntimeError, match="call one first"):
         get_task("fill-mask").features({"logits": torch.zeros(1, 2, 3)}, {"input_ids": torch.zeros(1, 2)})
 
@@ -210,15 +205,16 @@ def test_images_from_files_and_bytes(tmp_path: Path, pad_to: int | None) -> None
     task, model = get_task("image-classification"), tiny_model("vit")
     rows = task.check_labels(task.normalize_rows(raw, data, "evaluation"), model.config)
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
-    batches = task.encode(rows, processor, 0, 2)
+    images = evaluation_set(rows, processor, 2, pad_to=pad_to)
+    batches = task.encode(images)
     assert [tuple(batch["pixel_values"].shape) for batch in batches] == [(2, 3, 16, 16), (2, 3, 16, 16), (1, 3, 16, 16)]
     with torch.no_grad():
         answers = torch.cat([task.forward(model, batch)["logits"] for batch in batches]).argmax(-1)
     expected = float(np.mean(answers.numpy() == [row["label"] for row in rows]))
-    assert task.evaluate(torch_run(task, model), rows, processor, 0, 2, pad_to)["accuracy"] == expected
+    assert task.evaluate(torch_function(task, model), images)["accuracy"] == expected
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"expected an image in .*1\.png"):
-        task.encode(rows, processor, 0, 8)
+        task.encode(images)
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:

@@ -10,18 +10,14 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.models import TEXT_TASKS, labelled_rows, sentences, tiny_model, tiny_tokenizer
+from tests.helpers.evaluation import evaluation_set
+from tests.helpers.models import TEXT_TASKS, labelled_rows, sentences, tiny_model
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, ModelConfig
-from ziplm_deploy.tasks import get_task, torch_run
+from ziplm_deploy.tasks import get_task, torch_function
 from ziplm_deploy.tasks.batching import Arrays
 from ziplm_deploy.tasks.losses import kl_divergence
 from ziplm_deploy.tasks.similarity import embedding_fidelity
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -32,10 +28,10 @@ def test_fixed_shapes_change_no_metric(name: str, tokenizer: Any) -> None:
 
     def recording(inputs: Arrays) -> Arrays:
         shapes.update(array.shape for array in inputs.values())
-        return torch_run(task, model)(inputs)
+        return torch_function(task, model)(inputs)
 
-    dynamic = task.evaluate(torch_run(task, model), rows, tokenizer, 36, 3)
-    static = task.evaluate(recording, rows, tokenizer, 36, 4, 36)
+    dynamic = task.evaluate(torch_function(task, model), evaluation_set(rows, tokenizer, 3))
+    static = task.evaluate(recording, evaluation_set(rows, tokenizer, pad_to=36))
     assert shapes == {(4, 36)}
     assert task.metric_name in dynamic
     assert static == pytest.approx(dynamic, abs=1e-5)
@@ -49,13 +45,13 @@ def test_encode_pads_and_keeps_every_row(name: str, side: str, tokenizer: Any) -
     task = get_task(name)
     rows = [{"text": text} for text in dict.fromkeys(sentences(10))] if name == "sentence-similarity" else None
     rows = rows or labelled_rows(name, 10)
-    batches = task.encode(rows, tokenizer, 36, 4)
+    batches = task.encode(evaluation_set(rows, tokenizer))
     lengths = [int(n) for batch in batches for n in batch["attention_mask"].sum(1)]
     assert len(lengths) == len(rows)
     assert lengths == sorted(lengths)
     assert all(batch["input_ids"].shape[1] == batch["attention_mask"].sum(1).max() for batch in batches)
     assert {tensor.dtype for batch in batches for tensor in batch.values()} == {torch.int64}
-    fixed = task.encode(rows, tokenizer, 36, 4, pad_to=39, sort=False)
+    fixed = task.encode(evaluation_set(rows, tokenizer, pad_to=39), sort=False)
     assert {batch["input_ids"].shape[1] for batch in fixed} == {39}
     edge = fixed[0]["attention_mask"][:, 0 if side == "left" else -1]
     assert not edge.any()
@@ -64,7 +60,7 @@ def test_encode_pads_and_keeps_every_row(name: str, side: str, tokenizer: Any) -
 @pytest.mark.parametrize("name", TEXT_TASKS)
 def test_divergence_is_zero_for_the_same_and_positive_for_another_model(name: str, tokenizer: Any) -> None:
     task, rows = get_task(name), labelled_rows(name, 6)
-    (batch,) = task.encode(rows[:3], tokenizer, 36, 8)
+    (batch,) = task.encode(evaluation_set(rows[:3], tokenizer, 8))
     with torch.no_grad():
         first, second = (
             task.features(task.forward(tiny_model("bert", name, seed=seed), batch), batch) for seed in (0, 1)
@@ -80,7 +76,8 @@ def test_padding_does_not_reach_the_search_loss(name: str, tokenizer: Any) -> No
     with torch.no_grad():
         tight, wide = (
             task.features(task.forward(model, batch), batch)
-            for batch in (task.encode(rows, tokenizer, 36, 20)[0], task.encode(rows, tokenizer, 36, 20, pad_to=38)[0])
+            for pad_to in (None, 38)
+            for batch in task.encode(evaluation_set(rows, tokenizer, 20, pad_to=pad_to))
         )
     other = torch.randn(tight.shape, generator=torch.Generator().manual_seed(0))
     if name == "question-answering":
@@ -97,7 +94,7 @@ def test_kl_against_torch() -> None:
 
 
 def test_forward_leaves_out_inputs_the_model_does_not_take(tokenizer: Any) -> None:
-    (batch,) = get_task("text-classification").encode([{"text": "the cat"}], tokenizer, 36, 4)
+    (batch,) = get_task("text-classification").encode(evaluation_set([{"text": "the cat"}], tokenizer))
     assert "token_type_ids" in batch
     outputs = get_task("text-classification").forward(tiny_model("distilbert", "text-classification"), batch)
     assert set(outputs) == {"logits"}
@@ -110,29 +107,29 @@ def test_forward_leaves_out_inputs_the_model_does_not_take(tokenizer: Any) -> No
 def test_embedding_pooled_here_and_in_the_graph_agree(pooling: str, tokenizer: Any) -> None:
     model_config = ModelConfig.model_validate({"path": "x", "task": "sentence-similarity", "pooling": pooling})
     task, rows = get_task(model_config), labelled_rows("sentence-similarity", 5)
-    run = torch_run(task, tiny_model("bert"))
+    run = torch_function(task, tiny_model("bert"))
 
     def hidden_only(inputs: Arrays) -> Arrays:
         return {"last_hidden_state": run(inputs)["last_hidden_state"]}
 
-    here, graph = (task.embed(each, rows, tokenizer, 36, 2) for each in (hidden_only, run))  # type: ignore[attr-defined]
+    here, graph = (task.embed(each, evaluation_set(rows, tokenizer, 2)) for each in (hidden_only, run))  # type: ignore[attr-defined]
     np.testing.assert_allclose(here, graph, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(graph, axis=1), 1, rtol=1e-5)
 
 
 def test_spearman_is_one_for_scores_in_the_order_of_the_cosines(tokenizer: Any) -> None:
     task, rows = get_task("sentence-similarity"), labelled_rows("sentence-similarity", 12)
-    run = torch_run(task, tiny_model("bert"))
+    run = torch_function(task, tiny_model("bert"))
     left, right = (
-        task.embed(run, [{"text": row[key]} for row in rows], tokenizer, 36, 4)  # type: ignore[attr-defined]
+        task.embed(run, evaluation_set([{"text": row[key]} for row in rows], tokenizer))  # type: ignore[attr-defined]
         for key in ("text", "text_pair")
     )
     ranked = [
         {**row, "label": float(np.exp(9 * score))} for row, score in zip(rows, (left * right).sum(1), strict=True)
     ]
-    assert task.evaluate(run, ranked, tokenizer, 36, 4)["spearman"] == pytest.approx(1)
+    assert task.evaluate(run, evaluation_set(ranked, tokenizer))["spearman"] == pytest.approx(1)
     with pytest.raises(DataError, match="differing scores"):
-        task.evaluate(run, [{**row, "label": 1.0} for row in rows], tokenizer, 36, 4)
+        task.evaluate(run, evaluation_set([{**row, "label": 1.0} for row in rows], tokenizer))
 
 
 def test_calibration_sentences_come_from_pairs_once_each() -> None:
@@ -155,10 +152,10 @@ def test_fidelity_bounds() -> None:
 
 def test_fidelity_of_the_dense_model_to_itself(tokenizer: Any) -> None:
     task, rows = get_task("sentence-similarity"), labelled_rows("sentence-similarity", 12)
-    run = torch_run(task, tiny_model("bert"))
-    scores = task.fidelity(run, run, rows, tokenizer, 36, 4)
+    run = torch_function(task, tiny_model("bert"))
+    scores = task.fidelity(run, run, evaluation_set(rows, tokenizer))
     assert scores == pytest.approx({"mean_cosine": 1, "neighbour_overlap": 1})
-    assert get_task("fill-mask").fidelity(run, run, rows, tokenizer, 36, 4) == {}
+    assert get_task("fill-mask").fidelity(run, run, evaluation_set(rows, tokenizer)) == {}
 
 
 # labels
@@ -200,8 +197,8 @@ def test_accuracy_of_a_run_that_knows_the_answer(tokenizer: Any) -> None:
         return {"logits": np.eye(3, dtype=np.float32)[known]}
 
     task = get_task("text-classification")
-    assert task.evaluate(run, rows, tokenizer, 36, 4, 36) == {"accuracy": 1.0, "macro_f1": 1.0}
+    assert task.evaluate(run, evaluation_set(rows, tokenizer, pad_to=36)) == {"accuracy": 1.0, "macro_f1": 1.0}
     wrong = [{**row, "label": (row["label"] + 1) % 3} for row in rows]
-    assert task.evaluate(run, wrong, tokenizer, 36, 4)["accuracy"] == 0.0
+    assert task.evaluate(run, evaluation_set(wrong, tokenizer))["accuracy"] == 0.0
     with pytest.raises(DataError, match="rows that check_labels returned"):
-        task.evaluate(run, [{**rows[0], "label": "POS"}], tokenizer, 36, 4)
+        task.evaluate(run, evaluation_set([{**rows[0], "label": "POS"}], tokenizer))

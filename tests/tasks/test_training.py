@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from tests.helpers.models import TEXT_TASKS, labelled_rows, tiny_model, tiny_tokenizer
+from tests.helpers.evaluation import evaluation_set
+from tests.helpers.models import TEXT_TASKS, labelled_rows, tiny_model
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks import TASKS, Task, get_task
@@ -18,11 +19,6 @@ from ziplm_deploy.tasks.losses import cross_entropy, mean_squared
 from ziplm_deploy.tasks.similarity import flatten
 
 LABELLED_TASKS = [name for name in TEXT_TASKS if name != "sentence-similarity"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(params=["left", "right"])
@@ -45,7 +41,7 @@ def unlabelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_collated_examples_are_what_encode_gives(name: str, sided: Any) -> None:
     task, rows = get_task(name), labelled_rows(name, 7)
     examples = task.examples(rows, sided, 36)
-    (expected,) = task.encode(rows, sided, 36, 99, sort=False)
+    (expected,) = task.encode(evaluation_set(rows, sided, 99), sort=False)
     batch = task.collate(examples, sided)
     assert set(batch) == set(expected) | set(task.label_names)
     if name == "question-answering":  # the window with the answer, which need not be the first
@@ -119,7 +115,7 @@ def test_tags_stand_at_the_first_token_of_each_word(sided: Any) -> None:
 def test_hidden_tokens_are_the_labels_of_fill_mask(sided: Any) -> None:
     task, rows = get_task("fill-mask"), labelled_rows("fill-mask", 7)
     batch = task.collate(task.examples(rows, sided, 36), sided)
-    (plain,) = get_task("text-classification").encode(rows, sided, 36, 99, sort=False)
+    (plain,) = get_task("text-classification").encode(evaluation_set(rows, sided, 99), sort=False)
     hidden = batch["labels"] != -100
     assert torch.equal(hidden, batch["input_ids"] == sided.mask_token_id)
     assert torch.equal(torch.where(hidden, batch["labels"], batch["input_ids"]), plain["input_ids"])
@@ -142,7 +138,7 @@ def test_positions_point_at_the_answer(sided: Any) -> None:
         rows, batch["input_ids"], batch["start_positions"], batch["end_positions"], strict=True
     ):
         assert sided.decode(ids[start : end + 1]) == row["answers"][0].strip()
-    (first,) = task.encode(rows, sided, 36, 99, sort=False)
+    (first,) = task.encode(evaluation_set(rows, sided, 99), sort=False)
     assert (first["input_ids"] != batch["input_ids"]).any(1).sum() >= 4, "late answers stand in other windows"
 
 
@@ -183,7 +179,7 @@ def test_an_answer_that_fits_no_window_gets_position_zero(sided: Any) -> None:
     assert [int(examples[0][key]) for key in task.label_names] == [0, 0]
     batch = task.collate(examples, sided)
     assert batch["input_ids"][0, batch["start_positions"][0]] == sided.cls_token_id
-    (first,) = task.encode(rows[:1], sided, 36, 1)
+    (first,) = task.encode(evaluation_set(rows[:1], sided, 1))
     assert torch.equal(examples[0]["input_ids"], first["input_ids"])
 
 
@@ -241,7 +237,7 @@ def test_forward_keeps_labels_from_the_model(tokenizer: Any) -> None:
 @pytest.mark.parametrize("name", TEXT_TASKS)
 def test_missing_labels_say_what_to_do(name: str, tokenizer: Any) -> None:
     task = get_task(name)
-    (batch,) = task.encode(labelled_rows(name, 3), tokenizer, 36, 99)
+    (batch,) = task.encode(evaluation_set(labelled_rows(name, 3), tokenizer, 99))
     with pytest.raises(DataError, match=r"recover\.task_weight to 0"):
         task.task_loss({"logits": torch.zeros(3, 3)}, batch)
 
@@ -313,7 +309,8 @@ def test_training_on_images(tmp_path: Any) -> None:
     rows = task.check_labels(task.normalize_rows(raw, DataConfig(), "train"), model.config)
     processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
     batch = task.collate(task.examples(rows, processor, 0), processor)
-    assert torch.equal(batch["pixel_values"], task.encode(rows, processor, 0, 8)[0]["pixel_values"])
+    (encoded,) = task.encode(evaluation_set(rows, processor))
+    assert torch.equal(batch["pixel_values"], encoded["pixel_values"])
     with torch.no_grad():
         torch.testing.assert_close(task.task_loss(task.forward(model, batch), batch), model(**batch).loss)
     bare = task.examples(unlabelled(rows), processor, 0)

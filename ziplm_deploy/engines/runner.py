@@ -13,7 +13,7 @@ from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.recipe import Environment
-from ziplm_deploy.tasks import Run as ModelFunction
+from ziplm_deploy.tasks import ModelFunction as ModelFunction
 
 
 def cpu_session(model: Path | bytes) -> Any:

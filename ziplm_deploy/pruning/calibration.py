@@ -12,8 +12,7 @@ from ziplm_deploy.errors import UsageError
 from ziplm_deploy.models.modules import PrunableModule, output_linear
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
-
-Batch = dict[str, Tensor]
+from ziplm_deploy.tasks.batching import Batch
 
 
 def collect_statistics(

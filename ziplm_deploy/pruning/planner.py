@@ -12,7 +12,7 @@ import copy
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.latency.table import LatencyTable
@@ -32,8 +32,8 @@ from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.pruning.search.stitching import PlanLoss, StitchedModel
 from ziplm_deploy.recipe import PruneConfig
 from ziplm_deploy.tasks import Task
+from ziplm_deploy.tasks.batching import Batch
 
-Batch = dict[str, Tensor]
 CACHE_BYTES = 512 * 2**20
 RERANKED = 5
 

@@ -25,8 +25,8 @@ from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules, residual_module
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.search.stitching import layer_input
+from ziplm_deploy.tasks.batching import Batch
 
-Batch = dict[str, Tensor]
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # relative to the mean diagonal of the inputs' covariance
 HELD_OUT_EVERY = 5
 

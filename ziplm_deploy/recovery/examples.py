@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ziplm_deploy.tasks import Task
+from ziplm_deploy.tasks.batching import Batch
 
-Batch = dict[str, Tensor]
 POSITION = "position"  # batch key: number of the example, by which the teacher knows it
 
 

@@ -13,8 +13,7 @@ from ziplm_deploy.recipe import RecoverConfig
 from ziplm_deploy.recovery.losses import LayerOutputs, token_loss
 from ziplm_deploy.recovery.teacher import Teacher
 from ziplm_deploy.tasks import Task
-
-Batch = dict[str, Tensor]
+from ziplm_deploy.tasks.batching import Batch
 
 
 class Student(nn.Module):

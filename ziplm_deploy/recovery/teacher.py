@@ -14,11 +14,10 @@ from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.recipe import RecoverConfig
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.tasks import Task
+from ziplm_deploy.tasks.batching import Batch
 
 if TYPE_CHECKING:
     from ziplm_deploy.recovery.examples import Examples
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from ziplm_deploy.recipe import TrainConfig
 from ziplm_deploy.recovery.examples import POSITION, Examples, LengthGrouped
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.tasks.batching import Batch
 
-Batch = dict[str, Tensor]
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it was not finished
 

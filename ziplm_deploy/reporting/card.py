@@ -103,7 +103,8 @@ def _conditions(report: FamilyReport) -> list[str]:
     baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [
         f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), "
-        f"{environment.workload.describe()}, {report.engine} {report.engine_version}, {baseline}{report.date}. On another CPU, shape or thread count the speedup is another one: measure it there.",
+        f"{environment.workload.describe()}, {report.engine} {report.engine_version}, {baseline}{report.date}. "
+        "On another CPU, shape or thread count the speedup is another one: measure it there.",
     ]
 
 

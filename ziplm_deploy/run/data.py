@@ -14,9 +14,9 @@ from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.run.dense import DenseModel
 from ziplm_deploy.run.folder import RunFolder
-from ziplm_deploy.tasks import Batch, EvaluationSet, Task
-
-BATCH_SIZE = 32
+from ziplm_deploy.tasks import EvaluationSet, Task
+from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 
 
 class RunData:

@@ -184,7 +184,7 @@ class _Quantization:
         return "onnxruntime" if get_engine(self.engine).may_abort else self.engine
 
     def _reference_score(self) -> float:
-        """Score of the float32 file in ONNX Runtime: all engines give the same float32 answers, but not all can run it."""
+        """Score of the float32 file in ONNX Runtime: its answers are those of all engines, but not all can run it."""
         return score_of(self.run, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
 
     def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:

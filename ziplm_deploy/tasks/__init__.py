@@ -5,15 +5,16 @@ from __future__ import annotations
 from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks.answering import QuestionAnswering
-from ziplm_deploy.tasks.base import Run, Task, torch_run
+from ziplm_deploy.tasks.base import Task, torch_function
 from ziplm_deploy.tasks.classification import TextClassification
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.images import ImageClassification
 from ziplm_deploy.tasks.masking import FillMask
 from ziplm_deploy.tasks.regression import TextRegression
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 from ziplm_deploy.tasks.tokens import TokenClassification
 
-__all__ = ["TASKS", "Run", "Task", "get_task", "torch_run"]
+__all__ = ["TASKS", "EvaluationSet", "ModelFunction", "Task", "get_task", "torch_function"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task

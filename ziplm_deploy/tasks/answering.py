@@ -12,21 +12,20 @@ from torchmetrics.functional.text import squad
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks.base import Run, Task, Which
+from ziplm_deploy.tasks.base import Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
     Example,
     as_float32,
-    encode_examples,
     length_limit,
     require_fast,
-    run_batches,
     split_examples,
     training_examples,
     unpadded,
     with_labels,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
 from ziplm_deploy.tasks.losses import cross_entropy
 
@@ -87,21 +86,12 @@ class QuestionAnswering(Task):
         require_labels(_labelled(rows))
         return {}  # one start and one end logit a token, whatever the data
 
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         """One window a row: the beginning of a context that is longer than ``max_length`` allows."""
         first: dict[int, Example] = {}
-        for window in make_windows(processor, rows, max_length):
+        for window in make_windows(data.processor, data.rows, data.max_length):
             first.setdefault(window.row, window.inputs)
-        return encode_examples(list(first.values()), processor, batch_size, pad_to=pad_to, sort=sort)
+        return data.tensors(list(first.values()), sort=sort)
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         """One window a row: the first that holds the whole answer; ``start_positions`` and ``end_positions`` [1].
@@ -128,31 +118,23 @@ class QuestionAnswering(Task):
             batch |= {name: batch[name] + shift for name in self.label_names if name in batch}
         return batch
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        windows = make_windows(processor, rows, max_length)
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        windows = make_windows(data.processor, data.rows, data.max_length)
         best: dict[int, tuple[float, str]] = {}
         examples = [window.inputs for window in windows]
-        for indices, inputs in run_batches(examples, processor, batch_size, pad_to):
+        for indices, inputs in data.batches(examples):
             outputs = run(inputs)
             starts, ends = as_float32(outputs["start_logits"]), as_float32(outputs["end_logits"])  # [batch, length]
             for position, index in enumerate(indices):
                 window = windows[index]
-                tokens = unpadded(len(window.spans), starts.shape[1], processor)
+                tokens = unpadded(len(window.spans), starts.shape[1], data.processor)
                 score, characters = best_span(starts[position, tokens], ends[position, tokens], window.spans)
                 if window.row not in best or score > best[window.row][0]:
-                    context = rows[window.row]["context"]
+                    context = data.rows[window.row]["context"]
                     best[window.row] = (score, context[slice(*characters)] if characters else "")
         scores = squad(
-            [{"prediction_text": best[index][1], "id": str(index)} for index in range(len(rows))],
-            [{"answers": _as_squad(row["answers"]), "id": str(index)} for index, row in enumerate(rows)],
+            [{"prediction_text": best[index][1], "id": str(index)} for index in range(len(data.rows))],
+            [{"answers": _as_squad(row["answers"]), "id": str(index)} for index, row in enumerate(data.rows)],
         )
         return {"f1": float(scores["f1"]) / 100, "exact_match": float(scores["exact_match"]) / 100}
 
@@ -217,7 +199,7 @@ def answer_tokens(window: Window, characters: tuple[int, int]) -> tuple[int, int
 def _answer_windows(
     windows: list[Window], answers: list[tuple[int, int] | None]
 ) -> list[tuple[Example, tuple[int, int]]]:
-    """For each row the window to train on, and the answer's first and last token in it."""
+    """Window to train on for each row, and the answer's first and last token in it."""
     chosen: dict[int, tuple[Example, tuple[int, int]]] = {}
     done: set[int] = set()
     for window in windows:

@@ -1,7 +1,7 @@
-"""What every task offers: rows, batches, metric, the loss that guides the search, and the losses of training.
+"""Base class of the tasks: rows, batches, metric, the loss that guides the search, and the losses of training.
 
 Rows are normalized once when they are loaded, so nothing after :meth:`Task.load_rows` knows column names.
-A *run* is anything that maps named numpy inputs to named numpy outputs: an ONNX session or :func:`torch_run`.
+The model is a :data:`~ziplm_deploy.tasks.evaluation_set.ModelFunction`: an ONNX file, or :func:`torch_function`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence
 
 Which = Literal["calibration", "evaluation", "train"]
-Run = Callable[[Arrays], Arrays]
 
 
 class Task(ABC):
@@ -116,17 +116,8 @@ class Task(ABC):
         return [{key: value for key, value in row.items() if key not in ("label", "answers")} for row in rows]
 
     @abstractmethod
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
-        """Model inputs, one example a row: tensors [batch, length], padded per batch or to exactly ``pad_to``.
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
+        """Model inputs, one example a row: tensors [batch, length], padded as ``data`` says; the last may be smaller.
 
         ``sort`` orders the examples by length, so that batches carry little padding.
         """
@@ -150,28 +141,11 @@ class Task(ABC):
         return collate_examples(examples, processor)
 
     @abstractmethod
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        """Metrics on labelled rows, 1 is best. With ``pad_to`` every batch is exactly [batch_size, pad_to]."""
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        """Metrics on labelled rows, 1 is best."""
 
-    def fidelity(
-        self,
-        run: Run,
-        dense_run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        """How close the outputs stay to the dense model's, needing no labels; empty where the metric says enough."""
+    def fidelity(self, run: ModelFunction, dense_run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        """Closeness of the outputs to the dense model's, needing no labels; empty where the metric says enough."""
         return {}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -184,7 +158,7 @@ class Task(ABC):
 
     @abstractmethod
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-        """What :meth:`divergence` compares: rows of logits, or embeddings, without padding."""
+        """Features that :meth:`divergence` compares: rows of logits, or embeddings, without padding."""
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean KL(dense ‖ candidate) over the last dimension of logits ``[…, classes]``; a scalar ≥ 0."""
@@ -222,8 +196,8 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
-def torch_run(task: Task, model: nn.Module) -> Run:
-    """A torch model as a :data:`Run`, to evaluate it exactly as an ONNX file is evaluated."""
+def torch_function(task: Task, model: nn.Module) -> ModelFunction:
+    """A torch model as a function of named arrays, to evaluate it exactly as an ONNX file is evaluated."""
 
     def run(inputs: Arrays) -> Arrays:
         with torch.inference_mode():
@@ -233,7 +207,7 @@ def torch_run(task: Task, model: nn.Module) -> Run:
     return run
 
 
-def class_logits(run: Run, batches: Iterator[tuple[list[int], Arrays]], n_rows: int) -> np.ndarray:
+def class_logits(run: ModelFunction, batches: Iterator[tuple[list[int], Arrays]], n_rows: int) -> np.ndarray:
     """Logits ``[n_rows, classes]`` in row order from batches of (row indices, inputs)."""
     predicted: list[np.ndarray | None] = [None] * n_rows
     for indices, inputs in batches:

@@ -1,8 +1,7 @@
-"""From tokenized examples to padded batches, dynamic for torch or of one fixed shape for static ONNX files."""
+"""Tokenized examples as padded batches, dynamic for torch or of one fixed shape for static ONNX files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.losses import IGNORED
 
 Example = dict[str, list[int]]  # input name -> token values, unpadded
-Batch = dict[str, Tensor]
-Arrays = dict[str, np.ndarray]
+Batch = dict[str, Tensor]  # model input or label -> tensor [batch, …]
+Arrays = dict[str, np.ndarray]  # the same for ONNX files
 
 
 def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
@@ -54,8 +53,15 @@ def batch_indices(lengths: list[int], batch_size: int, *, sort: bool) -> list[li
 
 
 def pad_batch(examples: list[Example], processor: Any, pad_to: int | None) -> Batch:
-    """Tensors [len(examples), longest or pad_to], int64, padded on the tokenizer's side."""
-    length = max(len(example["input_ids"]) for example in examples) if pad_to is None else pad_to
+    """Tensors [len(examples), longest or pad_to], int64, padded on the tokenizer's side.
+
+    Raises:
+        ValueError: an example is longer than ``pad_to``.
+    """
+    longest = max(len(example["input_ids"]) for example in examples)
+    if pad_to is not None and longest > pad_to:
+        raise ValueError(f"expected examples of at most {pad_to} tokens (pad_to), found {longest}; raise pad_to or cut")
+    length = longest if pad_to is None else pad_to
     return {
         name: _padded([torch.tensor(example[name], dtype=torch.int64) for example in examples], name, length, processor)
         for name in examples[0]
@@ -121,34 +127,8 @@ def collate_examples(examples: list[Batch], processor: Any) -> Batch:
     return batch
 
 
-def encode_examples(
-    examples: list[Example], processor: Any, batch_size: int, *, pad_to: int | None, sort: bool
-) -> list[Batch]:
-    """All examples as padded batches; the last may be smaller."""
-    lengths = [len(example["input_ids"]) for example in examples]
-    groups = batch_indices(lengths, batch_size, sort=sort)
-    return [pad_batch([examples[index] for index in group], processor, pad_to) for group in groups]
-
-
-def run_batches(
-    examples: list[Example], processor: Any, batch_size: int, pad_to: int | None
-) -> Iterator[tuple[list[int], Arrays]]:
-    """(indices of the examples, numpy inputs) a batch, sorted by length.
-
-    With ``pad_to`` every batch has exactly ``batch_size`` rows: the last is filled up by repeating an example, and the
-    indices name only the rows that count.
-    """
-    lengths = [len(example["input_ids"]) for example in examples]
-    for group in batch_indices(lengths, batch_size, sort=True):
-        members = [examples[index] for index in group]
-        if pad_to is not None:
-            members += [members[-1]] * (batch_size - len(members))
-        padded = pad_batch(members, processor, pad_to)
-        yield group, {name: value.numpy() for name, value in padded.items()}
-
-
 def unpadded(size: int, length: int, processor: Any) -> slice:
-    """Where the ``size`` tokens of an example stand in a row padded to ``length``."""
+    """Slice of a row padded to ``length`` in which the ``size`` tokens of an example stand."""
     return slice(length - size, length) if processor.padding_side == "left" else slice(0, size)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks.base import Run, Task, Which, class_logits
-from ziplm_deploy.tasks.batching import Batch, encode_examples, run_batches, tokenize, training_examples
+from ziplm_deploy.tasks.base import Task, Which, class_logits
+from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import check_class_labels, class_head, class_numbers, labels_of, require_labels
 
 
@@ -51,25 +52,12 @@ class TextTask(Task):
         """A label as the rows carry it until :meth:`check_labels`; ``number`` is the row's, from 1."""
         return value
 
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
-        examples = tokenize(processor, rows, max_length)
-        return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
+        return data.tensors(data.tokenize(), sort=sort)
 
-    def predict(
-        self, run: Run, rows: list[Row], processor: Any, max_length: int, batch_size: int, pad_to: int | None
-    ) -> np.ndarray:
-        """Logits [len(rows), outputs] in row order."""
-        examples = tokenize(processor, rows, max_length)
-        return class_logits(run, run_batches(examples, processor, batch_size, pad_to), len(rows))
+    def predict(self, run: ModelFunction, data: EvaluationSet) -> np.ndarray:
+        """Logits [rows, outputs] in row order."""
+        return class_logits(run, data.batches(data.tokenize()), len(data.rows))
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]
@@ -89,17 +77,9 @@ class TextClassification(TextTask):
         labels = None if labels_of(rows) is None else class_numbers(rows)
         return training_examples(tokenize(processor, rows, max_length), labels)
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        labels = class_numbers(rows)
-        return classification_metrics(self.predict(run, rows, processor, max_length, batch_size, pad_to), labels)
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        labels = class_numbers(data.rows)
+        return classification_metrics(self.predict(run, data), labels)
 
 
 def classification_metrics(logits: np.ndarray, labels: list[int]) -> dict[str, float]:

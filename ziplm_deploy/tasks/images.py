@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks.base import Run, Task, Which, class_logits
-from ziplm_deploy.tasks.batching import Arrays, Batch, with_labels
+from ziplm_deploy.tasks.base import Task, Which, class_logits
+from ziplm_deploy.tasks.batching import Arrays, Batch, batch_indices, with_labels
 from ziplm_deploy.tasks.classification import classification_metrics
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import check_class_labels, class_head, class_numbers, labels_of, require_labels
 
 
@@ -50,20 +52,10 @@ class ImageClassification(Task):
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))
 
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         """``pixel_values`` [batch, channels, height, width]; lengths and ``sort`` mean nothing here."""
         return [
-            {"pixel_values": _pixels(rows[start : start + batch_size], processor)}
-            for start in range(0, len(rows), batch_size)
+            {"pixel_values": _pixels([data.rows[index] for index in group], data.processor)} for group in _groups(data)
         ]
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
@@ -72,30 +64,24 @@ class ImageClassification(Task):
         examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
         return examples if labels is None else with_labels(examples, labels)
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        labels = class_numbers(rows)
-
-        def batches() -> Any:
-            for start in range(0, len(rows), batch_size):
-                members = rows[start : start + batch_size]
-                indices = list(range(start, start + len(members)))
-                if pad_to is not None:  # a fixed batch: repeat the last image, its extra answers are dropped
-                    members = members + [members[-1]] * (batch_size - len(members))
-                inputs: Arrays = {"pixel_values": _pixels(members, processor).numpy()}
-                yield indices, inputs
-
-        return classification_metrics(class_logits(run, batches(), len(rows)), labels)
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        labels = class_numbers(data.rows)
+        return classification_metrics(class_logits(run, _batches(data), len(data.rows)), labels)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]
+
+
+def _groups(data: EvaluationSet) -> list[list[int]]:
+    """Positions of the rows of every batch, in their order: images are all of one size."""
+    return batch_indices([1] * len(data.rows), data.batch_size, sort=False)
+
+
+def _batches(data: EvaluationSet) -> Iterator[tuple[list[int], Arrays]]:
+    """Batches in the rows' order, filled up where all have one shape: (indices of the rows, numpy inputs)."""
+    for group in _groups(data):
+        members = data.fill_up([data.rows[index] for index in group])
+        yield group, {"pixel_values": _pixels(members, data.processor).numpy()}
 
 
 def _locate(value: Any, folder: Path, number: int) -> Any:

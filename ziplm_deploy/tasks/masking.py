@@ -11,18 +11,17 @@ from torch import Tensor
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, ModelConfig
-from ziplm_deploy.tasks.base import Run, Task, Which
+from ziplm_deploy.tasks.base import Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
     Example,
     as_float32,
-    encode_examples,
-    run_batches,
     tokenize,
     training_examples,
     unpadded,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.losses import IGNORED
 
 MASKED_FRACTION = 0.15  # as in pre-training of BERT
@@ -30,7 +29,7 @@ FEATURES_PER_ROW = 8  # masked positions compared a sequence: vocabulary-wide lo
 
 
 class FillMask(Task):
-    """Rows: ``{"text"}``. The same text is always masked at the same places (seeded by its token ids)."""
+    """Rows: ``{"text"}``. A text is always masked at the same places (seeded by its token ids)."""
 
     name = "fill-mask"
     metric_name = "masked_accuracy"
@@ -57,43 +56,26 @@ class FillMask(Task):
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return {}  # the head spans the vocabulary; the text is its own label
 
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         """Inputs with 15 % of the tokens replaced by the mask token, as the model is used."""
-        masked, _ = self._mask(tokenize(processor, rows, max_length), processor)
-        return encode_examples(masked, processor, batch_size, pad_to=pad_to, sort=sort)
+        masked, _ = self._mask(data.tokenize(), data.processor)
+        return data.tensors(masked, sort=sort)
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         """Inputs masked as :meth:`encode` masks them; ``labels`` [1, length]: the hidden tokens, -100 elsewhere."""
         return training_examples(*self._mask(tokenize(processor, rows, max_length), processor))
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        masked, targets = self._mask(tokenize(processor, rows, max_length), processor)
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        masked, targets = self._mask(data.tokenize(), data.processor)
         correct, log_likelihood, count = 0, 0.0, 0
-        for indices, inputs in run_batches(masked, processor, batch_size, pad_to):
+        for indices, inputs in data.batches(masked):
             logits = run(inputs)["logits"]
             for position, index in enumerate(indices):
                 target = np.array(targets[index])
                 hidden = np.flatnonzero(target != IGNORED)
                 if not len(hidden):
                     continue
-                tokens = unpadded(len(target), logits.shape[1], processor)
+                tokens = unpadded(len(target), logits.shape[1], data.processor)
                 wanted = torch.from_numpy(target[hidden])
                 chosen = torch.from_numpy(as_float32(logits[position, tokens][hidden]))  # [hidden, vocab]
                 scores = chosen.log_softmax(-1)

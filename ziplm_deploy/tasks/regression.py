@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.base import Run
 from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
 from ziplm_deploy.tasks.losses import mean_squared
 from ziplm_deploy.tasks.scores import correlations, parse_score
@@ -45,17 +45,9 @@ class TextRegression(TextTask):
         examples = tokenize(processor, rows, max_length)
         return training_examples(examples, None if labels is None else [float(label) for label in labels])
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        predicted = self.predict(run, rows, processor, max_length, batch_size, pad_to)[:, 0].astype(np.float64)
-        return correlations(predicted, np.array([row["label"] for row in rows], dtype=np.float64))
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        predicted = self.predict(run, data)[:, 0].astype(np.float64)
+        return correlations(predicted, np.array([row["label"] for row in data.rows], dtype=np.float64))
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean squared difference of outputs [batch, 1], in the scale of the labels squared."""

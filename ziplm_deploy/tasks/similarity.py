@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from exporters.heads import pool
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks.base import Run, Task, Which
+from ziplm_deploy.tasks.base import Task, Which
 from ziplm_deploy.tasks.batching import (
     Arrays,
     Batch,
     as_float32,
-    encode_examples,
-    run_batches,
     tokenize,
     training_examples,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.scores import correlations, parse_score
 
 NEIGHBOURS = 10
@@ -70,78 +70,41 @@ class SentenceSimilarity(Task):
             "is not supported; set dense.train to false and give a model that is trained already"
         )
 
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
-        examples = tokenize(processor, flatten(rows), max_length)
-        return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
+        distinct = data.with_rows(flatten(data.rows))
+        return distinct.tensors(distinct.tokenize(), sort=sort)
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         """Texts without labels; those of pairs once each, so not one example a row."""
         return training_examples(tokenize(processor, flatten(rows), max_length))
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        distinct = flatten(rows)
-        embeddings = self.embed(run, distinct, processor, max_length, batch_size, pad_to)
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        distinct = flatten(data.rows)
+        embeddings = self.embed(run, data.with_rows(distinct))
         position = {row["text"]: index for index, row in enumerate(distinct)}
-        left = embeddings[[position[row["text"]] for row in rows]]
-        right = embeddings[[position[row["text_pair"]] for row in rows]]
+        left = embeddings[[position[row["text"]] for row in data.rows]]
+        right = embeddings[[position[row["text_pair"]] for row in data.rows]]
         cosine = np.sum(_unit(left) * _unit(right), axis=1)
-        labels = np.array([row["label"] for row in rows], dtype=np.float64)
+        labels = np.array([row["label"] for row in data.rows], dtype=np.float64)
         return correlations(cosine, labels)
 
-    def fidelity(
-        self,
-        run: Run,
-        dense_run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
+    def fidelity(self, run: ModelFunction, dense_run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer."""
-        distinct = flatten(rows)
-        if len(distinct) <= NEIGHBOURS:
+        distinct = data.with_rows(flatten(data.rows))
+        if len(distinct.rows) <= NEIGHBOURS:
             return {}
-        candidate, dense = (
-            self.embed(each, distinct, processor, max_length, batch_size, pad_to) for each in (run, dense_run)
-        )
-        return embedding_fidelity(candidate, dense)
+        return embedding_fidelity(self.embed(run, distinct), self.embed(dense_run, distinct))
 
-    def embed(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> np.ndarray:
-        """Embeddings ``[len(rows), hidden]`` of the rows' ``text``, from ``sentence_embedding`` or by pooling here."""
-        examples = tokenize(processor, [{"text": row["text"]} for row in rows], max_length)
+    def embed(self, run: ModelFunction, data: EvaluationSet) -> np.ndarray:
+        """Embeddings ``[rows, hidden]`` of the rows' ``text``, from ``sentence_embedding`` or by pooling here."""
+        texts = data.with_rows([{"text": row["text"]} for row in data.rows])
         embeddings: dict[int, np.ndarray] = {}
-        for indices, inputs in run_batches(examples, processor, batch_size, pad_to):
+        for indices, inputs in texts.batches(texts.tokenize()):
             outputs = run(inputs)
             pooled = outputs.get("sentence_embedding")
             pooled = self._pool_arrays(outputs["last_hidden_state"], inputs) if pooled is None else as_float32(pooled)
             embeddings.update(zip(indices, pooled, strict=False))  # rows past the indices fill up a fixed batch
-        return np.stack([embeddings[index] for index in range(len(rows))])
+        return np.stack([embeddings[index] for index in range(len(data.rows))])
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         outputs = super().forward(model, batch)
@@ -158,7 +121,7 @@ class SentenceSimilarity(Task):
         return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """1 - cosine; a temperature has no meaning here."""
+        """Mean of 1 - cosine; a temperature has no meaning here."""
         return self.divergence(student, teacher.detach())
 
     def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
@@ -168,15 +131,8 @@ class SentenceSimilarity(Task):
         )
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """[batch, length, hidden] → [batch, hidden]."""
-        from torch.nn.functional import normalize
-
-        if self.model.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            weights = mask.unsqueeze(-1).to(hidden.dtype)  # [batch, length, 1]
-            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        return normalize(pooled, dim=-1) if self.model.normalize else pooled
+        """Embeddings [batch, hidden] of hidden states [batch, length, hidden], as the exported graph pools them."""
+        return pool(hidden, mask, self.model.pooling, self.model.normalize)
 
     def _pool_arrays(self, hidden: np.ndarray, inputs: Arrays) -> np.ndarray:
         import torch
@@ -192,7 +148,7 @@ def flatten(rows: list[Row]) -> list[Row]:
 
 
 def embedding_fidelity(candidate: np.ndarray, dense: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, float]:
-    """How close embeddings ``[n, hidden]`` stay to the dense model's on the same texts.
+    """Closeness of embeddings ``[n, hidden]`` to the dense model's on the same texts.
 
     Returns ``mean_cosine`` and ``neighbour_overlap``: the mean share of each text's nearest ``neighbours`` (by cosine,
     itself left out) that both models agree on.

@@ -10,19 +10,18 @@ from torch import Tensor
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks.base import Run, Task, Which
+from ziplm_deploy.tasks.base import Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
     Example,
-    encode_examples,
     length_limit,
     require_fast,
-    run_batches,
     split_examples,
     training_examples,
     unpadded,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import class_head, labels_of, map_label, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
 
@@ -75,18 +74,9 @@ class TokenClassification(Task):
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(tag for tags in require_labels(rows) for tag in tags)
 
-    def encode(
-        self,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        *,
-        pad_to: int | None = None,
-        sort: bool = True,
-    ) -> list[Batch]:
-        examples, _ = tokenize_words(processor, rows, max_length)
-        return encode_examples(examples, processor, batch_size, pad_to=pad_to, sort=sort)
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
+        examples, _ = tokenize_words(data.processor, data.rows, data.max_length)
+        return data.tensors(examples, sort=sort)
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         """``labels`` [1, length]: a word's class at its first token, -100 elsewhere."""
@@ -101,27 +91,19 @@ class TokenClassification(Task):
                 target[token] = tags[word]
         return training_examples(examples, labels)
 
-    def evaluate(
-        self,
-        run: Run,
-        rows: list[Row],
-        processor: Any,
-        max_length: int,
-        batch_size: int,
-        pad_to: int | None = None,
-    ) -> dict[str, float]:
-        _check_names(rows)
-        names: list[str] = rows[0]["label_names"]
-        examples, first_tokens = tokenize_words(processor, rows, max_length)
-        predicted = [["O"] * len(row["words"]) for row in rows]
-        for indices, inputs in run_batches(examples, processor, batch_size, pad_to):
+    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        _check_names(data.rows)
+        names: list[str] = data.rows[0]["label_names"]
+        examples, first_tokens = tokenize_words(data.processor, data.rows, data.max_length)
+        predicted = [["O"] * len(row["words"]) for row in data.rows]
+        for indices, inputs in data.batches(examples):
             classes = run(inputs)["logits"].argmax(axis=-1)  # [batch, length]
             for position, index in enumerate(indices):
                 size = len(examples[index]["input_ids"])
-                tokens = classes[position, unpadded(size, classes.shape[1], processor)]
+                tokens = classes[position, unpadded(size, classes.shape[1], data.processor)]
                 for word, token in first_tokens[index].items():
                     predicted[index][word] = names[int(tokens[token])]
-        truth = [[names[tag] for tag in row["label"]] for row in rows]
+        truth = [[names[tag] for tag in row["label"]] for row in data.rows]
         return _entity_metrics(truth, predicted)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
