@@ -52,14 +52,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("benchmark", "compress", "export", "profile", "prune", "recover", "report", "run_recipe"),
-    "artifacts": ("BenchmarkRecord", "FamilyReport", "LatencyTable", "PruningPlan", "TrainingRecord"),
-    "benchmarking": ("TimedFile", "compare"),
-    "checkpoints": ("load",),
-    "config": ("Recipe",),
     "errors": ("ZipLMError",),
-    "inspection": ("inspect_model",),
-    "machine": ("machine_info",),
-    "recipes": ("load_recipe",),
+    "latency.benchmark": ("TimedFile", "compare"),
+    "latency.record": ("BenchmarkRecord",),
+    "latency.table": ("LatencyTable",),
+    "machine.info": ("machine_info",),
+    "models.inspection": ("inspect_model",),
+    "models.member_files": ("load",),
+    "pruning.plan": ("PruningPlan",),
+    "recipe": ("Recipe", "load_recipe"),
+    "recovery.record": ("TrainingRecord",),
+    "reporting.records": ("FamilyReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
