@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,6 +55,29 @@ class TimedFile:
     engine: EngineName | None = None
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """Fields of a :class:`FileTiming` that its timings do not tell."""
+
+    path: str
+    engine: str
+    engine_version: str
+    peak_memory_bytes: int  # the largest of its processes
+
+
+@dataclass
+class _Timings:
+    """What all processes of a benchmark gave."""
+
+    rounds: dict[str, list[list[float]]]  # milliseconds: name -> round -> run
+    processes: list[int] = field(default_factory=list)  # number of the part of each round, which had its own processes
+    facts: dict[str, _Facts] = field(default_factory=dict)  # of each file
+
+    def peak_memory_bytes(self, name: str) -> int:
+        """The largest of a file's processes so far."""
+        return self.facts[name].peak_memory_bytes if name in self.facts else 0
+
+
 def compare(
     subjects: Mapping[str, TimedFile | Path],
     environment: Environment,
@@ -87,25 +109,10 @@ def compare(
     started = time.monotonic()
     entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in subjects.items()}
     engine_version = get_engine(environment.engine).version()
-    rounds: dict[str, list[list[float]]] = {name: [] for name in [*entries, AA]}
-    processes: list[int] = []  # of each round
-    facts: dict[str, dict[str, Any]] = {}
-    for index, part in enumerate(parts := _parts(config)):
-        n_before = sum(before.rounds for before in parts[:index])
-        with _workers(entries, environment, baseline) as workers:
-            report = _shifted(progress, n_before, config.rounds)
-            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
-                rounds[name] += samples_ms
-            processes += [index] * (len(rounds[AA]) - len(processes))
-            for name, subject in entries.items():
-                peak_memory_bytes = facts.get(name, {}).get("peak_memory_bytes", 0)
-                facts[name] = {
-                    "path": str(subject.path),
-                    "engine": subject.engine or environment.engine,
-                    "engine_version": workers[name].version,
-                    "peak_memory_bytes": max(peak_memory_bytes, workers[name].peak_memory_bytes()),
-                }
-    aa_ratio, aa_low, aa_high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[AA]), processes=processes)
+    timed = _time_files(entries, environment, config, baseline, progress, seed)
+    aa_ratio, aa_low, aa_high = median_ratio(
+        _per_round(timed.rounds[baseline]), _per_round(timed.rounds[AA]), processes=timed.processes
+    )
     return BenchmarkRecord(
         machine=machine_info(),
         engine=environment.engine,
@@ -115,13 +122,37 @@ def compare(
         aa_ratio=aa_ratio,
         aa_low=aa_low,
         aa_high=aa_high,
-        rounds_of_processes=[processes.count(index) for index in range(len(parts))],
-        variants=[
-            _result(name, rounds, processes, baseline, environment.workload.batch_size, facts[name]) for name in entries
-        ],
+        rounds_of_processes=[timed.processes.count(index) for index in range(len(_parts(config)))],
+        variants=[_result(timed, name, baseline, environment.workload.batch_size) for name in entries],
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
+
+
+def _time_files(
+    entries: Mapping[str, TimedFile],
+    environment: Environment,
+    config: BenchmarkConfig,
+    baseline: str,
+    progress: StepProgress | None,
+    seed: int,
+) -> _Timings:
+    """Rounds of every part of a benchmark, each part with new processes."""
+    timed = _Timings(rounds={name: [] for name in [*entries, AA]})
+    for index, part in enumerate(_parts(config)):
+        report = _shifted(progress, sum(before.rounds for before in _parts(config)[:index]), config.rounds)
+        with _workers(entries, environment, baseline) as workers:
+            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
+                timed.rounds[name] += samples_ms
+            timed.processes += [index] * (len(timed.rounds[AA]) - len(timed.processes))
+            for name, entry in entries.items():
+                timed.facts[name] = _Facts(
+                    str(entry.path),
+                    entry.engine or environment.engine,
+                    workers[name].version,
+                    max(timed.peak_memory_bytes(name), workers[name].peak_memory_bytes()),
+                )
+    return timed
 
 
 @contextlib.contextmanager
@@ -159,7 +190,7 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
 
 
 def start_worker(subject: TimedFile, environment: Environment) -> WorkerHandle:
-    """A worker of a file's engine, with nothing loaded."""
+    """Start a worker of a file's engine, with nothing loaded."""
     engine = get_engine(subject.engine or environment.engine)
     options = WorkerOptions(
         threads=environment.threads,
@@ -215,21 +246,15 @@ def _per_round(samples_ms: list[list[float]]) -> list[float]:
     return [float(np.median(round_ms)) for round_ms in samples_ms]
 
 
-def _result(
-    name: str,
-    rounds: Mapping[str, list[list[float]]],
-    processes: Sequence[int],
-    baseline: str,
-    batch_size: int,
-    facts: Mapping[str, Any],
-) -> FileTiming:
-    """Figures of one subject; ``facts`` are the fields that timings do not tell."""
-    samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
-    process_of = [process for process, round_ms in zip(processes, rounds[name], strict=True) for _ in round_ms]
+def _result(timed: _Timings, name: str, baseline: str, batch_size: int) -> FileTiming:
+    """Figures of one file."""
+    rounds = timed.rounds[name]
+    samples_ms = [sample for round_ms in rounds for sample in round_ms]
+    process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=True) for _ in round_ms]
     timing = summarize(samples_ms, groups=process_of)
-    own_ms = _per_round(rounds[name])
-    reference_ms = own_ms if name == baseline else _reference(rounds, baseline)  # a baseline's own speedup is 1
-    speedup, low, high = median_ratio(reference_ms, own_ms, processes=processes)
+    own_ms = _per_round(rounds)
+    reference_ms = own_ms if name == baseline else _reference(timed.rounds, baseline)  # a baseline's own speedup is 1
+    speedup, low, high = median_ratio(reference_ms, own_ms, processes=timed.processes)
     return FileTiming(
         name=name,
         latency=timing,
@@ -239,5 +264,5 @@ def _result(
         speedup_low=low,
         speedup_high=high,
         samples_ms=samples_ms,
-        **facts,
+        **asdict(timed.facts[name]),
     )
