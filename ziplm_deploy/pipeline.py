@@ -16,8 +16,10 @@ from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.latency import profile as profiling
 from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.request import TableRequest, check_table
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import check_threads, machine_info
+from ziplm_deploy.models.deployed import FLOAT32
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.parent import DENSE
 from ziplm_deploy.pruning.planner import check_target
@@ -83,7 +85,7 @@ def profile(state: Run) -> LatencyTable:
         variant=None if form is None else [form.variant, form.description],
         environment=recipe.environment,
         profile=recipe.profile.model_dump(exclude={"table", "allow_foreign_table"}) if given is None else None,
-        graph=profiling.graph_of(state.dense, members.output_names(state.task, recipe.export)),
+        graph=table_request(state).graph,
         export=recipe.export.model_dump(include={"shapes", "opset"}),
         given=source_hash(str(given)) if given else None,
     )
@@ -97,40 +99,28 @@ def profile(state: Run) -> LatencyTable:
 
 
 def _profile(state: Run) -> None:
-    recipe, form = state.recipe, target_treatment(state.recipe)
+    recipe, request = state.recipe, table_request(state)
     if recipe.profile.table is not None:
         table = LatencyTable.load(recipe.profile.table)
-        engine = get_engine(recipe.environment.engine)
-        profiling.check_table(
-            table,
-            machine=machine_info(),
-            engine=engine.name,
-            engine_version=engine.version(),
-            environment=recipe.environment,
-            shape=state.shape,
-            shapes=recipe.export.shapes,
-            opset=recipe.export.opset,
-            graph=profiling.graph_of(state.dense, members.output_names(state.task, recipe.export)),
-            variant=recipe.compress.target,
-            form="" if form is None else form.description,
-            baseline_engine=recipe.baseline_engine,
-            baseline_engine_version=get_engine(recipe.baseline_engine).version(),
-            allow_foreign=recipe.profile.allow_foreign_table,
-        )
+        check_table(table, request, allow_foreign=recipe.profile.allow_foreign_table)
     else:
-        table = profiling.measure_table(
-            state.dense,
-            recipe.environment,
-            recipe.profile,
-            recipe.export,
-            output_names=members.output_names(state.task, recipe.export),
-            wrap=lambda model: members.deployed_form(model, recipe.model, recipe.export),
-            form=form,
-            baseline_engine=recipe.baseline_engine,
-            progress=state.progress.step,
-            seed=recipe.seed,
-        )
+        table = profiling.measure_table(request, state.progress.step, recipe.seed)
     table.save(state.folder.profile)
+
+
+def table_request(state: Run) -> TableRequest:
+    """What the latency table of a run must be of."""
+    recipe = state.recipe
+    return TableRequest(
+        state.dense,
+        tuple(members.output_names(state.task, recipe.export)),
+        recipe.environment,
+        recipe.profile,
+        recipe.export,
+        wrap=lambda model: members.deployed_form(model, recipe.model, recipe.export),
+        treatment=target_treatment(recipe) or FLOAT32,
+        baseline_engine=recipe.baseline_engine,
+    )
 
 
 def train_dense(state: Run) -> None:
