@@ -1,4 +1,4 @@
-"""One timing loop for all engines: processes a model, interleaved, the baseline against itself beside it.
+"""One timing loop for all engines: models in processes of their own, interleaved, the baseline beside itself.
 
 Works with any ONNX file: inputs are made from the names, types and shapes that the session declares. Every file may run
 on an engine of its own, so that a compressed model where it will serve stands beside the dense one where it serves now.
@@ -24,26 +24,12 @@ from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
 
 _Workers = dict[str, WorkerHandle]
-
-
 AA = "baseline again"
-
-
 MODEL = "model"
-
-
 WARMUP_RUNS = 24
-
-
 WARMUP_SECONDS = 10.0
-
-
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
-
-
 MIN_ROUNDS = 10  # of a process
-
-
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
 
 
@@ -176,7 +162,7 @@ def _parts(config: BenchmarkConfig) -> list[BenchmarkConfig]:
 
 
 def _shifted(progress: StepProgress | None, n_before: int, total: int) -> StepProgress | None:
-    """Progress of one part as that of all."""
+    """Progress of all parts, told by that of one."""
     return None if progress is None else lambda done, _: progress(n_before + done, total)
 
 
@@ -192,12 +178,7 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
 def start_worker(subject: TimedFile, environment: Environment) -> WorkerHandle:
     """Start a worker of a file's engine, with nothing loaded."""
     engine = get_engine(subject.engine or environment.engine)
-    options = WorkerOptions(
-        threads=environment.threads,
-        batch_size=environment.workload.batch_size,
-        seq_len=environment.workload.seq_len,
-    )
-    return engine.start_worker(options)
+    return engine.start_worker(WorkerOptions.from_environment(environment))
 
 
 def _interleave(
@@ -226,7 +207,7 @@ def _interleave(
 
 
 def _time_limit_s(config: BenchmarkConfig, n_files: int) -> float:
-    """More files take longer rounds: beyond ten the limit grows with them, so that no fewer rounds remain."""
+    """Seconds for all rounds. Beyond ten files, whose rounds take longer, the limit grows, so that no fewer remain."""
     return config.max_seconds * max(1.0, n_files / FILES_WITHIN_LIMIT)
 
 

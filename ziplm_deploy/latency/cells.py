@@ -27,8 +27,6 @@ from ziplm_deploy.latency.table import Cell, PrunedSample
 
 # A cell is also sure enough when its error, in every layer of the model, is this fraction of the whole latency.
 NEGLIGIBLE = 0.0005
-
-
 MIN_MS = 1e-4
 
 

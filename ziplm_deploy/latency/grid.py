@@ -17,8 +17,6 @@ from ziplm_deploy.recipe import ProfileConfig
 # Model ids beside those of cells and pruned samples: a stack without layers; embeddings and head; the float32 reference
 # of speedups; the dense model treated as the cells, on their engine.
 NO_LAYERS, BASE, DENSE, DENSE_AS_SERVED = "none", "base", "dense", "unpruned"
-
-
 # Mean share of a module that is kept, in each of the whole models that show how far sums of cells are off.
 WHOLE_SHARES = (0.55, 0.3, 0.16, 0.08)
 

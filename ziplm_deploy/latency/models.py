@@ -22,8 +22,6 @@ from ziplm_deploy.models.resizing import random_resized, shared_copy
 from ziplm_deploy.models.shape import ModuleKind
 
 HIDDEN = ("last_hidden_state",)
-
-
 TINY_VOCABULARY = 64  # a stack needs no real vocabulary, and its export would be mostly that
 
 

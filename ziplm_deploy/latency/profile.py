@@ -36,14 +36,8 @@ from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.progress import StepProgress
 
 REMEASURE_ROUNDS = 10
-
-
 REMEASURE_SHARE = 0.2  # of the time limit, kept back for suspicious cells
-
-
 MIN_ANCHORS = 8
-
-
 # The dense model's error is in every predicted speedup, a cell's only in its share: it is timed more often.
 EXTRA_DENSE = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -90,13 +90,9 @@ class TableRequest:
 
     def start_worker(self, engine: EngineName, *, holds_many: bool = False) -> WorkerHandle:
         """Start a worker for this table's models; raises as :meth:`Engine.start_worker`."""
-        options = WorkerOptions(
-            threads=self.environment.threads,
-            batch_size=self.environment.workload.batch_size,
-            seq_len=self.environment.workload.seq_len,
-            shared_arena=holds_many,  # sixty sessions with an arena each would take gigabytes
-        )
-        return get_engine(engine).start_worker(options)
+        options = WorkerOptions.from_environment(self.environment)
+        # Sixty sessions with an arena each would take gigabytes.
+        return get_engine(engine).start_worker(replace(options, shared_arena=holds_many))
 
 
 def check_table(table: LatencyTable, request: TableRequest, *, allow_foreign: bool = False) -> None:
