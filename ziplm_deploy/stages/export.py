@@ -115,7 +115,7 @@ def export_key(state: Run, source: str) -> str:
         source=source,
         model=state.model_settings,
         export=state.recipe.export,
-        environment=state.recipe.environment.model_dump(include={"batch_size", "seq_len"}),
+        environment=state.recipe.environment.workload,
     )
 
 
