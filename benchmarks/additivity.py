@@ -31,9 +31,10 @@ from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.latency.profile import measure_table
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.statistics import Floats
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.models.deployed import Treatment
+from ziplm_deploy.models.deployed import FLOAT32, Treatment
 from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.recipe import BenchmarkConfig, Environment, ExportConfig, ProfileConfig, Workload, parse_recipe
 
@@ -148,15 +149,16 @@ def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, An
     config, benchmark, form = ExportConfig(shapes=shapes, opset=opset), benchmark_config(options), case.form
     started, load_before = time.monotonic(), load_average()
     dense = dense_model(SHAPES[case.shape])
-    table = measure_table(
+    request = TableRequest(
         dense,
+        tuple(OUTPUTS),
         case.environment,
         profile_config(options),
         config,
-        output_names=OUTPUTS,
-        form=form,
+        treatment=form or FLOAT32,
         baseline_engine="onnxruntime",
     )
+    table = measure_table(request)
     print(f"{case.name}: table in {table.total_seconds:.0f} s, noise {table.noise}", file=sys.stderr)
     generator = np.random.default_rng(options.seed)
     targets = targets_of(table, options.models)

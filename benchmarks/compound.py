@@ -34,6 +34,7 @@ from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, compare, start_worker
 from ziplm_deploy.latency.profile import measure_table
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.progress import ConsoleProgress
@@ -238,7 +239,8 @@ def time_shapes(name: str, options: argparse.Namespace) -> None:
     dense, load = dense_model(SHAPES[name]), load_average()
     environment = Environment(threads=1, workload=Workload(batch_size=options.batch_size, seq_len=128))
     coarse = ProfileConfig(width_ratio=0.8, max_seconds=60)
-    sizes = uniform_sizes(measure_table(dense, environment, coarse, ExportConfig(), output_names=OUTPUTS), 5.0)
+    request = TableRequest(dense, tuple(OUTPUTS), environment, coarse, ExportConfig())
+    sizes = uniform_sizes(measure_table(request), 5.0)
     subjects: dict[str, TimedFile] = {}
     rows: list[dict[str, Any]] = []
     for engine in ENGINES:

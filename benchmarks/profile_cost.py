@@ -13,6 +13,7 @@ from common import Figure, load_average, write_result
 from shapes import SHAPES, dense_model
 
 from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.recipe import Environment, ExportConfig, ProfileConfig, Workload
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     environment = Environment(threads=1, workload=Workload(batch_size=1, seq_len=128))
     load_before = load_average()
     model = dense_model(SHAPES[options.shape])
-    table = measure_table(model, environment, profile, ExportConfig(), output_names=["last_hidden_state"])
+    table = measure_table(TableRequest(model, ("last_hidden_state",), environment, profile, ExportConfig()))
     if options.save_table is not None:
         table.save(options.save_table)
     rows = [cell.model_dump() for cell in table.cells]

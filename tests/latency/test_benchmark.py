@@ -225,8 +225,9 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
     rounds = benchmarking._interleave(
         scripted([], clock), "dense", BenchmarkConfig(rounds=12), slower_every_round, seed=0
     )
-    facts = {"path": "2x.onnx", "engine": "onnxruntime", "engine_version": "1.0", "peak_memory_bytes": 1}
-    result = benchmarking._result("2x", rounds, [0] * len(rounds["2x"]), "dense", 1, facts)
+    facts = benchmarking._Facts("2x.onnx", "onnxruntime", "1.0", peak_memory_bytes=1)
+    timed = benchmarking._Timings(rounds, [0] * len(rounds["2x"]), {"2x": facts})
+    result = benchmarking._result(timed, "2x", "dense", 1)
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.latency.median_ms > 5.0
 

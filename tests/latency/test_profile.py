@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from exporters import EmbeddingModel
 from tests.helpers.models import MODEL_TYPES, tiny_inputs, tiny_model
-from ziplm_deploy.engines import WorkerHandle
+from ziplm_deploy.engines import Engine, WorkerHandle
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, IncompatibleArtifactError, UnsupportedModelError
 from ziplm_deploy.latency import models as profiling_models
 from ziplm_deploy.latency import profile as profiling
 from ziplm_deploy.latency.cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
-from ziplm_deploy.latency.models import WHOLE_SHARES, cell_id, cell_sizes, pruned_samples, random_stack, without_layers
-from ziplm_deploy.latency.profile import Workers, check_table, measure_table
+from ziplm_deploy.latency.grid import Grid, cell_id
+from ziplm_deploy.latency.models import random_stack, without_layers
+from ziplm_deploy.latency.profile import Workers, measure_table
+from ziplm_deploy.latency.request import TableRequest, check_table
 from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.deployed import FLOAT32, Treatment
 from ziplm_deploy.models.modules import layers_of, model_shape
-from ziplm_deploy.recipe import Environment, ExportConfig, ProfileConfig, Workload
+from ziplm_deploy.recipe import Environment, ExportConfig, ProfileConfig, Variant, Workload
 
 ENVIRONMENT = Environment(workload=Workload(batch_size=2, seq_len=12))
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
-HIDDEN = ["last_hidden_state"]
+HIDDEN = ("last_hidden_state",)
+
+
+def request(dense: nn.Module | None = None, **changes: Any) -> TableRequest:
+    fields = {"output_names": HIDDEN, "environment": ENVIRONMENT, "profile": QUICK, "export": ExportConfig()}
+    return TableRequest(**{"dense": dense or tiny_model("bert"), **fields, **changes})
 
 
 @pytest.fixture(scope="module")
 def table() -> LatencyTable:
-    return measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+    return measure_table(request())
 
 
 def test_table_holds_every_size_with_intervals(table: LatencyTable, tmp_path: Path) -> None:
@@ -51,16 +61,10 @@ def test_table_holds_every_size_with_intervals(table: LatencyTable, tmp_path: Pa
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "bert"])
 def test_every_architecture_can_be_profiled(model_type: str) -> None:
     few = QUICK.model_copy(update={"width_ratio": 0.31})
-    names = ["logits"] if model_type == "vit" else HIDDEN
+    names = ("logits",) if model_type == "vit" else HIDDEN
     done: list[tuple[int, int]] = []
-    table = measure_table(
-        tiny_model(model_type),
-        ENVIRONMENT,
-        few,
-        ExportConfig(),
-        output_names=names,
-        progress=lambda step, total: done.append((step, total)),
-    )
+    asked = request(tiny_model(model_type), profile=few, output_names=names)
+    table = measure_table(asked, lambda step, total: done.append((step, total)))
     assert table.shape.model_type == model_type
     assert table.sizes("attention") == [0, 1, 2, 3, 4]
     assert done == sorted(done)
@@ -76,7 +80,7 @@ def test_whole_models_have_a_process_each_and_cells_share_one(monkeypatch: pytes
         return load(self, model_id, path)
 
     monkeypatch.setattr(WorkerHandle, "load", recorded)
-    measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+    measure_table(request())
     together = {worker: ids for worker, ids in held.items() if len(ids) > 1}
     alone = sorted(ids[0] for worker, ids in held.items() if worker not in together)
     assert alone == ["dense", "whole 0", "whole 1", "whole 2", "whole 3"]
@@ -84,14 +88,13 @@ def test_whole_models_have_a_process_each_and_cells_share_one(monkeypatch: pytes
 
 
 def test_wrapped_and_static() -> None:
-    table = measure_table(
-        tiny_model("bert"),
-        ENVIRONMENT,
-        QUICK,
-        ExportConfig(shapes="static"),
-        output_names=["last_hidden_state", "sentence_embedding"],
+    asked = request(
+        export=ExportConfig(shapes="static"),
+        output_names=("last_hidden_state", "sentence_embedding"),
         wrap=lambda model: EmbeddingModel(model, "mean", True),
     )
+    table = measure_table(asked)
+    check_table(table, asked)
     assert table.shapes == "static"
 
 
@@ -147,11 +150,10 @@ class FormulaWorker:
 def measured_by_formula(profile: ProfileConfig, **machine: Any) -> tuple[Samples, dict[tuple[str, int], Any]]:
     shape = model_shape(tiny_model("bert").config).model_copy(update={"n_layers": 12})
     worker: Any = FormulaWorker(seed=0, **machine)
-    sizes = cell_sizes(shape, profile)
-    ids = ["dense", "base", "none", *dict.fromkeys(cell_id(kind, size) for kind in sizes for size in sizes[kind])]
-    samples = profiling._measure(worker, ids, shape, profile, lambda rounds: None, seed=0)
-    profiling._remeasure(worker, samples, shape, profile, seed=0)
-    cells = cells_of(samples, shape, profile)
+    grid = Grid(shape, profile)
+    samples = profiling._measure(worker, ["dense", "base", "none", *grid.cell_ids], grid, lambda rounds: None, seed=0)
+    profiling._remeasure(worker, samples, grid, seed=0)
+    cells = cells_of(samples, grid)
     return samples, {(cell.kind, cell.size): cell.timing for cell in cells}
 
 
@@ -184,15 +186,13 @@ def test_noisy_cells_are_measured_again() -> None:
 
 
 def test_smaller_cell_that_looks_slower_is_suspicious_with_its_neighbour() -> None:
-    shape, profile = model_shape(tiny_model("bert").config), QUICK
-    samples = Samples()
-    sizes = cell_sizes(shape, profile)
-    ids = dict.fromkeys(cell_id(kind, size) for kind in sizes for size in sizes[kind])
+    grid = Grid(model_shape(tiny_model("bert").config), QUICK)
+    samples, ids = Samples(), grid.cell_ids
     samples.ms = {model_id: np.full(5, float(len(ids) - place)) for place, model_id in enumerate(ids)}
     samples.ms["both dropped"] = np.full(5, 0.1)
-    assert non_monotone(samples, shape, profile) == []
+    assert non_monotone(samples, grid) == []
     samples.ms["ffn 24"] = samples.ms["ffn 64"] + 1.0
-    assert non_monotone(samples, shape, profile) == ["ffn 64", "ffn 24"]
+    assert non_monotone(samples, grid) == ["ffn 64", "ffn 24"]
 
 
 def test_time_limit_still_gives_a_median() -> None:
@@ -219,138 +219,107 @@ def test_two_workers_are_timed_in_the_order_that_one_would_be() -> None:
 
 
 def test_the_unpruned_model_says_what_is_negligible() -> None:
-    shape, profile = model_shape(tiny_model("bert").config), ProfileConfig()
+    grid = Grid(model_shape(tiny_model("bert").config), ProfileConfig())
     noisy = np.array([5.0, 10.0, 15.0, 20.0]) / 100
     samples = Samples(ms={"dense": np.full(4, 1e6), "unpruned": np.full(4, 12.0), "base": np.full(4, 1.0)})
     samples.ms["ffn 64"] = noisy
-    assert unsure(samples, shape, profile) == ["ffn 64"]  # not negligible in 12 ms, though it is in the dense 1000 s
+    assert unsure(samples, grid) == ["ffn 64"]  # not negligible in 12 ms, though it is in the dense 1000 s
     del samples.ms["unpruned"]
-    assert unsure(samples, shape, profile) == []
+    assert unsure(samples, grid) == []
 
 
 def cells_in(sizes: dict[str, int]) -> set[str]:
     return {cell_id(name.split(".")[1], size) for name, size in sizes.items()}
 
 
-def test_whole_models_are_uneven_and_ever_smaller() -> None:
-    shape = model_shape(tiny_model("bert", num_hidden_layers=12).config)
-    wholes = pruned_samples(shape, QUICK)
-    assert wholes == pruned_samples(shape, QUICK)
-    full = {"attention": shape.n_heads, "ffn": shape.intermediate_size}
-    shares = [float(np.mean([size / full[name.split(".")[1]] for name, size in w.items()])) for w in wholes.values()]
-    assert shares == pytest.approx(WHOLE_SHARES, abs=0.12)
-    assert shares == sorted(shares, reverse=True)
-    levels = cell_sizes(shape, QUICK)
-    known = {cell_id(kind, size) for kind in levels for size in levels[kind]}
-    for sizes in wholes.values():
-        assert 2 < len(cells_in(sizes) & known) == len(cells_in(sizes))
-
-
 def test_whole_models_of_refused_cells_are_left_out() -> None:
-    shape = model_shape(tiny_model("bert").config)
-    sizes, levels = pruned_samples(shape, QUICK), cell_sizes(shape, QUICK)
-    ids = [*sizes, *(cell_id(kind, size) for kind in levels for size in levels[kind])]
-    samples = Samples(ms={model_id: np.full(3, 2.0) for model_id in ids})
-    assert [whole.sizes for whole in wholes_of(samples, shape, QUICK)] == list(sizes.values())
+    grid = Grid(model_shape(tiny_model("bert").config), QUICK)
+    sizes = grid.pruned_samples
+    samples = Samples(ms={model_id: np.full(3, 2.0) for model_id in [*sizes, *grid.cell_ids]})
+    assert [whole.sizes for whole in wholes_of(samples, grid)] == list(sizes.values())
     refused = next(model_id for model_id in sorted(cells_in(sizes["whole 0"])) if model_id != "both dropped")
     del samples.ms[refused], samples.ms["whole 3"]
-    left = [whole.sizes for whole in wholes_of(samples, shape, QUICK)]
+    left = [whole.sizes for whole in wholes_of(samples, grid)]
     assert sizes["whole 0"] not in left
     assert sizes["whole 3"] not in left
     assert not any(refused in cells_in(sizes) for sizes in left)
 
 
-def arguments(table: LatencyTable) -> dict[str, Any]:
-    return {
-        "machine": table.machine,
-        "engine": table.engine,
-        "engine_version": table.engine_version,
-        "environment": table.environment,
-        "shape": table.shape,
-        "graph": table.graph,
-        "shapes": table.shapes,
-        "opset": table.opset,
-    }
-
-
 def test_own_table_is_accepted(table: LatencyTable) -> None:
-    check_table(table, **arguments(table))
-    other = {
-        "variant": "sparse",
-        "form": "80% zeros",
-        "baseline_engine": "openvino",
-        "baseline_engine_version": "2026.4",
-    }
-    check_table(table.model_copy(update=other), **arguments(table), **other)
+    check_table(table, request())
+    other = {"variant": "sparse", "form": "80% zeros"}
+    zeros = Treatment(Variant.SPARSE, lambda model: model, lambda path, inputs: None, "80% zeros")
+    check_table(table.model_copy(update=other), request(treatment=zeros))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("engine", "deepsparse", "engine: expected deepsparse, found onnxruntime"),
+        ("environment", ENVIRONMENT.model_copy(update={"engine": "openvino"}), "engine: expected openvino, found onnx"),
         (
             "environment",
             Environment(workload=Workload(batch_size=3, seq_len=12)),
             "environment: expected onnxruntime, batch 3",
         ),
-        ("graph", "BertForMaskedLM", "graph: expected BertForMaskedLM, found BertModel"),
-        ("variant", "int8", "variant: expected int8, found fp32"),
-        ("form", "80% zeros", "form: expected 80% zeros, found "),
+        (
+            "dense",
+            tiny_model("bert", vocab_size=61),
+            "graph: expected .* vocabulary 61, .*found BertModel",
+        ),
+        ("output_names", ("sentence_embedding",), "outputs sentence_embedding, found .* outputs last_hidden_state"),
+        ("treatment", replace(FLOAT32, variant=Variant.INT8), "variant: expected int8, found fp32"),
+        ("treatment", replace(FLOAT32, description="80% zeros"), "form: expected 80% zeros, found "),
         ("baseline_engine", "openvino", "baseline engine: expected openvino, found onnxruntime"),
-        ("shapes", "static", "export shapes: expected static, found dynamic"),
-        ("opset", 18, "opset: expected 18, found 17"),
+        ("export", ExportConfig(shapes="static"), "export shapes: expected static, found dynamic"),
+        ("export", ExportConfig(opset=18), "opset: expected 18, found 17"),
     ],
 )
 def test_other_use_is_refused_even_if_foreign_tables_are_allowed(
-    table: LatencyTable, field: str, value: Any, message: str
+    table: LatencyTable, field: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Engine, "version", lambda self: "1.0")  # the extra openvino may be missing
     for allow in (False, True):
         with pytest.raises(IncompatibleArtifactError, match=message):
-            check_table(table, **{**arguments(table), field: value}, allow_foreign=allow)
+            check_table(table, request(**{field: value}), allow_foreign=allow)
 
 
 def test_other_machine_and_version_are_refused_unless_allowed(table: LatencyTable) -> None:
-    other = {
-        **arguments(table),
-        "machine": table.machine.model_copy(update={"cpu_model": "Z80"}),
-        "engine_version": "0.0.1",
-    }
-    with pytest.raises(IncompatibleArtifactError, match=r"(?s)machine: expected Z80.*engine version: expected 0\.0\.1"):
-        check_table(table, **other)
-    check_table(table, **other, allow_foreign=True)
-    reference = {**arguments(table), "baseline_engine_version": "0.0.2"}
-    with pytest.raises(IncompatibleArtifactError, match=r"baseline engine version: expected 0\.0\.2"):
-        check_table(table, **reference)
-    check_table(table, **reference, allow_foreign=True)
+    elsewhere = table.machine.model_copy(update={"cpu_model": "Z80"})
+    other = table.model_copy(update={"machine": elsewhere, "engine_version": "0.0.1"})
+    with pytest.raises(IncompatibleArtifactError, match=r"(?s)machine: .*found Z80.*engine version: .*found 0\.0\.1"):
+        check_table(other, request())
+    check_table(other, request(), allow_foreign=True)
+    reference = table.model_copy(update={"baseline_engine_version": "0.0.2"})
+    with pytest.raises(IncompatibleArtifactError, match=r"baseline engine version: .*found 0\.0\.2"):
+        check_table(reference, request())
+    check_table(reference, request(), allow_foreign=True)
 
 
 def test_other_model_shape_and_missing_cells_are_refused(table: LatencyTable) -> None:
-    wider = table.shape.model_copy(update={"intermediate_size": 128})
+    wider = request(tiny_model("bert", intermediate_size=128))
     with pytest.raises(
         IncompatibleArtifactError, match=r"(?s)model shape: .*ffn of size 128: expected a measured cell"
     ):
-        check_table(table, **{**arguments(table), "shape": wider})
+        check_table(table, wider)
     thinned = table.model_copy(update={"cells": [cell for cell in table.cells if cell.size]})
     with pytest.raises(IncompatibleArtifactError, match="attention of size 0"):
-        check_table(thinned, **arguments(table))
+        check_table(thinned, request())
 
 
 def test_unsupported_model_and_too_long_sequences_are_refused() -> None:
     dense = tiny_model("bert")
     dense.config.is_decoder = True
     with pytest.raises(UnsupportedModelError, match="decoder"):
-        measure_table(dense, ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+        measure_table(request(dense))
     with pytest.raises(UnsupportedModelError, match="seq_len <= 40"):
-        measure_table(
-            tiny_model("bert"), Environment(workload=Workload(seq_len=41)), QUICK, ExportConfig(), output_names=HIDDEN
-        )
+        measure_table(request(environment=Environment(workload=Workload(seq_len=41))))
     with pytest.raises(UnsupportedModelError, match="logits"):
-        measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=["logits"])
+        measure_table(request(output_names=("logits",)))
 
 
 def test_too_many_threads_are_refused_before_any_export() -> None:
     with pytest.raises(EnvironmentMismatchError):
-        measure_table(tiny_model("bert"), Environment(threads=4000), QUICK, ExportConfig(), output_names=HIDDEN)
+        measure_table(request(environment=Environment(threads=4000)))
 
 
 def test_worker_that_dies_ends_the_profile_with_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,4 +332,4 @@ def test_worker_that_dies_ends_the_profile_with_an_engine_error(monkeypatch: pyt
 
     monkeypatch.setattr(WorkerHandle, "load", dying)
     with pytest.raises(EngineError, match=r"(?s)attention-2\.onnx.*SIGKILL"):
-        measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+        measure_table(request())

@@ -1,4 +1,4 @@
-"""Tables in the deployed form: what is compressed, what stays dense and float, and on which engine each runs."""
+"""Tables of treated files: what is compressed, what stays dense and float, and on which engine each runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.models import TableModel, table_models
 from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.deployed import FLOAT32, Treatment
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.recipe import Environment, ExportConfig, ProfileConfig, Workload
+from ziplm_deploy.recipe import Environment, ExportConfig, ProfileConfig, Variant, Workload
 
 ENVIRONMENT = Environment(workload=Workload(batch_size=2, seq_len=12))
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
-HIDDEN = ["last_hidden_state"]
+HIDDEN = ("last_hidden_state",)
+
+
+def request(dense: nn.Module, environment: Environment = ENVIRONMENT, **changes: Any) -> TableRequest:
+    return TableRequest(dense, HIDDEN, environment, QUICK, **{"export": ExportConfig(), **changes})
 
 
 def zero_half(model: nn.Module) -> nn.Module:
@@ -40,7 +45,7 @@ def layer_linears(model: nn.Module) -> list[nn.Linear]:
     return [part for layer in layers_of(model) for part in layer.modules() if isinstance(part, nn.Linear)]
 
 
-HALF_ZERO = Treatment("sparse", zero_half, lambda path, inputs: None, "every other column is zero")
+HALF_ZERO = Treatment(Variant.SPARSE, zero_half, lambda path, inputs: None, "every other column is zero")
 
 
 def zero_shares(model: TableModel) -> list[float]:
@@ -50,16 +55,16 @@ def zero_shares(model: TableModel) -> list[float]:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])
-def test_a_form_reaches_every_model_but_the_dense_reference(model_type: str) -> None:
+def test_a_treatment_reaches_every_model_but_the_dense_reference(model_type: str) -> None:
     dense = tiny_model(model_type)
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    models = list(table_models(dense, QUICK, lambda model: model, ("last_hidden_state",), HALF_ZERO, unpruned=True))
+    models = list(table_models(request(dense, treatment=HALF_ZERO)))
     wholes = [f"whole {index}" for index in range(4)]
     assert [model.model_id for model in models[:9]] == ["dense", "unpruned", *wholes, "base", "none", "attention 4"]
-    for model in models * 2:  # a form that changes a model in place must not meet its own zeros again
+    for model in models * 2:  # a treatment that changes a model in place must not meet its own zeros again
         expected = 0.0 if model.model_id == "dense" else 0.5
         assert all(share == pytest.approx(expected, abs=0.01) for share in zero_shares(model)), model.model_id
-        assert (model.form is FLOAT32) == (model.model_id == "dense")
+        assert (model.treatment is FLOAT32) == (model.model_id == "dense")
     assert len(zero_shares(models[1])) == 3 * 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
@@ -92,8 +97,8 @@ def test_cells_are_timed_as_finished_files_against_a_dense_float_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = loaded_models(monkeypatch)
-    form = Treatment("int8", lambda model: model, to_int8, "dynamic")
-    table = measure_table(smallest(), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN, form=form)
+    int8 = Treatment(Variant.INT8, lambda model: model, to_int8, "dynamic")
+    table = measure_table(request(smallest(), treatment=int8))
     integers = {
         model_id: sum(node.op_type == "MatMulInteger" for node in model.graph.node)
         for model_id, (_, model) in seen.items()
@@ -114,9 +119,7 @@ def test_the_dense_model_may_be_timed_on_another_engine(monkeypatch: pytest.Monk
     version = pytest.importorskip("openvino", reason="the extra openvino is not installed").__version__.split("-")[0]
     seen = loaded_models(monkeypatch)
     environment = ENVIRONMENT.model_copy(update={"engine": "openvino"})
-    table = measure_table(
-        smallest(), environment, QUICK, ExportConfig(), output_names=HIDDEN, baseline_engine="onnxruntime"
-    )
+    table = measure_table(request(smallest(), environment, baseline_engine="onnxruntime"))
     assert (table.engine, table.engine_version) == ("openvino", version)
     assert (table.baseline_engine, table.baseline_engine_version) == ("onnxruntime", onnxruntime.__version__)
     assert {model_id for model_id, (version_, _) in seen.items() if version_ == onnxruntime.__version__} == {"dense"}
@@ -131,14 +134,10 @@ def test_cells_on_deepsparse_against_onnx_runtime() -> None:
         version = get_engine("deepsparse").version()
     except EngineError as missing:
         pytest.skip(str(missing))
+    static = ExportConfig(shapes="static", opset=16)
+    environment = ENVIRONMENT.model_copy(update={"engine": "deepsparse"})
     table = measure_table(
-        smallest(),
-        ENVIRONMENT.model_copy(update={"engine": "deepsparse"}),
-        QUICK,
-        ExportConfig(shapes="static", opset=16),
-        output_names=HIDDEN,
-        form=HALF_ZERO,
-        baseline_engine="onnxruntime",
+        request(smallest(), environment, export=static, treatment=HALF_ZERO, baseline_engine="onnxruntime")
     )
     assert (table.engine, table.engine_version) == ("deepsparse", version)
     assert (table.variant, table.baseline_engine) == ("sparse", "onnxruntime")
@@ -154,7 +153,7 @@ def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytes
             raise ModelRefusedError("assertion failed")
 
     monkeypatch.setattr(Trial, "run", load)
-    table = measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+    table = measure_table(request(tiny_model("bert")))
     assert set(table.refused) == {"ffn 24"}
     assert "assertion failed" in table.refused["ffn 24"]
     assert 24 not in table.sizes("ffn")
@@ -172,4 +171,4 @@ def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Trial, "run", load)
     with pytest.raises(EngineError, match="assertion failed"):
-        measure_table(tiny_model("bert"), ENVIRONMENT, QUICK, ExportConfig(), output_names=HIDDEN)
+        measure_table(request(tiny_model("bert")))

@@ -23,6 +23,7 @@ from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import MachineInfo, allowed_cpus, check_threads, machine_info
 from ziplm_deploy.machine.side_environments import ENVIRONMENTS, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
+from ziplm_deploy.recipe import Environment
 
 WORKER = Path(__file__).with_name("worker")
 Array = npt.NDArray[Any]
@@ -42,6 +43,11 @@ class WorkerOptions:
     shared_arena: bool = False  # for a worker that holds many sessions
     timeout_seconds: float = 600.0  # for one request; a hung engine is killed after it
 
+    @classmethod
+    def from_environment(cls, environment: Environment) -> WorkerOptions:
+        """Options with the threads and the workload of an environment."""
+        return cls(environment.threads, environment.workload.batch_size, environment.workload.seq_len)
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -54,6 +60,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelSignature:
+    """Inputs and outputs that a model declares."""
+
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 

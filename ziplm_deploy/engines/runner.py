@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]
     if environment.engine == "onnxruntime":
         yield onnx_runner(path)
         return
-    options = WorkerOptions(usable_cores(), environment.workload.batch_size, environment.workload.seq_len)
+    options = replace(WorkerOptions.from_environment(environment), threads=usable_cores())  # answers, not timings
     with get_engine(environment.engine).start_worker(options) as worker:
         wanted = {entry.name for entry in worker.load("model", path).inputs}
 

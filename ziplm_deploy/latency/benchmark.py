@@ -1,4 +1,4 @@
-"""One timing loop for all engines: processes a model, interleaved, the baseline against itself beside it.
+"""One timing loop for all engines: models in processes of their own, interleaved, the baseline beside itself.
 
 Works with any ONNX file: inputs are made from the names, types and shapes that the session declares. Every file may run
 on an engine of its own, so that a compressed model where it will serve stands beside the dense one where it serves now.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,26 +24,12 @@ from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
 
 _Workers = dict[str, WorkerHandle]
-
-
 AA = "baseline again"
-
-
 MODEL = "model"
-
-
 WARMUP_RUNS = 24
-
-
 WARMUP_SECONDS = 10.0
-
-
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
-
-
 MIN_ROUNDS = 10  # of a process
-
-
 EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
 
 
@@ -54,6 +39,29 @@ class TimedFile:
 
     path: Path
     engine: EngineName | None = None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Fields of a :class:`FileTiming` that its timings do not tell."""
+
+    path: str
+    engine: str
+    engine_version: str
+    peak_memory_bytes: int  # the largest of its processes
+
+
+@dataclass
+class _Timings:
+    """What all processes of a benchmark gave."""
+
+    rounds: dict[str, list[list[float]]]  # milliseconds: name -> round -> run
+    processes: list[int] = field(default_factory=list)  # number of the part of each round, which had its own processes
+    facts: dict[str, _Facts] = field(default_factory=dict)  # of each file
+
+    def peak_memory_bytes(self, name: str) -> int:
+        """The largest of a file's processes so far."""
+        return self.facts[name].peak_memory_bytes if name in self.facts else 0
 
 
 def compare(
@@ -87,25 +95,10 @@ def compare(
     started = time.monotonic()
     entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in subjects.items()}
     engine_version = get_engine(environment.engine).version()
-    rounds: dict[str, list[list[float]]] = {name: [] for name in [*entries, AA]}
-    processes: list[int] = []  # of each round
-    facts: dict[str, dict[str, Any]] = {}
-    for index, part in enumerate(parts := _parts(config)):
-        n_before = sum(before.rounds for before in parts[:index])
-        with _workers(entries, environment, baseline) as workers:
-            report = _shifted(progress, n_before, config.rounds)
-            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
-                rounds[name] += samples_ms
-            processes += [index] * (len(rounds[AA]) - len(processes))
-            for name, subject in entries.items():
-                peak_memory_bytes = facts.get(name, {}).get("peak_memory_bytes", 0)
-                facts[name] = {
-                    "path": str(subject.path),
-                    "engine": subject.engine or environment.engine,
-                    "engine_version": workers[name].version,
-                    "peak_memory_bytes": max(peak_memory_bytes, workers[name].peak_memory_bytes()),
-                }
-    aa_ratio, aa_low, aa_high = median_ratio(_per_round(rounds[baseline]), _per_round(rounds[AA]), processes=processes)
+    timed = _time_files(entries, environment, config, baseline, progress, seed)
+    aa_ratio, aa_low, aa_high = median_ratio(
+        _per_round(timed.rounds[baseline]), _per_round(timed.rounds[AA]), processes=timed.processes
+    )
     return BenchmarkRecord(
         machine=machine_info(),
         engine=environment.engine,
@@ -115,13 +108,37 @@ def compare(
         aa_ratio=aa_ratio,
         aa_low=aa_low,
         aa_high=aa_high,
-        rounds_of_processes=[processes.count(index) for index in range(len(parts))],
-        variants=[
-            _result(name, rounds, processes, baseline, environment.workload.batch_size, facts[name]) for name in entries
-        ],
+        rounds_of_processes=[timed.processes.count(index) for index in range(len(_parts(config)))],
+        variants=[_result(timed, name, baseline, environment.workload.batch_size) for name in entries],
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
+
+
+def _time_files(
+    entries: Mapping[str, TimedFile],
+    environment: Environment,
+    config: BenchmarkConfig,
+    baseline: str,
+    progress: StepProgress | None,
+    seed: int,
+) -> _Timings:
+    """Rounds of every part of a benchmark, each part with new processes."""
+    timed = _Timings(rounds={name: [] for name in [*entries, AA]})
+    for index, part in enumerate(_parts(config)):
+        report = _shifted(progress, sum(before.rounds for before in _parts(config)[:index]), config.rounds)
+        with _workers(entries, environment, baseline) as workers:
+            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
+                timed.rounds[name] += samples_ms
+            timed.processes += [index] * (len(timed.rounds[AA]) - len(timed.processes))
+            for name, entry in entries.items():
+                timed.facts[name] = _Facts(
+                    str(entry.path),
+                    entry.engine or environment.engine,
+                    workers[name].version,
+                    max(timed.peak_memory_bytes(name), workers[name].peak_memory_bytes()),
+                )
+    return timed
 
 
 @contextlib.contextmanager
@@ -145,7 +162,7 @@ def _parts(config: BenchmarkConfig) -> list[BenchmarkConfig]:
 
 
 def _shifted(progress: StepProgress | None, n_before: int, total: int) -> StepProgress | None:
-    """Progress of one part as that of all."""
+    """Progress of all parts, told by that of one."""
     return None if progress is None else lambda done, _: progress(n_before + done, total)
 
 
@@ -159,14 +176,9 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
 
 
 def start_worker(subject: TimedFile, environment: Environment) -> WorkerHandle:
-    """A worker of a file's engine, with nothing loaded."""
+    """Start a worker of a file's engine, with nothing loaded."""
     engine = get_engine(subject.engine or environment.engine)
-    options = WorkerOptions(
-        threads=environment.threads,
-        batch_size=environment.workload.batch_size,
-        seq_len=environment.workload.seq_len,
-    )
-    return engine.start_worker(options)
+    return engine.start_worker(WorkerOptions.from_environment(environment))
 
 
 def _interleave(
@@ -195,7 +207,7 @@ def _interleave(
 
 
 def _time_limit_s(config: BenchmarkConfig, n_files: int) -> float:
-    """More files take longer rounds: beyond ten the limit grows with them, so that no fewer rounds remain."""
+    """Seconds for all rounds. Beyond ten files, whose rounds take longer, the limit grows, so that no fewer remain."""
     return config.max_seconds * max(1.0, n_files / FILES_WITHIN_LIMIT)
 
 
@@ -215,21 +227,15 @@ def _per_round(samples_ms: list[list[float]]) -> list[float]:
     return [float(np.median(round_ms)) for round_ms in samples_ms]
 
 
-def _result(
-    name: str,
-    rounds: Mapping[str, list[list[float]]],
-    processes: Sequence[int],
-    baseline: str,
-    batch_size: int,
-    facts: Mapping[str, Any],
-) -> FileTiming:
-    """Figures of one subject; ``facts`` are the fields that timings do not tell."""
-    samples_ms = [sample for round_ms in rounds[name] for sample in round_ms]
-    process_of = [process for process, round_ms in zip(processes, rounds[name], strict=True) for _ in round_ms]
+def _result(timed: _Timings, name: str, baseline: str, batch_size: int) -> FileTiming:
+    """Figures of one file."""
+    rounds = timed.rounds[name]
+    samples_ms = [sample for round_ms in rounds for sample in round_ms]
+    process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=True) for _ in round_ms]
     timing = summarize(samples_ms, groups=process_of)
-    own_ms = _per_round(rounds[name])
-    reference_ms = own_ms if name == baseline else _reference(rounds, baseline)  # a baseline's own speedup is 1
-    speedup, low, high = median_ratio(reference_ms, own_ms, processes=processes)
+    own_ms = _per_round(rounds)
+    reference_ms = own_ms if name == baseline else _reference(timed.rounds, baseline)  # a baseline's own speedup is 1
+    speedup, low, high = median_ratio(reference_ms, own_ms, processes=timed.processes)
     return FileTiming(
         name=name,
         latency=timing,
@@ -239,5 +245,5 @@ def _result(
         speedup_low=low,
         speedup_high=high,
         samples_ms=samples_ms,
-        **facts,
+        **asdict(timed.facts[name]),
     )

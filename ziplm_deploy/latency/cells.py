@@ -1,4 +1,4 @@
-"""From the timings of a table's models to its cells, and which timings are not sure enough yet.
+"""Cells of a table from the timings of its models, and which timings are not sure enough yet.
 
 With T the latency of a stack of ``depth`` layers that have only attention (or only an FFN) left, T_none that of a model
 without layers and T_00 that of a stack of layers with both modules dropped:
@@ -13,16 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ziplm_deploy.latency.models import (
-    BASE,
-    DENSE,
-    DENSE_AS_SERVED,
-    NO_LAYERS,
-    cell_id,
-    cell_sizes,
-    pruned_samples,
-    whole_ids,
-)
+from ziplm_deploy.latency.grid import DENSE, DENSE_AS_SERVED, NO_LAYERS, Grid, cell_id
 from ziplm_deploy.latency.statistics import (
     Floats,
     Timing,
@@ -33,13 +24,9 @@ from ziplm_deploy.latency.statistics import (
     summarize,
 )
 from ziplm_deploy.latency.table import Cell, PrunedSample
-from ziplm_deploy.models.shape import ModelShape
-from ziplm_deploy.recipe import ProfileConfig
 
 # A cell is also sure enough when its error, in every layer of the model, is this fraction of the whole latency.
 NEGLIGIBLE = 0.0005
-
-
 MIN_MS = 1e-4
 
 
@@ -63,25 +50,23 @@ class Samples:
         self.ms = {str(model_id): corrected[ids == model_id] for model_id in np.unique(ids)}
 
 
-def unsure(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[str]:
+def unsure(samples: Samples, grid: Grid) -> list[str]:
     """Models whose median is neither precise by itself nor negligible in the whole model."""
     whole_ms = samples.ms.get(DENSE_AS_SERVED, samples.ms[DENSE])
     negligible_ms = NEGLIGIBLE * float(np.median(whole_ms))
-    whole = {BASE, *whole_ids(shape, profile)}
     found = []
     for model_id, ms in samples.ms.items():
         error = relative_standard_error(ms)
-        multiplicity = 1.0 if model_id in whole else shape.n_layers / profile.stack_depth
-        precision = profile.precision / 2 if model_id == DENSE else profile.precision
-        if error > precision and error * float(np.median(ms)) * multiplicity > negligible_ms:
+        precision = grid.profile.precision / 2 if model_id == DENSE else grid.profile.precision
+        if error > precision and error * float(np.median(ms)) * grid.multiplicity(model_id) > negligible_ms:
             found.append(model_id)
     return found
 
 
-def non_monotone(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[str]:
+def non_monotone(samples: Samples, grid: Grid) -> list[str]:
     """Neighbouring sizes of which the smaller one looks slower."""
     suspects = []
-    for kind, sizes in cell_sizes(shape, profile).items():
+    for kind, sizes in grid.cell_sizes.items():
         ids = [cell_id(kind, size) for size in sizes if cell_id(kind, size) in samples.ms]
         medians = [float(np.median(samples.ms[model_id])) for model_id in ids]
         for index in range(len(ids) - 1):
@@ -90,15 +75,15 @@ def non_monotone(samples: Samples, shape: ModelShape, profile: ProfileConfig) ->
     return suspects
 
 
-def cells_of(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[Cell]:
+def cells_of(samples: Samples, grid: Grid) -> list[Cell]:
     """Every cell with its bootstrap interval, by the formulas above."""
-    depth = profile.stack_depth
+    depth = grid.profile.stack_depth
     none, dropped = samples.ms[NO_LAYERS], samples.ms[cell_id("attention", 0)]
     none_boot, dropped_boot = bootstrap_medians(none, seed=1), bootstrap_medians(dropped, seed=2)
     none_ms, dropped_ms = float(np.median(none)), float(np.median(dropped))
     zero_ms, zero_boot = (dropped_ms - none_ms) / (2 * depth), (dropped_boot - none_boot) / (2 * depth)
     cells = []
-    for kind, sizes in cell_sizes(shape, profile).items():
+    for kind, sizes in grid.cell_sizes.items():
         for size in sizes:
             if cell_id(kind, size) not in samples.ms:  # the engine refused it
                 continue
@@ -108,11 +93,11 @@ def cells_of(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> lis
     return cells
 
 
-def wholes_of(samples: Samples, shape: ModelShape, profile: ProfileConfig) -> list[PrunedSample]:
+def wholes_of(samples: Samples, grid: Grid) -> list[PrunedSample]:
     """The whole models that ran, of cells that ran too."""
     return [
         PrunedSample(sizes=sizes, timing=summarize(samples.ms[model_id]))
-        for model_id, sizes in pruned_samples(shape, profile).items()
+        for model_id, sizes in grid.pruned_samples.items()
         if {model_id, *(cell_id(name.split(".")[1], size) for name, size in sizes.items())} <= samples.ms.keys()
     ]
 

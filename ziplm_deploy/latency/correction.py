@@ -1,4 +1,4 @@
-"""From the sum of a model's parts to what the whole model takes, as measured on a few whole models.
+"""Correction of the sum of a model's parts to what the whole model takes, as measured on a few whole models.
 
 A cell is timed in a stack of equal layers. Where four of them stay in a cache that a whole model leaves, as INT8 layers
 of a small model do, sums of cells promise too much, most for medium sizes. Some whole models are therefore timed along

@@ -1,4 +1,4 @@
-"""Latency tables: what every sub-block shape costs, timed in the form that will be deployed.
+"""Latency tables: what every sub-block shape costs, timed as the files that will be deployed.
 
 A cell is a stack of ``stack_depth`` identical layers with only attention (or only an FFN) left, exported, compressed
 and loaded exactly like a family member (:mod:`ziplm_deploy.latency.models`); see :mod:`ziplm_deploy.latency.cells` for
@@ -20,69 +20,26 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import nn
 
-from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, get_engine
 from ziplm_deploy.engines.trial import ModelRefusedError, Trial
-from ziplm_deploy.errors import EngineError, IncompatibleArtifactError
+from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
-from ziplm_deploy.latency.models import (
-    BASE,
-    DENSE,
-    DENSE_AS_SERVED,
-    TableModel,
-    Wrap,
-    needed_ids,
-    table_models,
-    whole_ids,
-)
+from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, Grid
+from ziplm_deploy.latency.models import TableModel, table_models
+from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.statistics import is_stable, summarize
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.machine.info import MachineInfo, machine_info
-from ziplm_deploy.models.deployed import FLOAT32, Treatment
-from ziplm_deploy.models.modules import model_shape
-from ziplm_deploy.models.shape import ModelShape
-from ziplm_deploy.recipe import EngineName, Environment, ExportConfig, ProfileConfig, Variant
-
-Progress = Callable[[int, int], None]  # (steps done, steps at most): exports, then rounds
-
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.progress import StepProgress
 
 REMEASURE_ROUNDS = 10
-
-
 REMEASURE_SHARE = 0.2  # of the time limit, kept back for suspicious cells
-
-
 MIN_ANCHORS = 8
-
-
 # The dense model's error is in every predicted speedup, a cell's only in its share: it is timed more often.
 EXTRA_DENSE = 2
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a table's models run: the dense reference on the baseline engine, all others on the environment's."""
-
-    environment: Environment
-    export: ExportConfig
-    baseline: EngineName
-
-    def engine_of(self, model_id: str) -> EngineName:
-        return self.baseline if model_id == DENSE else self.environment.engine
-
-    def start_worker(self, name: EngineName, *, holds_many: bool = False) -> WorkerHandle:
-        engine = get_engine(name)
-        options = WorkerOptions(
-            threads=self.environment.threads,
-            batch_size=self.environment.workload.batch_size,
-            seq_len=self.environment.workload.seq_len,
-            shared_arena=holds_many,  # sixty sessions with an arena each would take gigabytes
-        )
-        return engine.start_worker(options)
 
 
 class Workers:
@@ -113,24 +70,8 @@ class _Measurement:
     seconds: float  # exports not included
 
 
-def measure_table(
-    dense: nn.Module,
-    environment: Environment,
-    profile: ProfileConfig,
-    export: ExportConfig,
-    *,
-    output_names: Sequence[str],
-    wrap: Wrap | None = None,
-    form: Treatment | None = None,
-    baseline_engine: EngineName | None = None,
-    progress: Progress | None = None,
-    seed: int = 0,
-) -> LatencyTable:
-    """Measure the table of ``dense`` (a transformers model; its weights do not matter, only its shapes).
-
-    ``wrap`` puts what else is deployed around a model (pooling), ``output_names`` are the outputs of that. ``form`` is
-    how members are compressed (None: not at all); cells and base go through it, the dense reference does not.
-    ``baseline_engine`` runs that reference (None: the environment's engine).
+def measure_table(request: TableRequest, progress: StepProgress | None = None, seed: int = 0) -> LatencyTable:
+    """Measure the table that is asked for. ``progress`` counts exports, then rounds.
 
     Raises:
         UnsupportedModelError: the architecture cannot be pruned or exported.
@@ -139,12 +80,8 @@ def measure_table(
             it cannot run are left out, see ``LatencyTable.refused``.
     """
     started = time.monotonic()
-    shape = model_shape(dense.config)  # type: ignore[arg-type]
-    place = _Place(environment, export, baseline_engine or environment.engine)
-    names, deployed, wrap = tuple(output_names), form or FLOAT32, wrap or (lambda model: model)
-    unpruned = form is not None or place.baseline != environment.engine
-    models = list(table_models(dense, profile, wrap, names, deployed, unpruned=unpruned))
-    measured = _measure_models(models, place, shape, profile, progress or (lambda done, total: None), seed)
+    shape, environment, treatment = request.shape, request.environment, request.treatment
+    measured = _measure_models(request, progress or (lambda done, total: None), seed)
     samples = measured.samples
     table = LatencyTable(
         machine=machine_info(),
@@ -152,19 +89,19 @@ def measure_table(
         engine_version=measured.versions[environment.engine],
         environment=environment,
         shape=shape,
-        graph=graph_of(dense, output_names),
-        variant=deployed.variant,
-        form=deployed.description,
-        baseline_engine=place.baseline,
-        baseline_engine_version=measured.versions[place.baseline],
-        shapes=export.shapes,
-        opset=export.opset,
-        stack_depth=profile.stack_depth,
+        graph=request.graph,
+        variant=treatment.variant,
+        form=treatment.description,
+        baseline_engine=request.baseline,
+        baseline_engine_version=measured.versions[request.baseline],
+        shapes=request.export.shapes,
+        opset=request.export.opset,
+        stack_depth=request.profile.stack_depth,
         base=summarize(samples.ms[BASE]),
         dense=summarize(samples.ms[DENSE]),
-        unpruned=summarize(samples.ms[DENSE_AS_SERVED]) if unpruned else None,
-        cells=cells_of(samples, shape, profile),
-        wholes=wholes_of(samples, shape, profile),
+        unpruned=summarize(samples.ms[DENSE_AS_SERVED]) if request.times_dense_as_served else None,
+        cells=cells_of(samples, request.grid),
+        wholes=wholes_of(samples, request.grid),
         refused=measured.refused,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         measuring_seconds=measured.seconds,
@@ -175,46 +112,54 @@ def measure_table(
     return table
 
 
-def _measure_models(
-    models: Sequence[TableModel], place: _Place, shape: ModelShape, profile: ProfileConfig, report: Progress, seed: int
-) -> _Measurement:
+def _measure_models(request: TableRequest, report: StepProgress, seed: int) -> _Measurement:
     """Export, load and time all models."""
-    steps = len(models) + profile.max_rounds
+    models = list(table_models(request))
+    steps = len(models) + request.profile.max_rounds
     ids = [model.model_id for model in models]
-    refused: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        engine = place.environment.engine
-        together = stack.enter_context(place.start_worker(engine, holds_many=True))
+        engine = request.environment.engine
+        together = stack.enter_context(request.start_worker(engine, holds_many=True))
         alone = {
-            model_id: stack.enter_context(place.start_worker(place.engine_of(model_id)))
-            for model_id in sorted(whole_ids(shape, profile).intersection(ids))
+            model_id: stack.enter_context(request.start_worker(request.engine_of(model_id)))
+            for model_id in sorted(request.grid.whole_ids.intersection(ids))
         }
         workers = Workers({model_id: alone.get(model_id, together) for model_id in ids})
+        refused = _load_models(request, models, workers, lambda done: report(done, steps))
+        ids = [model_id for model_id in ids if model_id not in refused]
+        measuring = time.monotonic()
+        samples = _measure(workers, ids, request.grid, lambda rounds: report(len(models) + rounds, steps), seed)
+        _remeasure(workers, samples, request.grid, seed)
+        seconds = time.monotonic() - measuring
+    report(steps, steps)
+    return _Measurement(samples, refused, {request.baseline: alone[DENSE].version, engine: together.version}, seconds)
+
+
+def _load_models(
+    request: TableRequest, models: Sequence[TableModel], workers: Workers, report: Callable[[int], None]
+) -> dict[str, str]:
+    """Export every model and load it into its worker, but for those that are refused: their ids, and why."""
+    refused: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
         trials = {
-            name: stack.enter_context(Trial(functools.partial(place.start_worker, name)))
-            for name in {engine, place.baseline}
+            name: stack.enter_context(Trial(functools.partial(request.start_worker, name)))
+            for name in {request.environment.engine, request.baseline}
             if get_engine(name).may_abort
         }
         for done, model in enumerate(models, start=1):
             with tempfile.TemporaryDirectory(prefix="ziplm-profile-") as folder:
                 path = Path(folder) / f"{model.model_id.replace(' ', '-')}.onnx"
-                model.export(path, place.environment, place.export)
-                reason = _refusal(model, trials.get(place.engine_of(model.model_id)), path, shape)
+                model.export(path, request.settings)
+                reason = _refusal(model.model_id, trials.get(request.engine_of(model.model_id)), path, request.grid)
                 if reason:
                     refused[model.model_id] = reason
                 else:
                     workers.load(model.model_id, path)
-            report(done, steps)
-        ids = [model_id for model_id in ids if model_id not in refused]
-        measuring = time.monotonic()
-        samples = _measure(workers, ids, shape, profile, lambda rounds: report(len(models) + rounds, steps), seed)
-        _remeasure(workers, samples, shape, profile, seed)
-        seconds = time.monotonic() - measuring
-    report(steps, steps)
-    return _Measurement(samples, refused, {place.baseline: alone[DENSE].version, engine: together.version}, seconds)
+            report(done)
+    return refused
 
 
-def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelShape) -> str:
+def _refusal(model_id: str, trial: Trial | None, path: Path, grid: Grid) -> str:
     """Why the engine cannot run a cell that a table can do without; empty if it can."""
     if trial is None:
         return ""
@@ -224,97 +169,25 @@ def _refusal(model: TableModel, trial: Trial | None, path: Path, shape: ModelSha
         kept = Path(tempfile.mkdtemp(prefix="ziplm-refused-")) / path.name  # the message says how to reproduce it
         shutil.copyfile(path, kept)
         reason = str(error).replace(str(path), str(kept))
-        if model.model_id in needed_ids(shape):
+        if model_id in grid.needed_ids:
             raise EngineError(reason) from error
         return reason
     return ""
 
 
-def graph_of(dense: nn.Module, output_names: Sequence[str]) -> str:
-    """What a graph holds beside the prunable shapes, in words; tables of models that differ in it are not shared."""
-    config: Any = dense.config
-    parts = [type(dense).__name__, str(getattr(config, "hidden_act", getattr(config, "activation", "")))]
-    if hasattr(config, "image_size"):
-        parts.append(f"images of {config.image_size} in patches of {config.patch_size}")
-    else:
-        parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
-    return ", ".join([*parts, f"outputs {' '.join(output_names)}"])
-
-
-def check_table(
-    table: LatencyTable,
-    *,
-    machine: MachineInfo,
-    engine: str,
-    engine_version: str,
-    environment: Environment,
-    shape: ModelShape,
-    graph: str,
-    shapes: str,
-    opset: int,
-    variant: Variant = Variant.FP32,
-    form: str = "",
-    baseline_engine: EngineName | None = None,
-    baseline_engine_version: str | None = None,
-    allow_foreign: bool = False,
-) -> None:
-    """Refuse a table that was not measured for this model in this environment.
-
-    ``form`` is the description of the :class:`Treatment`. Baseline engine and version default to those of the
-    cells. ``allow_foreign`` accepts another machine or engine version, nothing else.
-
-    Raises:
-        IncompatibleArtifactError: lists everything that differs.
-    """
-    pairs: list[tuple[str, object, object]] = [
-        ("engine", engine, table.engine),
-        ("environment", environment.describe(), table.environment.describe()),
-        ("model shape", shape.model_dump(), table.shape.model_dump()),
-        ("graph", graph, table.graph),
-        ("variant", variant, table.variant),
-        ("form", form, table.form),
-        ("baseline engine", baseline_engine or engine, table.baseline_engine),
-        ("export shapes", shapes, table.shapes),
-        ("opset", opset, table.opset),
-    ]
-    if not allow_foreign:
-        pairs += [
-            ("machine", machine.fingerprint, table.machine.fingerprint),
-            ("engine version", engine_version, table.engine_version),
-            ("baseline engine version", baseline_engine_version or engine_version, table.baseline_engine_version),
-        ]
-    differing = [f"{what}: expected {expected}, found {found}" for what, expected, found in pairs if expected != found]
-    for kind, full in (("attention", shape.n_heads), ("ffn", shape.intermediate_size)):
-        missing = {0, full} - {cell.size for cell in table.cells if cell.kind == kind}
-        differing += [f"{kind} of size {size}: expected a measured cell, found none" for size in sorted(missing)]
-    if differing:
-        raise IncompatibleArtifactError(
-            "the latency table does not fit:\n  "
-            + "\n  ".join(differing)
-            + "\nmeasure one with `ziplm-deploy profile`, or set profile.allow_foreign_table to accept another machine "
-            "or engine version (predictions may then be far off)"
-        )
-
-
-def _measure(
-    workers: Workers,
-    ids: Sequence[str],
-    shape: ModelShape,
-    profile: ProfileConfig,
-    report: Callable[[int], None],
-    seed: int,
-) -> Samples:
+def _measure(workers: Workers, ids: Sequence[str], grid: Grid, report: Callable[[int], None], seed: int) -> Samples:
     """Interleaved rounds in random order until every cell is sure, or a limit is reached."""
+    profile = grid.profile
     generator = np.random.default_rng(seed)
     samples = Samples()
     deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
-    _warm_up(workers, ids, whole_ids(shape, profile))
+    _warm_up(workers, ids, grid.whole_ids)
     # Three rounds at least: a median of fewer is none.
     while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
         _round(workers, [*ids, *[DENSE] * EXTRA_DENSE], samples, generator)
         samples.rounds += 1
         report(samples.rounds)
-        if samples.rounds >= profile.min_rounds and not unsure(samples, shape, profile):
+        if samples.rounds >= profile.min_rounds and not unsure(samples, grid):
             break
     return samples
 
@@ -332,14 +205,14 @@ def _round(workers: Workers, ids: Sequence[str], samples: Samples, generator: np
     samples.add(order, workers.time_many(order, warmup_ms=TURN_WARMUP_MS))
 
 
-def _remeasure(workers: Workers, samples: Samples, shape: ModelShape, profile: ProfileConfig, seed: int) -> None:
+def _remeasure(workers: Workers, samples: Samples, grid: Grid, seed: int) -> None:
     """More rounds for cells that are noisy or slower than a larger one; a table may stay non-monotone, if truly so."""
-    suspects = sorted({*unsure(samples, shape, profile), *non_monotone(samples, shape, profile)})
+    suspects = sorted({*unsure(samples, grid), *non_monotone(samples, grid)})
     if not suspects:
         return
     generator = np.random.default_rng([seed, 1])
     sure = [model_id for model_id in samples.ms if model_id not in suspects]
-    deadline = time.monotonic() + REMEASURE_SHARE * profile.max_seconds
+    deadline = time.monotonic() + REMEASURE_SHARE * grid.profile.max_seconds
     for _ in range(REMEASURE_ROUNDS):
         if time.monotonic() > deadline:
             break

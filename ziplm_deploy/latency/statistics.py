@@ -9,24 +9,12 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 Floats = npt.NDArray[np.float64]
-
-
 CONFIDENCE = 0.95
-
-
 N_BOOTSTRAP = 1000
-
-
 DRIFT_WINDOW = 9  # neighbouring samples: well under a second, while machines change their speed for seconds
-
-
 DRIFT_PASSES = 4
-
-
 # Standard error of a median of n normal samples: 1.2533 · sd / √n; sd from the median absolute deviation: 1.4826 · MAD.
 MEDIAN_EFFICIENCY = 1.2533
-
-
 MAD_TO_SIGMA = 1.4826
 
 

@@ -39,7 +39,7 @@ class PrunedSample(BaseModel):
 class LatencyTable(Artifact):
     """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine.
 
-    Cells and base are in the form of ``variant`` on ``engine``: their sum predicts a member, corrected by what some
+    Cells and base are files of ``variant`` on ``engine``: their sum predicts a member, corrected by what some
     whole models took. ``dense`` is what speedups are over: the float32 model on ``baseline_engine``.
     """
 
@@ -54,7 +54,7 @@ class LatencyTable(Artifact):
     shape: ModelShape
     graph: str  # what else is in the graph: model class, activation, vocabulary or image size, outputs
     variant: Variant = Variant.FP32
-    form: str = ""  # how the variant was made, in words: two tables of a variant may differ in sparsity
+    form: str = ""  # the treatment in words: two tables of a variant may differ in sparsity
     baseline_engine: str = ""  # files from before it was recorded: ``engine``
     baseline_engine_version: str = ""
     shapes: Literal["dynamic", "static"]
@@ -62,9 +62,9 @@ class LatencyTable(Artifact):
     stack_depth: int
     base: Timing  # embeddings + head: the model with no layers
     dense: Timing  # the dense float32 model end to end on the baseline engine, same run
-    unpruned: Timing | None = None  # the dense model in the form of the cells, on their engine; None: it is ``dense``
+    unpruned: Timing | None = None  # the dense model, treated as the cells are, on their engine; None: it is ``dense``
     cells: list[Cell]
-    wholes: list[PrunedSample] = Field(default_factory=list)  # in the form of the cells; none: sums are not corrected
+    wholes: list[PrunedSample] = Field(default_factory=list)  # treated as the cells; none: sums are not corrected
     refused: dict[str, str] = Field(default_factory=dict)  # cells that the engine cannot run, and what it said
     date: str
     measuring_seconds: float

@@ -19,7 +19,7 @@ def n_processes() -> int:
 
 
 def threads_of_this_process(granted: int) -> int:
-    """Its share of the threads that all processes of this launch on this machine have together."""
+    """This process's share of the threads that all processes of this launch on this machine have together."""
     return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -39,7 +39,7 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through the body before the others enter it."""
+    """Let the first process go through the body before the others enter it."""
     if not is_first():
         wait()
     yield

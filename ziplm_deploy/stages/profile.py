@@ -5,10 +5,11 @@ from __future__ import annotations
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines import get_engine
-from ziplm_deploy.latency.profile import check_table, graph_of, measure_table
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.request import TableRequest, check_table
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import check_threads, machine_info
-from ziplm_deploy.models.deployed import with_embedding_head
+from ziplm_deploy.models.deployed import FLOAT32, with_embedding_head
 from ziplm_deploy.pruning.planner import check_target
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_compression, check_data
@@ -47,46 +48,34 @@ def profile_key(run: Run) -> str:
         variant=None if treatment is None else [treatment.variant, treatment.description],
         environment=recipe.environment.fingerprint,
         profile=recipe.profile.model_dump(exclude={"table", "allow_foreign_table"}) if given is None else None,
-        graph=graph_of(run.dense.model, run.onnx_export.output_names),
+        graph=table_request(run).graph,
         export=recipe.export.model_dump(include={"shapes", "opset"}),
         given=source_hash(str(given)) if given else None,
     )
 
 
+def table_request(run: Run) -> TableRequest:
+    """What the latency table of a run must be of."""
+    recipe = run.recipe
+    return TableRequest(
+        run.dense.model,
+        tuple(run.onnx_export.output_names),
+        recipe.environment,
+        recipe.profile,
+        recipe.export,
+        wrap=lambda model: with_embedding_head(model, recipe.model, recipe.export),
+        treatment=target_treatment(recipe) or FLOAT32,
+        baseline_engine=recipe.baseline_engine,
+    )
+
+
 def _profile(run: Run) -> None:
-    recipe, treatment = run.recipe, target_treatment(run.recipe)
+    recipe, request = run.recipe, table_request(run)
     if recipe.profile.table is not None:
         table = LatencyTable.load(recipe.profile.table)
-        engine = get_engine(recipe.environment.engine)
-        check_table(
-            table,
-            machine=machine_info(),
-            engine=engine.name,
-            engine_version=engine.version(),
-            environment=recipe.environment,
-            shape=run.dense.shape,
-            shapes=recipe.export.shapes,
-            opset=recipe.export.opset,
-            graph=graph_of(run.dense.model, run.onnx_export.output_names),
-            variant=recipe.compress.target,
-            form="" if treatment is None else treatment.description,
-            baseline_engine=recipe.baseline_engine,
-            baseline_engine_version=get_engine(recipe.baseline_engine).version(),
-            allow_foreign=recipe.profile.allow_foreign_table,
-        )
+        check_table(table, request, allow_foreign=recipe.profile.allow_foreign_table)
     else:
-        table = measure_table(
-            run.dense.model,
-            recipe.environment,
-            recipe.profile,
-            recipe.export,
-            output_names=run.onnx_export.output_names,
-            wrap=lambda model: with_embedding_head(model, recipe.model, recipe.export),
-            form=treatment,
-            baseline_engine=recipe.baseline_engine,
-            progress=run.progress.step,
-            seed=recipe.seed,
-        )
+        table = measure_table(request, run.progress.step, recipe.seed)
     table.save(run.folder.profile)
 
 

@@ -1,0 +1,142 @@
+"""What a latency table is asked for: measuring one and accepting one read the same request."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from exporters import ExportSettings
+from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.errors import IncompatibleArtifactError
+from ziplm_deploy.latency.grid import DENSE, Grid
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.models.deployed import FLOAT32, Treatment, export_settings
+from ziplm_deploy.models.modules import model_shape
+from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.recipe import EngineName, Environment, ExportConfig, ProfileConfig
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, with nothing more in its graph."""
+    return model
+
+
+@dataclass(frozen=True)
+class TableRequest:
+    """Everything that a latency table depends on, but for the machine.
+
+    Attributes:
+        dense: a transformers model; its weights do not matter, only its shapes.
+        output_names: outputs of the graph.
+        wrap: puts what else is deployed around a model (pooling); ``output_names`` are outputs of that.
+        treatment: how members' files are made; cells and base go through it, the dense reference does not.
+        baseline_engine: runs the dense reference; None: the environment's engine.
+    """
+
+    dense: nn.Module
+    output_names: tuple[str, ...]
+    environment: Environment
+    profile: ProfileConfig
+    export: ExportConfig
+    wrap: Wrap = unwrapped
+    treatment: Treatment = FLOAT32
+    baseline_engine: EngineName | None = None
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """Dimensions of the model; raises :class:`UnsupportedModelError` for one that cannot be pruned."""
+        return model_shape(self.dense.config)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.profile)
+
+    @property
+    def graph(self) -> str:
+        """What the graph holds beside the prunable shapes, in words; a table of another graph does not fit."""
+        config: Any = self.dense.config
+        parts = [type(self.dense).__name__, str(getattr(config, "hidden_act", getattr(config, "activation", "")))]
+        if hasattr(config, "image_size"):
+            parts.append(f"images of {config.image_size} in patches of {config.patch_size}")
+        else:
+            parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
+        return ", ".join([*parts, f"outputs {' '.join(self.output_names)}"])
+
+    @property
+    def settings(self) -> ExportSettings:
+        """Settings of the exporter for every model of the table."""
+        return export_settings(self.export, self.environment.workload)
+
+    @property
+    def baseline(self) -> EngineName:
+        """Engine of the dense reference."""
+        return self.baseline_engine or self.environment.engine
+
+    @property
+    def times_dense_as_served(self) -> bool:
+        """Whether the dense model is timed a second time, as the cells are: their sum must come near that."""
+        return self.treatment is not FLOAT32 or self.baseline != self.environment.engine
+
+    def engine_of(self, model_id: str) -> EngineName:
+        """Engine that runs a model: the dense reference is the baseline's, all others are the environment's."""
+        return self.baseline if model_id == DENSE else self.environment.engine
+
+    def start_worker(self, engine: EngineName, *, holds_many: bool = False) -> WorkerHandle:
+        """Start a worker for this table's models; raises as :meth:`Engine.start_worker`."""
+        options = WorkerOptions.from_environment(self.environment)
+        # Sixty sessions with an arena each would take gigabytes.
+        return get_engine(engine).start_worker(replace(options, shared_arena=holds_many))
+
+
+def check_table(table: LatencyTable, request: TableRequest, *, allow_foreign: bool = False) -> None:
+    """Refuse a table that was not measured for this request, on this machine, with the engines installed here.
+
+    ``allow_foreign`` accepts another machine or engine version, nothing else.
+
+    Raises:
+        IncompatibleArtifactError: lists everything that differs.
+        EngineError: an engine is missing.
+    """
+    pairs = _asked_and_held(table, request) + ([] if allow_foreign else _here_and_there(table, request))
+    differing = [f"{what}: expected {expected}, found {found}" for what, expected, found in pairs if expected != found]
+    for kind, full in (("attention", request.shape.n_heads), ("ffn", request.shape.intermediate_size)):
+        missing = {0, full} - {cell.size for cell in table.cells if cell.kind == kind}
+        differing += [f"{kind} of size {size}: expected a measured cell, found none" for size in sorted(missing)]
+    if differing:
+        raise IncompatibleArtifactError(
+            "the latency table does not fit:\n  "
+            + "\n  ".join(differing)
+            + "\nmeasure one with `ziplm-deploy profile`, or set profile.allow_foreign_table to accept another machine "
+            "or engine version (predictions may then be far off)"
+        )
+
+
+def _asked_and_held(table: LatencyTable, request: TableRequest) -> list[tuple[str, object, object]]:
+    """What a table must be of: name, what is asked for, what the table has."""
+    return [
+        ("engine", request.environment.engine, table.engine),
+        ("environment", request.environment.describe(), table.environment.describe()),
+        ("model shape", request.shape.model_dump(), table.shape.model_dump()),
+        ("graph", request.graph, table.graph),
+        ("variant", request.treatment.variant, table.variant),
+        ("form", request.treatment.description, table.form),
+        ("baseline engine", request.baseline, table.baseline_engine),
+        ("export shapes", request.export.shapes, table.shapes),
+        ("opset", request.export.opset, table.opset),
+    ]
+
+
+def _here_and_there(table: LatencyTable, request: TableRequest) -> list[tuple[str, object, object]]:
+    """Where a table was measured: name, what is here, what was there."""
+    return [
+        ("machine", machine_info().fingerprint, table.machine.fingerprint),
+        ("engine version", get_engine(request.environment.engine).version(), table.engine_version),
+        ("baseline engine version", get_engine(request.baseline).version(), table.baseline_engine_version),
+    ]
