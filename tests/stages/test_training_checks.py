@@ -67,7 +67,7 @@ def test_a_new_head_follows_the_seed_whatever_was_drawn_before(tmp_path: Path) -
     def head(seed: int) -> torch.Tensor:
         torch.rand(3)
         recipe = parse_recipe(raw_recipe(tmp_path, seed=seed, dense={"train": True}))
-        return Run(recipe).dense.get_parameter("classifier.weight")
+        return Run(recipe).dense.model.get_parameter("classifier.weight")
 
     torch.testing.assert_close(head(0), head(0))
     assert not torch.equal(head(0), head(1))
