@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from ziplm_deploy.engines.onnxruntime import OnnxRuntimeEngine
 import ziplm_deploy
 from tests.helpers.models import save_dense
 from ziplm_deploy import pipeline
+from ziplm_deploy.compression.int8 import budget as int8_budget
 from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
+from ziplm_deploy.compression.int8.budget import Fp32Choice
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings
 from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult
 from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
-from ziplm_deploy.compression.int8.sensitivity import Fp32Choice
 from ziplm_deploy.compression.records import Int8Record, int8_record_path
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
@@ -168,7 +170,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
         return record
 
     benchmark = pipeline.benchmark
-    monkeypatch.setattr(int8_members, "keep_in_fp32", keep_two)
+    monkeypatch.setattr(int8_budget, "keep_in_fp32", keep_two)
     monkeypatch.setattr(pipeline, "benchmark", slower_at_first)
     settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
     data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), speedups=[2.0])
@@ -243,10 +245,10 @@ def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scor
     shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
     scored: list[bool] = []
 
-    def tool(source: Path, target: Path, config: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
+    def tool(source: Path, target: Path, int8: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
         """Quantizes as the real one does, but here: it scores the float32 file, then a candidate."""
-        plain = config.model_copy(update={"embeddings": False})
-        quantize(source, target, plain, engine="onnxruntime", reduce_range=True)
+        plain = int8.config.model_copy(update={"embeddings": False})
+        quantize(source, target, dataclasses.replace(int8, config=plain))
         return NeuralCompressorResult((evaluate(source), evaluate(target))[1:], (), True)
 
     def score(state: Run, path: Path, variant: str, engine: str) -> float:
