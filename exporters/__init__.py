@@ -1,4 +1,4 @@
-"""Torch modules to engine-ready ONNX files, with parity checks. A leaf: it imports nothing from ziplm_deploy.
+"""Torch modules to engine-ready ONNX files, with parity checks. A leaf: it imports nothing of the rest.
 
 Everything in ``__all__`` is imported when it is first asked for: files are written and named without torch.
 """
