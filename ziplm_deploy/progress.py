@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
+
+OnStep = Callable[[int, int], None]  # called with (units done, units in all)
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model, sparsity_bytes
 from ziplm_deploy.errors import DataError, NumericalError, UnsupportedModelError, UsageError
 from ziplm_deploy.models.resizing import random_resized, resize
-from ziplm_deploy.pruning.calibration import Batch
 from ziplm_deploy.recipe import SparsityConfig
+from ziplm_deploy.tasks.batching import Batch
 
 PLENTY = 2**30
 SIZES = {"0.attention": 2, "0.ffn": 24, "1.attention": 0, "1.ffn": 13, "2.ffn": 0}
@@ -177,9 +178,9 @@ def test_passes_keep_zeros_and_end_at_the_sparsity(monkeypatch: pytest.MonkeyPat
     history: list[tuple[str, Tensor]] = []
     fit = module._fit
 
-    def watched(name: str, linear: nn.Linear, *rest: object) -> object:
-        result = fit(name, linear, *rest)  # type: ignore[arg-type]
-        history.append((name, linear.weight == 0))
+    def watched(goal: Any, *rest: Any) -> Any:
+        result = fit(goal, *rest)
+        history.append((goal.name, goal.linear.weight == 0))
         return result
 
     monkeypatch.setattr(module, "_fit", watched)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.tasks import Task
-
-Batch = dict[str, Tensor]
+from ziplm_deploy.tasks.batching import Batch
 
 
 def divergence_from(task: Task, model: nn.Module, batches: Sequence[Batch]) -> Callable[[nn.Module], float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ziplm_deploy.errors import CorruptArtifactError, ZipLMError
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import dropped_as_is
+from ziplm_deploy.progress import OnStep
 from ziplm_deploy.pruning.compensations import dropped_level
 from ziplm_deploy.pruning.methods import OutputLinear, get_method
 from ziplm_deploy.pruning.moments import InputMoments
@@ -135,7 +136,7 @@ def build_database(
     prune: PruneConfig,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnStep | None = None,
 ) -> Database:
     """Levels of every module that ``stats`` brings; one that was dropped before needs none and keeps its only level.
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.latency.table import LatencyTable
@@ -21,6 +20,7 @@ from ziplm_deploy.models.levels import pareto_levels
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.models.shape import ModuleKind
+from ziplm_deploy.progress import OnStep
 from ziplm_deploy.pruning.allocations import uniform_plan
 from ziplm_deploy.pruning.database import Database
 from ziplm_deploy.pruning.kernels import spdy
@@ -32,8 +32,8 @@ from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.pruning.search.stitching import PlanLoss, StitchedModel
 from ziplm_deploy.recipe import PruneConfig
 from ziplm_deploy.tasks import Task
+from ziplm_deploy.tasks.batching import Batch
 
-Batch = dict[str, Tensor]
 CACHE_BYTES = 512 * 2**20
 RERANKED = 5
 
@@ -114,7 +114,7 @@ class Planner:
         target: float,
         predicted_target: float | None = None,
         warm: dict[str, int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: OnStep | None = None,
     ) -> PruningPlan:
         """The plan for ``target``; ``predicted_target`` is what the table must predict for it (closed loop).
 
@@ -180,7 +180,7 @@ class Planner:
         ]
         return slack < 0 or any(extra <= slack for extra in growths)
 
-    def build(self, plan: PruningPlan, progress: Callable[[int, int], None] | None = None) -> nn.Module:
+    def build(self, plan: PruningPlan, progress: OnStep | None = None) -> nn.Module:
         """The physically smaller model of a plan, refitted if the recipe says so."""
         model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
         pruned = plan.sizes != self.space.as_sizes(self._whole)
@@ -196,7 +196,7 @@ class Planner:
             self._losses = search, PlanLoss(stitched, self.calibration.rerank, first_index=len(self.calibration.search))
         return self._losses
 
-    def sensitivities(self, progress: Callable[[int, int], None] | None = None) -> list[spdy.Array]:
+    def sensitivities(self, progress: OnStep | None = None) -> list[spdy.Array]:
         """Loss of every module alone at every level, measured once for all targets; L × [S_l]."""
         if self._curves is None:
             n_levels = self.prune.search.sensitivity_levels
@@ -204,7 +204,7 @@ class Planner:
         return self._curves
 
     def _search(
-        self, budget_ms: float, warm: dict[str, int] | None, progress: Callable[[int, int], None] | None
+        self, budget_ms: float, warm: dict[str, int] | None, progress: OnStep | None
     ) -> tuple[dict[str, int], float, dict[str, float], int]:
         """Sizes, re-ranked loss, re-ranked losses of the seeds, evaluations."""
         search_loss, rerank_loss = self.losses()

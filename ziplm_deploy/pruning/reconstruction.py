@@ -14,7 +14,7 @@ calibration set that is too small leaves the weights as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules, residual_module
+from ziplm_deploy.progress import OnStep
 from ziplm_deploy.pruning.search.stitching import layer_input
+from ziplm_deploy.tasks.batching import Batch
 
-Batch = dict[str, Tensor]
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # relative to the mean diagonal of the inputs' covariance
 HELD_OUT_EVERY = 5
 
@@ -97,9 +98,7 @@ class _Moments:
         return value
 
 
-def reconstruct(
-    dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], progress: Callable[[int, int], None] | None = None
-) -> None:
+def reconstruct(dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], progress: OnStep | None = None) -> None:
     """Refit every output linear (and every dropped module's bias) of ``pruned`` in place.
 
     Args:

@@ -12,28 +12,25 @@ import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
 from exporters.names import linear_of
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.int8.quantize import linear_names
+from ziplm_deploy.compression.int8.scales import Batch
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
 
 WORKER = Path(__file__).with_name("neural_compressor_worker.py")
-
-
-Batch = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)

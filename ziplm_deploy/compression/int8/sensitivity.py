@@ -18,9 +18,7 @@ from ziplm_deploy.compression.int8.fake_quant import (
 )
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.errors import NumericalError
-
-Progress = Callable[[int, int], None]  # (linears done, linears in all)
-
+from ziplm_deploy.progress import OnStep
 
 # All but one value in a thousand then share 255 / 16 ≈ 16 steps: 4 bits.
 RUINOUS_OUTLIERS = 16.0
@@ -53,14 +51,14 @@ def rank_linears(
     batches: Sequence[Mapping[str, Tensor]],
     divergence: Callable[[nn.Module], float],
     settings: Int8Settings,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> list[SensitivityRow]:
     """Every linear of the encoder's layers, the most sensitive first; the model is unchanged afterwards.
 
     Args:
         batches: inputs that the ranges are taken from; gone through twice.
         divergence: of the model as it is now from the float32 model; called once a linear.
-        progress: called after every linear.
+        progress: called with (linears done, linears in all).
 
     Raises:
         DataError: no data reached a linear.

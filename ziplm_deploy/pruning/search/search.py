@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ziplm_deploy.progress import OnStep
 from ziplm_deploy.pruning.kernels import spdy
 from ziplm_deploy.pruning.search.space import Array, Plan, SearchSpace
 from ziplm_deploy.pruning.search.surrogate import Surrogate
@@ -32,9 +33,7 @@ class SearchResult:
     evaluations: int = 0
 
 
-def measure_sensitivities(
-    space: SearchSpace, loss: Loss, n_levels: int, progress: Callable[[int, int], None] | None = None
-) -> list[Array]:
+def measure_sensitivities(space: SearchSpace, loss: Loss, n_levels: int, progress: OnStep | None = None) -> list[Array]:
     """Loss with one module at a level and the rest whole, for every level: measured at ``n_levels``, log-interpolated.
 
     Between measured levels the logarithm of the loss is interpolated over the logarithm of the relative error, which
@@ -146,7 +145,7 @@ class PlanSearch:
         seeds: dict[str, Plan],
         curves: Sequence[Array],
         config: SearchConfig,
-        progress: Callable[[int, int], None] | None = None,
+        progress: OnStep | None = None,
     ) -> SearchResult:
         """Evaluate the seeds, then alternate surrogate proposals and swaps around the best plan."""
         surrogate = Surrogate(curves)

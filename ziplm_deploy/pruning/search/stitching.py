@@ -14,9 +14,7 @@ from ziplm_deploy.models.resizing import Replacement, build_replacement, install
 from ziplm_deploy.pruning.database import Database
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.tasks import Task
-
-Batch = dict[str, Tensor]
-
+from ziplm_deploy.tasks.batching import Batch
 
 REPLACEMENT_BYTES = 512 * 2**20  # all levels of all modules of a large model would take gigabytes
 
