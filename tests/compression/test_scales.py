@@ -68,7 +68,7 @@ def test_ranges_are_those_of_onnx_runtimes_calibrators(
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_ranges_depend_neither_on_order_nor_on_batching(
+def test_ranges_of_equally_padded_rows_depend_neither_on_order_nor_on_batching(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)

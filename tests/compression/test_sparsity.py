@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -296,6 +296,7 @@ def test_sensitivity_needs_a_divergence() -> None:
     st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10_000)), min_size=1, max_size=12),
     st.floats(0.02, 0.98),
 )
+@example([(5e-324, 2)], 0.5)  # too small to be divided
 def test_densities_are_bounded_monotone_and_add_up(rows: list[tuple[float, int]], density: float) -> None:
     sensitivities = {str(index): s for index, (s, _) in enumerate(rows)}
     sizes = {str(index): n for index, (_, n) in enumerate(rows)}
