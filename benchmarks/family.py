@@ -81,7 +81,7 @@ CASES = {
         dense={"max_steps": 560, "learning_rate": 2e-4},  # 1.5 epochs
         recover=TOWARDS_LOGITS | {"batch_size": 16, "teacher_cache_gb": 10.0},
         search={"n_sequences": 32, "n_rerank": 64, "swap_evaluations": 40},  # a third: a plan takes 10 s with all
-        n_evaluation=1000,  # of the first articles: the whole set takes an hour of a core for a family
+        n_evaluation=1000,  # drawn at random: the whole set takes an hour of a core for a family
         seq_len=256,
     ),
 }

@@ -1,15 +1,21 @@
-"""Torch modules to engine-ready ONNX files, with parity checks. A leaf: it imports nothing from ziplm_deploy."""
+"""Torch modules to engine-ready ONNX files, with parity checks. A leaf: it imports nothing of the rest.
+
+Everything in ``__all__`` is imported when it is first asked for: files are written and named without torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 
-from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
-from exporters.heads import EmbeddingModel
-from exporters.integer_matmul import to_integer_matmul
-from exporters.parity import ParityMismatch, check_parity
+if TYPE_CHECKING:
+    from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
+    from exporters.heads import EmbeddingModel
+    from exporters.integer_matmul import to_integer_matmul
+    from exporters.parity import ParityMismatch, check_parity
 
 __all__ = [
     "EmbeddingModel",
@@ -22,3 +28,23 @@ __all__ = [
     "input_names",
     "to_integer_matmul",
 ]
+
+_HOMES = {
+    "encoder": ("ExportError", "ExportSettings", "dummy_inputs", "export_encoder", "input_names"),
+    "heads": ("EmbeddingModel",),
+    "integer_matmul": ("to_integer_matmul",),
+    "parity": ("ParityMismatch", "check_parity"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

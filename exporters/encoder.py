@@ -80,7 +80,7 @@ def dummy_inputs(model: nn.Module, settings: ExportSettings) -> dict[str, torch.
     if names == ["pixel_values"]:
         height, width = _pair(config.image_size)
         return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width, generator=generator)}
-    _check_positions(config, settings.seq_len)
+    _check_positions(model, settings.seq_len)
     tokens = settings.seq_len if static else min(settings.seq_len, _TRACE_TOKENS)
     ids = torch.randint(0, config.vocab_size, (batch_size, tokens), generator=generator)
     if config.pad_token_id is not None:
@@ -164,10 +164,13 @@ def _check_size(model: nn.Module) -> None:
         )
 
 
-def _check_positions(config: Any, seq_len: int) -> None:
+def _check_positions(model: nn.Module, seq_len: int) -> None:
+    config: Any = model.config
     positions = config.max_position_embeddings
-    if config.model_type in ("roberta", "xlm-roberta", "mpnet"):
-        positions -= 2 if config.model_type == "mpnet" else config.pad_token_id + 1
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa and MPNet count from there
+            break
     if seq_len > positions:
         raise ExportError(f"expected seq_len <= {positions}, the model's positions, found {seq_len}; shorten it")
 

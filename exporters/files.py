@@ -23,4 +23,5 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # then nothing was made, and the error on its way says so
+            temporary.unlink(missing_ok=True)

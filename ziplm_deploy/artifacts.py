@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -18,6 +16,7 @@ from typing import Any, ClassVar, cast
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
+from exporters import files
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 
 
@@ -28,23 +27,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    # Named before it exists: an interrupt while it is made must find the name, or the file stays.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(mode=0o600, exist_ok=False)
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with files.atomic_path(path) as temporary:
+            yield temporary
     except OSError as error:
         raise StorageError(
             f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
         ) from error
-    finally:
-        with contextlib.suppress(NotADirectoryError):  # then nothing was made, and the error above says so
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,8 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.compression.test_quantize import int8
-from tests.helpers.int8_files import answer, constants, exported
+from tests.helpers.int8_files import answer, constants, exported, int8
 from tests.helpers.models import MODEL_TYPES, tiny_model
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings, round_embeddings_of
 from ziplm_deploy.compression.int8.quantize import linear_names, quantized_linears

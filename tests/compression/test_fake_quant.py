@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from tests.helpers.int8_files import Exported, answer, exported, pair_parameters, tensors
+from tests.helpers.int8_files import Exported, answer, exported, pair_parameters, settings_of, tensors
 from tests.helpers.models import MODEL_TYPES, output_tensors, tiny_inputs, tiny_model
 from ziplm_deploy.compression.int8.fake_quant import (
     ActivationQuantizer,
@@ -39,7 +39,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def quantized(source: Exported, config: Int8Config = QAT, reduce_range: bool = True) -> nn.Module:
     """A copy of the model with quantized linears."""
     model = copy.deepcopy(source.model)
-    insert_fake_quant(model, module_ranges(model, map(tensors, source.batches)), config, reduce_range)
+    ranges = module_ranges(model, map(tensors, source.batches))
+    insert_fake_quant(model, ranges, settings_of(config, reduce_range=reduce_range))
     return model
 
 
@@ -80,7 +81,7 @@ def test_torch_rounds_as_the_exported_file_does(
     remove_fake_quant(model)
     float32 = exported(tmp_path, model=model)
     target = tmp_path / "int8.onnx"
-    quantize(float32.path, target, config, engine="onnxruntime", reduce_range=True, ranges=learned)
+    quantize(float32.path, target, settings_of(config), ranges=learned)
     for batch, logits in zip(source.batches, expected, strict=True):
         np.testing.assert_allclose(answer(target, batch), logits, atol=1e-3)
         assert np.abs(answer(float32.path, batch) - logits).max() > 3e-3  # the tolerance tells them apart
@@ -102,9 +103,8 @@ def test_before_training_scales_are_those_of_static_quantization(tmp_path: Path,
     assert found.keys() == expected.keys()
     for name, values in found.items():
         assert (values.low, values.high) == pytest.approx((expected[name].low, expected[name].high), rel=1e-5, abs=1e-5)
-    settings: dict[str, Any] = {"engine": "onnxruntime", "reduce_range": True}
-    quantize(source.path, tmp_path / "a.onnx", QAT, ranges=learned_ranges(quantized(source)), **settings)
-    quantize(source.path, tmp_path / "b.onnx", Int8Config(method="static"), ranges=found, **settings)
+    quantize(source.path, tmp_path / "a.onnx", settings_of(QAT), ranges=learned_ranges(quantized(source)))
+    quantize(source.path, tmp_path / "b.onnx", settings_of(Int8Config(method="static")), ranges=found)
     for name, a in pair_parameters(tmp_path / "a.onnx").items():
         for key, value in pair_parameters(tmp_path / "b.onnx")[name].items():
             np.testing.assert_array_equal(a[key], value)
@@ -117,7 +117,7 @@ def test_insert_and_remove_on_every_architecture(model_type: str) -> None:
     before = output_tensors(model, inputs)
     keys = list(model.state_dict())
     linears = quantizable_linears(model)
-    inserted = insert_fake_quant(model, module_ranges(model, [inputs]), QAT, False)
+    inserted = insert_fake_quant(model, module_ranges(model, [inputs]), settings_of(QAT, reduce_range=False))
     assert inserted.keys() == linears.keys()
     assert len(inserted) == 18
     assert len({id(linear.activation) for linear in inserted.values()}) == 12  # q, k and v share
@@ -136,7 +136,7 @@ def test_kept_linears_stay_plain(source: Exported) -> None:
     model = copy.deepcopy(source.model)
     ranges = module_ranges(model, map(tensors, source.batches))
     names = list(ranges)
-    inserted = insert_fake_quant(model, ranges, QAT, True, keep_fp32=names[:2])
+    inserted = insert_fake_quant(model, ranges, settings_of(QAT), keep_fp32=names[:2])
     assert list(inserted) == names[2:]
     assert type(model.get_submodule(names[0])) is nn.Linear
 
@@ -198,7 +198,7 @@ def test_masked_weights_get_their_gradient_at_the_same_path() -> None:
     """Who holds zeros finds weights by their path: it must not change, and the parameter is the one that is trained."""
     model = tiny_model("bert", "text-classification", num_hidden_layers=1)
     names = {name for name, _ in model.named_parameters()}
-    insert_fake_quant(model, module_ranges(model, [tiny_inputs(model)]), QAT, True)
+    insert_fake_quant(model, module_ranges(model, [tiny_inputs(model)]), settings_of(QAT))
     assert names <= {name for name, _ in model.named_parameters()}
     model(**tiny_inputs(model)).logits.sum().backward()
     assert all(linear.weight.grad is not None for linear in quantizable_linears(model).values())
@@ -268,15 +268,15 @@ def test_what_does_not_fit_is_refused(source: Exported) -> None:
     with pytest.raises(UsageError, match="found 'layer'"):
         module_ranges(model, [], ["layer"])
     with pytest.raises(UsageError, match="expected a range for bert"):
-        insert_fake_quant(model, {}, QAT, True)
+        insert_fake_quant(model, {}, settings_of(QAT))
     with pytest.raises(UsageError, match="expected a model with quantized linears"):
         learned_ranges(model)
     ranges = module_ranges(model, [tensors(source.batches[0])])
     with pytest.raises(UsageError, match="found 'layer'"):
-        insert_fake_quant(model, ranges, QAT, True, keep_fp32=["layer"])
-    insert_fake_quant(model, ranges, QAT, True)
-    with pytest.raises(UsageError, match=r"found quantized ones; call fake_quant\.remove first"):
-        insert_fake_quant(model, ranges, QAT, True)
+        insert_fake_quant(model, ranges, settings_of(QAT), keep_fp32=["layer"])
+    insert_fake_quant(model, ranges, settings_of(QAT))
+    with pytest.raises(UsageError, match=r"found quantized ones; call remove_fake_quant first"):
+        insert_fake_quant(model, ranges, settings_of(QAT))
     with torch.no_grad():
         next(iter(quantizable_linears(model).values())).activation.log_ratio.fill_(1e4)  # type: ignore[union-attr]
     with pytest.raises(NumericalError, match=r"finite scales of bert\.encoder\.layer\.0"):
@@ -292,8 +292,6 @@ def test_learned_scales_of_another_weight_range_are_refused(tmp_path: Path, sour
     learned = learned_ranges(quantized(source, reduce_range=False))
     assert all(isinstance(scales, LinearScales) and scales.weight_limit == 127 for scales in learned.values())
     with pytest.raises(UsageError, match="reduce_range that was trained with"):
-        quantize(source.path, tmp_path / "a.onnx", QAT, engine="onnxruntime", reduce_range=True, ranges=learned)
+        quantize(source.path, tmp_path / "a.onnx", settings_of(QAT), ranges=learned)
     with pytest.raises(UsageError, match="per_channel that was trained with"):
-        quantize(
-            source.path, tmp_path / "a.onnx", QAT_PER_TENSOR, engine="onnxruntime", reduce_range=False, ranges=learned
-        )
+        quantize(source.path, tmp_path / "a.onnx", settings_of(QAT_PER_TENSOR, reduce_range=False), ranges=learned)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
+from tests.helpers.int8_files import settings_of
 from tests.helpers.models import random_entries, tiny_batches, tiny_inputs, tiny_model
 from tests.helpers.onnx_models import write
 from ziplm_deploy.compression.int8.quantize import quantize
@@ -229,7 +230,7 @@ def test_files_of_our_quantizer_keep_the_zeros(
     export_encoder(model, dummy_inputs(model, settings), ["last_hidden_state"], source, settings)
     config = Int8Config.model_validate({"method": method, "per_channel": per_channel})
     data = [{name: value.numpy() for name, value in batch.items()} for batch in [tiny_inputs(model)]]
-    quantize(source, target, config, engine=engine, reduce_range=True, batches=data)
+    quantize(source, target, settings_of(config, engine), batches=data)
     check_masks_in_onnx(target, model)
 
 
@@ -244,7 +245,7 @@ def test_a_gemm_with_transposed_weights_and_a_product_of_two_activations(tmp_pat
     nodes = [
         helper.make_node("Identity", ["b"], ["same"]),
         helper.make_node("Gemm", ["x", "a"], ["h"], name=f"/{first[0].replace('.', '/')}/Gemm", transB=1),
-        helper.make_node("Gemm", ["h", "same"], ["y"], name=f"/m/{second[0].replace('.', '/')}/Gemm", transB=1),
+        helper.make_node("Gemm", ["h", "same"], ["y"], name=f"/model/{second[0].replace('.', '/')}/Gemm", transB=1),
     ]
     check_masks_in_onnx(write(tmp_path / "a.onnx", nodes, inputs, outputs, weights), model)
     nodes[0] = helper.make_node("Mul", ["b", "b"], ["same"])

@@ -29,7 +29,7 @@ from tests.helpers.neural_compressor_files import (
     run,
 )
 from ziplm_deploy.compression.int8 import neural_compressor_worker
-from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult
+from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult, TuningLimits
 from ziplm_deploy.compression.int8.quantize import linear_names, linear_ranges, quantized_linears
 from ziplm_deploy.errors import CorruptArtifactError, DataError, EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
@@ -81,7 +81,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_request_says_everything(source: Path, tmp_path: Path, temporary: Path, pretend: Any) -> None:
     pretend(f"pathlib.Path({str(tmp_path / 'seen.json')!r}).write_text(json.dumps(request)); write(); say(**done)")
     config = Int8Config(method="static", ranges="percentile", percentile=99.5, per_channel=False, max_loss=0.02)
-    result = run(source, tmp_path / "int8.onnx", config, max_trials=7, tuning_seconds=60.0)
+    result = run(source, tmp_path / "int8.onnx", config, limits=TuningLimits(max_trials=7, tuning_seconds=60.0))
     request = neural_compressor_worker.Request(**json.loads((tmp_path / "seen.json").read_text()))
     assert result == NeuralCompressorResult(scores=(), fp32_linears=(), met=None)
     assert (tmp_path / "int8.onnx").read_bytes() == b"int8"
@@ -130,7 +130,7 @@ def test_failures_of_the_worker_say_how_to_reproduce(
     pretend("write(); " + code)
     target = tmp_path / "int8.onnx"
     with pytest.raises(EngineError, match="(?s)" + FAILURES[code]) as caught:
-        run(source, target, timeout_seconds=1.0 if "sleep" in code else 60.0)
+        run(source, target, limits=TuningLimits(timeout_seconds=1.0 if "sleep" in code else 60.0))
     assert not target.exists()
     [folder] = temporary.iterdir()
     assert f"cd {folder} && " in str(caught.value)
@@ -316,7 +316,7 @@ def test_a_budget_that_nothing_holds_is_reported(source: Path, tmp_path: Path, t
 
     target = tmp_path / "int8.onnx"
     config = Int8Config(method="static", max_fp32_share=0.2)
-    result = run(source, target, config, evaluate=evaluate, max_trials=12)
+    result = run(source, target, config, evaluate=evaluate, limits=TuningLimits(max_trials=12))
     assert result.met is False
     assert not list(temporary.iterdir())
     assert max(result.scores) == pytest.approx(0.5 - 0.01 * len(quantized_linears(target)))

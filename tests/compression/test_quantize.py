@@ -13,13 +13,16 @@ import torch
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
 from tests.helpers.int8_files import (
+    QUERY,
     Exported,
     answer,
     constants,
     exported,
+    int8,
     node_named,
     pair_parameters,
     quantize_static,
+    settings_of,
 )
 from tests.helpers.models import MODEL_TYPES, tiny_model
 from tests.helpers.onnx_models import kernels_of, write_mlp
@@ -41,7 +44,6 @@ from ziplm_deploy.recipe import Int8Config
 
 STATIC = Int8Config(method="static")
 PER_TENSOR = Int8Config(method="static", per_channel=False)
-QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,6 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return exported(tmp_path_factory.mktemp("dynamic"), "dynamic", opset=17)
-
-
-def int8(source: Exported, target: Path, config: Int8Config, **settings: Any) -> Path:
-    settings = {"engine": "onnxruntime", "reduce_range": True, "batches": source.batches} | settings
-    quantize(source.path, target, config, **settings)
-    return target
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -200,11 +196,11 @@ def test_the_quantizer_is_quiet(
 def test_a_file_can_be_quantized_in_place(tmp_path: Path, static: Exported) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(static.path.read_bytes())
-    quantize(path, path, STATIC, engine="onnxruntime", reduce_range=True, batches=static.batches)
+    quantize(path, path, settings_of(STATIC), batches=static.batches)
     assert len(quantized_linears(path)) == 12
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
     with pytest.raises(UsageError, match="found none; choose a file that ziplm-deploy exported"):
-        quantize(path, path, STATIC, engine="onnxruntime", reduce_range=True, batches=static.batches)
+        quantize(path, path, settings_of(STATIC), batches=static.batches)
     assert len(quantized_linears(path)) == 12
 
 
@@ -330,13 +326,12 @@ def test_batches_that_the_model_does_not_take(tmp_path: Path, static: Exported, 
 
 
 def test_files_without_linears_and_files_that_are_none(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"engine": "onnxruntime", "reduce_range": True}
     with pytest.raises(UsageError, match="linears inside numbered layers"):
-        quantize(write_mlp(tmp_path / "mlp.onnx", 8), tmp_path / "int8.onnx", Int8Config(), **settings)
+        quantize(write_mlp(tmp_path / "mlp.onnx", 8), tmp_path / "int8.onnx", settings_of(Int8Config()))
     for content in (b"", b"this is not a protobuf"):
         (tmp_path / "broken.onnx").write_bytes(content)
         with pytest.raises(CorruptArtifactError, match="expected an ONNX file"):
-            quantize(tmp_path / "broken.onnx", tmp_path / "int8.onnx", Int8Config(), **settings)
+            quantize(tmp_path / "broken.onnx", tmp_path / "int8.onnx", settings_of(Int8Config()))
     with pytest.raises(CorruptArtifactError, match="expected an ONNX file"):
         linear_names(tmp_path / "missing.onnx")
 

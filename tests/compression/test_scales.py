@@ -21,7 +21,7 @@ from tests.helpers.int8_files import (
 )
 from tests.helpers.models import tiny_model
 from ziplm_deploy.compression.int8 import scales as int8_scales
-from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
+from ziplm_deploy.compression.int8.quantize import linear_ranges
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import Int8Config
 
@@ -34,12 +34,6 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return exported(tmp_path_factory.mktemp("dynamic"), "dynamic", opset=17)
-
-
-def int8(source: Exported, target: Path, config: Int8Config, **settings: Any) -> Path:
-    settings = {"engine": "onnxruntime", "reduce_range": True, "batches": source.batches} | settings
-    quantize(source.path, target, config, **settings)
-    return target
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
@@ -74,7 +68,7 @@ def test_ranges_are_those_of_onnx_runtimes_calibrators(
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_ranges_depend_neither_on_order_nor_on_batching(
+def test_ranges_of_equally_padded_rows_depend_neither_on_order_nor_on_batching(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)

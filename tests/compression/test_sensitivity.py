@@ -6,21 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
+from tests.helpers.int8_files import settings_of
 from tests.helpers.models import output_tensors, tiny_inputs, tiny_model
 from ziplm_deploy.compression.int8.fake_quant import QuantizedLinear, quantizable_linears
-from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, keep_in_fp32, rank_linears
-from ziplm_deploy.errors import DataError, NumericalError, UsageError
+from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
+from ziplm_deploy.errors import DataError, NumericalError
 from ziplm_deploy.recipe import Int8Config
 
 CONFIG = Int8Config(method="static")
-
-
-def rows(count: int) -> list[SensitivityRow]:
-    return [SensitivityRow(f"linear {index}", 1.0 / (index + 1), 1.0, 1.0) for index in range(count)]
 
 
 class Divergence:
@@ -40,7 +35,7 @@ class Divergence:
 def list_all(model: nn.Module, config: Int8Config = CONFIG, **settings: Any) -> list[SensitivityRow]:
     divergence = Divergence(model)
     batches = [tiny_inputs(model, 2, 9, seed) for seed in range(3)]
-    return rank_linears(model, batches, settings.get("divergence", divergence), config, True)
+    return rank_linears(model, batches, settings.get("divergence", divergence), settings_of(config))
 
 
 def test_every_linear_is_quantized_alone_and_the_model_is_unchanged() -> None:
@@ -95,7 +90,7 @@ def test_zeros_are_no_outliers() -> None:
 
 def test_progress_counts_the_linears() -> None:
     model, seen = tiny_model("bert", num_hidden_layers=1), list[tuple[int, int]]()
-    rank_linears(model, [tiny_inputs(model)], Divergence(model), CONFIG, True, lambda *step: seen.append(step))
+    rank_linears(model, [tiny_inputs(model)], Divergence(model), settings_of(CONFIG), lambda *step: seen.append(step))
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
@@ -105,7 +100,7 @@ def test_divergence_or_weights_that_are_not_finite_name_the_linear() -> None:
         list_all(model, divergence=lambda _: float("nan"))
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
     with pytest.raises(DataError, match="found none"):
-        rank_linears(model, [], lambda _: 0.0, CONFIG, True)
+        rank_linears(model, [], lambda _: 0.0, settings_of(CONFIG))
 
 
 def test_a_divergence_that_fails_leaves_the_model_as_it_was() -> None:
@@ -117,61 +112,3 @@ def test_a_divergence_that_fails_leaves_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="no data"):
         list_all(model, divergence=fail)
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
-
-
-def test_the_list_grows_until_the_budget_holds() -> None:
-    asked: list[tuple[str, ...]] = []
-
-    def evaluate(kept: tuple[str, ...]) -> float:
-        asked.append(kept)
-        return 0.9 if "linear 2" in kept else 0.8
-
-    choice = keep_in_fp32(rows(20), evaluate, 0.905, CONFIG)
-    assert [len(kept) for kept in asked] == [0, 1, 2, 4]
-    assert choice.kept == ("linear 0", "linear 1", "linear 2", "linear 3")
-    assert choice.within_budget
-    assert choice.tried == ((0, 0.8), (1, 0.8), (2, 0.8), (4, 0.9))
-
-
-def test_nothing_stays_in_float32_if_nothing_is_lost() -> None:
-    choice = keep_in_fp32(rows(20), lambda _: 0.95, 0.9, CONFIG)
-    assert (choice.kept, choice.score, choice.within_budget) == ((), 0.95, True)
-
-
-def test_a_budget_that_cannot_be_held_is_said() -> None:
-    scores = {0: 0.1, 1: 0.3, 2: 0.3, 4: 0.2, 5: 0.25}
-    choice = keep_in_fp32(rows(10), lambda kept: scores[len(kept)], 0.9, CONFIG)
-    assert not choice.within_budget
-    assert choice.tried == tuple(scores.items())
-    assert choice.kept == ("linear 0",)  # the best, with the fewest
-    assert choice.score == 0.3
-
-
-@given(
-    count=st.integers(1, 80),
-    share=st.floats(0, 1),
-    reference=st.floats(-1, 1),
-    score=st.floats(-2, 2),
-    max_loss=st.floats(0, 0.5),
-)
-@settings(deadline=None)
-def test_the_search_ends_within_the_share(
-    count: int, share: float, reference: float, score: float, max_loss: float
-) -> None:
-    config = Int8Config(max_fp32_share=share, max_loss=max_loss)
-    choice = keep_in_fp32(rows(count), lambda _: score, reference, config)
-    numbers = [number for number, _ in choice.tried]
-    assert numbers == sorted(set(numbers))
-    assert numbers[0] == 0
-    assert numbers[-1] <= min(share * count, count - 1)  # one is left to quantize
-    assert choice.within_budget == (reference - score <= max_loss * abs(reference))
-    assert choice.within_budget or numbers[-1] == min(int(share * count), count - 1)
-
-
-def test_scores_that_are_not_finite_and_empty_listings_are_refused() -> None:
-    with pytest.raises(NumericalError, match=r"with 0 linear\(s\) in float32, found nan"):
-        keep_in_fp32(rows(3), lambda _: float("nan"), 0.9, CONFIG)
-    with pytest.raises(NumericalError, match="before INT8, found inf"):
-        keep_in_fp32(rows(3), lambda _: 0.9, float("inf"), CONFIG)
-    with pytest.raises(UsageError, match="expected linears to choose from"):
-        keep_in_fp32([], lambda _: 0.9, 0.9, CONFIG)

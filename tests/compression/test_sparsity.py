@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -22,8 +23,8 @@ from ziplm_deploy.compression.sparsity.sparsify import sparsify_model, sparsity_
 from ziplm_deploy.errors import DataError, NumericalError, UnsupportedModelError, UsageError
 from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import random_resized, resize
-from ziplm_deploy.pruning.calibration import Batch
 from ziplm_deploy.recipe import SparsityConfig
+from ziplm_deploy.tasks.batching import Batch
 
 PLENTY = 2**30
 SIZES = {"0.attention": 2, "0.ffn": 24, "1.attention": 0, "1.ffn": 13, "2.ffn": 0}
@@ -179,9 +180,9 @@ def test_passes_keep_zeros_and_end_at_the_sparsity(monkeypatch: pytest.MonkeyPat
     history: list[tuple[str, Tensor]] = []
     fit = module._fit
 
-    def watched(name: str, linear: nn.Linear, *rest: object) -> object:
-        result = fit(name, linear, *rest)  # type: ignore[arg-type]
-        history.append((name, linear.weight == 0))
+    def watched(goal: Any, *rest: Any) -> Any:
+        result = fit(goal, *rest)
+        history.append((goal.name, goal.linear.weight == 0))
         return result
 
     monkeypatch.setattr(module, "_fit", watched)
@@ -297,6 +298,7 @@ def test_sensitivity_needs_a_divergence() -> None:
     st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10_000)), min_size=1, max_size=12),
     st.floats(0.02, 0.98),
 )
+@example([(5e-324, 2)], 0.5)  # too small to be divided
 def test_densities_are_bounded_monotone_and_add_up(rows: list[tuple[float, int]], density: float) -> None:
     sensitivities = {str(index): s for index, (s, _) in enumerate(rows)}
     sizes = {str(index): n for index, (_, n) in enumerate(rows)}

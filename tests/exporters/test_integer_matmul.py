@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from exporters import ExportError, to_integer_matmul
-from tests.helpers.int8_files import Exported, answer, exported, node_named, quantize_static
+from tests.helpers.int8_files import Exported, answer, exported, node_named, quantize_static, settings_of
 from tests.helpers.models import tiny_model
 from tests.helpers.onnx_models import write_mlp
 from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def pairs(source: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The QDQ form, before the conversion; the biases as DeepSparse wants them."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.onnx"
-    quantize(source.path, path, PER_TENSOR, engine="openvino", reduce_range=True, batches=source.batches)
+    quantize(source.path, path, settings_of(PER_TENSOR, "openvino"), batches=source.batches)
     return path
 
 
@@ -81,8 +81,7 @@ def test_files_of_onnx_runtimes_quantizer(tmp_path: Path, source: Exported) -> N
 def test_float32_linears_stay(tmp_path: Path, source: Exported) -> None:
     kept = linear_names(source.path)[3:5]
     target = tmp_path / "integer.onnx"
-    settings = {"engine": "deepsparse", "reduce_range": True, "batches": source.batches}
-    quantize(source.path, target, PER_TENSOR, keep_fp32=kept, **settings)  # type: ignore[arg-type]
+    quantize(source.path, target, settings_of(PER_TENSOR, "deepsparse"), keep_fp32=kept, batches=source.batches)
     assert set(linear_names(source.path)) - set(quantized_linears(target)) == set(kept)
     assert np.abs(answer(target, source.batches[0]) - answer(source.path, source.batches[0])).max() < 0.15
 
@@ -192,8 +191,7 @@ def test_deepsparse_answers_like_onnx_runtime(tmp_path: Path) -> None:
     source = exported(tmp_path, model=model)
     target = tmp_path / "integer.onnx"
     kept = linear_names(source.path)[4:5]
-    settings = {"engine": "deepsparse", "reduce_range": True, "batches": source.batches}
-    quantize(source.path, target, PER_TENSOR, keep_fp32=kept, **settings)  # type: ignore[arg-type]
+    quantize(source.path, target, settings_of(PER_TENSOR, "deepsparse"), keep_fp32=kept, batches=source.batches)
     with engine.start_worker(WorkerOptions(batch_size=2, seq_len=9)) as worker:
         worker.load("a", target)
         for batch in source.batches[:2]:

@@ -17,8 +17,12 @@ from torch import nn
 
 from exporters import ExportSettings, dummy_inputs, export_encoder
 from tests.helpers.models import tiny_inputs, tiny_model
+from ziplm_deploy.compression.int8.quantize import quantize
+from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.recipe import Int8Config
 
 Batch = dict[str, np.ndarray]
+QUERY = "bert.encoder.layer.0.attention.self.query"
 BATCH_SIZE, SEQ_LEN = 2, 9
 
 
@@ -39,6 +43,23 @@ def exported(folder: Path, shapes: str = "static", opset: int = 16, model: nn.Mo
     path = folder / f"model-{shapes}.onnx"
     export_encoder(model, inputs, [name], path, settings)
     return Exported(model, path, [batch(model, seed, set(inputs)) for seed in range(5)])
+
+
+def settings_of(config: Int8Config, engine: str = "onnxruntime", reduce_range: bool = True) -> Int8Settings:
+    return Int8Settings(config, engine, reduce_range)
+
+
+def int8(
+    source: Exported,
+    target: Path,
+    config: Int8Config,
+    engine: str = "onnxruntime",
+    reduce_range: bool = True,
+    **arguments: Any,
+) -> Path:
+    """``source`` quantized to ``target`` with its own batches."""
+    quantize(source.path, target, settings_of(config, engine, reduce_range), **{"batches": source.batches, **arguments})
+    return target
 
 
 def batch(model: nn.Module, seed: int, names: set[str]) -> Batch:

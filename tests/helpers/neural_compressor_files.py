@@ -10,6 +10,7 @@ import onnxruntime
 import torch
 
 from exporters import ExportSettings, export_encoder
+from tests.helpers.int8_files import settings_of
 from tests.helpers.models import tiny_inputs, tiny_model
 from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult, quantize_with_neural_compressor
 from ziplm_deploy.recipe import Int8Config
@@ -54,5 +55,5 @@ def answers(path: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def run(source: Path, target: Path, config: Int8Config = STATIC, **settings: Any) -> NeuralCompressorResult:
-    settings = {"batches": make_batches(), "reduce_range": True, "evaluate": None, **settings}
-    return quantize_with_neural_compressor(source, target, config, **settings)
+    settings = {"batches": make_batches(), "evaluate": None, **settings}
+    return quantize_with_neural_compressor(source, target, settings_of(config), **settings)

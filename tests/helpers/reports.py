@@ -237,7 +237,7 @@ class FinishedRun(SimpleNamespace):
         return next(member for member in self.members if member.name == name)
 
     def report(self) -> FamilyReport:
-        with mock.patch.object(report, "member_key", lambda run, member: "key"):
+        with mock.patch.object(report, "member_key", return_value="key"):
             return collect.family_report(report.family_facts(self))  # type: ignore[arg-type]
 
     def files(self, name: str) -> list[FileReport]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.helpers.models import MODEL_TYPES, tiny_config, tiny_inputs, tiny_model
 from ziplm_deploy.errors import UnsupportedModelError
-from ziplm_deploy.models.architectures import SUPPORTED, architecture_of
+from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of
 from ziplm_deploy.models.inspection import inspect_model, layer_rows
 from ziplm_deploy.models.modules import layers_of, model_shape, output_linear, prunable_modules
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.transformers
 
 
 def test_supported_is_what_the_tests_cover() -> None:
-    assert sorted(SUPPORTED) == sorted(MODEL_TYPES)
+    assert sorted(ARCHITECTURES) == sorted(MODEL_TYPES)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -84,7 +84,7 @@ def test_others_are_refused_naming_reason_and_choices(config: Any, reason: str) 
     with pytest.raises(UnsupportedModelError) as caught:
         architecture_of(config)
     assert reason in str(caught.value)
-    assert all(name in str(caught.value) for name in SUPPORTED)
+    assert all(name in str(caught.value) for name in ARCHITECTURES)
     (row,) = layer_rows(config)
     assert not row["prunable"]
     assert reason in row["reason"]

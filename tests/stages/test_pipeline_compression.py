@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ import pytest
 import ziplm_deploy
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, recipe, write_rows, written_again
+from ziplm_deploy.compression.int8 import budget as int8_budget
 from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
+from ziplm_deploy.compression.int8.budget import Fp32Choice
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings
 from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult
 from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
-from ziplm_deploy.compression.int8.sensitivity import Fp32Choice
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
@@ -169,7 +171,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
         monkeypatch.setattr(found, "speedup", 1.4 if len(plans) == 1 else 2.0)
         return record
 
-    monkeypatch.setattr(quantize_stage, "keep_in_fp32", keep_two)
+    monkeypatch.setattr(int8_budget, "keep_in_fp32", keep_two)
     stage = Stage("benchmark", benchmark_stage.STAGE.describe, slower_at_first)
     monkeypatch.setattr(benchmark_stage, "STAGE", stage)
     settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
@@ -246,10 +248,10 @@ def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scor
     shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
     scored: list[bool] = []
 
-    def tool(source: Path, target: Path, config: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
+    def tool(source: Path, target: Path, int8: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
         """Quantizes as the real one does, but here: it scores the float32 file, then a candidate."""
-        plain = config.model_copy(update={"embeddings": False})
-        quantize(source, target, plain, engine="onnxruntime", reduce_range=True)
+        plain = int8.config.model_copy(update={"embeddings": False})
+        quantize(source, target, dataclasses.replace(int8, config=plain))
         return NeuralCompressorResult((evaluate(source), evaluate(target))[1:], (), True)
 
     def score(of: Run, path: Path, variant: Variant, engine: str) -> float:

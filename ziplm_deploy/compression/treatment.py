@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ziplm_deploy.compression.int8.embeddings import round_embeddings_of
 from ziplm_deploy.compression.int8.quantize import default_reduce_range, linear_names, quantize
+from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.sparsity.masks import random_masks
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.models.deployed import Treatment
@@ -59,9 +60,7 @@ def target_treatment(recipe: Recipe) -> Treatment | None:
             quantize(
                 path,
                 path,
-                timed,
-                engine=recipe.environment.engine,
-                reduce_range=reduces_range(int8),
+                Int8Settings(timed, recipe.environment.engine, reduces_range(int8)),
                 batches=[] if timed.method == "dynamic" else [batch],
             )
         elif timed.embeddings:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
-from ziplm_deploy.models.architectures import SUPPORTED, why_not
+from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
@@ -54,7 +54,7 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     config: Any = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     reason = why_not(config)
     if reason is not None:
-        why = f"{reason}; supported: {', '.join(SUPPORTED)}"
+        why = f"{reason}; supported: {', '.join(ARCHITECTURES)}"
         return [
             {"layer": None, "heads": None, "head_dim": None, "ffn_width": None, "parameters": None}
             | {"prunable": False, "reason": why}

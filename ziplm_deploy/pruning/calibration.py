@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -62,9 +63,15 @@ def iter_statistics(
     """
     batches = list(batches)
     groups = module_groups([module for module in modules if module.structures], memory_limit_bytes)
-    for index, group in enumerate(groups):
+    done = itertools.count(1)
+
+    def batch_done() -> None:
+        if progress is not None:
+            progress(next(done), len(groups) * len(batches))
+
+    for group in groups:
         moments = {module.name: _Moments(module) for module in group}
-        _run(model, batches, group, moments, progress, index * len(batches), len(groups) * len(batches))
+        _run(model, batches, moments, batch_done)
         for name in list(moments):
             yield name, moments.pop(name).finish()
 
@@ -96,24 +103,18 @@ class _Moments(Moments):
 
     def __init__(self, module: PrunableModule) -> None:
         super().__init__(module.name, module.structures * module.group_size)
+        self.module = module
 
 
 @torch.inference_mode()
-def _run(
-    model: nn.Module,
-    batches: list[Batch],
-    group: list[PrunableModule],
-    moments: dict[str, _Moments],
-    progress: StepProgress | None,
-    done: int,
-    total: int,
-) -> None:
+def _run(model: nn.Module, batches: list[Batch], moments: dict[str, _Moments], batch_done: Callable[[], None]) -> None:
+    """Add what enters the modules' output linears to their moments."""
     mask: Tensor | None = None
 
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook_of(sums: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()  # [B, S, d]
-            moments[name].add(x[mask] if mask is not None else x.reshape(-1, x.shape[-1]))
+            sums.add(x[mask] if mask is not None else x.reshape(-1, x.shape[-1]))
 
         return hook
 
@@ -121,13 +122,12 @@ def _run(
     was_training = model.training
     model.eval()
     try:
-        for module in group:
-            handles.append(output_linear(model, module).register_forward_pre_hook(hook_of(module.name)))
-        for index, batch in enumerate(batches):
+        for sums in moments.values():
+            handles.append(output_linear(model, sums.module).register_forward_pre_hook(hook_of(sums)))
+        for batch in batches:
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else None  # [B, S]
             model(**batch)
-            if progress is not None:
-                progress(done + index + 1, total)
+            batch_done()
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from exporters import ExportError, to_integer_matmul
 from ziplm_deploy.artifacts import atomic_path, content_key
 from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.int8.budget import Fp32Choice, within_budget
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings_of
 from ziplm_deploy.compression.int8.fake_quant import (
     insert_fake_quant,
@@ -24,7 +25,8 @@ from ziplm_deploy.compression.int8.fake_quant import (
 )
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.int8.quantize import ActivationRange, LinearScales, linear_ranges, quantize
-from ziplm_deploy.compression.int8.sensitivity import Fp32Choice, SensitivityRow, keep_in_fp32, rank_linears
+from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
+from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.treatment import reduces_range, served_int8
@@ -82,8 +84,8 @@ class _Quantization:
         self.run, self.file, self.source = run, file, source
         self.checkpoints = checkpoints
         self.config = served_int8(run.recipe)
-        self.reduce_range = reduces_range(self.config)
         self.engine = run.recipe.environment.engine
+        self.settings = Int8Settings(self.config, self.engine, reduces_range(self.config))
 
     def make(self) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
@@ -113,9 +115,9 @@ class _Quantization:
     ) -> tuple[TrainingRecord | None, Fp32Choice | None, list[SensitivityRow]]:
         """Write the file, as the first process; all of them train."""
         run, onnx, batches = self.run, self.source / Variant.FP32.onnx_file, self.run.data.ranges_batches
-        looked_at = run.data.encode(run.data.ranges_rows[:LOOKED_AT])
+        looked_at = run.data.encode(run.data.ranges_rows[:LOOKED_AT])  # padded per batch, not to seq_len
         divergence, step = divergence_from(run.task, model, looked_at), run.progress.step
-        sensitivities = rank_linears(model, looked_at, divergence, self.config, self.reduce_range, progress=step)
+        sensitivities = rank_linears(model, looked_at, divergence, self.settings, progress=step)
         training: TrainingRecord | None = None
         ranges: Ranges = None
         if self.config.method == "qat":
@@ -137,7 +139,7 @@ class _Quantization:
     ) -> tuple[dict[str, LinearScales], TrainingRecord]:
         """Weights, in place, and scales, trained together; zeros of a sparse model stay."""
         run, title = self.run, self.file.label
-        insert_fake_quant(model, module_ranges(model, batches), self.config, self.reduce_range)
+        insert_fake_quant(model, module_ranges(model, batches), self.settings)
         with zeros_held(model, zero_masks(model)) if self.file.variant.is_sparse else contextlib.nullcontext():
             training = distillation(run).train(model, run.recipe.compress.train, self.checkpoints, title)
         ranges = learned_ranges(model)
@@ -153,9 +155,7 @@ class _Quantization:
             quantize(
                 onnx,
                 path,
-                self.config,
-                engine=self.engine,
-                reduce_range=self.reduce_range,
+                self.settings,
                 batches=_arrays(self.run.data.ranges_batches),
                 keep_fp32=keep,
                 ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
@@ -165,18 +165,15 @@ class _Quantization:
             write((), target)
             return None
 
-        candidates: dict[tuple[str, ...], Path] = {}
+        title = self.file.label
 
-        def evaluate(keep: tuple[str, ...]) -> float:
-            candidates[keep] = target.with_name(f"candidate-{len(candidates)}.onnx")
-            write(keep, candidates[keep])
-            score = score_of(self.run, candidates[keep], self.file.variant, engine=self._judge)
-            self.run.progress.note(f"{self.file.label}: {score:.4f} with {len(keep)} linears in float32")
-            return score
+        def judge(path: Path) -> float:
+            return score_of(self.run, path, self.file.variant, engine=self._judge)
 
-        choice = keep_in_fp32(sensitivities, evaluate, self._reference_score(), self.config)
-        candidates[choice.kept].replace(target)
-        return choice
+        def tried(count: int, score: float) -> None:
+            self.run.progress.note(f"{title}: {score:.4f} with {count} linears in float32")
+
+        return within_budget(target, write, judge, sensitivities, self._reference_score(), self.config, tried)
 
     @property
     def _judge(self) -> EngineName:
@@ -208,9 +205,8 @@ class _Quantization:
             result = quantize_with_neural_compressor(
                 onnx,
                 made,
-                self.config,
+                self.settings,
                 batches=batches,
-                reduce_range=self.reduce_range,
                 evaluate=evaluate if judged else None,
             )
             if self.config.embeddings:
@@ -245,7 +241,7 @@ class _Quantization:
             backend=self.config.backend,
             ranges=self.config.ranges,
             per_channel=self.config.per_channel,
-            weight_bits=7 if self.reduce_range else 8,
+            weight_bits=self.settings.weight_bits,
             embeddings=embeddings,
             n_linears=len(sensitivities),
             fp32_linears=[] if choice is None else list(choice.kept),

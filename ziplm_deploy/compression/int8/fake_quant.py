@@ -29,13 +29,12 @@ from ziplm_deploy.compression.int8.scales import (
     ActivationRange,
     LinearScales,
     activation_parameters,
-    weight_limit,
     weight_scales,
 )
+from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.errors import DataError, NumericalError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.recipe import Int8Config
 
 
 class _Round(torch.autograd.Function):
@@ -191,8 +190,7 @@ def watch_inputs(
 def insert_fake_quant(
     model: nn.Module,
     ranges: Mapping[str, ActivationRange],
-    config: Int8Config,
-    reduce_range: bool,
+    settings: Int8Settings,
     *,
     keep_fp32: Collection[str] = (),
 ) -> dict[str, QuantizedLinear]:
@@ -218,7 +216,7 @@ def insert_fake_quant(
         linear = linears[name]
         activation = quantizers[name].to(linear.weight.device)
         inserted[name] = QuantizedLinear(
-            linear, activation, per_channel=config.per_channel, limit=weight_limit(reduce_range)
+            linear, activation, per_channel=settings.config.per_channel, limit=settings.weight_limit
         )
         _replace(model, name, inserted[name])
     return inserted

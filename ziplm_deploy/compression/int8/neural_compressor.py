@@ -12,36 +12,37 @@ import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from exporters.names import linear_of
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.int8.quantize import linear_names
+from ziplm_deploy.compression.int8.scales import Batch
+from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
-from ziplm_deploy.recipe import Int8Config
 
 WORKER = Path(__file__).with_name("neural_compressor_worker.py")
 
 
-MAX_TRIALS = 150  # enough to try every linear of twelve layers alone, and then a good half of them together
+@dataclass(frozen=True)
+class TuningLimits:
+    """When tuning ends, if no candidate holds the budget before."""
+
+    max_trials: int = 150  # enough to try every linear of twelve layers alone, then a good half of them together
+    tuning_seconds: float = 3600.0  # no further candidate is tried after them
+    timeout_seconds: float = 1800.0  # for the worker to make the next candidate; then it is killed
 
 
-TIMEOUT_SECONDS = 1800.0
-
-
-TUNING_SECONDS = 3600.0
-
-
-Batch = Mapping[str, npt.NDArray[Any]]
+DEFAULT_LIMITS = TuningLimits()
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,11 @@ class NeuralCompressorResult:
 def quantize_with_neural_compressor(
     source: Path,
     target: Path,
-    config: Int8Config,
+    settings: Int8Settings,
     *,
     batches: Sequence[Batch],
-    reduce_range: bool,
     evaluate: Callable[[Path], float] | None,
-    max_trials: int = MAX_TRIALS,
-    tuning_seconds: float = TUNING_SECONDS,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    limits: TuningLimits = DEFAULT_LIMITS,
 ) -> NeuralCompressorResult:
     """Write ``source`` with INT8 linears to ``target``; whole or not at all.
 
@@ -73,21 +71,20 @@ def quantize_with_neural_compressor(
     Args:
         source: float32 file of ``exporters.export_encoder``.
         batches: calibration inputs by name, for ``static``.
-        reduce_range: 7-bit weights, for CPUs without VNNI.
+        settings: their engine decides nothing here; the form is neural-compressor's.
         evaluate: score of an ONNX file, the higher, the better. It is called for ``source``, then for candidates until
-            one loses at most ``config.max_loss`` of it (relative to its magnitude) with at most
-            ``config.max_fp32_share`` of the linears in float32. If none does, the best is written and ``met`` is False.
-            None: all linears are quantized, unscored. A candidate's file is gone after the call.
-        tuning_seconds: no further candidate is tried after them.
-        timeout_seconds: for the worker to make the next candidate; then it is killed.
+            one loses at most ``max_loss`` of it (relative to its magnitude) with at most ``max_fp32_share`` of the
+            linears in float32. If none does, the best is written and ``met`` is False. A candidate's file is gone after
+            the call. None: all linears are quantized, unscored.
 
     Raises:
-        UsageError: ``config.method`` is qat, or there are no linears inside layers.
+        UsageError: ``int8.method`` is qat, or there are no linears inside layers.
         DataError: static without batches, or batches without an input that the model has.
         NumericalError: NaN or infinite weights or scores.
         EngineError: neural-compressor is not set up, refuses the model, dies or hangs.
         CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
     """
+    config = settings.config
     if config.method == "qat":
         raise UsageError("expected int8.method static or dynamic for neural-compressor, found qat; change it")
     nodes = _nodes(source)
@@ -98,14 +95,13 @@ def quantize_with_neural_compressor(
             "target": str(folder / "result.onnx"),
             "nodes": list(nodes),
             "batches": _write_batches(source, batches, folder) if config.method == "static" else [],
-            "reduce_range": reduce_range,
             "tune": evaluate is not None,
-            "max_trials": max_trials,
-            "tuning_seconds": tuning_seconds,
-            **_settings(config),
+            "max_trials": limits.max_trials,
+            "tuning_seconds": limits.tuning_seconds,
+            **_request_of(settings),
         }
         (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-        with _Worker(interpreter, folder, timeout_seconds) as worker:
+        with _Worker(interpreter, folder, limits.timeout_seconds) as worker:
             reply = worker.run(evaluate)
         with atomic_path(target) as temporary:
             shutil.copyfile(folder / "result.onnx", temporary)
@@ -122,9 +118,11 @@ def _alone(source: Path, folder: Path) -> Path:
     return Path(shutil.copyfile(source, folder / source.name))
 
 
-def _settings(config: Int8Config) -> dict[str, Any]:
-    """The recipe's part of a request."""
+def _request_of(settings: Int8Settings) -> dict[str, Any]:
+    """The settings' part of a request."""
+    config = settings.config
     return {
+        "reduce_range": settings.reduce_range,
         "approach": config.method,
         "ranges": config.ranges,
         "percentile": config.percentile,
@@ -146,9 +144,8 @@ def _nodes(source: Path) -> dict[str, str]:
     weights = {item.name: item for item in graph.initializer}
     found = {}
     for node in graph.node:
-        path = "." + node.name.removesuffix("/MatMul").strip("/").replace("/", ".")
-        name = next((name for name in linears if node.op_type == "MatMul" and path.endswith(f".{name}")), None)
-        if name is None:
+        name = linear_of(node.name)
+        if name not in linears or node.op_type != "MatMul":
             continue
         if not np.isfinite(numpy_helper.to_array(weights[node.input[1]])).all():
             raise NumericalError(f"expected finite weights of {name}, found NaN or infinity; check the checkpoint")

@@ -16,7 +16,6 @@ bias                    float32
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from exporters import ExportError, to_integer_matmul
+from exporters.names import linear_of
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.int8.embeddings import round_embeddings
 from ziplm_deploy.compression.int8.scales import (
@@ -38,12 +38,12 @@ from ziplm_deploy.compression.int8.scales import (
     default_reduce_range,
     quiet,
     tensor_ranges,
-    weight_limit,
     weight_scales,
 )
+from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
-from ziplm_deploy.recipe import EngineName, Int8Config
+from ziplm_deploy.recipe import Int8Config
 
 __all__ = [
     "ActivationRange",
@@ -54,10 +54,6 @@ __all__ = [
     "quantize",
     "quantized_linears",
 ]
-
-
-# Every supported architecture numbers its layers so; embeddings, poolers and heads are outside.
-_IN_LAYER = re.compile(r"(?:^|\.)layer\.\d+\.")
 
 
 def linear_names(path: Path) -> tuple[str, ...]:
@@ -80,7 +76,7 @@ def quantized_linears(path: Path) -> tuple[str, ...]:
     names = []
     for node in graph.node:
         integer = node.op_type == "MatMulInteger" or (node.op_type == "MatMul" and dequantized.issuperset(node.input))
-        name = _module_path(node.name.removesuffix("_quant"))
+        name = linear_of(node.name)
         if integer and name is not None:
             names.append(name)
     return tuple(names)
@@ -89,21 +85,18 @@ def quantized_linears(path: Path) -> tuple[str, ...]:
 def quantize(
     source: Path,
     target: Path,
-    config: Int8Config,
+    settings: Int8Settings,
     *,
-    engine: EngineName,
-    reduce_range: bool,
     batches: Sequence[Batch] = (),
     keep_fp32: Collection[str] = (),
     ranges: Mapping[str, ActivationRange | LinearScales] | None = None,
 ) -> None:
-    """Write ``source`` with INT8 linears to ``target``, in the form that ``engine`` runs fast; whole or not at all.
+    """Write ``source`` with INT8 linears to ``target``, in the form that the engine runs fast; whole or not at all.
 
     Args:
         source: float32 file of ``exporters.export_encoder``.
         batches: calibration inputs by name, for ``static`` without ``ranges``.
         keep_fp32: module paths of linears that stay float32.
-        reduce_range: 7-bit weights, see :func:`default_reduce_range`.
         ranges: by module path; spares the calibration (:func:`linear_ranges`) or is what ``qat`` learned.
 
     Raises:
@@ -114,23 +107,23 @@ def quantize(
         CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
         EngineError: ONNX Runtime's quantizer left a linear as it was.
     """
-    _check_request(config, engine, ranges)
-    model = load_onnx(source)
+    _check_request(settings, ranges)
+    config, model = settings.config, load_onnx(source)
     linears = _chosen(model, source, keep_fp32)
     _check_weights(model, linears)
     if config.embeddings:
         round_embeddings(model)
         linears = _chosen(model, source, keep_fp32)  # the nodes are new ones
     if config.method == "dynamic":
-        _write_dynamic(model, linears, target, config.per_channel, reduce_range)
+        _write_dynamic(model, linears, target, settings)
         return
     if ranges is None:
         ranges = _calibrate(model, linears, batches, config)
-    _insert_pairs(model, linears, _scales(model, linears, ranges, config.per_channel, reduce_range))
-    if engine == "onnxruntime":
+    _insert_pairs(model, linears, _scales(model, linears, ranges, settings))
+    if settings.engine == "onnxruntime":
         _keep_matmuls(model)
     with atomic_path(target) as temporary:
-        if engine != "deepsparse":
+        if settings.engine != "deepsparse":
             onnx.save(model, str(temporary))
             return
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
@@ -153,9 +146,8 @@ def linear_ranges(
     return _calibrate(model, _chosen(model, source, keep_fp32), batches, config)
 
 
-def _check_request(
-    config: Int8Config, engine: EngineName, ranges: Mapping[str, ActivationRange | LinearScales] | None
-) -> None:
+def _check_request(settings: Int8Settings, ranges: Mapping[str, ActivationRange | LinearScales] | None) -> None:
+    config, engine = settings.config, settings.engine
     if config.method == "dynamic" and engine != "onnxruntime":
         raise UsageError(
             f"expected int8.method static or qat for {engine}, found dynamic, which only ONNX Runtime runs; change it"
@@ -171,21 +163,11 @@ def _check_request(
         )
 
 
-def _module_path(node_name: str) -> str | None:
-    """``/model/encoder/layer.0/output/dense/MatMul`` → ``encoder.layer.0.output.dense``; None outside of layers."""
-    if not node_name.endswith("/MatMul"):
-        return None
-    name = node_name.removesuffix("/MatMul").strip("/").replace("/", ".")
-    while name.startswith("model."):  # what the exporter wraps models in
-        name = name.removeprefix("model.")
-    return name if _IN_LAYER.search(name) else None
-
-
 def _linears(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     weights = {item.name for item in model.graph.initializer if item.data_type == onnx.TensorProto.FLOAT}
     found = {}
     for node in model.graph.node:
-        name = _module_path(node.name)
+        name = linear_of(node.name)
         if node.op_type == "MatMul" and name is not None and node.input[1] in weights:
             found[name] = node
     return found
@@ -215,11 +197,7 @@ def _check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]
 
 
 def _write_dynamic(
-    model: onnx.ModelProto,
-    linears: Mapping[str, onnx.NodeProto],
-    target: Path,
-    per_channel: bool,
-    reduce_range: bool,
+    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], target: Path, settings: Int8Settings
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -229,8 +207,8 @@ def _write_dynamic(
                 model,
                 str(temporary),
                 op_types_to_quantize=["MatMul"],
-                per_channel=per_channel,
-                reduce_range=reduce_range,
+                per_channel=settings.config.per_channel,
+                reduce_range=settings.reduce_range,
                 weight_type=QuantType.QInt8,
                 nodes_to_quantize=[node.name for node in linears.values()],
                 extra_options={"MatMulConstBOnly": True},
@@ -257,9 +235,9 @@ def _scales(
     model: onnx.ModelProto,
     linears: Mapping[str, onnx.NodeProto],
     ranges: Mapping[str, ActivationRange | LinearScales],
-    per_channel: bool,
-    reduce_range: bool,
+    settings: Int8Settings,
 ) -> dict[str, LinearScales]:
+    per_channel, limit = settings.config.per_channel, settings.weight_limit
     weights = {item.name: item for item in model.graph.initializer}
     scales = {}
     for name, node in linears.items():
@@ -270,10 +248,10 @@ def _scales(
         if isinstance(given, ActivationRange):
             if not -np.inf < given.low <= given.high < np.inf:
                 raise UsageError(f"expected a finite range with low <= high for {name}, found {given}")
-            w = weight_scales(weight, per_channel=per_channel, limit=weight_limit(reduce_range))
+            w = weight_scales(weight, per_channel=per_channel, limit=limit)
             activation = activation_parameters(given.low, given.high)
-            given = LinearScales(*activation, tuple(map(float, w)), weight_limit(reduce_range))
-        _check_scales(name, given, len(weight) if per_channel else 1, weight_limit(reduce_range))
+            given = LinearScales(*activation, tuple(map(float, w)), limit)
+        _check_scales(name, given, len(weight) if per_channel else 1, limit)
         scales[name] = given
     return scales
 

@@ -34,7 +34,7 @@ def allocate_densities(
     names = list(sizes)
     n = torch.tensor([sizes[name] for name in names], dtype=torch.float64)
     s = torch.tensor([sensitivities[name] for name in names], dtype=torch.float64).clamp(min=0)
-    if float(s.max()) == 0:
+    if float((s / n).max()) == 0:  # also where the quotient is too small for a float
         return dict.fromkeys(names, density)
     # The floor lets the insensitive ones rise as well where all others are at their bound.
     most = torch.tensor([(present or {}).get(name, 1.0) for name in names], dtype=torch.float64)

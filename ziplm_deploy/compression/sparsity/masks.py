@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from exporters.names import linear_of
 from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.sparsegpt import GROUP_SIZES
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError, ParityError, UsageError
@@ -151,14 +152,12 @@ class _Graph:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._arrays = {tensor.name: tensor for tensor in graph.initializer}
         self._producers = {output: node for node in graph.node for output in node.output}
-        # The exporter names nodes by the modules' path: /model/encoder/layer.0/attention/self/query/MatMul.
-        self._products: dict[str, onnx.NodeProto] = {
-            node.name.replace("/", "."): node for node in graph.node if node.op_type in _PRODUCTS and node.name
-        }
+        products = {linear_of(node.name): node for node in graph.node if node.op_type in _PRODUCTS}
+        self._products = {name: node for name, node in products.items() if name is not None}
 
     def zeros(self, name: str, path: Path) -> tuple[Bools, bool]:
         """Where the weight of a linear is zero, [inputs, outputs], and whether small weights are kept apart from 0."""
-        node = self._product(name)
+        node = self._products.get(name)
         weight = None if node is None else self._weight(node)
         if node is None or weight is None:
             what = "no such node" if node is None else f"{node.op_type} node {node.name} without constant weights"
@@ -171,14 +170,6 @@ class _Graph:
         found: Bools = values == zero_point
         transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
         return found.T if transposed else found, not np.issubdtype(values.dtype, np.integer)
-
-    def _product(self, name: str) -> onnx.NodeProto | None:
-        """The node named after the linear; quantizers append to that name."""
-        for node_name, node in self._products.items():
-            _, separator, rest = f".{node_name}".rpartition(f".{name}.")
-            if separator and rest.startswith(("MatMul", "Gemm")):
-                return node
-        return None
 
     def _weight(self, node: onnx.NodeProto) -> tuple[Any, Any, int] | None:
         """Values, zero point and the axis along which that varies; ``None`` if the weight is not constant."""

@@ -50,20 +50,23 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Goal:
-    """A linear before anything was zeroed."""
+    """A linear, and what it was before anything was zeroed."""
 
+    name: str
+    linear: nn.Linear
     weight: Tensor  # [r, d]
     bias: Tensor | None  # [r]
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> _Goal:
-        return cls(linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone())
+    def of(cls, name: str, linear: nn.Linear) -> _Goal:
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(name, linear, linear.weight.detach().clone(), bias)
 
-    def restore(self, linear: nn.Linear) -> None:
+    def restore(self) -> None:
         with torch.no_grad():
-            linear.weight.copy_(self.weight)
+            self.linear.weight.copy_(self.weight)
             if self.bias is not None:
-                linear.bias.copy_(self.bias)
+                self.linear.bias.copy_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def sparsify_model(
     if config.distribution == "sensitivity" and divergence is None:
         raise ValueError("expected `divergence` for distribution 'sensitivity', found none; pass the model's")
     batches, was_training = list(batches), model.training
-    goals = {name: _Goal.of(linear) for part in inputs for name, linear in part.linears.items()}
+    goals = {name: _Goal.of(name, linear) for part in inputs for name, linear in part.linears.items()}
     work = _Work(model, batches, inputs, goals, config, progress)
     model.eval()
     try:
@@ -148,8 +151,8 @@ class _Work:
         fits: dict[str, _Fit] = {}
 
         def visit(part: _Input, stats: InputMoments) -> None:
-            for name, linear in part.linears.items():
-                fits[name] = _fit(name, linear, stats, self._goals[name], densities[name], self._config)
+            for name in part.linears:
+                fits[name] = _fit(self._goals[name], stats, densities[name], self._config)
 
         self._walk(visit)
         return fits
@@ -159,10 +162,10 @@ class _Work:
         found: dict[str, float] = {}
 
         def visit(part: _Input, stats: InputMoments) -> None:
-            for name, linear in part.linears.items():
-                _fit(name, linear, stats, self._goals[name], 1 - self._config.sparsity, self._config)
+            for name in part.linears:
+                _fit(self._goals[name], stats, 1 - self._config.sparsity, self._config)
                 found[name] = float(divergence(self._model))
-                self._goals[name].restore(linear)
+                self._goals[name].restore()
                 if not math.isfinite(found[name]):
                     raise NumericalError(
                         f"expected a finite divergence with {name} sparse, found {found[name]}; "
@@ -233,10 +236,9 @@ def _moments(layer: nn.Module, part: _Input, calls: list[LayerCall], hidden: lis
 
 
 @torch.no_grad()
-def _fit(
-    name: str, linear: nn.Linear, stats: InputMoments, goal: _Goal, density: float, config: SparsityConfig
-) -> _Fit:
+def _fit(goal: _Goal, stats: InputMoments, density: float, config: SparsityConfig) -> _Fit:
     """Zeros and new weights of one linear, in place."""
+    linear = goal.linear
     centred = goal.bias is not None
     H = stats.moment(centred)  # [d, d]
     dense = goal.weight.double()  # [r, d]
@@ -257,7 +259,7 @@ def _fit(
             )
             weight = result.weight + dense.masked_fill(result.zeros | ~dead, 0)
         except NumericalError as error:
-            raise NumericalError(f"{name}: {error}") from error
+            raise NumericalError(f"{goal.name}: {error}") from error
     change = dense - weight
     outputs = float((dense @ H).mul_(dense).sum())  # E‖W(x−μ)‖², or E‖Wx‖² without a bias
     linear.weight.copy_(weight)

@@ -1,4 +1,7 @@
-"""The only room that knows attribute paths of Hugging Face models: an architecture is one entry of ``encoders.py``."""
+"""The only room that knows attribute paths of Hugging Face models: an architecture is one entry of ``encoders.py``.
+
+Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,9 @@ from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.encoders import ENCODERS
 
-__all__ = ["SUPPORTED", "Architecture", "architecture_of", "why_not"]
+__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
 
-_BY_TYPE = {entry.model_type: entry for entry in ENCODERS}
-SUPPORTED: tuple[str, ...] = tuple(_BY_TYPE)
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in ENCODERS}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -24,16 +26,16 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     reason = why_not(config)
     if reason is not None:
         raise UnsupportedModelError(
-            f"expected an encoder of type {', '.join(SUPPORTED)} with plain self-attention, found {reason}; "
+            f"expected an encoder of type {', '.join(ARCHITECTURES)} with plain self-attention, found {reason}; "
             "choose a supported model"
         )
-    return _BY_TYPE[config.model_type]
+    return ARCHITECTURES[config.model_type]
 
 
 def why_not(config: PretrainedConfig) -> str | None:
     """Reason why a configuration cannot be pruned, in words; None if it can."""
     model_type = getattr(config, "model_type", "") or type(config).__name__
-    if model_type not in _BY_TYPE:
+    if model_type not in ARCHITECTURES:
         return f"model type {model_type!r}"
     if getattr(config, "is_decoder", False):
         return f"a {model_type} decoder (is_decoder: true): its cached keys and values cannot be resized here"

@@ -1,0 +1,31 @@
+"""Which linear of the model a node of an exported graph stands for.
+
+torch's exporter names nodes by the path of the module that made them, below the wrappers that models are exported in,
+and quantizers append to that::
+
+    /model/encoder/layer.0/output/dense/MatMul          of encoder.layer.0.output.dense
+    /model/encoder/layer.0/output/dense/MatMul_quant    the same linear in integers
+"""
+
+from __future__ import annotations
+
+import re
+
+_PRODUCT = re.compile(r"/(?:MatMul|Gemm)(?:_quant)?$")
+# Layers are the only numbered modules of an encoder: embeddings, poolers and heads are outside.
+_IN_LAYER = re.compile(r"(?:^|\.)[^.]+\.\d+\.")
+_WRAPPER = "model."  # attribute of what the exporter wraps models in
+
+
+def linear_of(node_name: str) -> str | None:
+    """Module path of the linear in a layer whose product a node of this name computes; None for all other nodes.
+
+    Products of two activations are named after the attention block that they stand in, which is no linear.
+    """
+    product = _PRODUCT.search(node_name)
+    if product is None:
+        return None
+    path = node_name[: product.start()].strip("/").replace("/", ".")
+    while path.startswith(_WRAPPER):
+        path = path.removeprefix(_WRAPPER)
+    return path if _IN_LAYER.search(path) else None
