@@ -16,12 +16,14 @@ from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, write_rows
 from ziplm_deploy.guides import read_guide
 from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.reporting.records import FamilyReport
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "method": "pruning/methods/activation.py",
     "engine": "engines/worker/reference_session.py",
     "stage": "stages/inventory.py",
+    "task": "tasks/acceptability.py",
 }
 ARCHITECTURE = """
 import torch, transformers
@@ -61,6 +63,10 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (own / place).write_text(page, encoding="utf-8")
     entry = code_blocks("architecture")[0].strip()
     replace_once(own / "models" / "architectures" / "encoders.py", "ENCODERS = (", f"ENCODERS = (\n    {entry},")
+    replace_once(own / "recipe" / "model.py", "TaskName = Literal[", 'TaskName = Literal["acceptability",')
+    tasks = own / "tasks" / "__init__.py"
+    replace_once(tasks, "    for task in (\n", "    for task in (\n        Acceptability,\n")
+    replace_once(tasks, "\nTASKS:", "\nfrom ziplm_deploy.tasks.acceptability import Acceptability\n\nTASKS:")
     pipeline = own / "pipeline.py"
     replace_once(pipeline, "    export,\n", "    export,\n    inventory,\n")
     replace_once(pipeline, "report.STAGE)\n", "report.STAGE, inventory.STAGE)\n")
@@ -83,11 +89,11 @@ def python(copied: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_method_an_engine_and_a_stage_more(copied: Path, tmp_path: Path) -> None:
+def test_a_method_a_task_an_engine_and_a_stage_more(copied: Path, tmp_path: Path) -> None:
     save_dense(tmp_path / "model", task="text-classification", num_hidden_layers=1)
     write_rows(tmp_path / "train.jsonl", 64, 0)
     write_rows(tmp_path / "test.jsonl", 20, 1)
-    raw = raw_recipe(tmp_path, prune={"method": "activation"}, speedups=[1.05])
+    raw = raw_recipe(tmp_path, prune={"method": "activation"}, model={"task": "acceptability"}, speedups=[1.05])
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw), encoding="utf-8")
     printed = python(copied, "-m", "ziplm_deploy", "run", str(tmp_path / "recipe.yaml"))
     announced = re.findall(r"\[(\d+)/(\d+)\] ([a-z]+)", printed)
@@ -95,6 +101,7 @@ def test_a_method_an_engine_and_a_stage_more(copied: Path, tmp_path: Path) -> No
     assert {total for _, total, _ in announced} == {announced[-1][0]}  # the new stage is counted
     run = tmp_path / "runs" / "tiny"
     assert PruningPlan.load(run / "pruning" / "1.05x.json").method == "activation"
+    assert FamilyReport.load(run / "report.json").metric == "matthews"
     lines = (run / "inventory.csv").read_text(encoding="utf-8").split()
     assert [line.split(",")[0] for line in lines] == ["file", "dense", "1.05x"]
     assert int(lines[1].split(",")[1]) == (run / "dense" / "model.onnx").stat().st_size

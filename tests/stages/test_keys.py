@@ -34,13 +34,14 @@ BASE: dict[str, Any] = {
     },
     "speedups": [1.5],
 }
-FROM_DENSE = {"train dense", "calibrate", "prune", "recover", "export", "sparsify"}  # what the dense model's hash is in
-EXAMPLES = {"calibrate", "prune", "sparsify", "quantise"}  # what calibration examples are in
-TRAINING = {"recover", "sparsify"}
+# Stages by what their keys hold in common.
+DENSE = {"calibrate", "export", "prune", "recover", "sparsify", "train dense"}  # the dense model
+EXAMPLES = {"calibrate", "prune", "sparsify", "quantise"}  # calibration examples
 FILES = {"export", "export pruned", "export sparse"}
-TIMED = {"benchmark", "benchmark of"}
 SCORED = {"evaluate", "evaluate pruned"}
-EVERYTHING = {*FROM_DENSE, *EXAMPLES, *FILES, *SCORED}
+TIMED = {"benchmark", "benchmark of"}
+TRAINED = {"recover", "sparsify"}
+PRUNED = {"calibrate", "prune"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("model", 0), ("other-model", 1)):
         save_dense(folder / name, task="text-classification", num_hidden_layers=1, seed=seed)
     for name, seed in (("train", 0), ("test", 1), ("other", 2)):
-        write_rows(folder / f"{name}.jsonl", 40, seed)
+        write_rows(folder / f"{name}.jsonl", 80, seed)
     pipeline.run_pipeline(parse_recipe(raw_recipe(folder, **BASE)))
     shutil.copy(folder / "runs" / "tiny" / "profile.json", folder / "table.json")
     return folder
@@ -73,7 +74,7 @@ def plain(stage: str) -> str:
     """A stage without the member and the variant that it is about."""
     if stage == "train dense":
         return stage
-    words = re.sub(r",? ?\d+$", "", re.sub(r"\b(dense|1\.5x)\b", "", stage)).split()
+    words = re.sub(r", \d+$", "", re.sub(r"\b(dense|1\.5x)\b", "", stage)).split()
     kept = [word for word in words if word not in ("int8", "sparse-int8")]
     name = " ".join(kept)
     return {"zero": "sparsify", "train sparse": "sparsify", "evaluate sparse": "evaluate"}.get(name, name)
@@ -107,9 +108,118 @@ def repeated(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
 
 
 # field: another value ("@" stands for the folder of the data), and the stages that it repeats
-TABLE: dict[str, tuple[Any, set[str]]] = {}
-# Not in the table, because they are another run, not another version of this one.
-ANOTHER_RUN = {"name", "output_dir", "speedups"}
+TABLE: dict[str, tuple[Any, set[str]]] = {
+    "seed": (7, DENSE | SCORED | {"quantise"}),
+    "model.path": ("@other-model", DENSE),
+    "model.revision": ("abc", DENSE),
+    "model.pooling": ("cls", DENSE | FILES | SCORED | {"quantise"}),
+    "model.normalize": (False, DENSE | FILES | SCORED | {"quantise"}),
+    "data.calibration": ("@other.jsonl", DENSE | {"quantise"}),
+    "data.evaluation": ("@other.jsonl", SCORED | {"quantise"}),
+    "data.train": ("@other.jsonl", DENSE),
+    "data.calibration_split": ("other", DENSE | {"quantise"}),
+    "data.train_split": ("other", set()),
+    "data.evaluation_split": ("other", SCORED | {"quantise"}),
+    "data.config_name": ("other", DENSE | SCORED | {"quantise"}),
+    "data.text_columns": (["text"], DENSE | SCORED | {"quantise"}),
+    "data.label_column": ("label", DENSE | SCORED | {"quantise"}),
+    "data.n_calibration": (32, EXAMPLES),
+    "data.n_evaluation": (20, SCORED | {"quantise"}),
+    "data.n_train": (32, DENSE),
+    "environment.engine": ("openvino", SCORED | TIMED | {"profile", "quantise"}),
+    "environment.threads": (2, TIMED | {"profile", "quantise"}),
+    "environment.workload.batch_size": (2, FILES | TIMED | {"profile", "quantise"}),
+    "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | {"profile", "quantise"}),
+    "profile.table": ("@table.json", {"profile"}),
+    "profile.allow_foreign_table": (True, set()),
+    "profile.stack_depth": (3, {"profile"}),
+    "profile.width_ratio": (0.6, {"profile"}),
+    "profile.width_align": (4, {"profile"}),
+    "profile.min_rounds": (4, {"profile"}),
+    "profile.max_rounds": (5, {"profile"}),
+    "profile.precision": (0.02, {"profile"}),
+    "profile.max_seconds": (6, {"profile"}),
+    "prune.method": ("uniform", PRUNED),
+    "prune.damping": (0.02, PRUNED),
+    "prune.centred": (False, PRUNED),
+    "prune.reconstruct": (False, {"prune"}),
+    "prune.memory_limit_gb": (4.0, set()),
+    "prune.search.n_sequences": (20, {"prune"}),
+    "prune.search.n_rerank": (20, {"prune"}),
+    "prune.search.sensitivity_levels": (2, {"prune"}),
+    "prune.search.coefficient_steps": (2, {"prune"}),
+    "prune.search.swap_evaluations": (5, {"prune"}),
+    "export.shapes": ("static", FILES | SCORED | {"profile"}),
+    "export.opset": (18, FILES | {"profile"}),
+    "export.embed_in_graph": (False, FILES),
+    "compress.variants": (["int8", "sparse"], {"benchmark"}),
+    "compress.target": ("int8", {"benchmark of", "profile", "stand-in"}),
+    "compress.sparsity.sparsity": (0.7, {"sparsify"}),
+    "compress.sparsity.pattern": ("block4", {"sparsify"}),
+    "compress.sparsity.distribution": ("sensitivity", {"sparsify"}),
+    "compress.sparsity.passes": (2, {"sparsify"}),
+    "compress.sparsity.damping": (0.02, {"sparsify"}),
+    "compress.int8.method": ("qat", {"quantise"}),
+    "compress.int8.backend": ("neural-compressor", {"quantise"}),
+    "compress.int8.ranges": ("entropy", {"quantise"}),
+    "compress.int8.percentile": (99.9, {"quantise"}),
+    "compress.int8.n_calibration": (9, {"quantise"}),
+    "compress.int8.per_channel": (False, {"quantise"}),
+    "compress.int8.reduce_range": (True, {"quantise"}),
+    "compress.int8.embeddings": (False, {"quantise"}),
+    "compress.int8.max_loss": (0.02, {"quantise"}),
+    "compress.int8.max_fp32_share": (0.4, {"quantise"}),
+    "benchmark.rounds": (6, TIMED),
+    "benchmark.processes": (1, TIMED),
+    "benchmark.runs_per_round": (2, TIMED),
+    "benchmark.max_seconds": (11, TIMED),
+    "benchmark.tolerance": (0.03, set()),
+    "benchmark.overshoot": (0.2, set()),
+    "benchmark.baseline_engine": ("openvino", SCORED | TIMED | {"profile"}),
+    "benchmark.max_corrections": (1, set()),
+    "benchmark.parity_atol": (0.001, set()),
+    "dense.epochs": (2.0, DENSE),
+    "dense.max_steps": (2, DENSE),
+    "dense.batch_size": (10, DENSE),
+    "dense.learning_rate": (0.0003, DENSE),
+    "dense.warmup_ratio": (0.1, DENSE),
+    "dense.weight_decay": (0.01, DENSE),
+    "dense.precision": ("bf16", DENSE),
+    "dense.report_to": ("tensorboard", set()),
+    "dense.save_steps": (100, set()),
+    "recover.epochs": (2.0, {"recover"}),
+    "recover.max_steps": (2, {"recover"}),
+    "recover.batch_size": (10, {"recover"}),
+    "recover.learning_rate": (0.0003, {"recover"}),
+    "recover.warmup_ratio": (0.1, {"recover"}),
+    "recover.weight_decay": (0.01, {"recover"}),
+    "recover.precision": ("bf16", {"recover"}),
+    "recover.report_to": ("tensorboard", set()),
+    "recover.save_steps": (100, set()),
+    "compress.train.epochs": (2.0, {"sparsify"}),
+    "compress.train.max_steps": (2, {"sparsify"}),
+    "compress.train.batch_size": (10, {"sparsify"}),
+    "compress.train.learning_rate": (0.0003, {"sparsify"}),
+    "compress.train.warmup_ratio": (0.1, {"sparsify"}),
+    "compress.train.weight_decay": (0.01, {"sparsify"}),
+    "compress.train.precision": ("bf16", {"sparsify"}),
+    "compress.train.report_to": ("tensorboard", set()),
+    "compress.train.save_steps": (100, set()),
+    "dense.train": (False, TRAINED | PRUNED | {"export"}),
+    "recover.mode": ("gradual", set()),
+    "recover.task_weight": (0.1, TRAINED),
+    "recover.logit_weight": (0.4, TRAINED),
+    "recover.token_weight": (0.4, TRAINED),
+    "recover.temperature": (1.0, TRAINED),
+    "recover.teacher": ("@other-model", TRAINED),
+    "recover.dropout": (True, TRAINED),
+    "recover.rebuild_hessians": (False, {"recover"}),
+    "recover.freeze_embeddings": (False, TRAINED),
+    "recover.teacher_cache_gb": (1.0, set()),
+    "compress.train.mode": ("gradual", {"sparsify"}),
+}
+# Not in the table: another folder, another member, another head.
+ANOTHER_RUN = {"name", "output_dir", "speedups", "model.task"}
 
 
 def test_an_unchanged_recipe_repeats_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

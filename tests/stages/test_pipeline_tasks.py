@@ -97,8 +97,9 @@ def test_a_family_is_made_and_stock_optimum_serves_it(model_type: str, task: str
         )
     )
     member = report.members[1]
-    assert member.accuracy
-    assert all(np.isfinite(value) for value in member.accuracy.values())
+    scores = member.served.accuracy
+    assert scores
+    assert all(np.isfinite(value) for value in scores.values())
     assert member.parameters < report.members[0].parameters
     folder = tmp_path / "runs" / "case" / "2x"
     assert FamilyReport.load(folder.parent / "report.json") == report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,3 +225,9 @@ def test_missing_images_are_named(tmp_path: Path) -> None:
         task.normalize_rows([{"image": "gone.png"}], data, "calibration")
     with pytest.raises(DataError, match="path, bytes or image in row 1, found int"):
         task.normalize_rows([{"image": 3}], data, "calibration")
+
+
+def test_missing_pillow_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DataError, match=r'pip install "ziplm-deploy\[image\]"'):
+        get_task("image-classification").encode(evaluation_set([{"image": "a.png"}], None))

@@ -152,7 +152,8 @@ def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
             raise ValueError("a vocabulary of nothing but special tokens")
         return processor
     except ImportError as error:
-        raise EnvironmentMismatchError(f"expected the packages for inputs of {path}, found: {error}") from error
+        extra = '; run: pip install "ziplm-deploy[image]"' if input_kind == "image" else ""
+        raise EnvironmentMismatchError(f"expected the packages for inputs of {path}, found: {error}{extra}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = "image processor: preprocessor_config.json" if input_kind == "image" else "tokenizer: tokenizer.json"
         raise UnsupportedModelError(

@@ -112,7 +112,9 @@ def _decode(value: Any) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError("expected the package pillow for image data, found none; pip install pillow") from error
+        raise DataError(
+            'expected the package pillow for image data, found none; run: pip install "ziplm-deploy[image]"'
+        ) from error
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             return image.convert("RGB")
