@@ -23,10 +23,8 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, Figure, load_average, write_result
-from shapes import SHAPES, dense_model
-from torch import nn
+from shapes import OUTPUTS, SHAPES, dense_model, export
 
-from exporters import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.latency.profile import measure_table
@@ -34,11 +32,10 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.statistics import Floats
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.models.deployed import FLOAT32, Treatment
+from ziplm_deploy.models.deployed import FLOAT32, Treatment, export_settings
 from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.recipe import BenchmarkConfig, Environment, ExportConfig, ProfileConfig, Workload, parse_recipe
 
-OUTPUTS = ["last_hidden_state"]
 OPTIONAL_ENGINE = "openvino"
 SLOWEST, FASTEST = 1.5, 10.0
 # A drawn model is near enough to its target; what counts is its own prediction, not the target.
@@ -49,31 +46,28 @@ NEAR = 0.02
 class Case:
     shape: str
     environment: Environment
-    compress: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # section of a recipe; its target is what is timed
+    compress: dict[str, Any] = dataclasses.field(default_factory=dict)  # section of a recipe; its target is timed
 
     @property
     def name(self) -> str:
-        form = self.form
-        return f"{self.shape}, {self.environment.describe()}" + (f", {form.description}" if form else "")
+        words = (self.shape, self.environment.describe(), self.treatment.description)
+        return ", ".join(filter(None, words))
 
     @property
-    def form(self) -> Treatment | None:
+    def treatment(self) -> Treatment:
         """What else is done to cells and models before they are timed."""
         static = {"shapes": "static", "opset": 16}
-        return target_treatment(
-            parse_recipe(
-                {
-                    "name": "additivity",
-                    "model": {"path": "none", "task": "sentence-similarity"},
-                    "environment": self.environment.model_dump(),
-                    "speedups": [2],
-                    "export": static if self.environment.engine == "deepsparse" else {},
-                    "compress": self.compress,
-                }
-            )
+        recipe = parse_recipe(
+            {
+                "name": "additivity",
+                "model": {"path": "none", "task": "sentence-similarity"},
+                "environment": self.environment.model_dump(),
+                "speedups": [2],
+                "export": static if self.environment.engine == "deepsparse" else {},
+                "compress": self.compress,
+            }
         )
+        return target_treatment(recipe) or FLOAT32
 
 
 CASES = {
@@ -106,7 +100,7 @@ def draw_sizes(table: LatencyTable, speedup: float, generator: np.random.Generat
 
     Starts from random levels and moves one random module one level at a time.
     """
-    levels = {kind: table.sizes(kind) for kind in ("attention", "ffn")}  # type: ignore[arg-type]
+    levels = {kind: table.sizes(kind) for kind in ("attention", "ffn")}
     names = [f"{layer}.{kind}" for layer in range(table.shape.n_layers) for kind in levels]
     places = {name: int(generator.integers(len(levels[name.split(".")[1]]))) for name in names}
 
@@ -123,17 +117,6 @@ def draw_sizes(table: LatencyTable, speedup: float, generator: np.random.Generat
     return sizes()
 
 
-def export(model: nn.Module, path: Path, case: Case, config: ExportConfig, form: Treatment | None) -> Path:
-    settings = ExportSettings(
-        config.shapes, config.opset, case.environment.workload.batch_size, case.environment.workload.seq_len
-    )
-    inputs = dummy_inputs(model, settings)
-    export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
-    if form:
-        form.finish(path, inputs)
-    return path
-
-
 def targets_of(table: LatencyTable, n_models: int) -> Floats:
     """Speedups to draw models for: 1.5x to 10x of what the form reaches unpruned, as far as the table allows."""
     unpruned = table.dense.median_ms / (table.unpruned or table.dense).median_ms
@@ -146,16 +129,16 @@ def targets_of(table: LatencyTable, n_models: int) -> Floats:
 def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows (one a model) and what else the case was."""
     shapes, opset = ("static", 16) if case.environment.engine == "deepsparse" else (options.shapes, 17)
-    config, benchmark, form = ExportConfig(shapes=shapes, opset=opset), benchmark_config(options), case.form
+    config, treatment = ExportConfig(shapes=shapes, opset=opset), case.treatment
     started, load_before = time.monotonic(), load_average()
     dense = dense_model(SHAPES[case.shape])
     request = TableRequest(
         dense,
-        tuple(OUTPUTS),
+        OUTPUTS,
         case.environment,
         profile_config(options),
         config,
-        treatment=form or FLOAT32,
+        treatment=treatment,
         baseline_engine="onnxruntime",
     )
     table = measure_table(request)
@@ -164,13 +147,12 @@ def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, An
     targets = targets_of(table, options.models)
     plans = {f"model {index}": draw_sizes(table, target, generator) for index, target in enumerate(targets)}
     with tempfile.TemporaryDirectory(prefix="ziplm-additivity-") as folder:
-        paths = {"dense": export(dense, Path(folder) / "dense.onnx", case, config, None)}
+        settings = export_settings(config, case.environment.workload)
+        subjects = {"dense": TimedFile(export(dense, Path(folder) / "dense.onnx", settings), "onnxruntime")}
         for name, sizes in plans.items():
-            model = random_resized(dense, sizes)
-            paths[name] = export(model, Path(folder) / f"{name.replace(' ', '-')}.onnx", case, config, form)
-        subjects = {name: TimedFile(path) for name, path in paths.items()}
-        subjects["dense"] = TimedFile(paths["dense"], "onnxruntime")
-        record = compare(subjects, case.environment, benchmark, "dense")
+            path = Path(folder) / f"{name.replace(' ', '-')}.onnx"
+            subjects[name] = TimedFile(export(random_resized(dense, sizes), path, settings, treatment))
+        record = compare(subjects, case.environment, benchmark_config(options), "dense")
     rows = [
         row(case, name, float(target), plans[name], table, record) for name, target in zip(plans, targets, strict=True)
     ]

@@ -7,6 +7,7 @@ Run a program from the repository's root, ``python benchmarks/additivity.py``; i
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import os
 import shlex
@@ -112,6 +113,15 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}+changes" if changed else head
+
+
+def grouped_by_length() -> dict[str, Any]:
+    """Settings of a stock Trainer that put examples of like length into a batch; transformers 5 renamed them."""
+    import transformers
+
+    if "group_by_length" in inspect.signature(transformers.TrainingArguments).parameters:
+        return {"group_by_length": True}
+    return {"train_sampling_strategy": "group_by_length"}
 
 
 def load_average() -> float:

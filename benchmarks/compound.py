@@ -22,23 +22,25 @@ from typing import Any
 
 from common import ROOT, Figure, commit, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
-from shapes import SHAPES, dense_model
+from shapes import OUTPUTS, SHAPES, dense_model, export
+from torch import nn
 
-from exporters import ExportSettings, dummy_inputs, export_encoder
+from exporters import ExportSettings
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.compression.records import facts_of
+from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.engines.trial import Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, compare, start_worker
 from ziplm_deploy.latency.profile import measure_table
-from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.deployed import FLOAT32
 from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.pruning.parent import DENSE
 from ziplm_deploy.recipe import (
     BenchmarkConfig,
     EngineName,
@@ -52,16 +54,17 @@ from ziplm_deploy.recipe import (
     load_recipe,
     parse_recipe,
 )
+from ziplm_deploy.run.member import DENSE, ModelFile
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import accuracy_in, evaluate_member
+from ziplm_deploy.stages.compress import compress_member
+from ziplm_deploy.stages.evaluate import evaluate_file, scores_of
 from ziplm_deploy.stages.export import export_member
-from ziplm_deploy.stages.sparsify import compress_member
+from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 
 ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
-VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "sparse", "sparse-int8")
+VARIANTS = tuple(Variant)
 BASELINE = "dense, onnxruntime"
-OUTPUTS = ["last_hidden_state"]
 STATIC = {"shapes": "static", "opset": 16}  # what all three engines take
 
 
@@ -128,40 +131,41 @@ def prepare(options: argparse.Namespace) -> None:
     write_text(options.work / f"{options.task}.json", json.dumps(part, indent=1) + "\n")
 
 
-def files_of(state: Run) -> list[dict[str, Any]]:
+def files_of(run: Run) -> list[dict[str, Any]]:
     """Make and score all files of a run; one row each."""
-    recipe = state.recipe
-    for name in state.names:
-        export_member(state, name, state.folder.member(name))
-        compress_member(state, name)
+    environment, metric = run.recipe.environment, run.task.metric_name
+    for member in run.members:
+        export_member(run, member, member.folder)
+        compress_member(run, member)
     rows = []
-    dense = TimedFile(state.folder.member(DENSE) / Variant.FP32.onnx_file, recipe.environment.engine)
-    with (
-        open_runner(recipe.environment, dense.path) as runner,
-        Trial(lambda: start_worker(dense, recipe.environment)) as trial,
-    ):
+    dense = TimedFile(run.dense_member.file(Variant.FP32).onnx, environment.engine)
+    with open_runner(environment, dense.path) as runner, Trial(lambda: start_worker(dense, environment)) as trial:
         dense_run = cache_embeddings(runner)
-        for name in state.names:
-            for variant in VARIANTS:
-                path = state.folder.member(name) / variant.onnx_file
-                row: dict[str, Any] = {
-                    "task": recipe.name,
-                    "member": name,
-                    "variant": variant,
-                    "engine": recipe.environment.engine,
-                    "path": str(path),
-                    "onnx_bytes": path.stat().st_size,
-                    "facts": facts_of(state, name, variant),
-                }
-                try:
-                    trial.run(path)
-                except EngineError:
-                    rows.append(row | {"refused": True})
-                    continue
-                evaluate_member(state, name, path.parent, dense_run, variant)
-                scores = accuracy_in(state, path.parent, variant)
-                rows.append(row | {"score": scores[state.task.metric_name], "metric": state.task.metric_name})
+        for member, variant in itertools.product(run.members, VARIANTS):
+            file = member.file(variant)
+            row = file_row(run, file)
+            try:
+                trial.run(file.onnx)
+            except EngineError:
+                rows.append(row | {"refused": True})
+                continue
+            evaluate_file(run, file, dense_run)
+            rows.append(row | {"score": scores_of(run, file)[metric], "metric": metric})
     return rows
+
+
+def file_row(run: Run, file: ModelFile) -> dict[str, Any]:
+    """What is known of a file before an engine has run it."""
+    sparsity = SparsityRecord.load(file.member.sparsity_record) if file.variant.is_sparse else None
+    return {
+        "task": run.recipe.name,
+        "member": file.member.name,
+        "variant": file.variant,
+        "engine": run.recipe.environment.engine,
+        "path": str(file.onnx),
+        "onnx_bytes": file.onnx.stat().st_size,
+        "facts": facts_of(sparsity, int8_record(file)),
+    }
 
 
 def time_files(options: argparse.Namespace) -> None:
@@ -170,17 +174,18 @@ def time_files(options: argparse.Namespace) -> None:
     if not path.exists():
         sys.exit(f"expected prepared files in {path}, found none; run with --task and --run first")
     part, load = json.loads(path.read_text("utf-8")), load_average()
-    subjects = {}
-    runnable = [row for row in part["rows"] if not row.get("refused")]
-    for row in runnable:
-        name = f"{file_label(row['member'], row['variant'])}, {row['engine']}"
-        subjects[name] = TimedFile(Path(row["path"]), row["engine"])
+    runnable = {title_of(row): row for row in part["rows"] if not row.get("refused")}
+    subjects = {title: TimedFile(Path(row["path"]), row["engine"]) for title, row in runnable.items()}
     record = timed(subjects, options)
-    for row in runnable:
-        result = record.variant(f"{file_label(row['member'], row['variant'])}, {row['engine']}")
-        row |= timing_row(result)
+    for title, row in runnable.items():
+        row |= timing_row(record.variant(title))
     part["timing"] = timing_settings(record, load)
     write_text(path, json.dumps(part, indent=1) + "\n")
+
+
+def title_of(row: dict[str, Any]) -> str:
+    """Name of a row's file in the benchmark."""
+    return f"{file_label(row['member'], Variant(row['variant']))}, {row['engine']}"
 
 
 def timed(subjects: dict[str, TimedFile], options: argparse.Namespace) -> BenchmarkRecord:
@@ -194,7 +199,7 @@ def timed(subjects: dict[str, TimedFile], options: argparse.Namespace) -> Benchm
     return compare(subjects, environment, config, BASELINE, ConsoleProgress().step)
 
 
-def timing_row(result: Any, batch_size: int = 1) -> dict[str, Any]:
+def timing_row(result: FileTiming, batch_size: int = 1) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "p50_ms": result.p50_ms,
@@ -210,7 +215,7 @@ def timing_row(result: Any, batch_size: int = 1) -> dict[str, Any]:
 
 def timing_settings(record: BenchmarkRecord, load: float) -> dict[str, Any]:
     return {
-        "environment": record.environment.model_dump(mode="json"),
+        "environment": record.environment.fingerprint,
         "aa": [record.aa_ratio, record.aa_low, record.aa_high],
         "rounds_of_processes": record.rounds_of_processes,
         "load_average_before": load,
@@ -239,44 +244,41 @@ def time_shapes(name: str, options: argparse.Namespace) -> None:
     dense, load = dense_model(SHAPES[name]), load_average()
     environment = Environment(threads=1, workload=Workload(batch_size=options.batch_size, seq_len=128))
     coarse = ProfileConfig(width_ratio=0.8, max_seconds=60)
-    request = TableRequest(dense, tuple(OUTPUTS), environment, coarse, ExportConfig())
+    request = TableRequest(dense, OUTPUTS, environment, coarse, ExportConfig())
     sizes = uniform_sizes(measure_table(request), 5.0)
     subjects: dict[str, TimedFile] = {}
     rows: list[dict[str, Any]] = []
     for engine in ENGINES:
         with Trial(partial(start_worker, TimedFile(options.work, engine), environment)) as trial:
             for member, variant in itertools.product((DENSE, "5x"), options.variants):
-                title = f"{file_label(member, variant)}, {engine}"
                 path = options.work / name / engine / f"{file_label(member, variant)}.onnx"
                 export_form(random_resized(dense, sizes if member != DENSE else {}), engine, variant, path, options)
                 row = {"task": f"{name} shapes, batch {options.batch_size}", "member": member, "variant": variant}
-                rows.append(row | {"engine": engine, "title": title})
+                rows.append(row | {"engine": engine})
                 try:
                     trial.run(path)
                 except EngineError:
                     rows[-1]["refused"] = True
                     continue
-                subjects[title] = TimedFile(path, engine)
+                subjects[title_of(rows[-1])] = TimedFile(path, engine)
     record = timed(subjects, options)
     for row in rows:
-        title = row.pop("title")
-        if title in subjects:
+        if (title := title_of(row)) in subjects:
             row |= timing_row(record.variant(title), options.batch_size)
     part = {"commit": commit(), "rows": rows, "sizes": sizes, "timing": timing_settings(record, load)}
     write_text(options.work / f"{name}-batch-{options.batch_size}.json", json.dumps(part, indent=1) + "\n")
     shutil.rmtree(options.work / name)
 
 
-def export_form(model: Any, engine: EngineName, variant: Variant, path: Path, options: argparse.Namespace) -> None:
+def export_form(
+    model: nn.Module, engine: EngineName, variant: Variant, path: Path, options: argparse.Namespace
+) -> None:
     """The ONNX file of ``model`` as this engine would get it in a run whose target is this variant."""
     options.task = "sst2"  # any recipe: only its compression is read
     raw = recipe_for(engine, options).model_dump(mode="json")
     raw["compress"]["target"] = variant
-    form, settings = target_treatment(parse_recipe(raw)), ExportSettings("static", 16, options.batch_size, 128)
-    inputs = dummy_inputs(model, settings)
-    export_encoder(form.prepare(model) if form else model, inputs, OUTPUTS, path, settings)
-    if form:
-        form.finish(path, inputs)
+    settings = ExportSettings("static", 16, options.batch_size, 128)
+    export(model, path, settings, target_treatment(parse_recipe(raw)) or FLOAT32)
 
 
 def best(rows: list[dict[str, Any]], percent: float) -> Figure:
@@ -321,7 +323,9 @@ def main() -> None:
     parser.add_argument("--members", nargs="+", default=["2x", "3x", "6x"])
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--shapes", choices=list(SHAPES), help="time a shape with random weights")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="forms of --shapes")
+    parser.add_argument(
+        "--variants", nargs="+", type=Variant, choices=VARIANTS, default=list(VARIANTS), help="forms of --shapes"
+    )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compound")
     parser.add_argument("--sparsity", type=float, default=0.8)

@@ -64,7 +64,7 @@ def rows_of(table: str, targets: list[float], report: FamilyReport) -> list[dict
                 "error_percent": 100 * (file.measured_speedup / target - 1),
                 "corrections": member.corrections,
                 "score": file.accuracy[report.metric],
-                "dense_score": report.members[0].accuracy[report.metric],
+                "dense_score": report.members[0].served.accuracy[report.metric],
                 "sizes": list(member.sizes.values()),
             }
         )
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compound_tables")
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/compound_tables.json")
     options = parser.parse_args()
     targets, load_before = sorted(options.targets), load_average()
     float_share = unpruned_share(profile(recipe_of("float32", "fp32", targets[:1], options), ConsoleProgress()))
@@ -104,7 +105,7 @@ def main() -> None:
         for row in own:
             figures[f"{key}_score_{row['target']:g}x"] = Figure(row["score"], "", "report", 1)
     settings = {"task": "sst2", "factor_of_zeros_and_int8": factor, "load_average_before": load_before}
-    write_result("compound_tables", figures, rows, settings)
+    write_result("compound_tables", figures, rows, settings, options.output)
     shutil.rmtree(options.work)
 
 

@@ -9,7 +9,6 @@ trains, beside a plain Trainer fine-tuning the dense model on the same sentences
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,10 +20,11 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from common import ROOT, Figure, load_average, write_result
+from common import ROOT, Figure, grouped_by_length, load_average, write_result
 from family import MODEL, TARGETS, recipe_of
 
 from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.recovery.training import training_arguments
 from ziplm_deploy.reporting.records import FamilyReport
@@ -48,7 +48,7 @@ def measured_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": usage.ru_maxrss * 1024,
-        "scores": [member.accuracy.get(report.metric) for member in report.members],
+        "scores": [member.served.accuracy.get(report.metric) for member in report.members],
         "samples_per_second": [m.training.samples_per_second for m in report.members if m.training is not None],
         "stage_seconds": report.stage_seconds,
     }
@@ -56,19 +56,21 @@ def measured_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def plain_fine_tuning(recipe: Recipe, steps: int) -> float:
     """Examples a second of a stock Trainer on the dense model, with a two-class head and invented labels."""
-    state = Run(recipe)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(state.dense.name_or_path, num_labels=2)  # type: ignore[union-attr]
-    labels = torch.arange(len(state.examples)) % 2
+    run = Run(recipe)
+    path = resolve_model_path(recipe.model.path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    examples = run.data.examples
     rows = [
-        {name: state.examples[i][name][0] for name in ("input_ids", "attention_mask")} | {"labels": labels[i]}
-        for i in range(len(state.examples))
+        {name: examples[i][name][0] for name in ("input_ids", "attention_mask")} | {"labels": torch.tensor(i % 2)}
+        for i in range(len(examples))
     ]
     with tempfile.TemporaryDirectory() as folder:
         config = recipe.recover.model_copy(update={"max_steps": steps, "save_steps": 10**6})
         arguments = training_arguments(config, Path(folder), 0)
-        arguments.group_by_length = True
-        collator = transformers.DataCollatorWithPadding(state.processor)
-        trainer = transformers.Trainer(model, arguments, data_collator=collator, train_dataset=rows)  # type: ignore[arg-type]
+        for name, value in grouped_by_length().items():
+            setattr(arguments, name, value)
+        collator = transformers.DataCollatorWithPadding(run.dense.processor)
+        trainer = transformers.Trainer(model, arguments, data_collator=collator, train_dataset=rows)
         outcome = trainer.train()
     return float(outcome.metrics["train_samples_per_second"])
 
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps a member")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/cost.json")
     options = parser.parse_args()
     options.targets, options.table, options.model = list(TARGETS), None, None
     load = load_average()
@@ -106,7 +109,8 @@ def main() -> None:
         "plain_trainer_samples_per_second": Figure(plain, "1/s", "report", 1),
     }
     settings = {"model": MODEL, "task": "stsb", "targets": TARGETS, "steps": options.steps, "load_average_before": load}
-    write_result("cost", figures, [family, *separate], settings | {"recover": json.loads(json.dumps(raw["recover"]))})
+    settings |= {"recover": raw["recover"]}
+    write_result("cost", figures, [family, *separate], settings, options.output)
 
 
 if __name__ == "__main__":

@@ -135,22 +135,22 @@ def rows_of(name: str, report: FamilyReport) -> list[dict[str, Any]]:
     dense = report.members[0]
     rows = []
     for member in report.members[1:]:
-        score, best = member.accuracy[report.metric], dense.accuracy[report.metric]
-        record = member.training
+        served, record = member.served, member.training
+        score, best = served.accuracy[report.metric], dense.served.accuracy[report.metric]
         rows.append(
             {
                 "task": name,
                 "metric": report.metric,
                 "target": member.speedup_target,
-                "measured_speedup": member.measured_speedup,
-                "measured_low": member.measured_low,
-                "measured_high": member.measured_high,
+                "measured_speedup": served.measured_speedup,
+                "measured_low": served.measured_low,
+                "measured_high": served.measured_high,
                 "verdict": member.verdict,
                 "dense_score": best,
                 "score": score,
                 "percent_of_dense": 100 * score / best,
                 "score_before_training": member.accuracy_before_training.get(report.metric),
-                "fidelity": {k: v for k, v in member.accuracy.items() if k in ("mean_cosine", "neighbour_overlap")},
+                "fidelity": {k: v for k, v in served.accuracy.items() if k in ("mean_cosine", "neighbour_overlap")},
                 "parameters": member.parameters,
                 "training": None if record is None else record.model_dump(mode="json"),
                 "sizes": list(member.sizes.values()),

@@ -22,14 +22,14 @@ from typing import Any
 from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
 
-from ziplm_deploy.compression.records import Int8Record, int8_record_path
+from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment, Recipe, Variant, parse_recipe
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.evaluate import score_of
 from ziplm_deploy.stages.export import export_member
-from ziplm_deploy.stages.quantize import quantize_member
+from ziplm_deploy.stages.quantize import quantize_file
 
 SETTINGS: dict[str, tuple[EngineName, dict[str, Any]]] = {
     "dynamic": ("onnxruntime", {"method": "dynamic"}),
@@ -68,50 +68,42 @@ def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argp
 
 def float_file(options: argparse.Namespace, source: Path, folder: Path) -> tuple[Run, Path]:
     """The float32 file of a member, and the run it stands in."""
-    state = Run(recipe_of("float", "onnxruntime", {}, options, folder), ConsoleProgress())
-    target = state.folder.member("dense")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
-    export_member(state, "dense", target)
-    return state, target / Variant.FP32.onnx_file
+    run = Run(recipe_of("float", "onnxruntime", {}, options, folder), ConsoleProgress())
+    member = run.dense_member
+    shutil.copytree(source, member.folder, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
+    export_member(run, member, member.folder)
+    return run, member.file(Variant.FP32).onnx
 
 
 def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) -> tuple[Path, float, dict[str, Any]]:
     """File, score and facts of one of our settings."""
     engine, int8 = SETTINGS[title]
     name = title.replace(" ", "-").replace(",", "")
-    state = Run(recipe_of(name, engine, int8, options, folder), ConsoleProgress())
-    shutil.copytree(source, state.folder.member("dense"), dirs_exist_ok=True)
-    quantize_member(state, "dense", "int8")
-    path = state.folder.member("dense") / Variant.INT8.onnx_file
-    record = Int8Record.load(int8_record_path(state, "dense", "int8"))
+    run = Run(recipe_of(name, engine, int8, options, folder), ConsoleProgress())
+    file = run.dense_member.file(Variant.INT8)
+    shutil.copytree(source, file.folder, dirs_exist_ok=True)
+    quantize_file(run, file)
+    record = Int8Record.load(file.int8_record)
     facts = {"fp32_linears": len(record.fp32_linears), "within_budget": record.within_budget, "tried": record.scores}
-    return path, score_of(state, path, "int8"), {"engine": engine, **facts}
+    return file.onnx, score_of(run, file.onnx, Variant.INT8), {"engine": engine, **facts}
 
 
 def by_optimum(source: Path, folder: Path) -> Path:
     """``optimum-cli onnxruntime quantize`` as its documentation shows it for this kind of CPU."""
     target = folder / "optimum"
-    command = [
-        "optimum-cli",
-        "onnxruntime",
-        "quantize",
-        "--onnx_model",
-        str(source),
-        "--avx512_vnni",
-        "-o",
-        str(target),
-    ]
-    executable = Path(sys.executable).with_name("optimum-cli")
-    subprocess.run([str(executable), *command[1:]], check=True, capture_output=True, text=True)
+    executable = str(Path(sys.executable).with_name("optimum-cli"))
+    command = ["onnxruntime", "quantize", "--onnx_model", str(source), "--avx512_vnni", "-o", str(target)]
+    subprocess.run([executable, *command], check=True, capture_output=True, text=True)
     return next(target.glob("*.onnx"))
 
 
-def by_nncf(state: Run, source: Path, folder: Path) -> Path:
+def by_nncf(run: Run, source: Path, folder: Path) -> Path:
     """``nncf.quantize`` with its model type for Transformers, on the same calibration examples."""
     import nncf
     import onnx
 
-    batches = [{key: value.numpy() for key, value in batch.items()} for batch in state.encode(state.ranges_rows, 1)]
+    encoded = run.data.encode(run.data.ranges_rows, 1)
+    batches = [{key: value.numpy() for key, value in batch.items()} for batch in encoded]
     inputs = {entry.name for entry in onnx.load(str(source), load_external_data=False).graph.input}
     dataset = nncf.Dataset([{key: value for key, value in batch.items() if key in inputs} for batch in batches])
     model = nncf.quantize(
@@ -124,20 +116,20 @@ def by_nncf(state: Run, source: Path, folder: Path) -> Path:
 
 def measure(title: str, source: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of one model in every form."""
-    state, plain = float_file(options, source, folder)
+    run, plain = float_file(options, source, folder)
     found: dict[str, tuple[Path, EngineName, float, dict[str, Any]]] = {
-        FLOAT: (plain, "onnxruntime", score_of(state, plain, "fp32"), {})
+        FLOAT: (plain, "onnxruntime", score_of(run, plain, Variant.FP32), {})
     }
     for setting in options.settings:
         path, score, facts = ours(setting, options, plain.parent, folder)
         found[setting] = (path, facts.pop("engine"), score, facts)
     rivals: dict[str, tuple[EngineName, Callable[[], Path]]] = {
         OPTIMUM: ("onnxruntime", lambda: by_optimum(plain.parent, folder)),
-        NNCF: ("openvino", lambda: by_nncf(state, plain, folder)),
+        NNCF: ("openvino", lambda: by_nncf(run, plain, folder)),
     }
     for name, (engine, make) in rivals.items():
         path = make()
-        found[name] = (path, engine, score_of(state, path, "int8", engine=engine), {})
+        found[name] = (path, engine, score_of(run, path, Variant.INT8, engine=engine), {})
     subjects = {name: TimedFile(path, engine) for name, (path, engine, *_) in found.items()}
     config = BenchmarkConfig(rounds=options.rounds, max_seconds=300)
     progress = ConsoleProgress()
@@ -176,6 +168,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/int8.json")
     options = parser.parse_args()
     rows, load_before = [], load_average()
     for member in options.members:
@@ -189,7 +182,7 @@ def main() -> None:
             figures[f"{name}_speedup"] = Figure(row["speedup"], "x", "report", row["n"], (row["low"], row["high"]))
     packages = {name: importlib.metadata.version(name) for name in ("nncf", "optimum", "openvino")}
     settings = {"task": "sst2", "packages": packages, "load_average_before": load_before, "steps": options.steps}
-    write_result("int8", figures, rows, settings)
+    write_result("int8", figures, rows, settings, options.output)
 
 
 if __name__ == "__main__":

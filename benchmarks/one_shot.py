@@ -54,7 +54,7 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         path, task, self.metric = TASKS[name]
-        settings = ModelConfig(path=arguments.model or path, task=task)  # type: ignore[arg-type]
+        settings = ModelConfig(path=arguments.model or path, task=task)
         self.name, self.folder = name, Path(arguments.data) / name
         self.dense, self.processor = load_dense(settings)
         self.task: Task = get_task(settings)
@@ -127,7 +127,7 @@ class Bench:
         calibration: Calibration,
         common: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
-        """The same plans without the refit, and without refit and bias compensation (plain Hessian)."""
+        """Rows of these plans without the refit, and without refit and bias compensation (plain Hessian)."""
         bare = PruneConfig(reconstruct=False)
         plain = PruneConfig(reconstruct=False, centred=False)
         variants = {

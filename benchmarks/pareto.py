@@ -19,27 +19,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, Figure, commit, write_result
 from family import MODEL, one_task_parser, recipe_of, rows_of
 from pareto_picture import OURS, draw
 from torch import Tensor, nn
 
-from exporters.encoder import ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.api import run_recipe
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.latency.benchmark import compare
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.modules import layers_of
+from ziplm_deploy.models.shape import ModuleKind
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import deployed_form, output_names
-from ziplm_deploy.tasks import EvaluationSet
+from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.export import export_checked
 
 LAYER_DROP = "layer-drop"
 METHODS = (OURS, "flap", "magnitude", LAYER_DROP)
@@ -81,12 +79,10 @@ def layers_speedup(table: LatencyTable, n_layers: int, *, removed: bool) -> floa
 
     ``removed``: the others are gone; else they leave their residual additions and normalizations.
     """
-    attention_ms, ffn_ms = (
-        n_layers * table.latency_ms(kind, full)
-        + (0 if removed else (table.shape.n_layers - n_layers) * table.latency_ms(kind, 0))
-        for kind, full in (("attention", table.shape.n_heads), ("ffn", table.shape.intermediate_size))
-    )
-    return round(table.predict_speedup(attention_ms + ffn_ms), 2)
+    whole: dict[ModuleKind, int] = {"attention": table.shape.n_heads, "ffn": table.shape.intermediate_size}
+    whole_ms = sum(table.latency_ms(kind, size) for kind, size in whole.items())
+    dropped_ms = 0.0 if removed else sum(table.latency_ms(kind, 0) for kind in whole)
+    return round(table.predict_speedup(n_layers * whole_ms + (table.shape.n_layers - n_layers) * dropped_ms), 2)
 
 
 def targets_of(method: str, table: LatencyTable) -> list[float]:
@@ -122,35 +118,26 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
     """The 3-layer student: trained with the same teacher, data, steps and losses; timed beside the dense model."""
     with tempfile.TemporaryDirectory() as folder:
         raw = method_recipe(OURS, [2.0], options).model_dump(mode="json") | {"output_dir": folder}
-        state = Run(parse_recipe(raw), ConsoleProgress())
-        recipe, dense = state.recipe, state.dense
+        run = Run(parse_recipe(raw), ConsoleProgress())
+        recipe, task, dense = run.recipe, run.task, run.dense.model
         model, kept = every_other_layer(dense)
         if recipe.recover.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
-        student = EveryOther(model, state.task, kept)
-        objective = Objective.from_config(recipe.recover, state.task, state.teacher)
+        objective = Objective.from_config(recipe.recover, task, run.teacher)
         record = train(
-            student, objective, state.examples, recipe.recover, Path(folder) / "checkpoints", seed=recipe.seed,
-            progress=state.progress, title=FRESH,
+            EveryOther(model, task, kept), objective, run.data.examples, recipe.recover, Path(folder) / "checkpoints",
+            seed=recipe.seed, progress=run.progress, title=FRESH,
         )  # fmt: skip
-        settings = ExportSettings(recipe.export.shapes, recipe.export.opset, 1, recipe.environment.workload.seq_len)
-        files = {}
-        for name, each in (("dense", dense), (FRESH, model.requires_grad_(True))):
-            deployed = deployed_form(each.eval(), recipe.model, recipe.export)
-            files[name] = Path(folder) / f"{name}.onnx"
-            with torch.no_grad():
-                names = output_names(state.task, recipe.export)
-                export_encoder(deployed, dummy_inputs(deployed, settings), names, files[name], settings)
+        files = {name: Path(folder) / f"{name}.onnx" for name in ("dense", FRESH)}
+        for each, (name, path) in zip((dense, model.cpu().requires_grad_(True)), files.items(), strict=True):
+            export_checked(run, each.eval(), path, name)
         timing = compare(files, recipe.environment, recipe.benchmark, "dense").variant(FRESH)
-        data = EvaluationSet(state.evaluation_rows, state.processor, recipe.environment.workload.seq_len)
-        scores = {
-            name: state.task.evaluate(onnx_runner(path), data)[state.task.metric_name] for name, path in files.items()
-        }
+        scores = {name: score_of(run, path, Variant.FP32) for name, path in files.items()}
     return [
         {
             "method": FRESH,
             "task": options.task,
-            "metric": state.task.metric_name,
+            "metric": task.metric_name,
             "target": target,
             "measured_speedup": timing.speedup,
             "measured_low": timing.speedup_low,

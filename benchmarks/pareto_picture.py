@@ -6,6 +6,7 @@ bars are the intervals of the measured speedups.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,11 @@ def _curve(axis: Any, method: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "pareto.svg", help="picture")
+    options = parser.parse_args()
     result = json.loads((RESULTS / "pareto.json").read_text(encoding="utf-8"))
-    draw(result["rows"], RESULTS / "pareto.svg")
+    draw(result["rows"], options.output)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     settings = {
         "shape": dataclasses.asdict(SHAPES[options.shape]),
         "profile": profile.model_dump(mode="json"),
-        "environment": environment.model_dump(),
+        "environment": environment.fingerprint,
         "cells": sizes,
         "measuring_seconds": table.measuring_seconds,
         "load_average_before": load_before,

@@ -15,16 +15,17 @@ from typing import Any
 
 from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
+from torch import nn
 
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.progress import ConsoleProgress
-from ziplm_deploy.recipe import Recipe, SparsityConfig, parse_recipe
+from ziplm_deploy.recipe import Recipe, SparsityConfig, Variant, parse_recipe
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.evaluate import score_of
 from ziplm_deploy.stages.export import export_checked, export_dense
-from ziplm_deploy.stages.recover import distil
+from ziplm_deploy.stages.recover import distillation
 
 SPARSITIES = (0.6, 0.8, 0.9)
 PASSES = (1, 8)
@@ -51,31 +52,32 @@ def recipe_of(options: argparse.Namespace, folder: Path) -> Recipe:
     )
 
 
-def measure(state: Run, config: SparsityConfig, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def measure(run: Run, config: SparsityConfig, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Scores of one sparsity, as zeroed and trained."""
-    model = load(options.member or state.folder.member("dense"))
-    record = sparsify_model(model, state.calibration.hessian, config, memory_limit_bytes=2**33)
+    model = load(options.member or run.dense_member.folder)
+    record = sparsify_model(model, run.data.calibration.hessian, config, memory_limit_bytes=2**33)
     facts = {
         "sparsity": record.sparsity,
         "pattern": config.pattern,
         "passes": config.passes,
         "worst_relative_error": max(linear.relative_error for linear in record.linears),
     }
-    rows = [{**facts, "trained_steps": 0, "score": score(state, model, folder)}]
+    rows = [{**facts, "trained_steps": 0, "score": score(run, model, folder)}]
     if config.passes in options.train_passes:
         # A folder of its own: training would go on from the last checkpoint that it finds there.
         checkpoints = folder / "checkpoints" / f"{config.sparsity:g}-{config.passes}"
         with zeros_held(model, zero_masks(model)):
-            training = distil(state, model, state.recipe.compress.train, checkpoints, "sparse")
-        rows.append({**facts, "trained_steps": training.steps, "score": score(state, model, folder)})
+            training = distillation(run).train(model, run.recipe.compress.train, checkpoints, "sparse")
+        rows.append({**facts, "trained_steps": training.steps, "score": score(run, model, folder)})
     print(json.dumps(rows), flush=True)
     return rows
 
 
-def score(state: Run, model: Any, folder: Path) -> float:
-    export_checked(state, model, folder, "sparse")
-    check_masks_in_onnx(folder / "model.onnx", model)
-    return score_of(state, folder / "model.onnx", "sparse")
+def score(run: Run, model: nn.Module, folder: Path) -> float:
+    path = folder / "model.onnx"
+    export_checked(run, model, path, "sparse")
+    check_masks_in_onnx(path, model)
+    return score_of(run, path, Variant.SPARSE)
 
 
 def main() -> None:
@@ -87,16 +89,17 @@ def main() -> None:
     parser.add_argument("--train-passes", type=int, nargs="*", default=[1, 8], help="numbers of passes to train after")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/sparsity_accuracy.json")
     options = parser.parse_args()
     rows, load_before = [], load_average()
     with tempfile.TemporaryDirectory() as name:
-        state = Run(recipe_of(options, Path(name)), ConsoleProgress())
-        export_dense(state)
-        dense = score_of(state, state.folder.member("dense") / "model.onnx", "fp32")
+        run = Run(recipe_of(options, Path(name)), ConsoleProgress())
+        export_dense(run)
+        dense = score_of(run, run.dense_member.file(Variant.FP32).onnx, Variant.FP32)
         for sparsity in SPARSITIES:
             for passes in PASSES:
                 config = SparsityConfig(sparsity=sparsity, passes=passes)
-                rows += measure(state, config, options, Path(name) / "sparse")
+                rows += measure(run, config, options, Path(name) / "sparse")
     figures = {}
     for sparsity in SPARSITIES:
         own = [row for row in rows if abs(row["sparsity"] - sparsity) < 0.01]
@@ -110,11 +113,11 @@ def main() -> None:
     settings = {
         "task": "sst2",
         "dense_score": dense,
-        "calibration": state.recipe.data.n_calibration,
-        "train": state.recipe.compress.train.model_dump(mode="json"),
+        "calibration": run.recipe.data.n_calibration,
+        "train": run.recipe.compress.train.model_dump(mode="json"),
         "load_average_before": load_before,
     }
-    write_result("sparsity_accuracy", figures, rows, settings)
+    write_result("sparsity_accuracy", figures, rows, settings, options.output)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def quickstart_table() -> str:
 
 
 def quickstart_short_table() -> str:
-    """The same members in five columns."""
+    """Members of the committed quickstart run in five columns."""
     result = committed("quickstart")
     if result is None:
         return PENDING
@@ -57,8 +57,8 @@ def quickstart_short_table() -> str:
         [
             member.name,
             _target_and_measured(member),
-            f"{member.accuracy[metric]:.4f}",
-            f"{member.onnx_bytes / 1e6:.1f}",
+            f"{member.served.accuracy[metric]:.4f}",
+            f"{member.served.onnx_bytes / 1e6:.1f}",
             verdict(member),
         ]
         for member in _quickstart_members(result)
@@ -70,7 +70,8 @@ def quickstart_short_table() -> str:
 def _target_and_measured(member: MemberReport) -> str:
     if member.speedup_target is None:
         return "1x"
-    measured = _interval(member.measured_speedup, member.measured_low, member.measured_high)
+    served = member.served
+    measured = _interval(served.measured_speedup, served.measured_low, served.measured_high)
     return f"{member.speedup_target:g}x → {measured}"
 
 
@@ -279,7 +280,7 @@ def int8_table() -> str:
 
 
 def compound_targets_table() -> str:
-    """The same compound targets, searched with a table in the deployed form and with a float32 table."""
+    """Compound targets, searched with a table in the deployed form and with a float32 table."""
     result = committed("compound_tables")
     if result is None:
         return PENDING
