@@ -107,8 +107,6 @@ class Artifact(BaseModel):
 
 
 IGNORED = {".md", ".pyc"}  # files in a model's or data set's folder that no stage reads
-
-
 CODE_VERSION = 1  # raise it when a stage computes something else from the same inputs
 
 

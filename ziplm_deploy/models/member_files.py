@@ -34,8 +34,6 @@ from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import ModelConfig, TaskName
 
 MEMBER_FILE = "ziplm_config.json"
-
-
 WEIGHTS_FILE = "pruned.safetensors"
 
 

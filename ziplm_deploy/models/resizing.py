@@ -31,8 +31,6 @@ from ziplm_deploy.models.modules import (
 )
 
 Replacement = dict[str, nn.Module]
-
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 

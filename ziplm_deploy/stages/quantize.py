@@ -43,8 +43,6 @@ from ziplm_deploy.stages.export import export_checked
 from ziplm_deploy.stages.recover import distillation, training_key
 
 Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
-
-
 LOOKED_AT = 32  # examples for the sensitivity of linears: each linear takes a forward pass over them
 
 

@@ -28,15 +28,9 @@ import numpy as np
 import onnx
 
 WORKSPACE = "workspace"
-
-
 ALGORITHMS = {"minmax": "minmax", "entropy": "kl", "percentile": "percentile"}  # ours: neural-compressor's name
-
-
 # With neural-compressor's own 128 bins the entropy search has a single candidate: the whole range.
 ENTROPY_BINS = 512
-
-
 FLOAT32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 
 

@@ -24,21 +24,11 @@ from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Int8Config
 
 ACTIVATION_LEVELS = 255  # uint8: 0 … 255
-
-
 _SAFE_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimd"}  # int8 products are summed in 32 bits
-
-
 # With ONNX Runtime's own 128 bins the entropy search has a single candidate: the whole range.
 _ENTROPY_BINS, _PERCENTILE_BINS = 1024, 2048
-
-
 _EXAMPLES_AT_ONCE = 8  # the inputs of all linears of BERT-base: 33 MB an example of 128 tokens
-
-
 _TINY = float(np.finfo(np.float32).tiny)
-
-
 Batch = Mapping[str, npt.NDArray[Any]]
 
 

@@ -22,8 +22,6 @@ from ziplm_deploy.progress import StepProgress
 
 # All but one value in a thousand then share 255 / 16 ≈ 16 steps: 4 bits.
 RUINOUS_OUTLIERS = 16.0
-
-
 _SHARE = 0.999
 
 
