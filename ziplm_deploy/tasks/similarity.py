@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from exporters.heads import pool
 from ziplm_deploy.errors import DataError
@@ -116,8 +118,6 @@ class SentenceSimilarity(Task):
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean of 1 - cosine between embeddings ``[n, hidden]``."""
-        from torch.nn.functional import cosine_similarity
-
         return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -135,8 +135,6 @@ class SentenceSimilarity(Task):
         return pool(hidden, mask, self.model.pooling, self.model.normalize)
 
     def _pool_arrays(self, hidden: np.ndarray, inputs: Arrays) -> np.ndarray:
-        import torch
-
         pooled = self._pool(torch.from_numpy(as_float32(hidden)), torch.from_numpy(inputs["attention_mask"]))
         return pooled.numpy()
 
