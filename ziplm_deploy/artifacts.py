@@ -97,7 +97,9 @@ class Artifact(BaseModel):
                 fields = cls.MIGRATIONS[older](fields)
             return cls.model_validate(fields)
         except ValueError as error:  # also pydantic's
-            raise CorruptArtifactError(f"expected a {what} in {path}, found wrong fields: {error}") from error
+            raise CorruptArtifactError(
+                f"expected a {what} in {path}, found wrong fields: {error}; delete it and run the same command again"
+            ) from error
 
     @classmethod
     def _is_readable(cls, version: object) -> bool:

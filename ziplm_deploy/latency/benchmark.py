@@ -91,7 +91,7 @@ def compare(
     """
     if baseline not in subjects:
         known = ", ".join(subjects) or "(no models)"
-        raise UsageError(f"expected the baseline to be one of {known}, found {baseline!r}")
+        raise UsageError(f"expected the baseline to be one of {known}, found {baseline!r}; name one")
     started = time.monotonic()
     entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in subjects.items()}
     engine_version = get_engine(environment.engine).version()

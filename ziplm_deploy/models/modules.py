@@ -68,7 +68,9 @@ def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
-        raise UnsupportedModelError(f"expected an output linear in module {module.name}, found none: it was dropped")
+        raise UnsupportedModelError(
+            f"expected an output linear in module {module.name}, found none: it was dropped; leave it out"
+        )
     return linear
 
 

@@ -1,4 +1,4 @@
-"""The members of a family as rows of text: the same on the terminal, in ``report.md`` and in README."""
+"""The members of a family as rows of text: the same on the terminal, in ``report.md`` and in the guides."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ class _Quantization:
                     except ExportError as error:
                         raise UsageError(
                             f"expected a file of neural-compressor that DeepSparse's form can express, found: {error}; "
-                            "use int8.backend onnxruntime"
+                            "set compress.int8.backend: onnxruntime"
                         ) from error
                 else:
                     shutil.copyfile(made, temporary)

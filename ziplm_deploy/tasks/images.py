@@ -96,7 +96,8 @@ def _locate(value: Any, folder: Path, number: int) -> Any:
     if isinstance(value, bytes) or hasattr(value, "convert"):
         return value
     raise DataError(
-        f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see README, 'Data'"
+        f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see: "
+        "ziplm-deploy guide recipe"
     )
 
 

@@ -83,7 +83,9 @@ class FillMask(Task):
                 log_likelihood += float(scores.gather(1, wanted[:, None]).sum())
                 count += len(wanted)
         if not count:
-            raise DataError("expected texts with tokens to mask, found none; give longer texts or a larger seq_len")
+            raise DataError(
+                "expected texts with tokens to mask, found none; give longer ones or raise environment.workload.seq_len"
+            )
         return {"masked_accuracy": correct / count, "masked_log_likelihood": log_likelihood / count}
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:

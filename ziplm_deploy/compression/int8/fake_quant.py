@@ -209,7 +209,7 @@ def insert_fake_quant(
     chosen = [name for name in linears if name not in set(keep_fp32)]
     missing = [name for name in chosen if name not in ranges]
     if missing:
-        raise UsageError(f"expected a range for {missing[0]}, found none; name it in keep_fp32 or observe it")
+        raise UsageError(f"expected a range for {missing[0]}, found none; name it in keep_fp32 or measure it")
     quantizers = _quantizers(model, {name: ranges[name] for name in chosen})
     inserted = {}
     for name in chosen:
@@ -254,7 +254,9 @@ def _named(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Line
     linears = quantizable_linears(model)
     unknown = sorted(set(names or ()) - linears.keys())
     if unknown:
-        raise UsageError(f"expected names of linears such as {next(iter(linears), '(none)')}, found {unknown[0]!r}")
+        raise UsageError(
+            f"expected names of linears such as {next(iter(linears), '(none)')}, found {unknown[0]!r}; correct it"
+        )
     return linears if names is None else {name: linears[name] for name in linears if name in set(names)}
 
 

@@ -132,7 +132,9 @@ def quantize(
             try:
                 to_integer_matmul(pairs, temporary)
             except ExportError as error:
-                raise UsageError(f"{source} cannot be quantized for DeepSparse: {error}") from error
+                raise UsageError(
+                    f"expected a file that can be quantized for DeepSparse, found {source}: {error}"
+                ) from error
 
 
 def linear_ranges(
@@ -153,7 +155,9 @@ def _check_request(settings: Int8Settings, ranges: Mapping[str, ActivationRange 
             f"expected int8.method static or qat for {engine}, found dynamic, which only ONNX Runtime runs; change it"
         )
     if config.method == "dynamic" and ranges is not None:
-        raise UsageError("expected no ranges for int8.method dynamic, which measures at run time, found some")
+        raise UsageError(
+            "expected no ranges for int8.method dynamic, which measures at run time, found some; leave them out"
+        )
     if config.method == "qat" and not (ranges and all(isinstance(item, LinearScales) for item in ranges.values())):
         raise UsageError("expected the scales that training learned for int8.method qat, found none; train first")
     if config.per_channel and engine == "deepsparse":
@@ -182,7 +186,9 @@ def _chosen(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str]) ->
         )
     unknown = sorted(set(keep_fp32) - linears.keys())
     if unknown:
-        raise UsageError(f"expected names of linears in keep_fp32, such as {next(iter(linears))}, found {unknown[0]!r}")
+        raise UsageError(
+            f"expected names of linears in keep_fp32, such as {next(iter(linears))}, found {unknown[0]!r}; correct it"
+        )
     chosen = {name: node for name, node in linears.items() if name not in set(keep_fp32)}
     if not chosen:
         raise UsageError(f"expected a linear to quantize, found all {len(linears)} in keep_fp32; use the float32 file")
@@ -247,7 +253,9 @@ def _scales(
         weight = numpy_helper.to_array(weights[node.input[1]]).T  # [out, in]
         if isinstance(given, ActivationRange):
             if not -np.inf < given.low <= given.high < np.inf:
-                raise UsageError(f"expected a finite range with low <= high for {name}, found {given}")
+                raise UsageError(
+                    f"expected a finite range with low <= high for {name}, found {given}; measure it again"
+                )
             w = weight_scales(weight, per_channel=per_channel, limit=limit)
             activation = activation_parameters(given.low, given.high)
             given = LinearScales(*activation, tuple(map(float, w)), limit)
@@ -270,7 +278,8 @@ def _check_scales(name: str, scales: LinearScales, n_weight_scales: int, limit: 
     positive = all(0 < scale < np.inf for scale in (scales.activation_scale, *scales.weight_scale))
     if not positive or not 0 <= scales.activation_zero_point <= ACTIVATION_LEVELS:
         raise UsageError(
-            f"expected positive scales and a zero point in 0 … {ACTIVATION_LEVELS} for {name}, found others"
+            f"expected positive scales and a zero point in 0 … {ACTIVATION_LEVELS} for {name}, found others; "
+            "train the scales again"
         )
 
 

@@ -144,10 +144,12 @@ class _Tensors:
         try:
             arrays = self._session.run(list(self._readers), dict(inputs))
         except Exception as error:  # ONNX Runtime's errors have no common base
-            raise DataError(f"expected calibration batches that the model takes, found: {error}") from error
+            raise DataError(
+                f"expected calibration batches that the model takes, found: {error}; encode them for this model"
+            ) from error
         for (tensor, reader), array in zip(self._readers.items(), arrays, strict=True):
             if not array.size:
-                raise DataError(f"expected calibration data that reaches {reader}, found an empty batch")
+                raise DataError(f"expected calibration data that reaches {reader}, found an empty batch; leave it out")
             if not np.isfinite(array).all():
                 raise NumericalError(
                     f"expected finite inputs of {reader}, found NaN or infinity; check the checkpoint and the data"

@@ -75,7 +75,9 @@ def rank_linears(
         finally:
             remove_fake_quant(model)
         if not math.isfinite(value):
-            raise NumericalError(f"expected a finite divergence with {name} in INT8, found {value}")
+            raise NumericalError(
+                f"expected a finite divergence with {name} in INT8, found {value}; check the checkpoint and the data"
+            )
         rows.append(SensitivityRow(name, value, outliers[name], weight))
         if progress is not None:
             progress(done, len(linears))
