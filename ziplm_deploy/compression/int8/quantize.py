@@ -133,7 +133,7 @@ def quantize(
                 to_integer_matmul(pairs, temporary)
             except ExportError as error:
                 raise UsageError(
-                    f"expected a file that can be quantized for DeepSparse, found {source}: {error}"
+                    f"{source} cannot be quantized for DeepSparse: {error}"
                 ) from error
 
 
