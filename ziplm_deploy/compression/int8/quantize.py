@@ -132,9 +132,7 @@ def quantize(
             try:
                 to_integer_matmul(pairs, temporary)
             except ExportError as error:
-                raise UsageError(
-                    f"{source} cannot be quantized for DeepSparse: {error}"
-                ) from error
+                raise UsageError(f"{source} cannot be quantized for DeepSparse: {error}") from error
 
 
 def linear_ranges(
