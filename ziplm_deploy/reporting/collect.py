@@ -80,9 +80,10 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     files: list[FileReport] = []
     for file in member.files:
         files.append(_file_report(family, file, files))
-    is_dense = member.target is None
-    variant = Variant.FP32 if is_dense else family.recipe.compress.target
-    verdict, reason = ("baseline", "") if is_dense else _judge(family, member, variant)
+    variant, verdict, reason = Variant.FP32, "baseline", ""
+    if member.target is not None:
+        variant = family.recipe.compress.target
+        verdict, reason = _judge(family, member, member.target, variant)
     facts: dict[str, Any] = {}
     if member.plan is not None:
         plan = member.plan
@@ -110,9 +111,8 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     )
 
 
-def _judge(family: FamilyFacts, member: MemberFacts, variant: Variant) -> tuple[str, str]:
-    assert member.target is not None
-    settings, target = family.recipe.benchmark, member.target
+def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Variant) -> tuple[str, str]:
+    settings = family.recipe.benchmark
     served = next(file for file in member.files if file.variant is variant)
     slowed_by = kept_in_float32(served.int8) or was_fast_enough(member.speedup_in_loop, target, settings)
     largest = family.table.largest_speedup()
