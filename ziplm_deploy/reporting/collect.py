@@ -11,6 +11,7 @@ from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import versions
+from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.judge import harmed_by_training, judge, was_fast_enough, why_not_recommended
@@ -68,11 +69,8 @@ def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:
 def full_sizes(table: LatencyTable) -> dict[str, int]:
     """Heads and columns of every module of the dense model."""
     shape = table.shape
-    return {
-        f"{layer}.{kind}": size
-        for layer in range(shape.n_layers)
-        for kind, size in (("attention", shape.n_heads), ("ffn", shape.intermediate_size))
-    }
+    sizes: dict[ModuleKind, int] = {"attention": shape.n_heads, "ffn": shape.intermediate_size}
+    return {str(ModuleId(layer, kind)): size for layer in range(shape.n_layers) for kind, size in sizes.items()}
 
 
 def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
