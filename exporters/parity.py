@@ -1,4 +1,4 @@
-"""Does the ONNX file answer like the torch model?"""
+"""Check that an ONNX file answers like its torch model."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ class Artifact(BaseModel):
     MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {}
 
     def save(self, path: Path) -> None:
+        """Write the fields with kind and schema version, atomically; raises :class:`StorageError`."""
         head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
         write_text(path, json.dumps({**head, **self.model_dump(mode="json")}, indent=1) + "\n")
 

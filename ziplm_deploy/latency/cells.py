@@ -43,6 +43,7 @@ class Samples:
     remeasured: int = 0
 
     def add(self, order: list[str], raw_ms: list[float]) -> None:
+        """Append a round of timings and correct all of them for the machine's speed changes anew."""
         self.order += order
         self.raw_ms += raw_ms
         ids = np.asarray(self.order)

@@ -36,6 +36,7 @@ class SideEnvironment:
 
     @property
     def folder(self) -> Path:
+        """Where the environment lies: in the user's cache."""
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "ziplm-deploy" / self.name
 

@@ -137,7 +137,7 @@ def _baseline_engine(report: FamilyReport) -> str:
 
 
 def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
-    """That the figures are not those of the engine that the snippet uses."""
+    """Warning where the figures are not those of the engine that the snippet uses."""
     engine = report.engine if member.speedup_target is not None else _baseline_engine(report)
     if engine == "onnxruntime":
         return []

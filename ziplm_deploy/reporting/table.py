@@ -57,6 +57,7 @@ def shows_no_speedup(member: MemberReport) -> bool:
 
 
 def verdict(member: MemberReport) -> str:
+    """Verdict in words; says so where the speedup is within noise."""
     if shows_no_speedup(member):
         return f"{member.verdict}; not faster beyond noise"
     return member.verdict

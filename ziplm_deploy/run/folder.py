@@ -106,6 +106,7 @@ class RunFolder:
         return self._manifest.corrections.get(name) if self._manifest.correction_keys.get(name) == key else None
 
     def set_correction(self, name: str, key: str, correction: Correction) -> None:
+        """Remember what the closed loop asks for, and the inputs that it holds for."""
         self._manifest.corrections[name], self._manifest.correction_keys[name] = correction, key
         self.save()
 

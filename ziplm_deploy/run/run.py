@@ -131,6 +131,7 @@ class Run:
 
     @property
     def teacher_hash(self) -> str:
+        """Stands for the teacher's weights."""
         teacher = self.recipe.recover.teacher
         return self.dense.hash if teacher is None else source_hash(resolve_model_path(teacher))
 

@@ -64,6 +64,8 @@ class TextTask(Task):
 
 
 class TextClassification(TextTask):
+    """Classes of texts or pairs; labels are class numbers or names."""
+
     name = "text-classification"
     metric_name = "accuracy"
 

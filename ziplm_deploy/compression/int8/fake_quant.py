@@ -38,7 +38,7 @@ from ziplm_deploy.models.modules import layers_of
 
 
 class _Round(torch.autograd.Function):
-    """x̂ of the module docstring."""
+    """Rounding to x̂ of the module docstring, with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """float32 []; positive."""
+        """Scale of the activation, float32 []; positive."""
         return self.initial_scale * self.log_ratio.exp()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight_scale(self) -> Tensor:
-        """float32 [1, 1] or [out, 1]; positive."""
+        """Scale of the weight, float32 [1, 1] or [out, 1]; positive."""
         return self.initial_weight_scale * self.weight_log_ratio.exp()
 
     def forward(self, input: Tensor) -> Tensor:

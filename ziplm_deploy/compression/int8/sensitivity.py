@@ -103,7 +103,7 @@ def _activation_outliers(
 
 
 def _weight_outliers(name: str, weight: Tensor, per_channel: bool) -> float:
-    """weight: [out, in]; largest ratio over the scales."""
+    """Largest ratio of the largest to the quantile over the scales of a weight ``[out, in]``."""
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"expected finite weights of {name}, found NaN or infinity; check the checkpoint")
     rows = weight.abs() if per_channel else weight.abs().reshape(1, -1)
