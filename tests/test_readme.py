@@ -18,7 +18,7 @@ import typer
 import yaml
 
 import ziplm_deploy
-from ziplm_deploy.cli.app import app
+from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.guides import first_sentence, guide_names, read_guide, recipe_names, recipe_text
 from ziplm_deploy.recipe import parse_recipe, recipe_reference

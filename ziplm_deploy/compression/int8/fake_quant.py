@@ -128,7 +128,7 @@ def module_ranges(
 ) -> dict[str, ActivationRange]:
     """Smallest and largest input of linears over all positions of the batches.
 
-    Padding counts like any token, as in :func:`int8.scales.tensor_ranges`, although no output depends on what enters a
+    Padding counts like any token, as in ``scales.tensor_ranges``, although no output depends on what enters a
     linear there: batches that are mostly padding widen the ranges by values that do not matter.
 
     Args:
