@@ -26,7 +26,7 @@ from exporters.files import atomic_path
 MAX_OPSET, MAX_IR = 16, 9  # later opsets fall back to slow kernels or are refused
 
 
-def to_integer_matmul(source: Path, target: Path) -> None:
+def to_integer_matmul(source: Path, destination: Path) -> None:
     """Write the static QDQ file ``source`` with MatMulInteger in place of its quantized MatMuls; whole or not at all.
 
     The new nodes are called ``<name of the MatMul>_quant``.
@@ -48,7 +48,7 @@ def to_integer_matmul(source: Path, target: Path) -> None:
     kept = [helper.make_opsetid(item.domain, item.version) for item in imports]
     del model.opset_import[:]  # quantizers import domains that no node uses, which DeepSparse refuses
     model.opset_import.extend(kept)
-    with atomic_path(target) as temporary:
+    with atomic_path(destination) as temporary:
         onnx.save(model, str(temporary))
 
 

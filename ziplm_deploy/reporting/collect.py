@@ -58,7 +58,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
 
 def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:
     """Timing of a file by its name; raises :class:`CorruptArtifactError` if the benchmark has none."""
-    known = {variant.name: variant for variant in record.variants}
+    known = {timing.name: timing for timing in record.variants}
     if name not in known:
         raise CorruptArtifactError(
             f"expected a timing of {name} in the benchmark, found {', '.join(known)}; run ziplm-deploy benchmark again"

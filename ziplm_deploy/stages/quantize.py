@@ -145,7 +145,7 @@ class _Quantization:
         return ranges, training
 
     def _within_budget(
-        self, onnx: Path, target: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
+        self, onnx: Path, destination: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
     ) -> Fp32Choice | None:
         """Write the file with as few linears in float32 as the budget needs; None: nothing to judge it by."""
 
@@ -160,7 +160,7 @@ class _Quantization:
             )
 
         if self.run.recipe.data.evaluation is None:
-            write((), target)
+            write((), destination)
             return None
 
         title = self.file.label
@@ -171,7 +171,7 @@ class _Quantization:
         def tried(count: int, score: float) -> None:
             self.run.progress.note(f"{title}: {score:.4f} with {count} linears in float32")
 
-        return within_budget(target, write, judge, sensitivities, self._reference_score(), self.config, tried)
+        return within_budget(destination, write, judge, sensitivities, self._reference_score(), self.config, tried)
 
     @property
     def _judge(self) -> EngineName:
@@ -182,7 +182,7 @@ class _Quantization:
         """Score of the float32 file in ONNX Runtime: its answers are those of all engines, but not all can run it."""
         return score_of(self.run, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
 
-    def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
+    def _by_neural_compressor(self, onnx: Path, destination: Path) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
         batches = _arrays(self.run.data.ranges_batches)
@@ -209,7 +209,7 @@ class _Quantization:
             )
             if self.config.embeddings:
                 round_embeddings_of(made)
-            with atomic_path(target) as temporary:
+            with atomic_path(destination) as temporary:
                 if self.engine == "deepsparse":
                     try:
                         to_integer_matmul(made, temporary)
@@ -252,8 +252,8 @@ class _Quantization:
         )
 
 
-def _publish(made: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
+def _publish(made: Path, destination: Path) -> None:
+    with atomic_path(destination) as temporary:
         shutil.copyfile(made, temporary)
 
 

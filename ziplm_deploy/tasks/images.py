@@ -64,9 +64,9 @@ class ImageClassification(Task):
         examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
         return examples if labels is None else with_labels(examples, labels)
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         labels = class_numbers(data.rows)
-        return classification_metrics(class_logits(run, _batches(data), len(data.rows)), labels)
+        return classification_metrics(class_logits(function, _batches(data), len(data.rows)), labels)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]

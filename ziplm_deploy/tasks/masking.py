@@ -65,11 +65,11 @@ class FillMask(Task):
         """Inputs masked as :meth:`encode` masks them; ``labels`` [1, length]: the hidden tokens, -100 elsewhere."""
         return training_examples(*self._mask(tokenize(processor, rows, max_length), processor))
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         masked, targets = self._mask(data.tokenize(), data.processor)
         correct, log_likelihood, count = 0, 0.0, 0
         for indices, inputs in data.batches(masked):
-            logits = run(inputs)["logits"]
+            logits = function(inputs)["logits"]
             for position, index in enumerate(indices):
                 target = np.array(targets[index])
                 hidden = np.flatnonzero(target != IGNORED)

@@ -280,5 +280,5 @@ def _quantizers(model: nn.Module, ranges: Mapping[str, ActivationRange]) -> dict
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, module)

@@ -56,14 +56,14 @@ class NeuralCompressorResult:
 
 def quantize_with_neural_compressor(
     source: Path,
-    target: Path,
+    destination: Path,
     settings: Int8Settings,
     *,
     batches: Sequence[Batch],
     evaluate: Callable[[Path], float] | None,
     limits: TuningLimits = DEFAULT_LIMITS,
 ) -> NeuralCompressorResult:
-    """Write ``source`` with INT8 linears to ``target``; whole or not at all.
+    """Write ``source`` with INT8 linears to ``destination``; whole or not at all.
 
     Static files are in QuantizeLinear/DequantizeLinear form, dynamic ones have DynamicQuantizeLinear and MatMulInteger.
     Linears outside of layers, embeddings, normalization, Softmax and the residual stream stay float32.
@@ -82,7 +82,7 @@ def quantize_with_neural_compressor(
         DataError: static without batches, or batches without an input that the model has.
         NumericalError: NaN or infinite weights or scores.
         EngineError: neural-compressor is not set up, refuses the model, dies or hangs.
-        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
+        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``destination`` cannot be written.
     """
     config = settings.config
     if config.method == "qat":
@@ -103,7 +103,7 @@ def quantize_with_neural_compressor(
         (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
         with _Worker(interpreter, folder, limits.timeout_seconds) as worker:
             reply = worker.run(evaluate)
-        with atomic_path(target) as temporary:
+        with atomic_path(destination) as temporary:
             shutil.copyfile(folder / "result.onnx", temporary)
     return NeuralCompressorResult(
         scores=tuple(reply["scores"]),

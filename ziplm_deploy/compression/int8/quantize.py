@@ -84,14 +84,14 @@ def quantized_linears(path: Path) -> tuple[str, ...]:
 
 def quantize(
     source: Path,
-    target: Path,
+    destination: Path,
     settings: Int8Settings,
     *,
     batches: Sequence[Batch] = (),
     keep_fp32: Collection[str] = (),
     ranges: Mapping[str, ActivationRange | LinearScales] | None = None,
 ) -> None:
-    """Write ``source`` with INT8 linears to ``target``, in the form that the engine runs fast; whole or not at all.
+    """Write ``source`` with INT8 linears to ``destination``, in the form that the engine runs fast, or nothing at all.
 
     Args:
         source: float32 file of ``exporters.export_encoder``.
@@ -104,7 +104,7 @@ def quantize(
             ``keep_fp32``, or ``ranges`` that are missing or do not fit.
         DataError: no calibration batches, or batches that the model does not take.
         NumericalError: NaN or infinite weights or activations; names the linear.
-        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
+        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``destination`` cannot be written.
         EngineError: ONNX Runtime's quantizer left a linear as it was.
     """
     _check_request(settings, ranges)
@@ -115,14 +115,14 @@ def quantize(
         round_embeddings(model)
         linears = _chosen(model, source, keep_fp32)  # the nodes are new ones
     if config.method == "dynamic":
-        _write_dynamic(model, linears, target, settings)
+        _write_dynamic(model, linears, destination, settings)
         return
     if ranges is None:
         ranges = _calibrate(model, linears, batches, config)
     _insert_pairs(model, linears, _scales(model, linears, ranges, settings))
     if settings.engine == "onnxruntime":
         _keep_matmuls(model)
-    with atomic_path(target) as temporary:
+    with atomic_path(destination) as temporary:
         if settings.engine != "deepsparse":
             onnx.save(model, str(temporary))
             return
@@ -201,11 +201,11 @@ def _check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]
 
 
 def _write_dynamic(
-    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], target: Path, settings: Int8Settings
+    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], destination: Path, settings: Int8Settings
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with atomic_path(target) as temporary:
+    with atomic_path(destination) as temporary:
         with quiet():
             quantize_dynamic(
                 model,
