@@ -24,7 +24,8 @@ from ziplm_deploy.compression.int8.fake_quant import (
     remove_fake_quant,
 )
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
-from ziplm_deploy.compression.int8.quantize import ActivationRange, LinearScales, linear_ranges, quantize
+from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
+from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity

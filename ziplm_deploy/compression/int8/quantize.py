@@ -32,10 +32,9 @@ from ziplm_deploy.compression.int8.embeddings import round_embeddings
 from ziplm_deploy.compression.int8.scales import (
     ACTIVATION_LEVELS,
     ActivationRange,
-    Batch,
+    ArrayBatch,
     LinearScales,
     activation_parameters,
-    default_reduce_range,
     quiet,
     tensor_ranges,
     weight_scales,
@@ -44,16 +43,6 @@ from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
 from ziplm_deploy.recipe import Int8Config
-
-__all__ = [
-    "ActivationRange",
-    "LinearScales",
-    "default_reduce_range",
-    "linear_names",
-    "linear_ranges",
-    "quantize",
-    "quantized_linears",
-]
 
 
 def linear_names(path: Path) -> tuple[str, ...]:
@@ -87,7 +76,7 @@ def quantize(
     destination: Path,
     settings: Int8Settings,
     *,
-    batches: Sequence[Batch] = (),
+    batches: Sequence[ArrayBatch] = (),
     keep_fp32: Collection[str] = (),
     ranges: Mapping[str, ActivationRange | LinearScales] | None = None,
 ) -> None:
@@ -109,11 +98,11 @@ def quantize(
     """
     _check_request(settings, ranges)
     config, model = settings.config, load_onnx(source)
-    linears = _chosen(model, source, keep_fp32)
-    _check_weights(model, linears)
+    linears = chosen_linears(model, source, keep_fp32)
+    check_weights(model, linears)
     if config.embeddings:
         round_embeddings(model)
-        linears = _chosen(model, source, keep_fp32)  # the nodes are new ones
+        linears = chosen_linears(model, source, keep_fp32)  # the nodes are new ones
     if config.method == "dynamic":
         _write_dynamic(model, linears, destination, settings)
         return
@@ -136,14 +125,14 @@ def quantize(
 
 
 def linear_ranges(
-    source: Path, batches: Sequence[Batch], config: Int8Config, *, keep_fp32: Collection[str] = ()
+    source: Path, batches: Sequence[ArrayBatch], config: Int8Config, *, keep_fp32: Collection[str] = ()
 ) -> dict[str, ActivationRange]:
     """Input ranges of the linears of a float32 file, by module path; raises like :func:`quantize`.
 
     Memory holds the linears' inputs of one batch at a time, however many batches there are.
     """
     model = load_onnx(source)
-    return _calibrate(model, _chosen(model, source, keep_fp32), batches, config)
+    return _calibrate(model, chosen_linears(model, source, keep_fp32), batches, config)
 
 
 def _check_request(settings: Int8Settings, ranges: Mapping[str, ActivationRange | LinearScales] | None) -> None:
@@ -175,7 +164,8 @@ def _linears(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return found
 
 
-def _chosen(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str]) -> dict[str, onnx.NodeProto]:
+def chosen_linears(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str] = ()) -> dict[str, onnx.NodeProto]:
+    """Nodes of the linears to quantize, by module path; raises :class:`UsageError` where there are none."""
     linears = _linears(model)
     if not linears:
         raise UsageError(
@@ -193,7 +183,8 @@ def _chosen(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str]) ->
     return chosen
 
 
-def _check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]) -> None:
+def check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]) -> None:
+    """Raise :class:`NumericalError`, naming the linear, for weights that are NaN or infinite."""
     weights = {item.name: item for item in model.graph.initializer}
     for name, node in linears.items():
         if not np.isfinite(numpy_helper.to_array(weights[node.input[1]])).all():
@@ -226,7 +217,7 @@ def _write_dynamic(
 
 
 def _calibrate(
-    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], batches: Sequence[Batch], config: Int8Config
+    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], batches: Sequence[ArrayBatch], config: Int8Config
 ) -> dict[str, ActivationRange]:
     readers: dict[str, str] = {}
     for name, node in linears.items():
