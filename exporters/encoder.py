@@ -133,7 +133,9 @@ def export_encoder(
             residuals_as_sums(exported)
             onnx.save(exported, str(temporary))
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise ExportError(f"expected a model that opset {settings.opset} can express, found: {error}") from error
+        raise ExportError(
+            f"expected a model that opset {settings.opset} can express, found: {error}; try another one"
+        ) from error
 
 
 def _output_ranks(model: nn.Module, inputs: dict[str, torch.Tensor], output_names: list[str]) -> dict[str, int]:

@@ -49,7 +49,7 @@ class EmbeddingModel(nn.Module):
     def __init__(self, model: nn.Module, pooling: Literal["mean", "cls"], normalize: bool) -> None:
         super().__init__()
         if pooling not in ("mean", "cls"):
-            raise ValueError(f"expected pooling 'mean' or 'cls', found {pooling!r}")
+            raise ValueError(f"expected pooling 'mean' or 'cls', found {pooling!r}; correct it")
         self.model = model
         self.pooling: Literal["mean", "cls"] = pooling
         self.normalize = normalize

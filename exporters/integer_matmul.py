@@ -26,7 +26,7 @@ from exporters.files import atomic_path
 MAX_OPSET, MAX_IR = 16, 9  # later opsets fall back to slow kernels or are refused
 
 
-def to_integer_matmul(source: Path, target: Path) -> None:
+def to_integer_matmul(source: Path, destination: Path) -> None:
     """Write the static QDQ file ``source`` with MatMulInteger in place of its quantized MatMuls; whole or not at all.
 
     The new nodes are called ``<name of the MatMul>_quant``.
@@ -48,7 +48,7 @@ def to_integer_matmul(source: Path, target: Path) -> None:
     kept = [helper.make_opsetid(item.domain, item.version) for item in imports]
     del model.opset_import[:]  # quantizers import domains that no node uses, which DeepSparse refuses
     model.opset_import.extend(kept)
-    with atomic_path(target) as temporary:
+    with atomic_path(destination) as temporary:
         onnx.save(model, str(temporary))
 
 
@@ -115,7 +115,9 @@ class _Rewriter:
         dequantize = self.producers[node.input[0]]
         quantize = self.producers.get(dequantize.input[0])
         if quantize is None or quantize.op_type != "QuantizeLinear":
-            raise ExportError(f"expected a QuantizeLinear before the left input of {node.name}, found none")
+            raise ExportError(
+                f"expected a QuantizeLinear before the left input of {node.name}, found none; quantize the model again"
+            )
         scale, zero_point = self._parameters(node, quantize, np.uint8)
         if (scale, zero_point) != self._parameters(node, dequantize, np.uint8) or zero_point.dtype != np.uint8:
             raise ExportError(
@@ -142,7 +144,9 @@ class _Rewriter:
         scale, zero_point = self._parameters(node, dequantize, np.int8)
         if zero_point.dtype.kind == "i" and zero_point == 0:
             return constant.name, float(scale)
-        raise ExportError(f"expected a symmetric weight in {node.name}, found the zero point {zero_point}")
+        raise ExportError(
+            f"expected a symmetric weight in {node.name}, found the zero point {zero_point}; quantize weights so"
+        )
 
     def _parameters(
         self, node: onnx.NodeProto, pair: onnx.NodeProto, default: type[np.integer[Any]]
@@ -150,7 +154,9 @@ class _Rewriter:
         """Scale and zero point (a zero of type ``default`` where none is given) of a node of a pair before ``node``."""
         names = [name for name in pair.input[1:] if name]
         if any(name not in self.constants for name in names):
-            raise ExportError(f"expected constant scales around {node.name}, found computed ones (dynamic INT8)")
+            raise ExportError(
+                f"expected constant scales around {node.name}, found computed ones (dynamic INT8); quantize statically"
+            )
         scale, *rest = (numpy_helper.to_array(self.constants[name]) for name in names)
         zero_point = rest[0] if rest else np.zeros(scale.shape, default)
         if scale.size != 1 or zero_point.size != 1:

@@ -1,4 +1,4 @@
-"""Does the ONNX file answer like the torch model?"""
+"""Check that an ONNX file answers like its torch model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _difference(name: str, expected: np.ndarray, found: np.ndarray, path: Path, 
             f"expected {name} of shape {expected.shape} from {path}, found {found.shape}; export it again", float("inf")
         )
     if not (np.isfinite(expected).all() and np.isfinite(found).all()):
-        raise ParityMismatch(f"expected finite {name} from {path}, found NaN or infinity", float("nan"))
+        raise ParityMismatch(
+            f"expected finite {name} from {path}, found NaN or infinity; check the checkpoint", float("nan")
+        )
     difference = float(np.abs(expected - found).max(initial=0.0))
     if difference > atol:
         raise ParityMismatch(

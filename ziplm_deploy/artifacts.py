@@ -65,6 +65,7 @@ class Artifact(BaseModel):
     MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {}
 
     def save(self, path: Path) -> None:
+        """Write the fields with kind and schema version, atomically; raises :class:`StorageError`."""
         head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
         write_text(path, json.dumps({**head, **self.model_dump(mode="json")}, indent=1) + "\n")
 
@@ -97,7 +98,9 @@ class Artifact(BaseModel):
                 fields = cls.MIGRATIONS[older](fields)
             return cls.model_validate(fields)
         except ValueError as error:  # also pydantic's
-            raise CorruptArtifactError(f"expected a {what} in {path}, found wrong fields: {error}") from error
+            raise CorruptArtifactError(
+                f"expected a {what} in {path}, found wrong fields: {error}; delete it and run the same command again"
+            ) from error
 
     @classmethod
     def _is_readable(cls, version: object) -> bool:
@@ -107,8 +110,6 @@ class Artifact(BaseModel):
 
 
 IGNORED = {".md", ".pyc"}  # files in a model's or data set's folder that no stage reads
-
-
 CODE_VERSION = 1  # raise it when a stage computes something else from the same inputs
 
 

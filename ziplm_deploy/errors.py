@@ -11,7 +11,7 @@
     ├── ArtifactError                a table, database, plan or checkpoint cannot be used
     │   ├── CorruptArtifactError     truncated or not of the expected schema
     │   └── IncompatibleArtifactError measured elsewhere: machine, engine, shape or variant differ
-    ├── NumericalError               NaN activations, a factorisation that failed for good
+    ├── NumericalError               NaN activations, a factorization that failed for good
     ├── EngineError                  the inference engine refused a model or its worker died
     ├── ParityError                  an exported or reloaded model gives other answers
     ├── StorageError                 no disk space, folder not writable
@@ -64,7 +64,7 @@ class IncompatibleArtifactError(ArtifactError):
 
 
 class NumericalError(ZipLMError):
-    """Non-finite activations or a factorisation that failed at every damping."""
+    """Non-finite activations or a factorization that failed at every damping."""
 
 
 class EngineError(ZipLMError):

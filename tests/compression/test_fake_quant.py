@@ -23,7 +23,8 @@ from ziplm_deploy.compression.int8.fake_quant import (
     quantizable_linears,
     remove_fake_quant,
 )
-from ziplm_deploy.compression.int8.quantize import ActivationRange, LinearScales, linear_ranges, quantize
+from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
+from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
 from ziplm_deploy.errors import DataError, NumericalError, UsageError
 from ziplm_deploy.recipe import Int8Config
 

@@ -27,15 +27,8 @@ from tests.helpers.int8_files import (
 from tests.helpers.models import MODEL_TYPES, tiny_model
 from tests.helpers.onnx_models import kernels_of, write_mlp
 from ziplm_deploy.compression.int8.fake_quant import quantizable_linears
-from ziplm_deploy.compression.int8.quantize import (
-    ActivationRange,
-    LinearScales,
-    default_reduce_range,
-    linear_names,
-    linear_ranges,
-    quantize,
-    quantized_linears,
-)
+from ziplm_deploy.compression.int8.quantize import linear_names, linear_ranges, quantize, quantized_linears
+from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales, default_reduce_range
 from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import CorruptArtifactError, DataError, NumericalError, UsageError
 from ziplm_deploy.machine.info import MachineInfo

@@ -271,7 +271,7 @@ def finished_run(
         table=latency_table(),
         task=SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction"),
         trains=False,
-        dense_member=folder.member(None),
+        dense_member=folder.dense_member,
         pruned_members=(folder.member(2.0), folder.member(4.0)),
     )
     record.save(folder.benchmark)

@@ -60,13 +60,13 @@ def test_baseline_may_be_any_model_and_alone(models: dict[str, Path]) -> None:
 
 def test_every_model_may_run_on_its_own_engine(models: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
-    subjects = {
+    files = {
         "dense": TimedFile(models["dense"], "onnxruntime"),
         "dense (openvino)": TimedFile(models["dense"]),
         "9x": models["9x"],
     }
     environment = ENVIRONMENT.model_copy(update={"engine": "openvino"})
-    record = compare(subjects, environment, QUICK, "dense")
+    record = compare(files, environment, QUICK, "dense")
     versions = {name: get_engine(name).version() for name in ("onnxruntime", "openvino")}
     assert (record.engine, record.engine_version) == ("openvino", versions["openvino"])
     assert {variant.name: variant.engine for variant in record.variants} == {
@@ -101,9 +101,9 @@ def test_a_missing_engine_is_named_before_anything_is_timed(
     monkeypatch.setenv("ZIPLM_DEEPSPARSE_PYTHON", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(WorkerHandle, "time", lambda *arguments, **options: pytest.fail("timed"))
-    subjects = {"dense": models["dense"], "3x": TimedFile(models["3x"], "deepsparse")}
+    files = {"dense": models["dense"], "3x": TimedFile(models["3x"], "deepsparse")}
     with pytest.raises(EngineError, match="ziplm-deploy setup deepsparse"):
-        compare(subjects, ENVIRONMENT, QUICK, "dense")
+        compare(files, ENVIRONMENT, QUICK, "dense")
 
 
 class ScriptedWorker:
@@ -201,9 +201,9 @@ def test_one_slow_process_of_three_does_not_decide_but_is_in_the_interval(
     monkeypatch.setattr(benchmarking, "start_worker", StagedWorker)
     monkeypatch.setattr(StagedWorker, "started", [])
     seen: list[tuple[int, int]] = []
-    subjects = {"dense": Path("dense.onnx"), "2x": Path("2x.onnx")}
+    files = {"dense": Path("dense.onnx"), "2x": Path("2x.onnx")}
     config = BenchmarkConfig(rounds=30, processes=processes)
-    record = compare(subjects, ENVIRONMENT, config, "dense", lambda done, total: seen.append((done, total)))
+    record = compare(files, ENVIRONMENT, config, "dense", lambda done, total: seen.append((done, total)))
     assert StagedWorker.started == ["dense", "2x", "dense"] * processes  # the last is the baseline again
     found = record.variant("2x")
     assert found.speedup == pytest.approx(speedup)

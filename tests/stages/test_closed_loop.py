@@ -11,13 +11,13 @@ import pytest
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.recipe import BenchmarkConfig, Variant
 from ziplm_deploy.run.manifest import Correction
-from ziplm_deploy.run.member import DENSE, Member, member_name
+from ziplm_deploy.run.member import DENSE, Member, PrunedMember, member_name
 from ziplm_deploy.run.run import Generation
 from ziplm_deploy.stages import closed_loop, prune
 
 
-def member_of(target: float | None) -> Member:
-    return Member(DENSE if target is None else member_name(target), Path("run"), trained=False, target=target)
+def member_of(target: float) -> PrunedMember:
+    return PrunedMember(member_name(target), Path("run"), trained=False, target=target)
 
 
 class Machine:
@@ -25,10 +25,10 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: tuple[float, ...], bias: float, limit: float = 100.0):
         self.bias, self.limit, self.trains = bias, limit, False
-        self.dense_member = member_of(None)
+        self.dense_member = Member(DENSE, Path("run"), trained=False)
         self.pruned_members = tuple(map(member_of, targets))
         self.generations = [Generation(self.dense_member, self.pruned_members)]
-        self.predicted = {member.name: float(member.target or 0) for member in self.pruned_members}
+        self.predicted = {member.name: member.target for member in self.pruned_members}
         self.corrections: dict[str, Correction] = {}
         self.notes: dict[str, str | None] = {}
         self.measurements = 0
@@ -57,7 +57,7 @@ class Machine:
         monkeypatch.setattr(closed_loop, "measure_generation", lambda run, generation: self.measure())
         monkeypatch.setattr(closed_loop, "refused_members", lambda run, generation: self.refused(generation.members))
 
-    def refused(self, members: tuple[Member, ...]) -> dict[Member, str]:
+    def refused(self, members: tuple[PrunedMember, ...]) -> dict[PrunedMember, str]:
         return {}
 
     def _changes(self, plan: Any, predicted_target: float) -> bool:
@@ -65,7 +65,7 @@ class Machine:
             raise TargetUnreachableError("expected less", self.limit)
         return True
 
-    def _prune(self, run: Any, member: Member) -> None:
+    def _prune(self, run: Any, member: PrunedMember) -> None:
         self.predicted[member.name] = self.corrections[member.name].predicted_target
 
     def measure(self) -> Any:
@@ -165,14 +165,14 @@ class AbortingMachine(Machine):
         super().__init__(monkeypatch, (1.5, 2.0), bias=bias, limit=limit)
         self.bad, self.coarse = bad, coarse
 
-    def refused(self, members: tuple[Member, ...]) -> dict[Member, str]:
+    def refused(self, members: tuple[PrunedMember, ...]) -> dict[PrunedMember, str]:
         return {
             member: "the process died"
             for member in members
             if self.bad[0] <= self.predicted[member.name] <= self.bad[1]
         }
 
-    def _prune(self, run: Any, member: Member) -> None:
+    def _prune(self, run: Any, member: PrunedMember) -> None:
         super()._prune(run, member)
         if member.target == 2.0:
             self.predicted["2x"] = max(self.predicted["2x"], self.coarse)

@@ -46,21 +46,9 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; fields: ziplm-deploy recipe-reference.")]
-
-
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder for the run's folder.")]
-
-
 Speedups = Annotated[str | None, typer.Option(help="Targets instead of the recipe's, as in 1.5,2,3.")]
-
-
 Seed = Annotated[int | None, typer.Option(help="Seed instead of the recipe's.")]
-
-
 Threads = Annotated[int | None, typer.Option(help="environment.threads instead of the recipe's.")]
-
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, progress on stderr.")]

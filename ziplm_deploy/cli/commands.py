@@ -64,7 +64,7 @@ def _stage(work: Callable[[Recipe, Progress], None]) -> Callable[[Recipe, Progre
 def _reporting_stage(
     work: Callable[[Recipe, Progress], FamilyReport],
 ) -> Callable[[Recipe, Progress], FamilyReport]:
-    """The same for work that ends in a report, which may be printed as JSON."""
+    """Make a command of ``work`` that ends in a report, which may be printed as JSON."""
 
     def command(
         recipe: RecipePath,
@@ -185,7 +185,7 @@ def benchmark(
 def _compare_files(
     files: dict[str, Path], environments: list[Environment], settings: BenchmarkConfig, progress: Progress
 ) -> BenchmarkRecord:
-    """Every file in every environment, which differ in their engines only."""
+    """Time every file in every environment; these differ in their engines only."""
     from ziplm_deploy.engines import get_engine
     from ziplm_deploy.latency.benchmark import compare
 

@@ -51,18 +51,18 @@ def print_benchmark(record: BenchmarkRecord) -> None:
     """Latency and speedup of every file on its engine."""
     cells = [
         [
-            variant.name,
-            f"{variant.engine} {variant.engine_version}",
+            timing.name,
+            f"{timing.engine} {timing.engine_version}",
             "1x"
-            if variant.name == record.baseline
-            else ratio_text(variant.speedup, variant.speedup_low, variant.speedup_high),
-            f"{variant.p50_ms:.3f}",
-            f"{variant.latency.p90_ms:.3f}",
-            f"{variant.latency.p99_ms:.3f}",
-            f"{variant.throughput_per_second:.1f}",
-            f"{variant.peak_memory_bytes / 2**20:.0f}",
+            if timing.name == record.baseline
+            else ratio_text(timing.speedup, timing.speedup_low, timing.speedup_high),
+            f"{timing.p50_ms:.3f}",
+            f"{timing.latency.p90_ms:.3f}",
+            f"{timing.latency.p99_ms:.3f}",
+            f"{timing.throughput_per_second:.1f}",
+            f"{timing.peak_memory_bytes / 2**20:.0f}",
         ]
-        for variant in record.variants
+        for timing in record.variants
     ]
     console = _console()
     titles = ["model", "engine", "speedup [95 %]", "p50 ms", "p90 ms", "p99 ms", "per second", "peak MiB"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from ziplm_deploy.errors import UsageError
+from ziplm_deploy.machine import distributed
+from ziplm_deploy.progress import ConsoleProgress, Progress
 from ziplm_deploy.recipe import EngineName, Recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from ziplm_deploy.latency.benchmark import TimedFile
-    from ziplm_deploy.progress import Progress
 
 
 def resolved_recipe(
@@ -40,8 +43,6 @@ def resolved_recipe(
 
 def validated(section: type[Any], **values: Any) -> Any:
     """A recipe section from options; wrong values are reported by the recipe's own checks."""
-    from pydantic import ValidationError
-
     try:
         return section(**values)
     except ValidationError as error:
@@ -79,7 +80,4 @@ def on_engines(files: dict[str, Path], engines: list[EngineName]) -> dict[str, T
 
 def console_progress(quiet: bool) -> Progress:
     """Progress on stderr; none if it is not wanted, or of the processes of a launch but the first."""
-    from ziplm_deploy.machine import distributed
-    from ziplm_deploy.progress import ConsoleProgress, Progress
-
     return Progress() if quiet or not distributed.is_first() else ConsoleProgress()

@@ -1,3 +1,1 @@
 """What multiplies pruning: zeros in the weights and 8-bit integers."""
-
-from __future__ import annotations

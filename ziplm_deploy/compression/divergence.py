@@ -23,8 +23,8 @@ def divergence_from(task: Task, model: nn.Module, batches: Sequence[Batch]) -> C
 
     def divergence(candidate: nn.Module) -> float:
         parts = [
-            size * float(task.divergence(features(candidate, batch), target))
-            for batch, target, size in zip(batches, wanted, sizes, strict=True)
+            size * float(task.divergence(features(candidate, batch), answer))
+            for batch, answer, size in zip(batches, wanted, sizes, strict=True)
         ]
         return sum(parts) / sum(sizes)
 

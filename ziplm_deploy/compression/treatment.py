@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ziplm_deploy.compression.int8.embeddings import round_embeddings_of
-from ziplm_deploy.compression.int8.quantize import default_reduce_range, linear_names, quantize
+from ziplm_deploy.compression.int8.quantize import linear_names, quantize
+from ziplm_deploy.compression.int8.scales import default_reduce_range
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.sparsity.masks import random_masks
 from ziplm_deploy.machine.info import machine_info

@@ -26,6 +26,8 @@ ENGINES: tuple[str, ...] = page_names("engines", "worker", suffix="_session")
 def get_engine(name: str) -> Engine:
     """The engine called ``name``; raises EngineError naming the known ones."""
     if name not in ENGINES:
-        raise EngineError(f"expected one of the engines {', '.join(ENGINES)}, found {name!r}")
+        raise EngineError(
+            f"expected one of the engines {', '.join(ENGINES)}, found {name!r}; correct the engine's name"
+        )
     page = importlib.import_module(f"{__name__}.worker.{page_of(name)}")
     return Engine(name, page.FACTS)

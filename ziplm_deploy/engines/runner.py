@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.recipe import Environment
-from ziplm_deploy.tasks import ModelFunction as ModelFunction
+from ziplm_deploy.tasks import ModelFunction
 
 
 def cpu_session(model: Path | bytes) -> Any:
@@ -25,8 +26,6 @@ def cpu_session(model: Path | bytes) -> Any:
     Raises:
         EngineError: ONNX Runtime rejects the model.
     """
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 3

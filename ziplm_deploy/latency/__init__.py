@@ -1,0 +1,1 @@
+"""Measured latency: tables of sub-blocks that predict a plan, and benchmarks of ONNX files."""

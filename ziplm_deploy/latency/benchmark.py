@@ -65,7 +65,7 @@ class _Timings:
 
 
 def compare(
-    subjects: Mapping[str, TimedFile | Path],
+    files: Mapping[str, TimedFile | Path],
     environment: Environment,
     config: BenchmarkConfig,
     baseline: str,
@@ -73,7 +73,7 @@ def compare(
     *,
     seed: int = 0,
 ) -> BenchmarkRecord:
-    """Time ``subjects`` (name → :class:`TimedFile`, or just an ONNX file) against ``baseline``, one of their names.
+    """Time ``files`` (name → :class:`TimedFile`, or just an ONNX file) against ``baseline``, one of their names.
 
     Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. After a share
     of the rounds all of them end, and the next of ``config.processes`` begin: what a process makes of a file, where it
@@ -89,11 +89,11 @@ def compare(
         EngineError: an engine is missing, a model is rejected or its worker dies or hangs; names the model and how to
             reproduce it. Nothing is returned then: a record without one of its models would look complete.
     """
-    if baseline not in subjects:
-        known = ", ".join(subjects) or "(no models)"
-        raise UsageError(f"expected the baseline to be one of {known}, found {baseline!r}")
+    if baseline not in files:
+        known = ", ".join(files) or "(no models)"
+        raise UsageError(f"expected the baseline to be one of {known}, found {baseline!r}; name one")
     started = time.monotonic()
-    entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in subjects.items()}
+    entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in files.items()}
     engine_version = get_engine(environment.engine).version()
     timed = _time_files(entries, environment, config, baseline, progress, seed)
     aa_ratio, aa_low, aa_high = median_ratio(
@@ -143,12 +143,12 @@ def _time_files(
 
 @contextlib.contextmanager
 def _workers(entries: Mapping[str, TimedFile], environment: Environment, baseline: str) -> Iterator[_Workers]:
-    """A warm worker for every subject, and one for the baseline again."""
+    """A warm worker for every file, and one for the baseline again."""
     with contextlib.ExitStack() as stack:
         workers: _Workers = {}
-        for name, subject in [*entries.items(), (AA, entries[baseline])]:
-            workers[name] = stack.enter_context(start_worker(subject, environment))
-            workers[name].load(MODEL, Path(subject.path))
+        for name, entry in [*entries.items(), (AA, entries[baseline])]:
+            workers[name] = stack.enter_context(start_worker(entry, environment))
+            workers[name].load(MODEL, Path(entry.path))
         for worker in workers.values():
             warm_up(worker)
         yield workers
@@ -175,9 +175,9 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
     return samples_ms
 
 
-def start_worker(subject: TimedFile, environment: Environment) -> WorkerHandle:
+def start_worker(file: TimedFile, environment: Environment) -> WorkerHandle:
     """Start a worker of a file's engine, with nothing loaded."""
-    engine = get_engine(subject.engine or environment.engine)
+    engine = get_engine(file.engine or environment.engine)
     return engine.start_worker(WorkerOptions.from_environment(environment))
 
 

@@ -24,6 +24,7 @@ from ziplm_deploy.latency.statistics import (
     summarize,
 )
 from ziplm_deploy.latency.table import Cell, PrunedSample
+from ziplm_deploy.models.shape import ModuleId
 
 # A cell is also sure enough when its error, in every layer of the model, is this fraction of the whole latency.
 NEGLIGIBLE = 0.0005
@@ -42,6 +43,7 @@ class Samples:
     remeasured: int = 0
 
     def add(self, order: list[str], raw_ms: list[float]) -> None:
+        """Append a round of timings and correct all of them for the machine's speed changes anew."""
         self.order += order
         self.raw_ms += raw_ms
         ids = np.asarray(self.order)
@@ -98,7 +100,7 @@ def wholes_of(samples: Samples, grid: Grid) -> list[PrunedSample]:
     return [
         PrunedSample(sizes=sizes, timing=summarize(samples.ms[model_id]))
         for model_id, sizes in grid.pruned_samples.items()
-        if {model_id, *(cell_id(name.split(".")[1], size) for name, size in sizes.items())} <= samples.ms.keys()
+        if {model_id, *(cell_id(ModuleId.parse(name).kind, size) for name, size in sizes.items())} <= samples.ms.keys()
     ]
 
 

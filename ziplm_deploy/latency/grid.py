@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ziplm_deploy.models.levels import ffn_widths, head_counts
-from ziplm_deploy.models.shape import ModelShape, ModuleKind
+from ziplm_deploy.models.shape import ModelShape, ModuleId, ModuleKind
 from ziplm_deploy.recipe import ProfileConfig
 
 # Model ids beside those of cells and pruned samples: a stack without layers; embeddings and head; the float32 reference
@@ -61,7 +61,7 @@ class Grid:
             u = (np.random.default_rng(index).permutation(len(names)) + 0.5) / len(names)
             kept = u ** (1 / mean - 1)  # [2 * layers]
             samples[f"whole {index}"] = {
-                f"{layer}.{kind}": _nearest(self.cell_sizes[kind], share)
+                str(ModuleId(layer, kind)): _nearest(self.cell_sizes[kind], share)
                 for (layer, kind), share in zip(names, kept, strict=True)
             }
         return samples

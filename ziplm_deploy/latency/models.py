@@ -45,7 +45,9 @@ class TableModel:
             inputs = dummy_inputs(model, settings)
             export_encoder(model, inputs, list(self.output_names), path, settings)
         except ExportError as error:
-            raise UnsupportedModelError(f"cannot export the table's model {self.model_id!r}: {error}") from error
+            raise UnsupportedModelError(
+                f"expected a model of which {self.model_id!r} of the latency table can be exported, found: {error}"
+            ) from error
         self.treatment.finish(path, inputs)
 
 

@@ -17,7 +17,7 @@ from ziplm_deploy.latency.correction import SumCorrection
 from ziplm_deploy.latency.record import from_schema_1
 from ziplm_deploy.latency.statistics import Timing
 from ziplm_deploy.machine.info import MachineInfo
-from ziplm_deploy.models.shape import ModelShape, ModuleKind
+from ziplm_deploy.models.shape import MODULE_KINDS, ModelShape, ModuleId, ModuleKind
 from ziplm_deploy.recipe import Environment, Variant
 
 
@@ -79,9 +79,9 @@ class LatencyTable(Artifact):
 
     @model_validator(mode="after")
     def _wholes_are_of_cells(self) -> Self:
-        known = {f"{cell.kind} {cell.size}" for cell in self.cells}
+        known = {(cell.kind, cell.size) for cell in self.cells}
         for whole in self.wholes:
-            unknown = {f"{name.split('.')[-1]} {size}" for name, size in whole.sizes.items()} - known
+            unknown = {(ModuleId.parse(name).kind, size) for name, size in whole.sizes.items()} - known
             if unknown or whole.timing.median_ms <= 0:
                 raise ValueError(f"expected timed whole models of measured cells, found others: {sorted(unknown)}")
         return self
@@ -105,7 +105,7 @@ class LatencyTable(Artifact):
     def sum_ms(self, sizes: dict[str, int]) -> float:
         """Base and cells of a plan ``{"0.attention": heads, "0.ffn": width, …}`` added up."""
         lookup = self._by_size()
-        return self.base.median_ms + sum(lookup[name.split(".")[1], size] for name, size in sizes.items())
+        return self.base.median_ms + sum(lookup[ModuleId.parse(name).kind, size] for name, size in sizes.items())
 
     def sum_dense_ms(self) -> float:
         """Base and cells of the dense shapes added up: near ``(unpruned or dense).median_ms``."""
@@ -123,8 +123,7 @@ class LatencyTable(Artifact):
 
     def largest_speedup(self) -> float:
         """Predicted speedup if every module is as fast as any measured size of its kind: mostly, if all are dropped."""
-        kinds: tuple[ModuleKind, ...] = ("attention", "ffn")
-        fastest_ms = sum(min(self.latency_ms(kind, size) for size in self.sizes(kind)) for kind in kinds)
+        fastest_ms = sum(min(self.latency_ms(kind, size) for size in self.sizes(kind)) for kind in MODULE_KINDS)
         return self.predict_speedup(self.shape.n_layers * fastest_ms)
 
     def modules_budget_ms(self, speedup: float) -> float:

@@ -36,6 +36,7 @@ class SideEnvironment:
 
     @property
     def folder(self) -> Path:
+        """Where the environment lies: in the user's cache."""
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "ziplm-deploy" / self.name
 
@@ -174,8 +175,6 @@ DEEPSPARSE = SideEnvironment(
     packages=("deepsparse==1.8.0", "numpy<2", "setuptools<81"),
     notice="DeepSparse's licence allows evaluation, not production use; read it before you deploy",
 )
-
-
 NEURAL_COMPRESSOR = SideEnvironment(
     name="neural-compressor",
     pythons=((3, 12), (3, 11), (3, 10)),
@@ -191,8 +190,6 @@ NEURAL_COMPRESSOR = SideEnvironment(
     ),
     notice="Apache-2.0; 2.6 is its last release that quantizes ONNX files",
 )
-
-
 ENVIRONMENTS = {environment.name: environment for environment in (DEEPSPARSE, NEURAL_COMPRESSOR)}
 
 

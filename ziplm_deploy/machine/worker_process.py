@@ -110,6 +110,7 @@ class WorkerProcess:
         return f"\nlast lines of the worker:\n{tail}" if tail else ""
 
     def kill(self) -> None:
+        """End the process and those that it started, at once."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

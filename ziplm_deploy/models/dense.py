@@ -72,7 +72,9 @@ def _check_pooling(path: str, settings: ModelConfig) -> None:
         raise CorruptArtifactError(f"expected the pooling settings in {file}, found: {error}; copy it again") from error
     if not own[settings.pooling]:
         wanted = [name for name, used in own.items() if used] or ["another pooling, which is not supported"]
-        raise RecipeError(f"expected model.pooling: {wanted[0]}, as {file} says, found {settings.pooling}")
+        raise RecipeError(
+            f"expected model.pooling: {wanted[0]}, as {file} says, found {settings.pooling}; change the recipe"
+        )
 
 
 def _load_config(path: str, source: dict[str, Any]) -> Any:
@@ -84,7 +86,7 @@ def _load_config(path: str, source: dict[str, Any]) -> Any:
         ) from error
     except ValueError as error:  # unknown model_type, or a field of the wrong type
         raise UnsupportedModelError(
-            f"expected the configuration of a supported model in {path}, found: {error}"
+            f"expected the configuration of a supported model in {path}, found: {error}; choose another model"
         ) from error
     except OSError as error:
         if Path(path).is_dir():
@@ -152,8 +154,10 @@ def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
             raise ValueError("a vocabulary of nothing but special tokens")
         return processor
     except ImportError as error:
-        extra = '; run: pip install "ziplm-deploy[image]"' if input_kind == "image" else ""
-        raise EnvironmentMismatchError(f"expected the packages for inputs of {path}, found: {error}{extra}") from error
+        extra = 'run: pip install "ziplm-deploy[image]"' if input_kind == "image" else "install what it names"
+        raise EnvironmentMismatchError(
+            f"expected the packages for inputs of {path}, found: {error}; {extra}"
+        ) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = "image processor: preprocessor_config.json" if input_kind == "image" else "tokenizer: tokenizer.json"
         raise UnsupportedModelError(

@@ -65,6 +65,7 @@ class OnnxExport:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, task: Task) -> OnnxExport:
+        """The export that a recipe asks for, of shapes that its workload needs."""
         export = recipe.export
         settings = export_settings(export, recipe.environment.workload)
         return cls(recipe.model, export, settings, output_names(task, export), recipe.benchmark.parity_atol)

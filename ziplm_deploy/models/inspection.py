@@ -14,7 +14,7 @@ from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
-from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.models.shape import ModelShape, ModuleId
 
 
 def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
@@ -63,8 +63,8 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     kept: dict[str, list[int]] = getattr(model_or_config, "ziplm_kept", {})
     rows: list[dict[str, Any]] = []
     for layer in range(shape.n_layers):
-        heads = len(kept.get(f"{layer}.attention", range(shape.n_heads)))
-        width = len(kept.get(f"{layer}.ffn", range(shape.intermediate_size)))
+        heads = len(kept.get(str(ModuleId(layer, "attention")), range(shape.n_heads)))
+        width = len(kept.get(str(ModuleId(layer, "ffn")), range(shape.intermediate_size)))
         parameters = _layer_parameters(model_or_config, layer, shape)
         rows.append(
             {"layer": layer, "heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters}

@@ -30,12 +30,10 @@ from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
-from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.models.shape import ModelShape, ModuleId
 from ziplm_deploy.recipe import ModelConfig, TaskName
 
 MEMBER_FILE = "ziplm_config.json"
-
-
 WEIGHTS_FILE = "pruned.safetensors"
 
 
@@ -185,8 +183,8 @@ def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape
     per_layer: dict[str, dict[str, int]] = {}
     for layer in range(shape.n_layers):
         sizes = {
-            "num_attention_heads": (len(kept[f"{layer}.attention"]), shape.n_heads),
-            width_name: (len(kept[f"{layer}.ffn"]), shape.intermediate_size),
+            "num_attention_heads": (len(kept[str(ModuleId(layer, "attention"))]), shape.n_heads),
+            width_name: (len(kept[str(ModuleId(layer, "ffn"))]), shape.intermediate_size),
         }
         differing = {name: size for name, (size, dense) in sizes.items() if size != dense}
         if differing:

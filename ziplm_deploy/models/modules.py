@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.shape import ModelShape, ModuleKind
+from ziplm_deploy.models.shape import ModelShape, ModuleId, ModuleKind
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PrunableModule:
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{self.kind}"
+        return str(ModuleId(self.layer, self.kind))
 
 
 def prunable_modules(model: nn.Module) -> list[PrunableModule]:
@@ -68,7 +68,9 @@ def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
-        raise UnsupportedModelError(f"expected an output linear in module {module.name}, found none: it was dropped")
+        raise UnsupportedModelError(
+            f"expected an output linear in module {module.name}, found none: it was dropped; leave it out"
+        )
     return linear
 
 

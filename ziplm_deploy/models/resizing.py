@@ -31,8 +31,6 @@ from ziplm_deploy.models.modules import (
 )
 
 Replacement = dict[str, nn.Module]
-
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -97,10 +95,10 @@ def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeig
 
 def install(model: nn.Module, layer: int, replacement: Replacement) -> None:
     """Put a replacement into a layer of ``model``; microseconds, no tensor is copied."""
-    target = layers_of(model)[layer]
+    block = layers_of(model)[layer]
     for path, module in replacement.items():
-        parent, _, name = path.rpartition(".")
-        target.get_submodule(parent)._modules[name] = module
+        owner, _, name = path.rpartition(".")
+        block.get_submodule(owner)._modules[name] = module
 
 
 def shared_copy(model: _Module) -> _Module:

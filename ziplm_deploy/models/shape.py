@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
 ModuleKind = Literal["attention", "ffn"]
+MODULE_KINDS: tuple[ModuleKind, ...] = ("attention", "ffn")  # of every layer, in the order of the model
+
+
+class ModuleId(NamedTuple):
+    """Layer and kind of a module that can be pruned; its text, ``0.ffn``, is the key of plans, databases and files."""
+
+    layer: int
+    kind: ModuleKind
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+    @classmethod
+    def parse(cls, name: str) -> ModuleId:
+        """The module that a key names; raises ``ValueError`` for other text."""
+        layer, _, found = name.partition(".")
+        for kind in MODULE_KINDS:
+            if found == kind and layer.isdecimal():
+                return cls(int(layer), kind)
+        raise ValueError(f"expected a module such as 0.attention or 0.ffn, found {name!r}; correct its name")
 
 
 class ModelShape(BaseModel):

@@ -1,1 +1,1 @@
-"""One-shot structured pruning: order of removal (obs), levels, database, baselines, and the search over levels."""
+"""One-shot structured pruning: moments, methods, the database of levels, the planner and its search."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.pruning.kernels.spdy import InfeasibleBudgetError
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 
@@ -24,7 +25,7 @@ def uniform_plan(space: SearchSpace, budget_ms: float) -> Plan:
 
 def layer_drop_plan(space: SearchSpace, budget_ms: float) -> Plan:
     """Drop whole layers from the top, as few as fit; the other layers stay as they are."""
-    layers = [int(name.split(".")[0]) for name in space.modules]
+    layers = [ModuleId.parse(name).layer for name in space.modules]
     there = sorted({layer for layer, levels in zip(layers, space.sizes, strict=True) if levels[0]})
     candidates = (
         tuple(0 if layer in there[:n] else len(levels) - 1 for layer, levels in zip(layers, space.sizes, strict=True))

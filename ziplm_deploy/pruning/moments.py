@@ -31,7 +31,7 @@ class Moments:
         self.n_tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """x: float [N, d], tokens that count."""
+        """Count the inputs x, float [N, d], of N more tokens."""
         if not len(x):
             return
         x = x.float()

@@ -80,6 +80,7 @@ class Parent:
 
     @functools.cached_property
     def planner(self) -> Planner:
+        """Planner of all members pruned from this parent; its database must be on the disk."""
         database = Database.load(self.database_path)
         recipe = self._recipe
         return Planner(self.model, self._task, self._table(), database, self._calibration(), recipe.prune, recipe.seed)

@@ -19,7 +19,7 @@ from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.levels import pareto_levels
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.models.resizing import resize
-from ziplm_deploy.models.shape import ModuleKind
+from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId, ModuleKind
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.allocations import uniform_plan
 from ziplm_deploy.pruning.database import Database
@@ -40,9 +40,8 @@ RERANKED = 5
 
 def table_sizes(table: LatencyTable) -> dict[ModuleKind, list[int]]:
     """Sizes worth having, descending: those of the table that are faster than every larger one."""
-    kinds: tuple[ModuleKind, ...] = ("attention", "ffn")
     result = {}
-    for kind in kinds:
+    for kind in MODULE_KINDS:
         sizes = sorted(table.sizes(kind), reverse=True)
         result[kind] = pareto_levels(sizes, {size: table.latency_ms(kind, size) for size in sizes})
     return result
@@ -63,7 +62,7 @@ def search_space(table: LatencyTable, database: Database) -> SearchSpace:
     """Levels that stand in the database, with the table's milliseconds and the database's relative errors."""
     modules = tuple(database.modules)
     sizes = tuple(tuple(sorted(database.modules[name], reverse=True)) for name in modules)
-    kinds: list[ModuleKind] = ["attention" if name.endswith("attention") else "ffn" for name in modules]
+    kinds = [ModuleId.parse(name).kind for name in modules]
     latency = tuple(
         np.array([table.latency_ms(kind, size) for size in levels]) for kind, levels in zip(kinds, sizes, strict=True)
     )

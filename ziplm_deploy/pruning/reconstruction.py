@@ -41,12 +41,13 @@ class LayerCall:
     held_out: Tensor  # [N] bool, of the tokens that count
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Call ``layer`` on these hidden states [B, S, d] and return those that it makes, [B, S, d]."""
         output = layer(hidden, *self.args, **self.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
     def tokens(self, states: Tensor) -> Tensor:
-        """[B, S, d] → [N, d] without padding."""
+        """Hidden states [B, S, d] as tokens [N, d], without padding."""
         return states[self.mask]
 
 
@@ -61,7 +62,7 @@ class _Moments:
         self.yy, self.n = 0.0, 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x [N, d], y [N, r]."""
+        """Count N more tokens: x [N, d], y [N, r]."""
         self.xx += (x.T @ x).double()  # [d, d]
         self.yx += (y.T @ x).double()  # [r, d]
         self.x += x.sum(0, dtype=torch.float64)

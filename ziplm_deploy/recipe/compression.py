@@ -21,6 +21,8 @@ MadeVariant = Annotated[Variant, AfterValidator(_not_as_exported)]
 
 
 class SparsityConfig(Frozen):
+    """How many weights become zero, in which pattern, and how they are chosen."""
+
     sparsity: float = Field(0.8, gt=0, lt=1, description="Share of the weights of the layers' linears that is zeroed.")
     pattern: Literal["unstructured", "block4"] = Field(
         "unstructured",
@@ -36,6 +38,8 @@ class SparsityConfig(Frozen):
 
 
 class Int8Config(Frozen):
+    """How weights and activations become 8-bit integers, and the accuracy that this may cost."""
+
     method: Literal["dynamic", "static", "qat"] = Field(
         "dynamic",
         description="Activation scales at run time (ONNX Runtime only), from calibration, or trained with the weights.",
@@ -64,6 +68,8 @@ class Int8Config(Frozen):
 
 
 class CompressTrainConfig(TrainConfig):
+    """Training with zeros held or with INT8's rounding."""
+
     mode: Literal["none", "distil", "gradual"] = Field(
         "none",
         description="`distil`: train with zeros held, by the losses of `recover`; `gradual`: after each sparsity pass.",
@@ -71,6 +77,8 @@ class CompressTrainConfig(TrainConfig):
 
 
 class CompressConfig(Frozen):
+    """Which further files every member gets, and how they are made."""
+
     variants: tuple[MadeVariant, ...] = Field(
         (), description="Further files of every member: `model_int8.onnx`, `model_sparse.onnx`, …"
     )

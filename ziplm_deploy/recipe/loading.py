@@ -1,6 +1,6 @@
 """Recipes from YAML or mappings, and what is wrong with one, field by field.
 
-``ziplm-deploy recipe-reference`` prints the table of README from the fields' descriptions.
+``ziplm-deploy recipe-reference`` prints the table of the guide ``recipe`` from the fields' descriptions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load_recipe(path: Path | str, overrides: dict[str, Any] | None = None) -> Re
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"expected YAML in {path}, found: {error}; see: ziplm-deploy guide recipe") from error
     except OSError as error:
-        raise RecipeError(f"expected a readable recipe at {path}, found: {error}") from error
+        raise RecipeError(f"expected a readable recipe at {path}, found: {error}; check the path") from error
     if not isinstance(raw, dict):
         raise RecipeError(
             f"expected a mapping of recipe fields in {path}, found {type(raw).__name__}; see: ziplm-deploy guide recipe"

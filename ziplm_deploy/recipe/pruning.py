@@ -16,6 +16,8 @@ else:
 
 
 class SearchConfig(Frozen):
+    """Effort of the search for the best plan."""
+
     n_sequences: int = Field(96, ge=8, description="Calibration examples on which candidate plans are compared.")
     n_rerank: int = Field(256, ge=8, description="Examples on which the best candidates are compared again.")
     sensitivity_levels: int = Field(
@@ -26,6 +28,8 @@ class SearchConfig(Frozen):
 
 
 class PruneConfig(Frozen):
+    """What is pruned by which method, and within which memory."""
+
     method: MethodName = Field("ziplm", description="`ziplm`, or a baseline behind the same interface.")
     damping: float = Field(
         0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal; more when tokens are few."

@@ -29,6 +29,8 @@ class TrainConfig(Frozen):
 
 
 class DenseConfig(TrainConfig):
+    """Training of the dense model for its task, before anything is pruned."""
+
     train: bool = Field(
         False, description="Fine-tune `model.path` for the task first, with a new head if it has none; needs labels."
     )
@@ -37,6 +39,8 @@ class DenseConfig(TrainConfig):
 
 
 class RecoverConfig(TrainConfig):
+    """Training of pruned members towards their teacher."""
+
     mode: Literal["none", "one-shot", "gradual"] = Field(
         "none",
         description="`one-shot`: prune each target from dense, then train; `gradual`: from the one trained before.",

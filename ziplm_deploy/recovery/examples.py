@@ -34,6 +34,7 @@ class Examples(Dataset[Batch]):
         return sum(self.lengths) if self._examples and "input_ids" in self._examples[0] else 0
 
     def collate(self, items: list[Batch]) -> Batch:
+        """One batch of examples, with their positions ``[batch]``."""
         positions = torch.cat([item[POSITION] for item in items])
         inputs = [{name: value for name, value in item.items() if name != POSITION} for item in items]
         return {**self._task.collate(inputs, self._processor), POSITION: positions}

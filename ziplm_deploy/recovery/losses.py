@@ -14,7 +14,7 @@ EPSILON = 1e-6
 
 
 class LayerOutputs:
-    """While entered, records the output ``[batch, length, hidden]`` of the given layers at every forward pass."""
+    """Recorder of the output ``[batch, length, hidden]`` of the given layers at every forward pass, while entered."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
         self._model, self._layers = model, list(layers)
@@ -39,7 +39,7 @@ class LayerOutputs:
         return record
 
     def packed(self, mask: Tensor | None) -> list[Tensor]:
-        """Of the last forward pass: ``[tokens, hidden]`` a layer, without the tokens whose ``mask`` is 0."""
+        """Outputs of the last forward pass, ``[tokens, hidden]`` a layer, without the tokens whose ``mask`` is 0."""
         found = [self._found[index] for index in self._layers]
         self._found.clear()
         return [h.flatten(0, 1) if mask is None else h[mask.bool()] for h in found]  # [N, hidden]

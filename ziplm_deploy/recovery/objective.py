@@ -24,7 +24,7 @@ class Student(nn.Module):
         self.model, self.task, self.layers, self._dropout = model, task, list(layers), dropout
 
     def train(self, mode: bool = True) -> Student:
-        """Without dropout the modules stay in evaluation mode; gradients flow all the same."""
+        """Set the mode; a student without dropout stays in evaluation mode, and gradients flow all the same."""
         return super().train(mode and self._dropout)
 
     def forward(self, **batch: Tensor) -> dict[str, Any]:

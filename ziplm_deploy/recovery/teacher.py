@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.recipe import RecoverConfig
+from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.tasks import Task
 from ziplm_deploy.tasks.batching import Batch
-
-if TYPE_CHECKING:
-    from ziplm_deploy.recovery.examples import Examples
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,8 @@ class DistillationTrainer(transformers.Trainer):
     def __init__(self, student: Student, objective: Objective, examples: Examples, **settings: Any) -> None:
         super().__init__(student, train_dataset=examples, data_collator=examples.collate, **settings)
         self.model_accepts_loss_kwargs = False
-        self.current_gradient_accumulation_steps = (
-            1  # Trainer sets it only when it trains; the estimate needs it before
-        )
+        # Trainer sets it only when it trains; the estimate needs it before.
+        self.current_gradient_accumulation_steps = 1
         self.student, self._objective, self._examples = student, objective, examples
 
     def compute_loss(
@@ -57,7 +56,7 @@ class DistillationTrainer(transformers.Trainer):
         return loss
 
     def _kept(self) -> str:
-        """What a failure leaves."""
+        """What a failure leaves, in words."""
         checkpoint = last_checkpoint(Path(self.args.output_dir or "."))
         return "No checkpoint was due yet" if checkpoint is None else f"{checkpoint.name} is kept"
 
@@ -69,7 +68,7 @@ class DistillationTrainer(transformers.Trainer):
         return self._examples.collate([self._examples[index] for index in order[start : start + size]])
 
     def uncached_steps(self, total: int) -> int:
-        """Of ``total`` steps, those in which the teacher will have to answer."""
+        """Steps, of ``total``, in which the teacher will have to answer."""
         teacher = self._objective.teacher
         if teacher is None or not teacher.caching:
             return total
@@ -122,7 +121,7 @@ class _Watcher(transformers.TrainerCallback):
             self._progress.step(state.global_step, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Only the newest checkpoint stays; by step, as file times may be too coarse for Trainer's own rotation."""
+        """Keep only the newest checkpoint; by step, as file times may be too coarse for Trainer's own rotation."""
         if state.is_world_process_zero:
             for path in Path(args.output_dir).glob("checkpoint-*"):
                 if path.name != f"checkpoint-{state.global_step}":

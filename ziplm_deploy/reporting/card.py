@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from ziplm_deploy.engines import get_engine
+from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import baseline_of, file_header, file_rows, markdown_table, shows_no_speedup
@@ -40,8 +41,8 @@ def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, objec
 def _summary(report: FamilyReport, member: MemberReport) -> str:
     if member.speedup_target is None:
         return f"{report.model}, not pruned: the dense baseline of this family."
-    heads = sum(size for name, size in member.sizes.items() if name.endswith("attention"))
-    columns = sum(size for name, size in member.sizes.items() if name.endswith("ffn"))
+    heads = sum(size for name, size in member.sizes.items() if ModuleId.parse(name).kind == "attention")
+    columns = sum(size for name, size in member.sizes.items() if ModuleId.parse(name).kind == "ffn")
     text = (
         f"{report.model}, pruned by {report.method} for {member.speedup_target:g}x: {heads} attention heads and "
         f"{columns} FFN columns are left, {member.parameters:,} parameters. Verdict: {member.verdict}."
@@ -136,7 +137,7 @@ def _baseline_engine(report: FamilyReport) -> str:
 
 
 def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
-    """That the figures are not those of the engine that the snippet uses."""
+    """Warning where the figures are not those of the engine that the snippet uses."""
     engine = report.engine if member.speedup_target is not None else _baseline_engine(report)
     if engine == "onnxruntime":
         return []

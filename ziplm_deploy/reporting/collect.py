@@ -11,6 +11,7 @@ from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import versions
+from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.judge import harmed_by_training, judge, was_fast_enough, why_not_recommended
@@ -57,7 +58,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
 
 def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:
     """Timing of a file by its name; raises :class:`CorruptArtifactError` if the benchmark has none."""
-    known = {variant.name: variant for variant in record.variants}
+    known = {timing.name: timing for timing in record.variants}
     if name not in known:
         raise CorruptArtifactError(
             f"expected a timing of {name} in the benchmark, found {', '.join(known)}; run ziplm-deploy benchmark again"
@@ -68,11 +69,8 @@ def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:
 def full_sizes(table: LatencyTable) -> dict[str, int]:
     """Heads and columns of every module of the dense model."""
     shape = table.shape
-    return {
-        f"{layer}.{kind}": size
-        for layer in range(shape.n_layers)
-        for kind, size in (("attention", shape.n_heads), ("ffn", shape.intermediate_size))
-    }
+    sizes: dict[ModuleKind, int] = {"attention": shape.n_heads, "ffn": shape.intermediate_size}
+    return {str(ModuleId(layer, kind)): size for layer in range(shape.n_layers) for kind, size in sizes.items()}
 
 
 def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
@@ -80,9 +78,10 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     files: list[FileReport] = []
     for file in member.files:
         files.append(_file_report(family, file, files))
-    is_dense = member.target is None
-    variant = Variant.FP32 if is_dense else family.recipe.compress.target
-    verdict, reason = ("baseline", "") if is_dense else _judge(family, member, variant)
+    variant, verdict, reason = Variant.FP32, "baseline", ""
+    if member.target is not None:
+        variant = family.recipe.compress.target
+        verdict, reason = _judge(family, member, member.target, variant)
     facts: dict[str, Any] = {}
     if member.plan is not None:
         plan = member.plan
@@ -110,9 +109,8 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     )
 
 
-def _judge(family: FamilyFacts, member: MemberFacts, variant: Variant) -> tuple[str, str]:
-    assert member.target is not None
-    settings, target = family.recipe.benchmark, member.target
+def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Variant) -> tuple[str, str]:
+    settings = family.recipe.benchmark
     served = next(file for file in member.files if file.variant is variant)
     slowed_by = kept_in_float32(served.int8) or was_fast_enough(member.speedup_in_loop, target, settings)
     largest = family.table.largest_speedup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
@@ -102,12 +103,12 @@ def _files(report: FamilyReport) -> list[list[str]]:
 
 def _sizes(report: FamilyReport) -> list[str]:
     """Heads / FFN columns of every layer, one column a member."""
-    layers = sorted({int(name.split(".")[0]) for member in report.members for name in member.sizes})
+    layers = sorted({ModuleId.parse(name).layer for member in report.members for name in member.sizes})
     cells = [
         [
             str(layer),
             *(
-                f"{member.sizes.get(f'{layer}.attention', MISSING)} / {member.sizes.get(f'{layer}.ffn', MISSING)}"
+                " / ".join(str(member.sizes.get(str(ModuleId(layer, kind)), MISSING)) for kind in MODULE_KINDS)
                 for member in report.members
             ),
         ]

@@ -29,7 +29,9 @@ def json_schema(kind: str) -> dict[str, Any]:
     if kind == "recipe":
         return Recipe.model_json_schema(mode="validation")
     if kind not in ARTIFACTS:
-        raise UsageError(f"expected one of {', '.join(sorted([*ARTIFACTS, 'recipe']))}, found {kind!r}")
+        raise UsageError(
+            f"expected one of {', '.join(sorted([*ARTIFACTS, 'recipe']))}, found {kind!r}; name one of them"
+        )
     artifact = ARTIFACTS[kind]
     schema = artifact.model_json_schema(mode="serialization")
     schema["properties"] = {

@@ -1,4 +1,4 @@
-"""The members of a family as rows of text: the same on the terminal, in ``report.md`` and in README."""
+"""The members of a family as rows of text: the same on the terminal, in ``report.md`` and in the guides."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def shows_no_speedup(member: MemberReport) -> bool:
 
 
 def verdict(member: MemberReport) -> str:
+    """Verdict in words; says so where the speedup is within noise."""
     if shows_no_speedup(member):
         return f"{member.verdict}; not faster beyond noise"
     return member.verdict

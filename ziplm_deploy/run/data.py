@@ -89,6 +89,7 @@ class RunData:
 
     @functools.cached_property
     def evaluation_rows(self) -> list[dict[str, Any]]:
+        """Evaluation rows with labels in the model's numbering."""
         rows = self._task.load_rows(self._recipe.data, "evaluation", self._recipe.seed)
         return self._task.check_labels(rows, self.dense.model.config)
 

@@ -15,7 +15,7 @@ from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Recipe
 from ziplm_deploy.run.manifest import Correction, Manifest
-from ziplm_deploy.run.member import DENSE, Member, member_name
+from ziplm_deploy.run.member import DENSE, Member, PrunedMember, member_name
 
 
 class RunFolder:
@@ -40,10 +40,18 @@ class RunFolder:
     dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")
 
-    def member(self, target: float | None) -> Member:
-        """The member of a target; None: the dense model."""
-        name = DENSE if target is None else member_name(target)
-        return Member(name, self.path, self._recipe.recover.mode != "none", target)
+    @property
+    def dense_member(self) -> Member:
+        """The dense model as a member."""
+        return Member(DENSE, self.path, self._trains)
+
+    def member(self, target: float) -> PrunedMember:
+        """The member of a target."""
+        return PrunedMember(member_name(target), self.path, self._trains, target)
+
+    @property
+    def _trains(self) -> bool:
+        return self._recipe.recover.mode != "none"
 
     def checkpoints(self, name: str) -> Path:
         """Where a training leaves its checkpoints while it lasts."""
@@ -98,6 +106,7 @@ class RunFolder:
         return self._manifest.corrections.get(name) if self._manifest.correction_keys.get(name) == key else None
 
     def set_correction(self, name: str, key: str, correction: Correction) -> None:
+        """Remember what the closed loop asks for, and the inputs that it holds for."""
         self._manifest.corrections[name], self._manifest.correction_keys[name] = correction, key
         self.save()
 

@@ -18,16 +18,15 @@ def member_name(target: float) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the family, the dense one or that of a target, and its places in the run folder."""
+    """One model of the family, the dense one or a :class:`PrunedMember`, and its places in the run folder."""
 
     name: str
     run_folder: Path
     trained: bool  # whether members are trained after pruning: then they lie elsewhere before
-    target: float | None = None  # None: the dense model
 
     @property
     def is_dense(self) -> bool:
-        return self.target is None
+        return self.name == DENSE
 
     @property
     def folder(self) -> Path:
@@ -79,6 +78,13 @@ class Member:
     def as_pruned(self) -> ModelFile:
         """``model.onnx`` as it was before training."""
         return ModelFile(self, Variant.FP32, self.pruned_folder)
+
+
+@dataclass(frozen=True)
+class PrunedMember(Member):
+    """The member of a target: what is pruned until it is ``target`` times as fast as the dense model."""
+
+    target: float
 
 
 @dataclass(frozen=True)

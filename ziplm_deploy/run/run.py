@@ -25,7 +25,7 @@ from ziplm_deploy.recovery.teacher import Teacher, make_teacher
 from ziplm_deploy.recovery.teacher_model import load_teacher
 from ziplm_deploy.run.data import RunData
 from ziplm_deploy.run.folder import RunFolder
-from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.member import Member, PrunedMember
 from ziplm_deploy.tasks import Task, get_task
 
 
@@ -34,7 +34,7 @@ class Generation:
     """Members that are pruned from one parent, measured and trained before the next generation begins."""
 
     parent: Member  # the dense model, or the member that a gradual run prunes further
-    members: tuple[Member, ...]
+    members: tuple[PrunedMember, ...]
 
     @property
     def names(self) -> str:
@@ -76,10 +76,10 @@ class Run:
 
     @functools.cached_property
     def dense_member(self) -> Member:
-        return self.folder.member(None)
+        return self.folder.dense_member
 
     @functools.cached_property
-    def pruned_members(self) -> tuple[Member, ...]:
+    def pruned_members(self) -> tuple[PrunedMember, ...]:
         """The members by target."""
         return tuple(map(self.folder.member, self.recipe.speedups))
 
@@ -96,10 +96,10 @@ class Run:
         parents = self.members[:-1]
         return [Generation(parent, (member,)) for parent, member in zip(parents, self.pruned_members, strict=True)]
 
-    def generation_of(self, member: Member) -> Generation:
+    def generation_of(self, member: PrunedMember) -> Generation:
         return next(generation for generation in self.generations if member in generation.members)
 
-    def parent_of(self, member: Member) -> Parent:
+    def parent_of(self, member: PrunedMember) -> Parent:
         """What a member is pruned from; only the last one asked for stays in memory."""
         return self.parent(self.generation_of(member).parent)
 
@@ -131,6 +131,7 @@ class Run:
 
     @property
     def teacher_hash(self) -> str:
+        """Stands for the teacher's weights."""
         teacher = self.recipe.recover.teacher
         return self.dense.hash if teacher is None else source_hash(resolve_model_path(teacher))
 

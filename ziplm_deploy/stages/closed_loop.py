@@ -10,7 +10,7 @@ from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.run.manifest import Correction
-from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.member import PrunedMember
 from ziplm_deploy.run.run import Generation, Run
 from ziplm_deploy.stages.benchmark import measure
 from ziplm_deploy.stages.export import export_pruned
@@ -57,14 +57,13 @@ def measure_generation(run: Run, generation: Generation) -> BenchmarkRecord:
     return measure(run, stage, path, files_of_generation(run, generation))
 
 
-def _ask_for_more(run: Run, generation: Generation, refused: Mapping[Member, str]) -> list[Member]:
+def _ask_for_more(run: Run, generation: Generation, refused: Mapping[PrunedMember, str]) -> list[PrunedMember]:
     """Ask for slightly faster members than those whose files the engine cannot run, though it ran every block of them.
 
     Raises:
         EngineError: what the engine said, if nothing is left to try.
     """
     for member, reason in refused.items():
-        assert member.target is not None
         key = member_key(run, member)
         before = run.folder.correction(member.name, key) or Correction(member.target)
         refused_speedup = PruningPlan.load(member.plan).predicted_speedup
@@ -109,8 +108,7 @@ def compensate_float32(run: Run, record: BenchmarkRecord) -> bool:
     return bool(slowed)
 
 
-def _compensate_float32(run: Run, member: Member, record: BenchmarkRecord) -> bool:
-    assert member.target is not None
+def _compensate_float32(run: Run, member: PrunedMember, record: BenchmarkRecord) -> bool:
     file, key = member.file(run.recipe.compress.target), member_key(run, member)
     before = run.folder.correction(member.name, key) or Correction(member.target)
     measured = record.variant(file.label).speedup
@@ -126,9 +124,8 @@ def _compensate_float32(run: Run, member: Member, record: BenchmarkRecord) -> bo
     return True
 
 
-def correct(run: Run, member: Member, record: BenchmarkRecord) -> bool:
+def correct(run: Run, member: PrunedMember, record: BenchmarkRecord) -> bool:
     """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
-    assert member.target is not None
     key = member_key(run, member)
     measured = record.variant(member.name).speedup
     correction = run.folder.correction(member.name, key) or Correction(member.target)

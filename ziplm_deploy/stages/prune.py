@@ -8,7 +8,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.models.member_files import replace_member
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.run.manifest import Correction
-from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.member import PrunedMember
 from ziplm_deploy.run.run import Generation, Run
 from ziplm_deploy.stages.calibrate import database_key
 from ziplm_deploy.stages.stage import Stage
@@ -23,7 +23,7 @@ def prune(run: Run, generation: Generation) -> None:
         prune_member(run, member)
 
 
-def member_key(run: Run, member: Member) -> str:
+def member_key(run: Run, member: PrunedMember) -> str:
     """Everything that a pruned member depends on, but for the closed loop's correction."""
     recipe, parent = run.recipe, run.generation_of(member).parent
     return content_key(
@@ -35,9 +35,8 @@ def member_key(run: Run, member: Member) -> str:
     )
 
 
-def prune_member(run: Run, member: Member) -> None:
+def prune_member(run: Run, member: PrunedMember) -> None:
     """Plan and checkpoint of one member; as corrected by the closed loop, if it was before."""
-    assert member.target is not None
     target, key = member.target, member_key(run, member)
     correction = run.folder.correction(member.name, key)
     predicted_target = correction.predicted_target if correction else target
@@ -68,13 +67,12 @@ def start_from_last_bias(run: Run, generation: Generation) -> None:
     last = before.members[-1]
     bias = PruningPlan.load(last.plan).predicted_speedup / record.variant(last.name).speedup
     for member in generation.members:
-        assert member.target is not None
         key, aim = member_key(run, member), member.target * bias
         if bias > MARGIN and run.folder.correction(member.name, key) is None and is_reachable(run, member, aim):
             run.folder.set_correction(member.name, key, Correction(aim))
 
 
-def is_reachable(run: Run, member: Member, aim: float) -> bool:
+def is_reachable(run: Run, member: PrunedMember, aim: float) -> bool:
     """Whether some plan of a member's parent is predicted to be so fast."""
     try:
         run.parent_of(member).planner.budget_ms(aim)

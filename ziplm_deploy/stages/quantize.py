@@ -24,7 +24,8 @@ from ziplm_deploy.compression.int8.fake_quant import (
     remove_fake_quant,
 )
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
-from ziplm_deploy.compression.int8.quantize import ActivationRange, LinearScales, linear_ranges, quantize
+from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
+from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity
@@ -43,8 +44,6 @@ from ziplm_deploy.stages.export import export_checked
 from ziplm_deploy.stages.recover import distillation, training_key
 
 Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
-
-
 LOOKED_AT = 32  # examples for the sensitivity of linears: each linear takes a forward pass over them
 
 
@@ -147,7 +146,7 @@ class _Quantization:
         return ranges, training
 
     def _within_budget(
-        self, onnx: Path, target: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
+        self, onnx: Path, destination: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
     ) -> Fp32Choice | None:
         """Write the file with as few linears in float32 as the budget needs; None: nothing to judge it by."""
 
@@ -162,7 +161,7 @@ class _Quantization:
             )
 
         if self.run.recipe.data.evaluation is None:
-            write((), target)
+            write((), destination)
             return None
 
         title = self.file.label
@@ -173,7 +172,7 @@ class _Quantization:
         def tried(count: int, score: float) -> None:
             self.run.progress.note(f"{title}: {score:.4f} with {count} linears in float32")
 
-        return within_budget(target, write, judge, sensitivities, self._reference_score(), self.config, tried)
+        return within_budget(destination, write, judge, sensitivities, self._reference_score(), self.config, tried)
 
     @property
     def _judge(self) -> EngineName:
@@ -184,7 +183,7 @@ class _Quantization:
         """Score of the float32 file in ONNX Runtime: its answers are those of all engines, but not all can run it."""
         return score_of(self.run, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
 
-    def _by_neural_compressor(self, onnx: Path, target: Path) -> Fp32Choice | None:
+    def _by_neural_compressor(self, onnx: Path, destination: Path) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
         batches = _arrays(self.run.data.ranges_batches)
@@ -211,14 +210,14 @@ class _Quantization:
             )
             if self.config.embeddings:
                 round_embeddings_of(made)
-            with atomic_path(target) as temporary:
+            with atomic_path(destination) as temporary:
                 if self.engine == "deepsparse":
                     try:
                         to_integer_matmul(made, temporary)
                     except ExportError as error:
                         raise UsageError(
                             f"expected a file of neural-compressor that DeepSparse's form can express, found: {error}; "
-                            "use int8.backend onnxruntime"
+                            "set compress.int8.backend: onnxruntime"
                         ) from error
                 else:
                     shutil.copyfile(made, temporary)
@@ -254,8 +253,8 @@ class _Quantization:
         )
 
 
-def _publish(made: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
+def _publish(made: Path, destination: Path) -> None:
+    with atomic_path(destination) as temporary:
         shutil.copyfile(made, temporary)
 
 

@@ -20,7 +20,7 @@ from ziplm_deploy.reporting.collect import family_report, full_sizes, timing_of
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
-from ziplm_deploy.run.member import Member, ModelFile
+from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.evaluate import scores_of
 from ziplm_deploy.stages.prune import member_key
@@ -62,7 +62,7 @@ def family_facts(run: Run) -> FamilyFacts:
 
 def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFacts:
     files, parameters = _files(run, member, record), parameter_count(member.weights)
-    if member.is_dense:
+    if not isinstance(member, PrunedMember):
         return MemberFacts(member.name, None, None, full_sizes(run.table), parameters, files)
     plan = PruningPlan.load(member.plan)
     correction = run.folder.correction(member.name, member_key(run, member))

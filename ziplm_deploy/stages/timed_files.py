@@ -11,7 +11,7 @@ from ziplm_deploy.engines.trial import ModelRefusedError, RefusedFiles, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
 from ziplm_deploy.recipe import Variant, file_label
-from ziplm_deploy.run.member import DENSE, Member, ModelFile
+from ziplm_deploy.run.member import DENSE, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Generation, Run
 
 
@@ -25,7 +25,7 @@ def files_of_generation(run: Run, generation: Generation) -> dict[str, TimedFile
     return files
 
 
-def refused_members(run: Run, generation: Generation) -> dict[Member, str]:
+def refused_members(run: Run, generation: Generation) -> dict[PrunedMember, str]:
     """Members of a generation whose files the engine cannot run, and what it said about them."""
     files = {name: file for name, file in files_of_generation(run, generation).items() if name != DENSE}
     path = run.folder.refused_of(generation.parent.name)

@@ -118,12 +118,12 @@ class QuestionAnswering(Task):
             batch |= {name: batch[name] + shift for name in self.label_names if name in batch}
         return batch
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         windows = make_windows(data.processor, data.rows, data.max_length)
         best: dict[int, tuple[float, str]] = {}
         examples = [window.inputs for window in windows]
         for indices, inputs in data.batches(examples):
-            outputs = run(inputs)
+            outputs = function(inputs)
             starts, ends = as_float32(outputs["start_logits"]), as_float32(outputs["end_logits"])  # [batch, length]
             for position, index in enumerate(indices):
                 window = windows[index]

@@ -141,10 +141,10 @@ class Task(ABC):
         return collate_examples(examples, processor)
 
     @abstractmethod
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Metrics on labelled rows, 1 is best."""
 
-    def fidelity(self, run: ModelFunction, dense_run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Closeness of the outputs to the dense model's, needing no labels; empty where the metric says enough."""
         return {}
 
@@ -199,19 +199,19 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 def torch_function(task: Task, model: nn.Module) -> ModelFunction:
     """A torch model as a function of named arrays, to evaluate it exactly as an ONNX file is evaluated."""
 
-    def run(inputs: Arrays) -> Arrays:
+    def function(inputs: Arrays) -> Arrays:
         with torch.inference_mode():
             outputs = task.forward(model, {name: torch.from_numpy(array) for name, array in inputs.items()})
         return {name: value.numpy() for name, value in outputs.items()}
 
-    return run
+    return function
 
 
-def class_logits(run: ModelFunction, batches: Iterator[tuple[list[int], Arrays]], n_rows: int) -> np.ndarray:
+def class_logits(function: ModelFunction, batches: Iterator[tuple[list[int], Arrays]], n_rows: int) -> np.ndarray:
     """Logits ``[n_rows, classes]`` in row order from batches of (row indices, inputs)."""
     predicted: list[np.ndarray | None] = [None] * n_rows
     for indices, inputs in batches:
-        logits = run(inputs)["logits"]
+        logits = function(inputs)["logits"]
         for position, index in enumerate(indices):
             predicted[index] = logits[position]
     return np.stack([row for row in predicted if row is not None])

@@ -133,4 +133,5 @@ def unpadded(size: int, length: int, processor: Any) -> slice:
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:
+    """The array in float32; a copy only if it has another type."""
     return np.asarray(array, dtype=np.float32)

@@ -55,15 +55,17 @@ class TextTask(Task):
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         return data.tensors(data.tokenize(), sort=sort)
 
-    def predict(self, run: ModelFunction, data: EvaluationSet) -> np.ndarray:
+    def predict(self, function: ModelFunction, data: EvaluationSet) -> np.ndarray:
         """Logits [rows, outputs] in row order."""
-        return class_logits(run, data.batches(data.tokenize()), len(data.rows))
+        return class_logits(function, data.batches(data.tokenize()), len(data.rows))
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]
 
 
 class TextClassification(TextTask):
+    """Classes of texts or pairs; labels are class numbers or names."""
+
     name = "text-classification"
     metric_name = "accuracy"
 
@@ -77,9 +79,9 @@ class TextClassification(TextTask):
         labels = None if labels_of(rows) is None else class_numbers(rows)
         return training_examples(tokenize(processor, rows, max_length), labels)
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         labels = class_numbers(data.rows)
-        return classification_metrics(self.predict(run, data), labels)
+        return classification_metrics(self.predict(function, data), labels)
 
 
 def classification_metrics(logits: np.ndarray, labels: list[int]) -> dict[str, float]:

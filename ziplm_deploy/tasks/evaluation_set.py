@@ -79,10 +79,10 @@ def _lengths(examples: list[Example]) -> list[int]:
     return [len(example["input_ids"]) for example in examples]
 
 
-def cache_embeddings(run: ModelFunction) -> ModelFunction:
+def cache_embeddings(function: ModelFunction) -> ModelFunction:
     """Wrap a function so that sentence embeddings, which metric and fidelity both read, are computed once a batch.
 
-    The answers are those of ``run``; for a batch that came before, the embeddings only.
+    The answers are those of ``function``; for a batch that came before, the embeddings only.
     """
     known: dict[bytes, Arrays] = {}
 
@@ -90,7 +90,7 @@ def cache_embeddings(run: ModelFunction) -> ModelFunction:
         key = b"".join(inputs[name].tobytes() for name in sorted(inputs))
         if key in known:
             return known[key]
-        outputs = run(inputs)
+        outputs = function(inputs)
         if "sentence_embedding" in outputs:  # other outputs may be vocabulary-wide
             known[key] = {"sentence_embedding": outputs["sentence_embedding"]}
         return outputs

@@ -64,9 +64,9 @@ class ImageClassification(Task):
         examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
         return examples if labels is None else with_labels(examples, labels)
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         labels = class_numbers(data.rows)
-        return classification_metrics(class_logits(run, _batches(data), len(data.rows)), labels)
+        return classification_metrics(class_logits(function, _batches(data), len(data.rows)), labels)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]
@@ -96,7 +96,8 @@ def _locate(value: Any, folder: Path, number: int) -> Any:
     if isinstance(value, bytes) or hasattr(value, "convert"):
         return value
     raise DataError(
-        f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see README, 'Data'"
+        f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see: "
+        "ziplm-deploy guide recipe"
     )
 
 

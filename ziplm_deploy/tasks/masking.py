@@ -65,11 +65,11 @@ class FillMask(Task):
         """Inputs masked as :meth:`encode` masks them; ``labels`` [1, length]: the hidden tokens, -100 elsewhere."""
         return training_examples(*self._mask(tokenize(processor, rows, max_length), processor))
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         masked, targets = self._mask(data.tokenize(), data.processor)
         correct, log_likelihood, count = 0, 0.0, 0
         for indices, inputs in data.batches(masked):
-            logits = run(inputs)["logits"]
+            logits = function(inputs)["logits"]
             for position, index in enumerate(indices):
                 target = np.array(targets[index])
                 hidden = np.flatnonzero(target != IGNORED)
@@ -83,7 +83,9 @@ class FillMask(Task):
                 log_likelihood += float(scores.gather(1, wanted[:, None]).sum())
                 count += len(wanted)
         if not count:
-            raise DataError("expected texts with tokens to mask, found none; give longer texts or a larger seq_len")
+            raise DataError(
+                "expected texts with tokens to mask, found none; give longer ones or raise environment.workload.seq_len"
+            )
         return {"masked_accuracy": correct / count, "masked_log_likelihood": log_likelihood / count}
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:

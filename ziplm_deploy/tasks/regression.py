@@ -45,8 +45,8 @@ class TextRegression(TextTask):
         examples = tokenize(processor, rows, max_length)
         return training_examples(examples, None if labels is None else [float(label) for label in labels])
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
-        predicted = self.predict(run, data)[:, 0].astype(np.float64)
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+        predicted = self.predict(function, data)[:, 0].astype(np.float64)
         return correlations(predicted, np.array([row["label"] for row in data.rows], dtype=np.float64))
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from exporters.heads import pool
 from ziplm_deploy.errors import DataError
@@ -78,9 +80,9 @@ class SentenceSimilarity(Task):
         """Texts without labels; those of pairs once each, so not one example a row."""
         return training_examples(tokenize(processor, flatten(rows), max_length))
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         distinct = flatten(data.rows)
-        embeddings = self.embed(run, data.with_rows(distinct))
+        embeddings = self.embed(function, data.with_rows(distinct))
         position = {row["text"]: index for index, row in enumerate(distinct)}
         left = embeddings[[position[row["text"]] for row in data.rows]]
         right = embeddings[[position[row["text_pair"]] for row in data.rows]]
@@ -88,19 +90,19 @@ class SentenceSimilarity(Task):
         labels = np.array([row["label"] for row in data.rows], dtype=np.float64)
         return correlations(cosine, labels)
 
-    def fidelity(self, run: ModelFunction, dense_run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer."""
         distinct = data.with_rows(flatten(data.rows))
         if len(distinct.rows) <= NEIGHBOURS:
             return {}
-        return embedding_fidelity(self.embed(run, distinct), self.embed(dense_run, distinct))
+        return embedding_fidelity(self.embed(function, distinct), self.embed(dense, distinct))
 
-    def embed(self, run: ModelFunction, data: EvaluationSet) -> np.ndarray:
+    def embed(self, function: ModelFunction, data: EvaluationSet) -> np.ndarray:
         """Embeddings ``[rows, hidden]`` of the rows' ``text``, from ``sentence_embedding`` or by pooling here."""
         texts = data.with_rows([{"text": row["text"]} for row in data.rows])
         embeddings: dict[int, np.ndarray] = {}
         for indices, inputs in texts.batches(texts.tokenize()):
-            outputs = run(inputs)
+            outputs = function(inputs)
             pooled = outputs.get("sentence_embedding")
             pooled = self._pool_arrays(outputs["last_hidden_state"], inputs) if pooled is None else as_float32(pooled)
             embeddings.update(zip(indices, pooled, strict=False))  # rows past the indices fill up a fixed batch
@@ -116,8 +118,6 @@ class SentenceSimilarity(Task):
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean of 1 - cosine between embeddings ``[n, hidden]``."""
-        from torch.nn.functional import cosine_similarity
-
         return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -135,8 +135,6 @@ class SentenceSimilarity(Task):
         return pool(hidden, mask, self.model.pooling, self.model.normalize)
 
     def _pool_arrays(self, hidden: np.ndarray, inputs: Arrays) -> np.ndarray:
-        import torch
-
         pooled = self._pool(torch.from_numpy(as_float32(hidden)), torch.from_numpy(inputs["attention_mask"]))
         return pooled.numpy()
 

@@ -91,13 +91,13 @@ class TokenClassification(Task):
                 target[token] = tags[word]
         return training_examples(examples, labels)
 
-    def evaluate(self, run: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         _check_names(data.rows)
         names: list[str] = data.rows[0]["label_names"]
         examples, first_tokens = tokenize_words(data.processor, data.rows, data.max_length)
         predicted = [["O"] * len(row["words"]) for row in data.rows]
         for indices, inputs in data.batches(examples):
-            classes = run(inputs)["logits"].argmax(axis=-1)  # [batch, length]
+            classes = function(inputs)["logits"].argmax(axis=-1)  # [batch, length]
             for position, index in enumerate(indices):
                 size = len(examples[index]["input_ids"])
                 tokens = classes[position, unpadded(size, classes.shape[1], data.processor)]

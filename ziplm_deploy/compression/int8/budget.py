@@ -32,7 +32,7 @@ class Fp32Choice:
 
 
 def within_budget(
-    target: Path,
+    destination: Path,
     write: Write,
     judge: Judge,
     ranking: Sequence[SensitivityRow],
@@ -40,9 +40,9 @@ def within_budget(
     config: Int8Config,
     tried: Callable[[int, float], None] | None = None,
 ) -> Fp32Choice:
-    """Write ``target`` with as few linears in float32 as the budget needs, see :func:`keep_in_fp32`.
+    """Write ``destination`` with as few linears in float32 as the budget needs, see :func:`keep_in_fp32`.
 
-    Candidates lie in a folder beside ``target`` until the chosen one takes its place; nothing else is left.
+    Candidates lie in a folder beside ``destination`` until the chosen one takes its place; nothing else is left.
 
     Args:
         write: writes a candidate; called once for each that is tried.
@@ -54,7 +54,7 @@ def within_budget(
     Raises:
         UsageError: no ranking.  NumericalError: a score is not finite.
     """
-    with tempfile.TemporaryDirectory(prefix=".candidates-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".candidates-", dir=destination.parent) as folder:
         candidates: dict[tuple[str, ...], Path] = {}
 
         def evaluate(kept: tuple[str, ...]) -> float:
@@ -66,7 +66,7 @@ def within_budget(
             return score
 
         choice = keep_in_fp32(ranking, evaluate, reference_score, config)
-        candidates[choice.kept].replace(target)
+        candidates[choice.kept].replace(destination)
     return choice
 
 

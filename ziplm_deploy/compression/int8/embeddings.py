@@ -23,8 +23,6 @@ from ziplm_deploy.compression.onnx_graphs import load_onnx, replace_nodes
 from ziplm_deploy.errors import NumericalError
 
 MIN_ROWS, MIN_SAVED_BYTES = 4096, 1 << 20  # of a table that is worth two more nodes: a vocabulary, not positions
-
-
 LIMIT = 127
 
 

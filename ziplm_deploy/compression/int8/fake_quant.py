@@ -38,7 +38,7 @@ from ziplm_deploy.models.modules import layers_of
 
 
 class _Round(torch.autograd.Function):
-    """x̂ of the module docstring."""
+    """Rounding to x̂ of the module docstring, with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """float32 []; positive."""
+        """Scale of the activation, float32 []; positive."""
         return self.initial_scale * self.log_ratio.exp()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight_scale(self) -> Tensor:
-        """float32 [1, 1] or [out, 1]; positive."""
+        """Scale of the weight, float32 [1, 1] or [out, 1]; positive."""
         return self.initial_weight_scale * self.weight_log_ratio.exp()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def module_ranges(
 ) -> dict[str, ActivationRange]:
     """Smallest and largest input of linears over all positions of the batches.
 
-    Padding counts like any token, as in :func:`int8.scales.tensor_ranges`, although no output depends on what enters a
+    Padding counts like any token, as in ``scales.tensor_ranges``, although no output depends on what enters a
     linear there: batches that are mostly padding widen the ranges by values that do not matter.
 
     Args:
@@ -209,7 +209,7 @@ def insert_fake_quant(
     chosen = [name for name in linears if name not in set(keep_fp32)]
     missing = [name for name in chosen if name not in ranges]
     if missing:
-        raise UsageError(f"expected a range for {missing[0]}, found none; name it in keep_fp32 or observe it")
+        raise UsageError(f"expected a range for {missing[0]}, found none; name it in keep_fp32 or measure it")
     quantizers = _quantizers(model, {name: ranges[name] for name in chosen})
     inserted = {}
     for name in chosen:
@@ -254,7 +254,9 @@ def _named(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Line
     linears = quantizable_linears(model)
     unknown = sorted(set(names or ()) - linears.keys())
     if unknown:
-        raise UsageError(f"expected names of linears such as {next(iter(linears), '(none)')}, found {unknown[0]!r}")
+        raise UsageError(
+            f"expected names of linears such as {next(iter(linears), '(none)')}, found {unknown[0]!r}; correct it"
+        )
     return linears if names is None else {name: linears[name] for name in linears if name in set(names)}
 
 
@@ -278,5 +280,5 @@ def _quantizers(model: nn.Module, ranges: Mapping[str, ActivationRange]) -> dict
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, module)

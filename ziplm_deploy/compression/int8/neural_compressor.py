@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
-from exporters.names import linear_of
 from ziplm_deploy.artifacts import atomic_path
-from ziplm_deploy.compression.int8.quantize import linear_names
-from ziplm_deploy.compression.int8.scales import Batch
+from ziplm_deploy.compression.int8.quantize import check_weights, chosen_linears
+from ziplm_deploy.compression.int8.scales import ArrayBatch
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.onnx_graphs import load_onnx
 from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
@@ -56,14 +55,14 @@ class NeuralCompressorResult:
 
 def quantize_with_neural_compressor(
     source: Path,
-    target: Path,
+    destination: Path,
     settings: Int8Settings,
     *,
-    batches: Sequence[Batch],
+    batches: Sequence[ArrayBatch],
     evaluate: Callable[[Path], float] | None,
     limits: TuningLimits = DEFAULT_LIMITS,
 ) -> NeuralCompressorResult:
-    """Write ``source`` with INT8 linears to ``target``; whole or not at all.
+    """Write ``source`` with INT8 linears to ``destination``; whole or not at all.
 
     Static files are in QuantizeLinear/DequantizeLinear form, dynamic ones have DynamicQuantizeLinear and MatMulInteger.
     Linears outside of layers, embeddings, normalization, Softmax and the residual stream stay float32.
@@ -82,7 +81,7 @@ def quantize_with_neural_compressor(
         DataError: static without batches, or batches without an input that the model has.
         NumericalError: NaN or infinite weights or scores.
         EngineError: neural-compressor is not set up, refuses the model, dies or hangs.
-        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
+        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``destination`` cannot be written.
     """
     config = settings.config
     if config.method == "qat":
@@ -103,7 +102,7 @@ def quantize_with_neural_compressor(
         (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
         with _Worker(interpreter, folder, limits.timeout_seconds) as worker:
             reply = worker.run(evaluate)
-        with atomic_path(target) as temporary:
+        with atomic_path(destination) as temporary:
             shutil.copyfile(folder / "result.onnx", temporary)
     return NeuralCompressorResult(
         scores=tuple(reply["scores"]),
@@ -134,26 +133,13 @@ def _request_of(settings: Int8Settings) -> dict[str, Any]:
 
 def _nodes(source: Path) -> dict[str, str]:
     """The MatMul nodes of linears inside layers, and the module path of each."""
-    linears = linear_names(source)
-    if not linears:
-        raise UsageError(
-            f"expected float32 linears inside numbered layers in {source}, found none; choose a file that "
-            "ziplm-deploy exported, before any other tool changed it"
-        )
-    graph = onnx.load(str(source)).graph
-    weights = {item.name: item for item in graph.initializer}
-    found = {}
-    for node in graph.node:
-        name = linear_of(node.name)
-        if name not in linears or node.op_type != "MatMul":
-            continue
-        if not np.isfinite(numpy_helper.to_array(weights[node.input[1]])).all():
-            raise NumericalError(f"expected finite weights of {name}, found NaN or infinity; check the checkpoint")
-        found[node.name] = name
-    return found
+    model = load_onnx(source)
+    linears = chosen_linears(model, source)
+    check_weights(model, linears)
+    return {node.name: name for name, node in linears.items()}
 
 
-def _write_batches(source: Path, batches: Sequence[Batch], folder: Path) -> list[str]:
+def _write_batches(source: Path, batches: Sequence[ArrayBatch], folder: Path) -> list[str]:
     if not batches:
         raise DataError("expected calibration batches for static INT8, found none; give int8.n_calibration examples")
     inputs = [entry.name for entry in onnx.load(str(source), load_external_data=False).graph.input]

@@ -28,15 +28,9 @@ import numpy as np
 import onnx
 
 WORKSPACE = "workspace"
-
-
 ALGORITHMS = {"minmax": "minmax", "entropy": "kl", "percentile": "percentile"}  # ours: neural-compressor's name
-
-
 # With neural-compressor's own 128 bins the entropy search has a single candidate: the whole range.
 ENTROPY_BINS = 512
-
-
 FLOAT32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 
 
@@ -106,6 +100,7 @@ class Tuning:
         self.tolerance = request.max_loss * abs(self.baseline)
 
     def ask(self, path: str) -> float:
+        """Score of a file by the parent's metric."""
         answer(self.replies, {"evaluate": path})
         line = sys.stdin.readline()
         if not line:
@@ -265,7 +260,7 @@ def calibrators(request: Request) -> dict[str, type]:
 
 
 def float32_nodes(model: onnx.ModelProto, nodes: tuple[str, ...]) -> list[str]:
-    """Those of ``nodes`` that a candidate leaves as they were; neural-compressor renames the others."""
+    """Nodes, of ``nodes``, that a candidate leaves as they were; neural-compressor renames the others."""
     present = {node.name for node in model.graph.node if node.op_type == "MatMul"}
     return [name for name in nodes if name in present]
 
@@ -322,10 +317,12 @@ def widen_biases(graph: onnx.GraphProto, products: set[str]) -> None:
 
 
 def answer(replies: Any, reply: dict[str, Any]) -> None:
+    """Write one line of JSON to the parent."""
     print(json.dumps(reply), file=replies, flush=True)
 
 
 def main(arguments: list[str]) -> int:
+    """Quantize as the request in a JSON file says; returns the exit status."""
     with open(arguments[0], encoding="utf-8") as stream:
         request = Request(**json.load(stream))
     # Libraries print to stdout as they please; replies go to a private copy of it.

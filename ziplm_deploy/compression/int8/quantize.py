@@ -32,10 +32,9 @@ from ziplm_deploy.compression.int8.embeddings import round_embeddings
 from ziplm_deploy.compression.int8.scales import (
     ACTIVATION_LEVELS,
     ActivationRange,
-    Batch,
+    ArrayBatch,
     LinearScales,
     activation_parameters,
-    default_reduce_range,
     quiet,
     tensor_ranges,
     weight_scales,
@@ -44,16 +43,6 @@ from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
 from ziplm_deploy.recipe import Int8Config
-
-__all__ = [
-    "ActivationRange",
-    "LinearScales",
-    "default_reduce_range",
-    "linear_names",
-    "linear_ranges",
-    "quantize",
-    "quantized_linears",
-]
 
 
 def linear_names(path: Path) -> tuple[str, ...]:
@@ -84,14 +73,14 @@ def quantized_linears(path: Path) -> tuple[str, ...]:
 
 def quantize(
     source: Path,
-    target: Path,
+    destination: Path,
     settings: Int8Settings,
     *,
-    batches: Sequence[Batch] = (),
+    batches: Sequence[ArrayBatch] = (),
     keep_fp32: Collection[str] = (),
     ranges: Mapping[str, ActivationRange | LinearScales] | None = None,
 ) -> None:
-    """Write ``source`` with INT8 linears to ``target``, in the form that the engine runs fast; whole or not at all.
+    """Write ``source`` with INT8 linears to ``destination``, in the form that the engine runs fast, or nothing at all.
 
     Args:
         source: float32 file of ``exporters.export_encoder``.
@@ -104,25 +93,25 @@ def quantize(
             ``keep_fp32``, or ``ranges`` that are missing or do not fit.
         DataError: no calibration batches, or batches that the model does not take.
         NumericalError: NaN or infinite weights or activations; names the linear.
-        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``target`` cannot be written.
+        CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``destination`` cannot be written.
         EngineError: ONNX Runtime's quantizer left a linear as it was.
     """
     _check_request(settings, ranges)
     config, model = settings.config, load_onnx(source)
-    linears = _chosen(model, source, keep_fp32)
-    _check_weights(model, linears)
+    linears = chosen_linears(model, source, keep_fp32)
+    check_weights(model, linears)
     if config.embeddings:
         round_embeddings(model)
-        linears = _chosen(model, source, keep_fp32)  # the nodes are new ones
+        linears = chosen_linears(model, source, keep_fp32)  # the nodes are new ones
     if config.method == "dynamic":
-        _write_dynamic(model, linears, target, settings)
+        _write_dynamic(model, linears, destination, settings)
         return
     if ranges is None:
         ranges = _calibrate(model, linears, batches, config)
     _insert_pairs(model, linears, _scales(model, linears, ranges, settings))
     if settings.engine == "onnxruntime":
         _keep_matmuls(model)
-    with atomic_path(target) as temporary:
+    with atomic_path(destination) as temporary:
         if settings.engine != "deepsparse":
             onnx.save(model, str(temporary))
             return
@@ -136,14 +125,14 @@ def quantize(
 
 
 def linear_ranges(
-    source: Path, batches: Sequence[Batch], config: Int8Config, *, keep_fp32: Collection[str] = ()
+    source: Path, batches: Sequence[ArrayBatch], config: Int8Config, *, keep_fp32: Collection[str] = ()
 ) -> dict[str, ActivationRange]:
     """Input ranges of the linears of a float32 file, by module path; raises like :func:`quantize`.
 
     Memory holds the linears' inputs of one batch at a time, however many batches there are.
     """
     model = load_onnx(source)
-    return _calibrate(model, _chosen(model, source, keep_fp32), batches, config)
+    return _calibrate(model, chosen_linears(model, source, keep_fp32), batches, config)
 
 
 def _check_request(settings: Int8Settings, ranges: Mapping[str, ActivationRange | LinearScales] | None) -> None:
@@ -153,7 +142,9 @@ def _check_request(settings: Int8Settings, ranges: Mapping[str, ActivationRange 
             f"expected int8.method static or qat for {engine}, found dynamic, which only ONNX Runtime runs; change it"
         )
     if config.method == "dynamic" and ranges is not None:
-        raise UsageError("expected no ranges for int8.method dynamic, which measures at run time, found some")
+        raise UsageError(
+            "expected no ranges for int8.method dynamic, which measures at run time, found some; leave them out"
+        )
     if config.method == "qat" and not (ranges and all(isinstance(item, LinearScales) for item in ranges.values())):
         raise UsageError("expected the scales that training learned for int8.method qat, found none; train first")
     if config.per_channel and engine == "deepsparse":
@@ -173,7 +164,8 @@ def _linears(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return found
 
 
-def _chosen(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str]) -> dict[str, onnx.NodeProto]:
+def chosen_linears(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str] = ()) -> dict[str, onnx.NodeProto]:
+    """Nodes of the linears to quantize, by module path; raises :class:`UsageError` where there are none."""
     linears = _linears(model)
     if not linears:
         raise UsageError(
@@ -182,14 +174,17 @@ def _chosen(model: onnx.ModelProto, source: Path, keep_fp32: Collection[str]) ->
         )
     unknown = sorted(set(keep_fp32) - linears.keys())
     if unknown:
-        raise UsageError(f"expected names of linears in keep_fp32, such as {next(iter(linears))}, found {unknown[0]!r}")
+        raise UsageError(
+            f"expected names of linears in keep_fp32, such as {next(iter(linears))}, found {unknown[0]!r}; correct it"
+        )
     chosen = {name: node for name, node in linears.items() if name not in set(keep_fp32)}
     if not chosen:
         raise UsageError(f"expected a linear to quantize, found all {len(linears)} in keep_fp32; use the float32 file")
     return chosen
 
 
-def _check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]) -> None:
+def check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]) -> None:
+    """Raise :class:`NumericalError`, naming the linear, for weights that are NaN or infinite."""
     weights = {item.name: item for item in model.graph.initializer}
     for name, node in linears.items():
         if not np.isfinite(numpy_helper.to_array(weights[node.input[1]])).all():
@@ -197,11 +192,11 @@ def _check_weights(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto]
 
 
 def _write_dynamic(
-    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], target: Path, settings: Int8Settings
+    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], destination: Path, settings: Int8Settings
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with atomic_path(target) as temporary:
+    with atomic_path(destination) as temporary:
         with quiet():
             quantize_dynamic(
                 model,
@@ -222,7 +217,7 @@ def _write_dynamic(
 
 
 def _calibrate(
-    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], batches: Sequence[Batch], config: Int8Config
+    model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], batches: Sequence[ArrayBatch], config: Int8Config
 ) -> dict[str, ActivationRange]:
     readers: dict[str, str] = {}
     for name, node in linears.items():
@@ -247,7 +242,9 @@ def _scales(
         weight = numpy_helper.to_array(weights[node.input[1]]).T  # [out, in]
         if isinstance(given, ActivationRange):
             if not -np.inf < given.low <= given.high < np.inf:
-                raise UsageError(f"expected a finite range with low <= high for {name}, found {given}")
+                raise UsageError(
+                    f"expected a finite range with low <= high for {name}, found {given}; measure it again"
+                )
             w = weight_scales(weight, per_channel=per_channel, limit=limit)
             activation = activation_parameters(given.low, given.high)
             given = LinearScales(*activation, tuple(map(float, w)), limit)
@@ -270,7 +267,8 @@ def _check_scales(name: str, scales: LinearScales, n_weight_scales: int, limit: 
     positive = all(0 < scale < np.inf for scale in (scales.activation_scale, *scales.weight_scale))
     if not positive or not 0 <= scales.activation_zero_point <= ACTIVATION_LEVELS:
         raise UsageError(
-            f"expected positive scales and a zero point in 0 … {ACTIVATION_LEVELS} for {name}, found others"
+            f"expected positive scales and a zero point in 0 … {ACTIVATION_LEVELS} for {name}, found others; "
+            "train the scales again"
         )
 
 

@@ -24,22 +24,12 @@ from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Int8Config
 
 ACTIVATION_LEVELS = 255  # uint8: 0 … 255
-
-
 _SAFE_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimd"}  # int8 products are summed in 32 bits
-
-
 # With ONNX Runtime's own 128 bins the entropy search has a single candidate: the whole range.
 _ENTROPY_BINS, _PERCENTILE_BINS = 1024, 2048
-
-
 _EXAMPLES_AT_ONCE = 8  # the inputs of all linears of BERT-base: 33 MB an example of 128 tokens
-
-
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-Batch = Mapping[str, npt.NDArray[Any]]
+ArrayBatch = Mapping[str, npt.NDArray[Any]]  # model inputs by name
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ def weight_scales(weight: npt.NDArray[Any], *, per_channel: bool, limit: int) ->
 
 
 def tensor_ranges(
-    model: onnx.ModelProto, readers: Mapping[str, str], batches: Sequence[Batch], config: Int8Config
+    model: onnx.ModelProto, readers: Mapping[str, str], batches: Sequence[ArrayBatch], config: Int8Config
 ) -> dict[str, ActivationRange]:
     """Ranges of tensors of a float32 model on calibration data, by ``config.ranges``.
 
@@ -129,13 +119,13 @@ class _Tensors:
             watched.graph.output.append(helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
         self._session = cpu_session(watched.SerializeToString())
 
-    def of(self, batches: Sequence[Batch]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    def of(self, batches: Sequence[ArrayBatch]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Yield (tensor name, values) of every batch, or of every part of it."""
         for batch in batches:
             for part in self._parts(batch):
                 yield from self._values(part)
 
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
+    def _parts(self, batch: ArrayBatch) -> Iterator[ArrayBatch]:
         """The model's inputs, a few examples at a time if it does not fix how many there are."""
         declared = {item.name: item.shape for item in self._session.get_inputs()}
         missing = [name for name in declared if name not in batch]
@@ -150,14 +140,16 @@ class _Tensors:
         for start in range(0, max(1, *counts), _EXAMPLES_AT_ONCE):
             yield {name: array[start : start + _EXAMPLES_AT_ONCE] for name, array in inputs.items()}
 
-    def _values(self, inputs: Batch) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    def _values(self, inputs: ArrayBatch) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         try:
             arrays = self._session.run(list(self._readers), dict(inputs))
         except Exception as error:  # ONNX Runtime's errors have no common base
-            raise DataError(f"expected calibration batches that the model takes, found: {error}") from error
+            raise DataError(
+                f"expected calibration batches that the model takes, found: {error}; encode them for this model"
+            ) from error
         for (tensor, reader), array in zip(self._readers.items(), arrays, strict=True):
             if not array.size:
-                raise DataError(f"expected calibration data that reaches {reader}, found an empty batch")
+                raise DataError(f"expected calibration data that reaches {reader}, found an empty batch; leave it out")
             if not np.isfinite(array).all():
                 raise NumericalError(
                     f"expected finite inputs of {reader}, found NaN or infinity; check the checkpoint and the data"
@@ -166,7 +158,7 @@ class _Tensors:
 
 
 def _histogram_ranges(
-    inputs: _Tensors, batches: Sequence[Batch], extremes: Mapping[str, ActivationRange], config: Int8Config
+    inputs: _Tensors, batches: Sequence[ArrayBatch], extremes: Mapping[str, ActivationRange], config: Int8Config
 ) -> dict[str, ActivationRange]:
     from onnxruntime.quantization.calibrate import HistogramCollector
 

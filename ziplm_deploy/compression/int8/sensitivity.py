@@ -22,8 +22,6 @@ from ziplm_deploy.progress import StepProgress
 
 # All but one value in a thousand then share 255 / 16 ≈ 16 steps: 4 bits.
 RUINOUS_OUTLIERS = 16.0
-
-
 _SHARE = 0.999
 
 
@@ -77,7 +75,9 @@ def rank_linears(
         finally:
             remove_fake_quant(model)
         if not math.isfinite(value):
-            raise NumericalError(f"expected a finite divergence with {name} in INT8, found {value}")
+            raise NumericalError(
+                f"expected a finite divergence with {name} in INT8, found {value}; check the checkpoint and the data"
+            )
         rows.append(SensitivityRow(name, value, outliers[name], weight))
         if progress is not None:
             progress(done, len(linears))
@@ -103,7 +103,7 @@ def _activation_outliers(
 
 
 def _weight_outliers(name: str, weight: Tensor, per_channel: bool) -> float:
-    """weight: [out, in]; largest ratio over the scales."""
+    """Largest ratio of the largest to the quantile over the scales of a weight ``[out, in]``."""
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"expected finite weights of {name}, found NaN or infinity; check the checkpoint")
     rows = weight.abs() if per_channel else weight.abs().reshape(1, -1)

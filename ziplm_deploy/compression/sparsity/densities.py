@@ -9,8 +9,6 @@ import torch
 # Error falls about with the square of the density, so the least sum of damages Σ s (ρ/d)² for a given Σ n d has
 # d ∝ (s/n)^(1/3).
 SENSITIVITY_EXPONENT = 1 / 3
-
-
 DENSITY_RANGE = (0.5, 2.0)  # of the overall density; never above 1
 
 

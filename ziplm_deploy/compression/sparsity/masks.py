@@ -21,8 +21,6 @@ from ziplm_deploy.errors import CorruptArtifactError, NumericalError, ParityErro
 from ziplm_deploy.recipe import SparsityConfig
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
-
-
 # Place of the weight, and of its zero point, among the inputs of the nodes that multiply by it.
 _PRODUCTS: dict[str, tuple[int, int | None]] = {"MatMul": (1, None), "Gemm": (1, None), "MatMulInteger": (1, 3)}
 

@@ -33,17 +33,9 @@ from torch import Tensor
 from ziplm_deploy.errors import NumericalError
 
 Pattern = Literal["unstructured", "block4"]
-
-
 GROUP_SIZES: dict[Pattern, int] = {"unstructured": 1, "block4": 4}
-
-
 BLOCK_COLUMNS = 128  # a multiple of every group size
-
-
 REFIT_STEPS = 30
-
-
 REFIT_TOLERANCE = 5e-3  # a step that lowers the error by a smaller fraction is the last
 
 

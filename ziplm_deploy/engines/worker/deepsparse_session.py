@@ -37,6 +37,7 @@ class Sessions:
         self.options = options
 
     def load(self, path: str) -> DeepSparseSession:
+        """Compile a file; raises ``ValueError`` for one that would run in the slow fallback."""
         import onnx
 
         model = onnx.load(path, load_external_data=False)
@@ -76,6 +77,7 @@ class DeepSparseSession:
         return self.outputs
 
     def run(self, names: list[str] | None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Outputs by ``names``, all for None; raises ``ValueError`` for inputs of a shape not compiled for."""
         wrong = [f"{e.name} {inputs[e.name].shape}" for e in self.inputs if list(inputs[e.name].shape) != e.shape]
         if wrong:  # the engine itself would end the process
             expected = ", ".join(f"{entry.name} {tuple(entry.shape)}" for entry in self.inputs)

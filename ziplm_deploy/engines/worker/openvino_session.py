@@ -57,5 +57,6 @@ class OpenVinoSession:
         return self.outputs
 
     def run(self, names: list[str] | None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Outputs by ``names``; all for None."""
         found = self.request.infer(inputs, share_inputs=True)
         return [found[name] for name in (names or [entry.name for entry in self.outputs])]

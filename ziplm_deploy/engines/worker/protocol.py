@@ -41,9 +41,11 @@ class Worker:
         self.turn = open(turn, "wb", buffering=0) if turn else None  # noqa: SIM115 (open as long as the process)
 
     def do_hello(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Version of the engine, and this process."""
         return {"version": self.engine.version, "pid": os.getpid()}
 
     def do_load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Make a session of a file, with inputs to time it on; returns the names, types and shapes that it declares."""
         session = self.engine.load(request["path"])
         self.inputs[request["id"]] = make_inputs(session.get_inputs(), self.options.batch_size, self.options.seq_len)
         self.sessions[request["id"]] = session
@@ -54,10 +56,12 @@ class Worker:
         }
 
     def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Milliseconds of consecutive runs of one model."""
         self._warm_up(request["id"], request)
         return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
 
     def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Milliseconds of one run of each model in turn, each after untimed ones."""
         samples_ms = []
         for model_id in request["order"]:
             self._announce(model_id)
@@ -78,6 +82,7 @@ class Worker:
             runs += 1
 
     def do_infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Write the outputs for given inputs to an npz file; returns their names."""
         session = self.sessions[request["id"]]
         with np.load(request["inputs"]) as archive:
             inputs = {name: archive[name] for name in archive.files}
@@ -86,11 +91,13 @@ class Worker:
         return {"names": names}
 
     def do_unload(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Let go of a session and its inputs."""
         del self.sessions[request["id"]], self.inputs[request["id"]]
         gc.collect()
         return {}
 
     def do_memory(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Largest resident set of this process so far."""
         return {"peak_bytes": peak_memory_bytes()}
 
     def _timed_run(self, model_id: str) -> float:
@@ -100,6 +107,7 @@ class Worker:
         return 1000.0 * (time.perf_counter() - start)
 
     def answer(self, line: str) -> dict[str, Any]:
+        """Reply to a request, errors included."""
         try:
             request = json.loads(line)
             return {"ok": True, **getattr(self, f"do_{request['do']}")(request)}
@@ -121,6 +129,7 @@ def peak_memory_bytes() -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of a worker from its command line."""
     parser = argparse.ArgumentParser(description="Run ONNX files in a process of their own.")
     parser.add_argument("--engine", default="onnxruntime", help="name of a page NAME_session.py")
     parser.add_argument("--threads", type=int, default=1)
@@ -133,6 +142,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    """Answer requests until there are no more; with ``--probe`` time one file and end."""
     options = parse(arguments)
     if options.cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})

@@ -33,8 +33,6 @@ from torch import Tensor
 from ziplm_deploy.errors import NumericalError
 
 PANEL_ROWS = 64
-
-
 DAMPING_FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0)  # the schedule: relative damping is multiplied by these in turn
 
 

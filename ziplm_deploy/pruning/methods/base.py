@@ -84,7 +84,7 @@ class Method(ABC):
         return False
 
     def level_sizes(self, sizes: Sequence[int], n: int) -> list[int]:
-        """Those of ``sizes`` that this method has levels of, descending."""
+        """Sizes, of ``sizes``, that this method has levels of, descending."""
         return sorted(set(sizes), reverse=True)
 
     def plan(self, space: SearchSpace, budget_ms: float, scores: Mapping[str, Tensor], seed: int) -> Plan:

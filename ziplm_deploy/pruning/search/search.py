@@ -84,6 +84,7 @@ class PlanSearch:
         return self.space.plan_ms(plan) <= self.budget_ms * (1 + 1e-9)
 
     def evaluate(self, plan: Plan, above: float = np.inf) -> float:
+        """Loss of a plan, measured once; ``inf`` as soon as it is certain to exceed ``above``."""
         if plan not in self.losses:
             self.losses[plan] = self._loss(plan, above)
             self.evaluations += 1
@@ -124,7 +125,7 @@ class PlanSearch:
             slack -= extra
 
     def propose_swap(self, plan: Plan, surrogate: Surrogate) -> Plan | None:
-        """The best by prediction of a few random swaps: one or two modules some levels down, others up."""
+        """Best plan, by prediction, of a few random swaps: one or two modules some levels down, others up."""
         n_modules = len(plan)
         movable = [i for i, sizes in enumerate(self.space.sizes) if len(sizes) > 1]
         candidates = []

@@ -9,8 +9,6 @@ import numpy as np
 from ziplm_deploy.pruning.kernels import spdy
 
 Array = spdy.Array
-
-
 Plan = tuple[int, ...]  # index of the level, one a module; 0 = as it is now
 
 

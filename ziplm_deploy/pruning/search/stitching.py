@@ -17,8 +17,6 @@ from ziplm_deploy.tasks import Task
 from ziplm_deploy.tasks.batching import Batch
 
 REPLACEMENT_BYTES = 512 * 2**20  # all levels of all modules of a large model would take gigabytes
-
-
 _Value = TypeVar("_Value")
 
 
