@@ -91,7 +91,8 @@ def repeated(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
         if self.is_made(stage, key) and all(output.exists() for output in outputs):
             return False
         found.add(plain(stage))
-        return make(self, stage, key, outputs, work) if not all(output.exists() for output in outputs) else False
+        # A stand-in is read by the next stage; steps towards zeros leave nothing that one reads.
+        return make(self, stage, key, outputs, work) if stage.startswith("stand-in") else False
 
     monkeypatch.setattr(RunFolder, "make", ask)
     monkeypatch.setattr(closed_loop, "correct", lambda run, member, record: False)

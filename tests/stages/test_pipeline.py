@@ -33,7 +33,7 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.pipeline import run_pipeline as run
-from ziplm_deploy.recipe import parse_recipe
+from ziplm_deploy.recipe import Variant, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 
 
@@ -65,8 +65,8 @@ def test_every_member_has_a_complete_folder_and_a_place_in_the_report(made: Path
         folder = run_dir / member.name
         for name in ("model.onnx", "config.json", "pruned.safetensors", "ziplm_config.json", "README.md"):
             assert (folder / name).stat().st_size > 0, name
-        assert 0 <= member.accuracy["accuracy"] <= 1
-        assert member.measured_low <= member.measured_speedup <= member.measured_high
+        assert 0 <= member.served.accuracy["accuracy"] <= 1
+        assert member.served.measured_low <= member.served.measured_speedup <= member.served.measured_high
     predicted = [m.predicted_speedup for m in report.members[1:]]
     assert (predicted[0] or 0) >= 1.5
     assert (predicted[1] or 0) >= 2.5
@@ -161,7 +161,7 @@ def test_a_foreign_table_is_refused_unless_asked_for(copied: Path) -> None:
         run(recipe(copied, profile={"table": str(copied / "foreign.json")}))
     report = run(recipe(copied, profile={"table": str(copied / "foreign.json"), "allow_foreign_table": True}))
     assert len(report.members) == 2
-    table.model_copy(update={"variant": "int8"}).save(copied / "int8.json")
+    table.model_copy(update={"variant": Variant.INT8}).save(copied / "int8.json")
     with pytest.raises(IncompatibleArtifactError, match="int8"):
         run(recipe(copied, profile={"table": str(copied / "int8.json"), "allow_foreign_table": True}))
 
@@ -220,5 +220,5 @@ def test_another_engine_goes_the_same_way(made: Path, tmp_path: Path, engine: st
     assert (report.engine, report.engine_version) == (engine, version)
     assert LatencyTable.load(tmp_path / "copy" / "runs" / "tiny" / "profile.json").engine == engine
     dense = FamilyReport.load(made / "runs" / "tiny" / "report.json").members[0]
-    assert report.members[0].accuracy == dense.accuracy  # the same model, whatever runs it
+    assert report.members[0].served.accuracy == dense.served.accuracy  # the same model, whatever runs it
     assert any("licence" in note for note in report.notes) == (engine == "deepsparse")

@@ -60,7 +60,7 @@ def test_a_family_is_trained_and_reported_beside_what_it_was_before(trained: tup
     for member in report.members[1:]:
         assert member.training is not None
         assert (member.training.steps, member.training.examples_per_step) == (6, 16)
-        assert set(member.accuracy_before_training) == set(member.accuracy)
+        assert set(member.accuracy_before_training) == set(member.served.accuracy)
         assert (run_dir / member.name / "model.onnx").read_bytes() != (
             run_dir / "pruning" / member.name / "model.onnx"
         ).read_bytes()
@@ -165,7 +165,7 @@ def test_a_base_checkpoint_is_fine_tuned_first(base: Path, tmp_path: Path) -> No
     )
     raw = raw_recipe(folder, dense={"train": True, **TRAINING})
     report = run(parse_recipe(raw))
-    assert 0 <= report.members[0].accuracy["accuracy"] <= 1
+    assert 0 <= report.members[0].served.accuracy["accuracy"] <= 1
     config = json.loads((folder / "runs" / "tiny" / "dense-checkpoint" / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "0", "1": "1", "2": "2"}
     again = written_again(folder, parse_recipe(raw))
