@@ -26,6 +26,7 @@ from tests.helpers.models import (
     tiny_model,
     tiny_tokenizer,
 )
+from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.errors import (
     CorruptArtifactError,
     EnvironmentMismatchError,
@@ -161,6 +162,28 @@ def test_damaged_members(name: str, damage: str, tmp_path: Path) -> None:
     else:
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "other": b"[1, 2]"}[damage])
     with pytest.raises(CorruptArtifactError, match="expected"):
+        load(folder)
+
+
+def test_a_member_whose_modules_another_transformers_named_says_so(tmp_path: Path) -> None:
+    _, folder = make_member(tmp_path)
+    weights, about = folder / "pruned.safetensors", folder / "ziplm_config.json"
+    tensors = {name.replace("encoder.layer", "layers"): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    fields = json.loads(about.read_text(encoding="utf-8"))
+    about.write_text(json.dumps({**fields, "weights_sha256": file_hash(weights)}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match=f"transformers {transformers.__version__} calls otherwise"):
+        load(folder)
+
+
+def test_code_in_a_members_folder_is_neither_run_nor_offered(tmp_path: Path) -> None:
+    """A downloaded member that asks for its own code, with an architecture that is none of transformers'."""
+    _, folder = make_member(tmp_path)
+    (folder / "evil.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own_code = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps({**config, **own_code}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match="evil"):
         load(folder)
 
 

@@ -16,16 +16,12 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ziplm_deploy.artifacts import Artifact, file_hash, write_bytes_with, write_text
-from ziplm_deploy.errors import (
-    CorruptArtifactError,
-    StorageError,
-    UsageError,
-)
+from ziplm_deploy.errors import CorruptArtifactError, StorageError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
@@ -132,6 +128,7 @@ def load(folder: Path | str) -> nn.Module:
         )
     try:
         model = _build(_dense_config(folder), member)
+        _check_names(model, weights)
         load_model(model, str(weights))
     except (
         *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError),
@@ -142,6 +139,20 @@ def load(folder: Path | str) -> nn.Module:
             "copy the folder again"
         ) from error
     return model.eval()
+
+
+def _check_names(model: nn.Module, weights: Path) -> None:
+    """Raise ``ValueError`` for weights of modules that have other names here.
+
+    Tensors are called after the modules of transformers, which renames them now and then: ViT's in 5.9.
+    """
+    with safe_open(weights, framework="pt") as tensors:
+        unknown = sorted(set(tensors.keys()) - set(model.state_dict()))
+    if unknown:
+        raise ValueError(
+            f"weights of {unknown[0]} and {len(unknown) - 1} more that transformers {transformers.__version__} calls "
+            "otherwise: load the folder with the version of transformers that wrote it, or make it again with this one"
+        )
 
 
 def _dense_config(folder: Path) -> Any:
