@@ -28,7 +28,7 @@ GUIDES = ROOT / "ziplm_deploy" / "guides"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(GUIDES.rglob("*.md")))
 MARK = re.compile(r"<!-- table:(\S+) -->")
 TITLES = {"stsb": "STS-B"}
-FOLDERS = {"extending": "Add a method, an architecture, an engine or a task of your own."}  # of guides
+FOLDERS = {"extending": "Add a method, an architecture, an engine, a task or a stage of your own."}  # of guides
 PENDING = "No result is committed yet."
 
 
