@@ -34,7 +34,7 @@ from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import CompressConfig, Variant, parse_recipe
+from ziplm_deploy.recipe import Variant, parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
@@ -42,7 +42,6 @@ from ziplm_deploy.stages import benchmark as benchmark_stage
 from ziplm_deploy.stages import quantize as quantize_stage
 from ziplm_deploy.stages.compress import compress_member
 from ziplm_deploy.stages.export import export_member
-from ziplm_deploy.stages.sparsify import sparsity_steps
 from ziplm_deploy.stages.stage import Stage
 
 VARIANTS = ["int8", "sparse", "sparse-int8"]
@@ -204,15 +203,6 @@ def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: 
     left = [path.name for path in (folder / "compression" / "1.5x").iterdir()]
     assert sorted(left) == ["sparse", "sparse-int8.json", "sparsity.json"]
     assert not (folder / "recovery").exists()
-
-
-def test_gradual_sparsity_grows_by_the_same_factor() -> None:
-    settings = {"train": {"mode": "gradual"}, "sparsity": {"sparsity": 0.875, "passes": 3}, "variants": ["sparse"]}
-    steps = sparsity_steps(CompressConfig.model_validate(settings))
-    assert [step.sparsity for step in steps] == pytest.approx([0.5, 0.75, 0.875])
-    assert {step.passes for step in steps} == {1}
-    distil = CompressConfig.model_validate({**settings, "train": {"mode": "distil"}})
-    assert sparsity_steps(distil) == [distil.sparsity]
 
 
 def test_variants_that_are_no_longer_asked_for_go(tmp_path: Path, made: Path) -> None:
