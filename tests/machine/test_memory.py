@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from ziplm_deploy.allocator import keep_freed_memory
+from ziplm_deploy.machine.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(20):  # until small blocks in between have found their places

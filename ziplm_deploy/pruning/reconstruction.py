@@ -8,7 +8,7 @@ OBS weights:
 
 with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module
 corrects the drift of everything before it too. λ is chosen on held-out examples; "no change" is among the choices, so a
-calibration set that is too small leaves the weights as they are.
+calibration set that is too small, or inputs whose mean drowns their covariance, leave the weights as they are.
 """
 
 from __future__ import annotations
@@ -76,19 +76,21 @@ class _Moments:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Δ [r, d] and the bias shift [r] that take y away; ridge is relative to the mean diagonal."""
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor] | None:
+        """Δ [r, d] and the bias shift [r] that take y away, or None if the covariance is not positive definite.
+
+        The ridge is relative to the mean diagonal; without inputs (d = 0) only the bias shifts.
+        """
         mean_x, mean_y = self.x / self.n, self.y / self.n
+        if not len(mean_x):
+            return torch.zeros_like(self.yx), mean_y
         covariance = self.xx / self.n - torch.outer(mean_x, mean_x)  # [d, d]
         cross = self.yx / self.n - torch.outer(mean_y, mean_x)  # [r, d]
         damping = ridge * float(covariance.diagonal().mean()) + 1e-12
         covariance.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if int(failed):
-            raise NumericalError(
-                f"expected a positive definite covariance at ridge {ridge}, found failure at pivot {int(failed)}; "
-                "use more calibration data or prune.reconstruct: false"
-            )
+            return None
         delta = torch.cholesky_solve(cross.T, factor).T  # [r, d]
         return delta, mean_y - delta @ mean_x
 
@@ -234,13 +236,11 @@ def _choose(fit: _Moments, held_out: _Moments, name: str) -> tuple[Tensor, Tenso
         raise NumericalError(f"expected finite activations in {name}, found NaN or infinity; check the pruned model")
     if not held_out.n:
         return unchanged
-    ridges = RIDGES if d else (0.0,)
-    errors = {
-        ridge: held_out.error(*fit.solve(ridge)) if d else held_out.error(unchanged[0], fit.y / fit.n)
-        for ridge in ridges
-    }
-    best = min(errors, key=errors.__getitem__)
-    if errors[best] >= held_out.yy:
+    errors = {}
+    for ridge in RIDGES if d else (0.0,):
+        if (correction := fit.solve(ridge)) is not None:
+            errors[ridge] = held_out.error(*correction)
+    best = min(errors, key=errors.__getitem__, default=0.0)
+    if errors.get(best, math.inf) >= held_out.yy:
         return unchanged
-    everything = fit + held_out
-    return everything.solve(best) if d else (unchanged[0], everything.y / everything.n)
+    return (fit + held_out).solve(best) or unchanged
