@@ -78,7 +78,8 @@ def write_result(
     path = path or RESULTS / f"{name}.json"
     write_text(path, json.dumps(result, indent=1) + "\n")
     for key, figure in figures.items():
-        print(f"{key}: {figure.value:.4g} {figure.unit} (goal {figure.goal}) {verdict(figure.met)}")
+        goal = f" (goal {figure.goal})" if figure.goal else ""
+        print(f"{key}: {figure.value:.4g} {figure.unit}{goal} {verdict(figure.met)}")
     print(f"wrote {_relative(path)}")
     return path
 

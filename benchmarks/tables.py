@@ -340,7 +340,21 @@ def _guide_link(name: str) -> str:
     return f"[{name}](ziplm_deploy/guides/{name}.md)"
 
 
+def install() -> str:
+    """What the documented install weighs and takes."""
+    result = committed("install")
+    if result is None:
+        return PENDING
+    figures, settings = result["figures"], result["settings"]
+    return (
+        f"It weighs {figures['install_gigabytes']['value']:.1f} GB and took "
+        f"{figures['install_seconds']['value']:.0f} s on {result['machine']['cores']} cores ({settings['torch']}, "
+        f"transformers {settings['transformers']}, {result['date'][:10]})."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "install": install,
     "headline": headline,
     "quickstart-short": quickstart_short_table,
     "zeros-and-integers": zeros_and_integers,
