@@ -77,7 +77,8 @@ def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the
 def test_a_member_that_training_made_worse_is_named() -> None:
     worse = member("2x", accuracy={"spearman": 0.8}, accuracy_before_training={"spearman": 0.85})
     better = member("3x", accuracy={"spearman": 0.86}, accuracy_before_training={"spearman": 0.85})
-    assert harmed_by_training([worse, better, member("4x", accuracy={})], "spearman") == [
+    same = member("1.5x", accuracy={"spearman": 0.85001}, accuracy_before_training={"spearman": 0.85002})
+    assert harmed_by_training([worse, better, same, member("4x", accuracy={})], "spearman") == [
         "2x: training lowered spearman from 0.8500 to 0.8000; try a smaller recover.learning_rate, or more steps"
     ]
 
