@@ -32,26 +32,29 @@ FOLDERS = {"extending": "Add a method, an architecture, an engine, a task or a s
 PENDING = "No result is committed yet."
 
 
-def committed(name: str) -> dict[str, Any] | None:
-    """The result of a program; None before there is one."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _of(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
+    """Makes a text of the committed result of a program, or says that there is none yet."""
+
+    def wrap(text_of: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+        def text() -> str:
+            path = RESULTS / f"{name}.json"
+            return text_of(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else PENDING
+
+        return text
+
+    return wrap
 
 
-def quickstart_table() -> str:
+@_of("quickstart")
+def quickstart_table(result: dict[str, Any]) -> str:
     """Members of the committed quickstart run, all that is known of them, and where it was measured."""
-    result = committed("quickstart")
-    if result is None:
-        return PENDING
     members, metric = _quickstart_members(result), result["settings"]["metric"]
     return "\n".join([*markdown_table(header(members, metric), rows(members, metric)), "", _quickstart_place(result)])
 
 
-def quickstart_short_table() -> str:
+@_of("quickstart")
+def quickstart_short_table(result: dict[str, Any]) -> str:
     """Members of the committed quickstart run in five columns."""
-    result = committed("quickstart")
-    if result is None:
-        return PENDING
     metric = result["settings"]["metric"]
     cells = [
         [
@@ -89,11 +92,9 @@ def _quickstart_place(result: dict[str, Any]) -> str:
     )
 
 
-def headline() -> str:
+@_of("pareto")
+def headline(result: dict[str, Any]) -> str:
     """What the picture says in one sentence, and how it was measured."""
-    result = committed("pareto")
-    if result is None:
-        return PENDING
     own = max((row for row in result["rows"] if row["method"] == "ziplm"), key=lambda row: row["measured_speedup"])
     data = TITLES.get(own["task"], own["task"])
     rivals = [row for row in result["rows"] if row["method"] != "ziplm" and row["target"] == own["target"]]
@@ -121,11 +122,9 @@ def _processes(about: dict[str, Any]) -> str:
     return "one process a model" if n == 1 else f"{n} processes a model"
 
 
-def zeros_and_integers() -> str:
+@_of("compound")
+def zeros_and_integers(result: dict[str, Any]) -> str:
     """What INT8 brings to a pruned model on the default engine, and zeros to the same model on DeepSparse."""
-    result = committed("compound")
-    if result is None:
-        return PENDING
     found = {
         (row["member"], row["variant"], row["engine"]): row for row in result["rows"] if row["task"] == "banking77"
     }
@@ -144,11 +143,9 @@ def zeros_and_integers() -> str:
     )
 
 
-def family_table() -> str:
+@_of("family")
+def family_table(result: dict[str, Any]) -> str:
     """Members of the committed families: what training brought back, and what it took."""
-    result = committed("family")
-    if result is None:
-        return PENDING
     titles = [
         "task",
         "measured [95 %]",
@@ -185,11 +182,9 @@ def family_table() -> str:
     return "\n".join([*markdown_table(titles, cells), "", caption])
 
 
-def ablation_table() -> str:
+@_of("ablation")
+def ablation_table(result: dict[str, Any]) -> str:
     """What is left of the dense score with each part of recovery changed, target by target."""
-    result = committed("ablation")
-    if result is None:
-        return PENDING
     targets = sorted({row["target"] for row in result["rows"]})
     found = {(row["task"], row["variant"], row["target"]): row["percent_of_dense"] for row in result["rows"]}
     cells = [
@@ -199,11 +194,9 @@ def ablation_table() -> str:
     return "\n".join(markdown_table(["task", "training", *(f"{target:g}x" for target in targets)], cells))
 
 
-def pareto_table() -> str:
+@_of("pareto")
+def pareto_table(result: dict[str, Any]) -> str:
     """Scores of every method at its measured speedup, after the same training."""
-    result = committed("pareto")
-    if result is None:
-        return PENDING
     cells = [
         [
             row["task"],
@@ -229,11 +222,9 @@ def _integer_flags(result: dict[str, Any]) -> str:
     return " ".join(flag for flag in result["machine"]["isa"] if "vnni" in flag or "int8" in flag)
 
 
-def compound_table() -> str:
+@_of("compound")
+def compound_table(result: dict[str, Any]) -> str:
     """Every form of every committed compound model on every engine: speedup and, where there are weights, accuracy."""
-    result = committed("compound")
-    if result is None:
-        return PENDING
     engines = list(dict.fromkeys(row["engine"] for row in result["rows"]))
     found = {(row["task"], row["member"], row["variant"], row["engine"]): row for row in result["rows"]}
     cells = []
@@ -258,11 +249,9 @@ def _speedup_and_score(row: dict[str, Any]) -> str:
     return f"{speedup}, {row['score']:.4f}" if "score" in row else speedup
 
 
-def int8_table() -> str:
+@_of("int8")
+def int8_table(result: dict[str, Any]) -> str:
     """Every way to INT8 of every committed model: what it costs and what it brings."""
-    result = committed("int8")
-    if result is None:
-        return PENDING
     cells = [
         [
             row["model"],
@@ -279,11 +268,9 @@ def int8_table() -> str:
     return "\n".join(markdown_table(titles, cells))
 
 
-def compound_targets_table() -> str:
+@_of("compound_tables")
+def compound_targets_table(result: dict[str, Any]) -> str:
     """Compound targets, searched with a table in the deployed form and with a float32 table."""
-    result = committed("compound_tables")
-    if result is None:
-        return PENDING
     cells = [
         [
             f"{row['target']:g}x",
@@ -307,11 +294,9 @@ def figures_with_goals() -> str:
     return figures_table(results) if results else PENDING
 
 
-def sparsity_accuracy_table() -> str:
+@_of("sparsity_accuracy")
+def sparsity_accuracy_table(result: dict[str, Any]) -> str:
     """What zeros cost a classifier: in one pass, in several with Hessians collected anew, and trained after one."""
-    result = committed("sparsity_accuracy")
-    if result is None:
-        return PENDING
     cells = [
         [
             f"{100 * row['sparsity']:.0f} %",
@@ -340,11 +325,9 @@ def _guide_link(name: str) -> str:
     return f"[{name}](ziplm_deploy/guides/{name}.md)"
 
 
-def install() -> str:
+@_of("install")
+def install(result: dict[str, Any]) -> str:
     """What the documented install weighs and takes."""
-    result = committed("install")
-    if result is None:
-        return PENDING
     figures, settings = result["figures"], result["settings"]
     return (
         f"It weighs {figures['install_gigabytes']['value']:.1f} GB and took "

@@ -230,25 +230,32 @@ def test_the_estimate_before_training_changes_nothing(tmp_path: Path, monkeypatc
         torch.testing.assert_close(p, q, msg=name)
 
 
-def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    """Stands for a process that is killed."""
 
-    def dies(goal: Objective) -> Any:
+
+def killed_after(steps: int) -> Callable[[Objective], Any]:
+    """A change of the objective: after so many steps of training it raises :class:`Killed`."""
+
+    def change(goal: Objective) -> Any:
         calls = []
 
         def lossy(*args: Any) -> Tensor:
             calls.append(1)
-            if len(calls) > 8 + 13:  # the estimate takes 8
+            if len(calls) > 8 + steps:  # the estimate takes 8
                 raise Killed
             return goal(*args)
 
         lossy.teacher = goal.teacher  # type: ignore[attr-defined]
         return lossy
 
+    return change
+
+
+def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
     _, whole, _, _ = trained(tmp_path / "whole", 20, cache_bytes=0)
     with pytest.raises(Killed):
-        trained(tmp_path, 20, change=dies, cache_bytes=0)
+        trained(tmp_path, 20, change=killed_after(13), cache_bytes=0)
     broken = tmp_path / "ckpt" / "checkpoint-12"
     broken.mkdir()  # as if it had been killed while writing
     assert last_checkpoint(tmp_path / "ckpt") == tmp_path / "ckpt" / "checkpoint-10"
@@ -264,24 +271,9 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path
 def test_a_training_in_a_later_epoch_is_resumed_exactly(tmp_path: Path, steps: int) -> None:
     """Twelve steps are an epoch; checkpoints stand at 5, 10 and 15."""
 
-    class Killed(Exception):
-        pass
-
-    def dies(goal: Objective) -> Any:
-        calls = []
-
-        def lossy(*args: Any) -> Tensor:
-            calls.append(1)
-            if len(calls) > 8 + steps:
-                raise Killed
-            return goal(*args)
-
-        lossy.teacher = goal.teacher  # type: ignore[attr-defined]
-        return lossy
-
     _, whole, _, _ = trained(tmp_path / "whole", 25, cache_bytes=0)
     with pytest.raises(Killed):
-        trained(tmp_path, 25, change=dies, cache_bytes=0)
+        trained(tmp_path, 25, change=killed_after(steps), cache_bytes=0)
     _, resumed, record, _ = trained(tmp_path, 25, cache_bytes=0)
     assert record.steps == 25
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
