@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,7 @@ from ziplm_deploy.errors import CorruptArtifactError, DataError, EngineError, Nu
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
 from ziplm_deploy.recipe import Int8Config
 
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the worker's folder is made, and may stay after a failure."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("temporary")
 
 
 @pytest.fixture(scope="module")

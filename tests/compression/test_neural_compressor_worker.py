@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.helpers.neural_compressor_files import partly_zero
 from ziplm_deploy.compression.int8 import neural_compressor_worker
 
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the worker's folder is made, and may stay after a failure."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("temporary")
 
 
 @pytest.fixture(scope="module")
