@@ -123,7 +123,10 @@ def test_few_files_lie_flat() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), *sorted((ROOT / "exporters").glob("*.py"))], ids=str)
+BESIDE = [path for folder in ("exporters", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *BESIDE], ids=str)
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     limit = 100 if path == PACKAGE / "pipeline.py" else 400
