@@ -140,7 +140,7 @@ class Bench:
 
     def _result(self, planner: Planner, plan: PruningPlan) -> dict[str, Any]:
         began = time.monotonic()
-        scores = self.score(planner.build(plan))
+        scores = self.score(planner.build(plan)[0])
         percent = 100 * scores[self.metric] / self.dense_score
         return {
             "score": scores[self.metric],

@@ -177,13 +177,13 @@ class Planner:
         ]
         return slack < 0 or any(extra <= slack for extra in growths)
 
-    def build(self, plan: PruningPlan, progress: StepProgress | None = None) -> nn.Module:
-        """The physically smaller model of a plan, refitted if the recipe says so."""
+    def build(self, plan: PruningPlan, progress: StepProgress | None = None) -> tuple[nn.Module, list[str]]:
+        """The physically smaller model of a plan, refitted if the recipe says so; and modules that could not be."""
         model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
         pruned = plan.sizes != self.space.as_sizes(self._whole)
         if pruned and self.prune.reconstruct and get_method(self.prune.method).refits:
-            reconstruct(self.model, model, self.calibration.hessian, progress)
-        return model
+            return model, reconstruct(self.model, model, self.calibration.hessian, progress)
+        return model, []
 
     def losses(self) -> tuple[PlanLoss, PlanLoss]:
         """Loss on the search examples and on the re-ranking examples, sharing one stitched model."""

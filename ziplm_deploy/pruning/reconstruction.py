@@ -8,7 +8,7 @@ OBS weights:
 
 with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module
 corrects the drift of everything before it too. λ is chosen on held-out examples; "no change" is among the choices, so a
-calibration set that is too small, or inputs whose mean drowns their covariance, leave the weights as they are.
+calibration set that is too small leaves the weights as they are. A module that cannot be solved stays, too.
 """
 
 from __future__ import annotations
@@ -52,10 +52,16 @@ class LayerCall:
 
 
 class _Moments:
-    """Second moments of inputs x̃ and errors y, float64."""
+    """Second moments of inputs x̃ and errors y, float64, about reference points: ``centre_x`` [d], ``centre_y`` [r].
 
-    def __init__(self, d: int, r: int) -> None:
-        self.xx = torch.zeros(d, d, dtype=torch.float64)
+    Sums are of float32 products of what is left beside the reference: rounding then stays relative to the spread of a
+    column, not to its mean, which may be a hundred times as large. Sums that are added up need one reference.
+    """
+
+    def __init__(self, centre_x: Tensor, centre_y: Tensor) -> None:
+        self.centre_x, self.centre_y = centre_x, centre_y  # float32
+        d, r = len(centre_x), len(centre_y)
+        self.xx = torch.zeros(d, d, dtype=torch.float64)  # Σ (x−cx)(x−cx)ᵀ
         self.yx = torch.zeros(r, d, dtype=torch.float64)
         self.x = torch.zeros(d, dtype=torch.float64)
         self.y = torch.zeros(r, dtype=torch.float64)
@@ -63,6 +69,7 @@ class _Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count N more tokens: x [N, d], y [N, r]."""
+        x, y = x - self.centre_x, y - self.centre_y
         self.xx += (x.T @ x).double()  # [d, d]
         self.yx += (y.T @ x).double()  # [r, d]
         self.x += x.sum(0, dtype=torch.float64)
@@ -71,20 +78,26 @@ class _Moments:
         self.n += len(x)
 
     def __add__(self, other: _Moments) -> _Moments:
-        total = _Moments(*reversed(self.yx.shape))
+        total = _Moments(self.centre_x, self.centre_y)
         for name in ("xx", "yx", "x", "y", "yy", "n"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
+
+    def covariance(self) -> Tensor:
+        """Of the inputs, [d, d]."""
+        mean = self.x / self.n
+        return self.xx / self.n - torch.outer(mean, mean)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor] | None:
         """Δ [r, d] and the bias shift [r] that take y away, or None if the covariance is not positive definite.
 
         The ridge is relative to the mean diagonal; without inputs (d = 0) only the bias shifts.
         """
-        mean_x, mean_y = self.x / self.n, self.y / self.n
+        mean_x, mean_y = self.x / self.n, self.y / self.n  # beside the reference
+        whole_x, whole_y = mean_x + self.centre_x, mean_y + self.centre_y
         if not len(mean_x):
-            return torch.zeros_like(self.yx), mean_y
-        covariance = self.xx / self.n - torch.outer(mean_x, mean_x)  # [d, d]
+            return torch.zeros_like(self.yx), whole_y
+        covariance = self.covariance()
         cross = self.yx / self.n - torch.outer(mean_y, mean_x)  # [r, d]
         damping = ridge * float(covariance.diagonal().mean()) + 1e-12
         covariance.diagonal().add_(damping)
@@ -92,18 +105,19 @@ class _Moments:
         if int(failed):
             return None
         delta = torch.cholesky_solve(cross.T, factor).T  # [r, d]
-        return delta, mean_y - delta @ mean_x
+        return delta, whole_y - delta @ whole_x
 
     def error(self, delta: Tensor, shift: Tensor) -> float:
         """Σ ‖y − Δ x − shift‖² on these moments."""
-        value = self.yy + float((delta @ self.xx * delta).sum()) + self.n * float(shift @ shift)
-        value += -2 * float((delta * self.yx).sum()) - 2 * float(shift @ self.y) + 2 * float(shift @ (delta @ self.x))
+        rest = shift - self.centre_y + delta @ self.centre_x.double()  # the shift that is left beside the reference
+        value = self.yy + float((delta @ self.xx * delta).sum()) + self.n * float(rest @ rest)
+        value += -2 * float((delta * self.yx).sum()) - 2 * float(rest @ self.y) + 2 * float(rest @ (delta @ self.x))
         return value
 
 
 def reconstruct(
     dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], progress: StepProgress | None = None
-) -> None:
+) -> list[str]:
     """Refit every output linear (and every dropped module's bias) of ``pruned`` in place.
 
     Args:
@@ -112,10 +126,13 @@ def reconstruct(
         batches: calibration inputs; every fifth example is held out to choose the ridge, then used as well.
         progress: called with (modules done, modules in all).
 
+    Returns:
+        Names of modules that stay as they were because no ridge made their covariance positive definite.
+
     Raises:
         NumericalError: activations are not finite.
     """
-    modules = prunable_modules(dense)
+    modules, unsolved = prunable_modules(dense), []
     with torch.inference_mode():
         calls, dense_hidden = capture_calls(dense, batches)
         pruned_hidden = list(dense_hidden)  # embeddings are not pruned
@@ -125,10 +142,12 @@ def reconstruct(
             pair = [m for m in modules if m.layer == layer_index]
             targets, dense_hidden = _dense_sums(dense, dense_layer, pair, calls, dense_hidden)
             for module in pair:
-                _refit(pruned, pruned_layer, module, calls, pruned_hidden, targets[module.kind])
+                if not _refit(pruned, pruned_layer, module, calls, pruned_hidden, targets[module.kind]):
+                    unsolved.append(module.name)
                 if progress is not None:
                     progress(modules.index(module) + 1, len(modules))
             pruned_hidden = [call.run(pruned_layer, h) for call, h in zip(calls, pruned_hidden, strict=True)]
+    return unsolved
 
 
 def capture_calls(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[LayerCall], list[Tensor]]:
@@ -204,43 +223,55 @@ def _refit(
     calls: list[LayerCall],
     hidden: list[Tensor],
     targets: list[Tensor],
-) -> None:
+) -> bool:
+    """Refit one module in place; False if it could not be solved and stays as it is."""
     linear = output_module(pruned, module)
     weight, bias = getattr(linear, "weight", None), linear.bias
     assert isinstance(bias, Tensor)
     d = weight.shape[1] if isinstance(weight, Tensor) else 0
-    fit, held_out = _Moments(d, len(bias)), _Moments(d, len(bias))
+    sums: tuple[_Moments, _Moments] | None = None
     tap = _Tap(pruned, module)
     try:
         for call, states, target in zip(calls, hidden, targets, strict=True):
             call.run(layer, states)
             residual = call.tokens(tap.residual)  # [N, r]
+            if not len(residual):
+                continue
             output = call.tokens(tap.y.expand_as(tap.residual))  # [N, r]
             x = call.tokens(tap.x) if d else residual[:, :0]  # [N, d]
             error = target - residual - output  # [N, r]
+            fit, held_out = sums = sums or (_Moments(x.mean(0), error.mean(0)), _Moments(x.mean(0), error.mean(0)))
             fit.add(x[~call.held_out], error[~call.held_out])
             held_out.add(x[call.held_out], error[call.held_out])
     finally:
         tap.close()
-    delta, shift = _choose(fit, held_out, module.name)
+    if sums is None:
+        return True
+    correction = _choose(*sums, module.name)
+    if correction is None:
+        return False
+    delta, shift = correction
     if isinstance(weight, Tensor):
         weight.add_(delta.to(weight.dtype))
     bias.add_(shift.to(bias.dtype))
+    return True
 
 
-def _choose(fit: _Moments, held_out: _Moments, name: str) -> tuple[Tensor, Tensor]:
-    """The correction with the least held-out error, solved again on all tokens; none when none helps."""
-    r, d = fit.yx.shape
-    unchanged = torch.zeros(r, d, dtype=torch.float64), torch.zeros(r, dtype=torch.float64)
+def _choose(fit: _Moments, held_out: _Moments, name: str) -> tuple[Tensor, Tensor] | None:
+    """The correction with the least held-out error, solved again on all tokens; zeros when none helps.
+
+    None: none could be solved.
+    """
+    unchanged = torch.zeros_like(fit.yx), torch.zeros_like(fit.y)
     if not math.isfinite(fit.yy + held_out.yy):
         raise NumericalError(f"expected finite activations in {name}, found NaN or infinity; check the pruned model")
-    if not held_out.n:
+    if not held_out.n or not fit.n:
         return unchanged
-    errors = {}
-    for ridge in RIDGES if d else (0.0,):
-        if (correction := fit.solve(ridge)) is not None:
-            errors[ridge] = held_out.error(*correction)
-    best = min(errors, key=errors.__getitem__, default=0.0)
-    if errors.get(best, math.inf) >= held_out.yy:
+    solved = {ridge: fit.solve(ridge) for ridge in (RIDGES if len(fit.x) else (0.0,))}
+    errors = {ridge: held_out.error(*correction) for ridge, correction in solved.items() if correction is not None}
+    if not errors:
+        return None
+    best = min(errors, key=errors.__getitem__)
+    if errors[best] >= held_out.error(*unchanged):
         return unchanged
-    return (fit + held_out).solve(best) or unchanged
+    return (fit + held_out).solve(best)

@@ -46,9 +46,11 @@ def prune_member(run: Run, member: PrunedMember) -> None:
         solved_before = correction is not None and correction.corrections > 0 and member.plan.exists()
         previous = PruningPlan.load(member.plan).sizes if solved_before else None
         plan = planner.plan(target, predicted_target, previous, run.progress.step)
-        model = planner.build(plan, run.progress.step)
+        model, unsolved = planner.build(plan, run.progress.step)
         replace_member(member.pruned_folder, model, run.dense.processor, run.recipe.model, {"member": member.name})
         plan.save(member.plan)
+        left = f"{member.name}: not refitted, as their inputs hardly vary: {', '.join(unsolved)}" if unsolved else None
+        run.folder.set_note(f"refit of {member.name}", left)
         speedup = f"{plan.predicted_speedup:.2f}x"
         run.progress.note(f"{member.name}: predicted {speedup} after {plan.evaluations} evaluated plans")
 
