@@ -64,6 +64,19 @@ def test_a_stage_runs_again_when_its_key_changes_or_its_output_is_gone(tmp_path:
     assert work.runs == 3
 
 
+def test_seconds_of_a_stage_are_those_of_all_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr("ziplm_deploy.run.folder.time.monotonic", lambda: next(clock))
+    folder = RunFolder(_recipe(tmp_path))
+    folder.make("s", "first", [], lambda: None)
+    again = RunFolder(_recipe(tmp_path))
+    again.make("s", "second", [], lambda: None)
+    assert again.stage_seconds == {"s": 5.0}
+    with pytest.raises(ZeroDivisionError):
+        again.make("s", "third", [], lambda: print(1 / 0))
+    assert again.stage_seconds == {"s": 6.0}
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_stage_that_failed_runs_again(tmp_path: Path, failure: type[BaseException]) -> None:
     folder = RunFolder(_recipe(tmp_path))

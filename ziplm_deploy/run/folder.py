@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        """Wall time of every stage, when it last ran."""
+        """Wall time of every stage, all its runs in this folder together."""
         return dict(self._manifest.seconds)
 
     def record(self, **facts: Any) -> None:
@@ -146,9 +146,12 @@ class RunFolder:
         self._manifest.stages.pop(stage, None)
         self.save()  # from here on the outputs are in doubt, also for a run that is killed
         began = time.monotonic()
-        work()
+        try:
+            work()
+        finally:  # also of work that failed: the next save writes it
+            spent = self._manifest.seconds.get(stage, 0.0) + time.monotonic() - began
+            self._manifest.seconds[stage] = round(spent, 2)
         self._manifest.stages[stage] = key
-        self._manifest.seconds[stage] = round(time.monotonic() - began, 2)
         self.save()
         return True
 

@@ -58,7 +58,7 @@ class Manifest(Artifact):
     evaluation_hash: str = ""
     train_hash: str = ""
     stages: dict[str, str] = Field(default_factory=dict)  # name -> content key, of those that ran to their end
-    seconds: dict[str, float] = Field(default_factory=dict)  # wall time of every stage, when it last ran
+    seconds: dict[str, float] = Field(default_factory=dict)  # wall time of every stage, all its runs together
     corrections: dict[str, Correction] = Field(default_factory=dict)  # by member
     correction_keys: dict[str, str] = Field(default_factory=dict)  # inputs that a member's correction belongs to
     notes: dict[str, str] = Field(default_factory=dict)  # topic -> warning that the report repeats
