@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ziplm_deploy.errors import EnvironmentMismatchError
-from ziplm_deploy.machine.info import allowed_cpus, cgroup_quota, check_threads, machine_info, usable_cores
+from ziplm_deploy.machine.info import allowed_cpus, cgroup_quota, check_threads, cpu_model, machine_info, usable_cores
 
 
 def write(path: Path, text: str) -> None:
@@ -88,3 +88,18 @@ def test_no_cgroup_at_all(tmp_path: Path) -> None:
 def test_threads_out_of_range_are_refused_with_what_is_granted(threads: int) -> None:
     with pytest.raises(EnvironmentMismatchError, match=rf"between 1 and {usable_cores()} thread.*threads={threads}"):
         check_threads(threads)
+
+
+def cpuinfo_of_arm(*parts: str) -> str:
+    cores = [
+        f"processor\t: {i}\nCPU implementer\t: 0x41\nCPU variant\t: 0x1\nCPU part\t: {p}\n" for i, p in enumerate(parts)
+    ]
+    return "\n".join(cores)
+
+
+def test_cpus_without_a_name_are_told_apart_by_maker_and_part() -> None:
+    n1, v1, mixed = (cpu_model(cpuinfo_of_arm(*parts)) for parts in (["0xd0c"] * 2, ["0xd40"] * 2, ["0xd0c", "0xd40"]))
+    assert n1.endswith("implementer 0x41 part 0xd0c")
+    assert len({n1, v1, mixed}) == 3
+    assert cpu_model("processor: 0\nmodel name: A CPU\nCPU part: 1\n") == "A CPU"
+    assert cpu_model("processor: 0\n") == ""

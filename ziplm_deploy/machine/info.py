@@ -43,13 +43,26 @@ def machine_info() -> MachineInfo:
     cpuinfo = _read(Path("/proc/cpuinfo"))
     flags = set(_field(cpuinfo, "flags").split()) or set(_field(cpuinfo, "Features").split())
     return MachineInfo(
-        cpu_model=_field(cpuinfo, "model name") or platform.processor() or platform.machine() or "unknown",
+        cpu_model=cpu_model(cpuinfo) or platform.processor() or platform.machine() or "unknown",
         isa_flags=tuple(flag for flag in INFERENCE_FLAGS if flag in flags),
         logical_cores=os.cpu_count() or 1,
         usable_cores=usable_cores(),
         memory_bytes=_memory_bytes(),
         operating_system=f"{platform.system()} {platform.release()}",
     )
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """Name of the CPU in the text of ``/proc/cpuinfo``; empty if it tells nothing.
+
+    ARM kernels give numbers instead of a name, which ``lscpu`` looks up: maker and part of every kind of core.
+    """
+    named = _field(cpuinfo, "model name")
+    if named:
+        return named
+    cores = {tuple(_field(core, f"CPU {key}") for key in ("implementer", "part")) for core in cpuinfo.split("\n\n")}
+    known = sorted(f"implementer {implementer} part {part}" for implementer, part in cores if implementer and part)
+    return f"{platform.machine()} {', '.join(known)}" if known else ""
 
 
 def usable_cores(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
