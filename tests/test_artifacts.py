@@ -279,9 +279,9 @@ def test_budgets_and_predicted_speedups_agree() -> None:
         assert table.modules_budget_ms(table.dense.median_ms / table.base.median_ms * 1.01) < 0
 
 
-@pytest.mark.parametrize(("size", "median_ms"), [(9, 7.0), (8, 0.0)])
-def test_whole_models_of_unknown_cells_or_without_time_are_refused(size: int, median_ms: float) -> None:
-    whole = PrunedSample(sizes={"0.attention": 1, "0.ffn": size}, timing=timing(median_ms))
+@pytest.mark.parametrize("sizes", [{"0.ffn": 9}, {"2.ffn": 8}])
+def test_whole_models_of_unknown_cells_or_layers_are_refused(sizes: dict[str, int]) -> None:
+    whole = PrunedSample(sizes={"0.attention": 1, **sizes}, timing=timing(7.0))
     with pytest.raises(ValueError, match="whole models of measured cells"):
         latency_table(wholes=[whole])
 

@@ -18,6 +18,7 @@ FLOORS = (
     "errors",
     "progress",
     "guides",
+    "documents",
     "artifacts",
     "machine",
     "recipe",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
 from exporters import files
+from ziplm_deploy.documents import read_json, shortened, shown
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 
 
@@ -78,7 +80,7 @@ class Artifact(BaseModel):
         """
         what = cls.KIND.replace("_", " ")
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = read_json(Path(path))
         except (OSError, ValueError) as error:
             raise CorruptArtifactError(
                 f"expected a {what} in {path}, found: {error}; delete it and run the same command again"
@@ -90,16 +92,19 @@ class Artifact(BaseModel):
             kind, version = fields.pop("kind", None), fields.pop("schema_version", None)
         if kind != cls.KIND or not cls._is_readable(version):
             raise CorruptArtifactError(
-                f"expected a {what} of schema {cls.SCHEMA_VERSION} in {path}, found kind {kind!r}, schema {version!r}; "
+                f"expected a {what} of schema {cls.SCHEMA_VERSION} in {path}, found kind {shown(kind)}, "
+                f"schema {shown(version)}; "
                 "make it again with this version of ziplm-deploy"
             )
         try:
             for older in range(version, cls.SCHEMA_VERSION):
                 fields = cls.MIGRATIONS[older](fields)
             return cls.model_validate(fields)
-        except ValueError as error:  # also pydantic's
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            # pydantic's is a ValueError; a migration meets values of any type
+            found = shortened(str(error))
             raise CorruptArtifactError(
-                f"expected a {what} in {path}, found wrong fields: {error}; delete it and run the same command again"
+                f"expected a {what} in {path}, found wrong fields: {found}; delete it and run the same command again"
             ) from error
 
     @classmethod
@@ -127,9 +132,9 @@ def source_hash(source: str | None) -> str:
     if source is None:
         return ""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # as below: False for a name too long for any file
         return file_hash(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix not in IGNORED)
         listing = "".join(f"{p.relative_to(path)} {file_hash(p)}\n" for p in files)
         return hashlib.sha256(listing.encode()).hexdigest()

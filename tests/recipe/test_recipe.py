@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,68 @@ def test_a_rule_over_several_fields_is_told_without_the_whole_recipe() -> None:
     assert "export.shapes: static" in text
     assert "Value error" not in text
     assert "{" not in text
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1.0e+12", "99999999999999999999"])
+def test_numbers_without_reason_are_refused_in_every_field(tmp_path: Path, value: str) -> None:
+    """Some reach ``int(…)`` or bytes as 64-bit integers long after the recipe was accepted."""
+    path = tmp_path / "r.yaml"
+    for line in recipe_reference().splitlines()[2:]:
+        name, default = line.split("`")[1], line.split("|")[2].strip(" `")
+        if not default.replace(".", "").replace("e-", "").isdigit():
+            continue
+        *sections, field = name.split(".")
+        nested = "".join(f"{'  ' * depth}{section}:\n" for depth, section in enumerate(sections))
+        path.write_text(f"{MIN_YAML}{nested}{'  ' * len(sections)}{field}: {value}\n", encoding="utf-8")
+        if sections == ["model"]:
+            continue
+        with pytest.raises(RecipeError, match=re.escape(name)):
+            load_recipe(path)
+
+
+def test_targets_of_one_name_are_refused() -> None:
+    with pytest.raises(RecipeError, match="several that are called 2x"):
+        parse_recipe({**MIN_RECIPE, "speedups": [2, 2.0000001, 3]})
+    assert parse_recipe({**MIN_RECIPE, "speedups": [2, 2.00001]}).speedups == (2.0, 2.00001)
+
+
+@pytest.mark.parametrize("ratio", [0.98, 0.999999])
+def test_a_grid_without_end_is_refused(ratio: float) -> None:
+    with pytest.raises(RecipeError, match=r"profile\.width_ratio"):
+        parse_recipe({**MIN_RECIPE, "profile": {"width_ratio": ratio}})
+
+
+def test_a_few_lines_that_stand_for_gigabytes_are_refused_in_a_short_message(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    levels = ["a0: &a0 [" + ", ".join(["x"] * 9) + "]"]
+    levels += [f"a{level}: &a{level} [" + ", ".join([f"*a{level - 1}"] * 9) + "]" for level in range(1, 10)]
+    path.write_text(MIN_YAML + "\n".join(levels), encoding="utf-8")
+    with pytest.raises(RecipeError, match="alias") as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_messages_stay_short_whatever_stands_in_the_fields(tmp_path: Path) -> None:
+    wrong = [{"speedups": ["x" * 10**6]}, {"seed": 1 << 60_000}, {f"field{index}": 1 for index in range(9999)}]
+    for change in (*wrong, {"y" * 10**6: 1}, {"name": ["z"] * 10**6}):
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe({**MIN_RECIPE, **change})
+        assert len(str(caught.value)) < 20_000
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "a\0b"])
+@pytest.mark.parametrize("field", ["data.calibration", "output_dir", "profile.table", "model.path"])
+def test_texts_that_no_path_can_be_are_refused(field: str, text: str) -> None:
+    section, _, name = field.rpartition(".")
+    change = {section: {**MIN_RECIPE.get(section, {}), name: text}} if section else {name: text}  # type: ignore[dict-item]
+    with pytest.raises(RecipeError, match=re.escape(field)):
+        parse_recipe({**MIN_RECIPE, **change})
+
+
+@pytest.mark.parametrize("field", ["model: {path: %s, task: fill-mask}", "data: {calibration: %s}"])
+def test_names_too_long_for_a_file_are_looked_for_nowhere(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MIN_YAML.replace("model: {path: m, task: fill-mask}\n", "") + field % ("n" * 999), encoding="utf-8")
+    if field.startswith("data"):
+        path.write_text(MIN_YAML + field % ("n" * 999), encoding="utf-8")
+    load_recipe(path)

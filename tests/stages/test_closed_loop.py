@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
-from ziplm_deploy.recipe import BenchmarkConfig, Variant
+from ziplm_deploy.recipe import BenchmarkConfig, Variant, member_name
 from ziplm_deploy.run.manifest import Correction
-from ziplm_deploy.run.member import DENSE, Member, PrunedMember, member_name
+from ziplm_deploy.run.member import DENSE, Member, PrunedMember
 from ziplm_deploy.run.run import Generation
 from ziplm_deploy.stages import closed_loop, prune
 

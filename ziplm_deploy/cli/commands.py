@@ -206,12 +206,12 @@ def _compare_members(recipe: Recipe, progress: Progress) -> BenchmarkRecord:
 
 def _missed(record: BenchmarkRecord, recipe: Recipe) -> list[str]:
     """Members that are slower than their target allows."""
-    from ziplm_deploy.recipe import file_label
+    from ziplm_deploy.recipe import file_label, member_name
 
     return [
-        f"{target:g}x"
+        member_name(target)
         for target in recipe.speedups
-        if record.variant(file_label(f"{target:g}x", recipe.compress.target)).speedup
+        if record.variant(file_label(member_name(target), recipe.compress.target)).speedup
         < target * (1 - recipe.benchmark.tolerance)
     ]
 

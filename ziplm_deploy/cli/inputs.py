@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def onnx_files(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         if path.suffix != ".onnx":
             raise UsageError(f"expected only ONNX files (*.onnx) beside each other, found {path}; leave it out")
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name too long for any file
             raise UsageError(f"expected an ONNX file at {path}, found none; check the path")
     candidates = (
         [path.stem for path in paths],

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, Fields
-from ziplm_deploy.latency.statistics import Timing
+from ziplm_deploy.latency.statistics import Milliseconds, Timing
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, with_nested_workload
 
@@ -34,13 +34,13 @@ class FileTiming(BaseModel):
     engine: str = ""  # files from before it was recorded: the record's
     engine_version: str = ""
     latency: Timing
-    p50_ms: float
-    throughput_per_second: float
-    peak_memory_bytes: int
+    p50_ms: Milliseconds
+    throughput_per_second: float = Field(gt=0, allow_inf_nan=False)
+    peak_memory_bytes: int = Field(ge=0)
     speedup: float  # over the baseline of the same run
     speedup_low: float
     speedup_high: float
-    samples_ms: list[float]
+    samples_ms: list[Milliseconds]
 
 
 class BenchmarkRecord(Artifact):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 Floats = npt.NDArray[np.float64]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # of a file from anywhere, too
 CONFIDENCE = 0.95
 N_BOOTSTRAP = 1000
 DRIFT_WINDOW = 9  # neighbouring samples: well under a second, while machines change their speed for seconds
@@ -19,14 +21,14 @@ MAD_TO_SIGMA = 1.4826
 
 
 class Timing(BaseModel):
-    """Summary of repeated timings of one thing, in milliseconds."""
+    """Summary of repeated timings of one thing, in milliseconds; each is finite and above 0."""
 
-    median_ms: float
-    low_ms: float  # bootstrap 95 % interval of the median
-    high_ms: float
-    p90_ms: float
-    p99_ms: float
-    n: int
+    median_ms: Milliseconds
+    low_ms: Milliseconds  # bootstrap 95 % interval of the median
+    high_ms: Milliseconds
+    p90_ms: Milliseconds
+    p99_ms: Milliseconds
+    n: int = Field(ge=1)
 
 
 def bootstrap_medians(

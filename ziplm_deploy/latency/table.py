@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, Fields
+from ziplm_deploy.documents import shown
 from ziplm_deploy.latency.correction import SumCorrection
 from ziplm_deploy.latency.record import from_schema_1
 from ziplm_deploy.latency.statistics import Timing
@@ -25,7 +27,7 @@ class Cell(BaseModel):
     """Latency of one sub-block: attention with ``size`` heads or an FFN of width ``size``; 0 = dropped."""
 
     kind: ModuleKind
-    size: int
+    size: int = Field(ge=0)
     timing: Timing
 
 
@@ -59,7 +61,7 @@ class LatencyTable(Artifact):
     baseline_engine_version: str = ""
     shapes: Literal["dynamic", "static"]
     opset: int
-    stack_depth: int
+    stack_depth: int = Field(ge=1)
     base: Timing  # embeddings + head: the model with no layers
     dense: Timing  # the dense float32 model end to end on the baseline engine, same run
     unpruned: Timing | None = None  # the dense model, treated as the cells are, on their engine; None: it is ``dense``
@@ -78,12 +80,22 @@ class LatencyTable(Artifact):
         return self
 
     @model_validator(mode="after")
+    def _cells_are_of_the_shape(self) -> Self:
+        full = {"attention": self.shape.n_heads, "ffn": self.shape.intermediate_size}
+        counts = Counter((cell.kind, cell.size) for cell in self.cells)
+        wrong = sorted(cell for cell, count in counts.items() if cell[1] > full[cell[0]] or count > 1)
+        if wrong:
+            raise ValueError(f"expected distinct cells up to {full}, found double or larger ones: {shown(wrong)}")
+        return self
+
+    @model_validator(mode="after")
     def _wholes_are_of_cells(self) -> Self:
         known = {(cell.kind, cell.size) for cell in self.cells}
         for whole in self.wholes:
-            unknown = {(ModuleId.parse(name).kind, size) for name, size in whole.sizes.items()} - known
-            if unknown or whole.timing.median_ms <= 0:
-                raise ValueError(f"expected timed whole models of measured cells, found others: {sorted(unknown)}")
+            modules = {ModuleId.parse(name): size for name, size in whole.sizes.items()}
+            unknown = {(module.kind, size) for module, size in modules.items()} - known
+            if unknown or any(module.layer >= self.shape.n_layers for module in modules):
+                raise ValueError(f"expected whole models of measured cells, found others: {shown(whole.sizes)}")
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
@@ -17,10 +18,10 @@ def resolve_model_path(path: str) -> str:
     """
     if path.startswith("package:"):
         return str(_package_folder(path.removeprefix("package:")))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(path))  # pathlib's raises for a user that there is not
+    if os.path.isdir(folder):  # as below: False for a name too long for any file
         return str(folder)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if os.path.exists(folder) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UnsupportedModelError(f"expected a model folder at {path}, found no folder; check model.path")
     return path
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 ModuleKind = Literal["attention", "ffn"]
 MODULE_KINDS: tuple[ModuleKind, ...] = ("attention", "ffn")  # of every layer, in the order of the model
+
+# Far above every encoder; what a file says beyond them is damage, and building it would take all memory.
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 20
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
 class ModuleId(NamedTuple):
@@ -33,8 +38,8 @@ class ModelShape(BaseModel):
     """The dimensions that decide what a cell costs."""
 
     model_type: str
-    n_layers: int
-    hidden_size: int
-    n_heads: int
-    head_dim: int
-    intermediate_size: int
+    n_layers: int = Field(ge=1, le=MAX_LAYERS)
+    hidden_size: Size
+    n_heads: Size
+    head_dim: Size
+    intermediate_size: Size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.latency.statistics import Milliseconds
+from ziplm_deploy.models.shape import ModuleId
 
 
 class PruningPlan(Artifact):
@@ -14,12 +16,19 @@ class PruningPlan(Artifact):
 
     KIND: ClassVar[str] = "pruning_plan"
 
-    speedup_target: float
-    budget_ms: float  # for Σ modules, after the closed loop's corrections
+    speedup_target: float = Field(gt=0, allow_inf_nan=False)
+    budget_ms: float = Field(allow_inf_nan=False)  # for Σ modules, after the closed loop's corrections
     method: str
-    sizes: dict[str, int]
-    predicted_ms: float
-    predicted_speedup: float
+    sizes: dict[str, Annotated[int, Field(ge=0)]]
+    predicted_ms: Milliseconds
+    predicted_speedup: float = Field(gt=0, allow_inf_nan=False)
     search_loss: float | None = None  # distance to the dense model on the re-ranking examples; None: not searched
     seed_losses: dict[str, float] = Field(default_factory=dict)  # plan without search, uniform, … same examples
     evaluations: int = 0
+
+    @field_validator("sizes")
+    @classmethod
+    def _of_modules(cls, sizes: dict[str, int]) -> dict[str, int]:
+        for name in sizes:
+            ModuleId.parse(name)
+        return sizes

@@ -13,7 +13,7 @@ from ziplm_deploy.recipe.pruning import MethodName, PruneConfig, SearchConfig
 from ziplm_deploy.recipe.recipe import Recipe
 from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig, TrainConfig
 from ziplm_deploy.recipe.reference import recipe_reference
-from ziplm_deploy.recipe.variants import Variant, file_label
+from ziplm_deploy.recipe.variants import Variant, file_label, member_name
 from ziplm_deploy.recipe.workload import EngineName, Environment, Workload, with_nested_workload
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Workload",
     "file_label",
     "load_recipe",
+    "member_name",
     "parse_recipe",
     "recipe_reference",
     "with_nested_workload",

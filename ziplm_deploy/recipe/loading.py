@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from ziplm_deploy.documents import MAX_SHOWN, read_yaml, shortened, shown
 from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.recipe.recipe import Recipe
 
@@ -18,6 +20,7 @@ RENAMED = {
     "environment.batch_size": "environment.workload.batch_size",
     "environment.seq_len": "environment.workload.seq_len",
 }
+MAX_ITEMS = 40  # wrong fields that a message lists
 
 
 def load_recipe(path: Path | str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -28,10 +31,10 @@ def load_recipe(path: Path | str, overrides: dict[str, Any] | None = None) -> Re
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"expected a recipe at {path}, found no file; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecipeError(f"expected YAML in {path}, found: {error}; see: ziplm-deploy guide recipe") from error
     except OSError as error:
         raise RecipeError(f"expected a readable recipe at {path}, found: {error}; check the path") from error
@@ -65,7 +68,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         raw[section] = fields = dict(fields)
         for key in keys:
             value = fields.get(key)
-            if isinstance(value, str) and (folder / value).exists():
+            if isinstance(value, str) and os.path.exists(folder / value):  # False for a name too long for any file
                 fields[key] = str((folder / value).resolve())
 
 
@@ -74,18 +77,22 @@ def _explain(error: ValidationError, source: str) -> str:
     # A list with a wrong item is called too short, too, as if the item were not there.
     inner = {item["loc"][:-1] for item in items}
     items = [item for item in items if not (item["type"] == "too_short" and item["loc"] in inner)]
-    lines = [f"{source}: {len(items)} field(s) are wrong:"]
-    for item in items:
-        location = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"  {location}: {_unknown(location, item['loc'])}")
-        elif item["type"] == "missing":
-            lines.append(f"  {location}: required, but missing")
-        elif item["type"] == "value_error":  # a rule over several fields: its message says what was found
-            lines.append(f"  {location or 'recipe'}: {item['msg'].removeprefix('Value error, ')}")
-        else:
-            lines.append(f"  {location}: {item['msg']}, found {item['input']!r}")
+    lines = [f"{source}: {len(items)} field(s) are wrong:", *map(_line, items[:MAX_ITEMS])]
+    if len(items) > MAX_ITEMS:
+        lines.append(f"  and {len(items) - MAX_ITEMS} more")
     return "\n".join(lines)
+
+
+def _line(item: ErrorDetails) -> str:
+    """What is wrong with one field; no longer than a few lines, however much stands in it."""
+    location = shortened(".".join(str(part) for part in item["loc"]), MAX_SHOWN)
+    if item["type"] == "extra_forbidden":
+        return f"  {location}: {_unknown(location, item['loc'])}"
+    if item["type"] == "missing":
+        return f"  {location}: required, but missing"
+    if item["type"] == "value_error":  # a rule over several fields: its message says what was found
+        return f"  {location or 'recipe'}: {shortened(item['msg'].removeprefix('Value error, '))}"
+    return f"  {location}: {shortened(item['msg'])}, found {shown(item['input'])}"
 
 
 def _unknown(location: str, path: tuple[int | str, ...]) -> str:

@@ -16,7 +16,7 @@ from ziplm_deploy.recipe.latency import ProfileConfig
 from ziplm_deploy.recipe.model import ModelConfig
 from ziplm_deploy.recipe.pruning import PruneConfig
 from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig
-from ziplm_deploy.recipe.variants import Variant
+from ziplm_deploy.recipe.variants import Variant, member_name
 from ziplm_deploy.recipe.workload import EngineName, Environment
 
 Speedup = Annotated[float, Field(gt=1.0, le=1000.0)]
@@ -44,6 +44,18 @@ class Recipe(Frozen):
     @classmethod
     def _ascending(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(speedups)))
+
+    @field_validator("speedups")
+    @classmethod
+    def _of_different_names(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
+        names = [member_name(target) for target in speedups]
+        shared = sorted({name for name in names if names.count(name) > 1})
+        if shared:
+            raise ValueError(
+                f"expected targets whose names differ, found several that are called {', '.join(shared)}; six digits "
+                "make a name: leave one of them out"
+            )
+        return speedups
 
     @model_validator(mode="after")
     def _engine_takes_the_export(self) -> Recipe:

@@ -43,6 +43,11 @@ class Variant(str, Enum):
         return (Variant.FP32, Variant.SPARSE, Variant.INT8) if both else (Variant.FP32,)
 
 
+def member_name(target: float) -> str:
+    """Name of the member of a target: ``1.5x``."""
+    return f"{target:g}x"
+
+
 def file_label(member: str, variant: Variant) -> str:
     """Name of a file in benchmarks and tables: ``2x``, ``2x int8`` …"""
     return member if variant is Variant.FP32 else f"{member} {variant}"

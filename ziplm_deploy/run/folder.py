@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import yaml
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
-from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.recipe import Recipe, member_name
 from ziplm_deploy.run.manifest import Correction, Manifest
-from ziplm_deploy.run.member import DENSE, Member, PrunedMember, member_name
+from ziplm_deploy.run.member import DENSE, Member, PrunedMember
 
 
 class RunFolder:
@@ -32,7 +33,7 @@ class RunFolder:
         )
 
     def _read(self) -> None:
-        if self._manifest_path.exists():
+        if os.path.exists(self._manifest_path):  # False for a name too long for any file
             self._manifest = Manifest.load(self._manifest_path)
 
     profile = property(lambda self: self.path / "profile.json")

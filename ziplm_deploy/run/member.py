@@ -11,11 +11,6 @@ from ziplm_deploy.recipe import Variant, file_label
 DENSE = "dense"
 
 
-def member_name(target: float) -> str:
-    """Name of the member of a target: ``1.5x``."""
-    return f"{target:g}x"
-
-
 @dataclass(frozen=True)
 class Member:
     """One model of the family, the dense one or a :class:`PrunedMember`, and its places in the run folder."""

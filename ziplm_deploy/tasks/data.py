@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
+import os
 import random
 import sys
 import zlib
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ziplm_deploy.documents import parse_json
 from ziplm_deploy.errors import DataError
 
 Row = dict[str, Any]
@@ -31,9 +32,9 @@ def read_rows(source: str, *, split: str, config_name: str | None = None) -> lis
         DataError: the source is missing, damaged, of an unknown format or has no rows.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # as below: False for a name too long for any file
         rows = _read_file(path)
-    elif path.is_dir() or not _looks_like_path(source):
+    elif os.path.isdir(path) or not _looks_like_path(source):
         rows = _read_dataset(source, split, config_name)
     else:
         raise DataError(
@@ -104,7 +105,7 @@ def _parse_json(text: str, path: Path) -> list[Row]:
     """JSON lines, or one JSON array of objects (decided by the first character)."""
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except ValueError as error:
             raise DataError(f"expected a JSON array in {path}, found: {error}; make the file again") from error
         numbered = list(enumerate(rows, start=1))
@@ -123,7 +124,7 @@ def _parse_json(text: str, path: Path) -> list[Row]:
 
 def _parse_line(line: str, number: int, path: Path) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise DataError(
             f"expected one JSON object a line in {path}, found in line {number}: {error}; the file may be truncated"
