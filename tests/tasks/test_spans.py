@@ -92,7 +92,7 @@ def test_questions_without_answer_are_refused_for_evaluation_only() -> None:
 
 # token classification
 
-NAMES = SimpleNamespace(num_labels=3, label2id={"O": 0, "B-X": 1, "I-X": 2}, id2label={0: "O", 1: "B-X", 2: "I-X"})
+NAMES = SimpleNamespace(num_labels=3, id2label={0: "O", 1: "B-X", 2: "I-X"})
 TAGGED = [
     {"words": ["the", "cat", "sat"], "label": ["O", "B-X", "O"]},
     {"words": ["a", "dog", "cat", "ran", "on"], "label": [0, 1, 2, 0, 0]},
@@ -128,7 +128,7 @@ def test_a_word_is_judged_by_its_first_token(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"tokens": "the cat", "ner_tags": [0, 1]}, "JSONL or Parquet, not CSV"),
+        ({"tokens": "the cat", "ner_tags": [0, 1]}, "list or mapping in column 'tokens'.*JSON lines"),
         ({"tokens": ["the", 3], "ner_tags": [0, 1]}, "words as text in row 1"),
         ({"tokens": ["the"], "ner_tags": [0, 1]}, "2 tags for 1 words"),
         ({"tokens": ["the"], "ner_tags": 0}, "list of tags"),

@@ -161,7 +161,7 @@ def test_fidelity_of_the_dense_model_to_itself(tokenizer: Any) -> None:
 # labels
 
 
-HEAD = SimpleNamespace(num_labels=3, label2id={"NEG": 0, "POS": 1, "mixed": 2})
+HEAD = SimpleNamespace(num_labels=3, id2label={0: "NEG", 1: "POS", 2: "mixed"})
 
 
 @pytest.mark.parametrize(("given", "expected"), [(2, 2), (1.0, 1), ("0", 0), ("POS", 1), ("pos ", 1), ("2.0", 2)])
@@ -178,7 +178,7 @@ def test_labels_that_do_not_fit_the_head(label: Any) -> None:
 
 def test_regression_heads_are_refused() -> None:
     with pytest.raises(DataError, match=r"1 \(regression\).*text-regression"):
-        get_task("text-classification").check_labels([], SimpleNamespace(num_labels=1, label2id={"LABEL_0": 0}))
+        get_task("text-classification").check_labels([], SimpleNamespace(num_labels=1, id2label={0: "LABEL_0"}))
 
 
 def test_accuracy_of_a_run_that_knows_the_answer(tokenizer: Any) -> None:

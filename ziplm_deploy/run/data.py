@@ -90,8 +90,12 @@ class RunData:
     @functools.cached_property
     def evaluation_rows(self) -> list[dict[str, Any]]:
         """Evaluation rows with labels in the model's numbering."""
-        rows = self._task.load_rows(self._recipe.data, "evaluation", self._recipe.seed)
-        return self._task.check_labels(rows, self.dense.model.config)
+        return self._task.check_labels(self.raw_evaluation_rows, self.dense.model.config)
+
+    @functools.cached_property
+    def raw_evaluation_rows(self) -> list[dict[str, Any]]:
+        """Evaluation rows with labels as the data have them."""
+        return self._task.load_rows(self._recipe.data, "evaluation", self._recipe.seed)
 
     @functools.cached_property
     def raw_train_rows(self) -> list[dict[str, Any]]:

@@ -35,6 +35,13 @@ def check_data(run: Run) -> None:
         run.data.evaluation_rows  # noqa: B018
     if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
         check_training(run)
+    _leave_notes(run)
+
+
+def _leave_notes(run: Run) -> None:
+    """Notes on the data, once nothing is left that would refuse them: a refused run writes nothing."""
+    if run.recipe.data.evaluation is not None:
+        run.folder.set_note("labels", run.task.label_note(run.data.raw_evaluation_rows, run.dense.model.config))
 
 
 def check_training(run: Run) -> None:

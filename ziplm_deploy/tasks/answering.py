@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
 from ziplm_deploy.tasks.losses import cross_entropy
+from ziplm_deploy.tasks.nested import parse_nested
 
 MAX_ANSWER_TOKENS = 30  # as in the reference evaluation of BERT
 BEST = 20  # start and end positions considered a window
@@ -74,6 +76,8 @@ class QuestionAnswering(Task):
             }
             if label is not None:
                 answers = cell(source, label, (dict, list, str), number, 'answers as {"text": […]}')
+                if isinstance(answers, str) and _is_printed(answers):
+                    answers = parse_nested(answers, label, number)
                 row["answers"] = _answer_texts(answers, number, required=which == "evaluation")
                 if which == "train" and row["answers"]:
                     row["answer_start"] = locate_answer(row, _given_start(answers), number)
@@ -254,6 +258,11 @@ def _answer_texts(answers: Any, number: int, *, required: bool) -> list[str]:
             "supported, remove those rows"
         )
     return texts
+
+
+def _is_printed(answer: str) -> bool:
+    """Whether a text is what a table has made of ``{"text": […], "answer_start": […]}``, and no answer."""
+    return answer.lstrip().startswith("{") and re.search("[\"']text[\"']\\s*:", answer) is not None
 
 
 def locate_answer(row: Row, given: int | None, number: int) -> int:

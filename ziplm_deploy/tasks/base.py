@@ -98,9 +98,13 @@ class Task(ABC):
         """Rows whose labels are in the model's numbering; use these from here on. Tasks without classes: unchanged.
 
         Raises:
-            DataError: a label is unknown to ``config.label2id`` or outside ``config.num_labels``.
+            DataError: a label is no name in ``config.id2label``, nor a number below ``config.num_labels``.
         """
         return rows
+
+    def label_note(self, rows: list[Row], config: Any) -> str | None:
+        """What may surprise about how labels are read, for rows as loaded; None where nothing does, or no classes."""
+        return None
 
     @abstractmethod
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.labels import check_class_labels, class_head, class_numbers, labels_of, require_labels
+from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.labels import (
+    check_class_labels,
+    class_head,
+    class_numbers,
+    labels_in,
+    labels_of,
+    require_labels,
+)
 
 
 class TextTask(Task):
@@ -71,6 +79,9 @@ class TextClassification(TextTask):
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         return check_class_labels(rows, config)
+
+    def label_note(self, rows: list[Row], config: Any) -> str | None:
+        return read_labels(labels_in(rows), config).note
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))

@@ -6,22 +6,22 @@ number. The `datasets` library is asked only for folders and for names that are 
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import os
 import random
-import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ziplm_deploy.documents import parse_json
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.class_names import with_class_names
+from ziplm_deploy.tasks.formats import Row, parse_csv, parse_json_rows, parse_parquet, parse_tsv
+from ziplm_deploy.tasks.nested import parse_nested
 
-Row = dict[str, Any]
+__all__ = ["SUFFIXES", "Row", "cell", "find_columns", "read_rows", "sample_rows"]
 
+_SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # what `Dataset.save_to_disk` leaves in a folder
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 
 
@@ -62,81 +62,26 @@ def _read_file(path: Path) -> list[Row]:
         if path.name.lower().endswith(".gz"):
             content = gzip.decompress(content)
         if suffix == ".parquet":
-            return _parse_parquet(content)
+            return parse_parquet(content)
         text = content.decode("utf-8-sig")
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are ValueErrors, too
         raise DataError(f"expected a readable {suffix} file in {path}, found: {error}; make the file again") from error
-    if suffix in (".csv", ".tsv"):
-        return _parse_csv(text, path, delimiter="\t" if suffix == ".tsv" else ",")
     if suffix == ".txt":
         return [{"text": line.strip()} for line in text.split("\n") if line.strip()]
-    return _parse_json(text, path)
-
-
-def _parse_parquet(content: bytes) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows: list[Row] = pq.read_table(pa.BufferReader(content)).to_pylist()
-    return rows
-
-
-def _parse_csv(text: str, path: Path, delimiter: str) -> list[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents may be longer than the default 128 KiB
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"expected {len(reader.fieldnames or [])} fields as in the header of {path}, found another number "
-                    f"in line {reader.line_num}; quote texts that hold the delimiter or a line break"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise DataError(
-            f"expected {path} to be a table, found in line {reader.reader.line_num}: {error}; double the quotes "
-            "inside quoted texts, or use JSON lines"
-        ) from error
-    return rows
-
-
-def _parse_json(text: str, path: Path) -> list[Row]:
-    """JSON lines, or one JSON array of objects (decided by the first character)."""
-    if text.lstrip().startswith("["):
-        try:
-            rows = parse_json(text)
-        except ValueError as error:
-            raise DataError(f"expected a JSON array in {path}, found: {error}; make the file again") from error
-        numbered = list(enumerate(rows, start=1))
-    else:
-        numbered = [
-            (number, _parse_line(line, number, path)) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-        ]
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise DataError(
-                f"expected a JSON object in line (or element) {number} of {path}, found {type(row).__name__}; write "
-                'rows as {"column": value, …}'
-            )
-    return [row for _, row in numbered]
-
-
-def _parse_line(line: str, number: int, path: Path) -> Any:
-    try:
-        return parse_json(line)
-    except ValueError as error:
-        raise DataError(
-            f"expected one JSON object a line in {path}, found in line {number}: {error}; the file may be truncated"
-        ) from error
+    parse = {".csv": parse_csv, ".tsv": parse_tsv}.get(suffix, parse_json_rows)
+    return parse(text, path)
 
 
 def _read_dataset(source: str, split: str, config_name: str | None) -> list[Row]:
     import datasets
 
     try:
-        data = datasets.load_dataset(source, config_name, split=split)
-        return [dict(row) for row in data]
+        if Path(source).is_dir() and any((Path(source) / name).is_file() for name in _SAVED_TO_DISK):
+            saved = datasets.load_from_disk(source)
+            data = saved[split] if isinstance(saved, dict) else saved
+        else:
+            data = datasets.load_dataset(source, config_name, split=split)
+        return with_class_names([dict(row) for row in data], getattr(data, "features", None))
     except Exception as error:  # the library raises nearly everything: connection, missing split, damaged files …
         raise DataError(
             f"expected {source!r} to be a data file or a data set of the `datasets` library with split {split!r}, "
@@ -172,6 +117,8 @@ def cell(row: Mapping[str, Any], column: str, kind: type | tuple[type, ...], num
             "complete or remove that row"
         )
     value = row[column]
+    if isinstance(value, str) and kind is list:
+        value = parse_nested(value, column, number)
     if not isinstance(value, kind):
         raise DataError(
             f"expected {what} in column {column!r}, found {value!r:.80} in row {number}; correct or remove that row"

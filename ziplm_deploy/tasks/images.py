@@ -17,7 +17,15 @@ from ziplm_deploy.tasks.batching import Arrays, Batch, batch_indices, with_label
 from ziplm_deploy.tasks.classification import classification_metrics
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.labels import check_class_labels, class_head, class_numbers, labels_of, require_labels
+from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.labels import (
+    check_class_labels,
+    class_head,
+    class_numbers,
+    labels_in,
+    labels_of,
+    require_labels,
+)
 
 
 class ImageClassification(Task):
@@ -48,6 +56,9 @@ class ImageClassification(Task):
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         return check_class_labels(rows, config)
+
+    def label_note(self, rows: list[Row], config: Any) -> str | None:
+        return read_labels(labels_in(rows), config).note
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.data import Row
+from ziplm_deploy.tasks.label_reading import read_labels, whole_number
 
 MAX_CLASSES = 10_000  # larger numbers are ids of something else; a head for them would only fill the memory
 
@@ -43,50 +43,28 @@ def require_labels(rows: list[Row], key: str = "label") -> list[Any]:
     return labels
 
 
-def map_label(value: Any, config: Any, number: int) -> int:
-    """A label as the model's class number: by name through ``label2id``, or an integer in range.
+def check_class_labels(rows: list[Row], config: Any) -> list[Row]:
+    """Rows with one class number each, by the model's head.
 
     Raises:
-        DataError: neither; names the row and the labels that the model knows.
+        DataError: a label is no class of the model's; names the row and the labels that the model knows.
     """
-    names: dict[str, int] = dict(config.label2id or {})
-    if isinstance(value, str):
-        by_folded = {name.casefold(): index for name, index in names.items()}
-        index = names.get(value, by_folded.get(value.strip().casefold()))
-        if index is not None:
-            return int(index)
-    index = whole_number(value)
-    if index is not None and 0 <= index < config.num_labels:
-        return index
-    known = ", ".join(sorted(names, key=lambda name: names[name])[:12])
-    raise DataError(
-        f"expected labels of the model's head, 0 to {config.num_labels - 1} or one of {known}, found {value!r} in row "
-        f"{number}; use a model whose head fits the data, or rename the labels (-1 marks test splits without labels)"
-    )
-
-
-def whole_number(value: Any) -> int | None:
-    """The integer that a label is or spells (``2``, ``2.0``, ``"2"``), or None."""
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() else None
-
-
-def check_class_labels(rows: list[Row], config: Any) -> list[Row]:
-    """Rows with one class number each, by the model's head; raises :class:`DataError` as :func:`map_label` does."""
     if config.num_labels < 2:
         raise DataError(
             f"expected a classifier with two or more labels, found a head with {config.num_labels} (regression); for "
             "texts with a score set model.task to text-regression"
         )
+    reading = read_labels(labels_in(rows), config)
     return [
-        {**row, "label": map_label(row["label"], config, number)} if "label" in row else row
+        {**row, "label": reading.number(row["label"], number)} if "label" in row else row
         for number, row in enumerate(rows, 1)
     ]
+
+
+def labels_in(rows: list[Row]) -> list[Any]:
+    """The labels that rows have, those of lists one by one."""
+    found = [row["label"] for row in rows if "label" in row]
+    return [label for each in found for label in (each if isinstance(each, list) else [each])]
 
 
 def class_numbers(rows: list[Row]) -> list[int]:
@@ -103,24 +81,16 @@ def class_numbers(rows: list[Row]) -> list[int]:
 def class_head(labels: Iterable[Any]) -> dict[str, Any]:
     """Settings of a new head: ``num_labels``, ``id2label``, ``label2id``.
 
-    Whole numbers stay the classes' numbers and are their names, too; other labels are names, numbered in their
-    alphabetical order.
+    Classes that the data set names keep its order. Other whole numbers stay the classes' numbers and are their names,
+    too; other labels are names, numbered in their alphabetical order.
 
     Raises:
         DataError: fewer than two classes, numbers that cannot count classes, or fractions.
     """
+    labels = list(labels)
     distinct = {label.strip() if isinstance(label, str) else label for label in labels}
     numbers = {whole_number(label) for label in distinct}
-    if None not in numbers:
-        names = _numbered_names(sorted(number for number in numbers if number is not None))
-    elif all(isinstance(label, str) and not _is_fraction(label) for label in distinct):
-        names = sorted(distinct)
-    else:
-        example = next(label for label in distinct if not isinstance(label, str) or _is_fraction(label))
-        raise DataError(
-            f"expected classes as whole numbers or as names, found also {example!r}; name the classes, or set "
-            "model.task to text-regression if these are scores of texts"
-        )
+    names = _names_of_data_set(labels) or _names_of_labels(distinct, numbers)
     if len(distinct if None in numbers else numbers) < 2:
         raise DataError(f"expected two or more classes in the training data, found {names[-1:]}; add rows of others")
     return {
@@ -128,6 +98,25 @@ def class_head(labels: Iterable[Any]) -> dict[str, Any]:
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def _names_of_labels(distinct: set[Any], numbers: set[int | None]) -> list[str]:
+    """Names of the classes of distinct labels, by number; ``numbers`` are those that they spell."""
+    if None not in numbers:
+        return _numbered_names(sorted(number for number in numbers if number is not None))
+    if all(isinstance(label, str) and not _is_fraction(label) for label in distinct):
+        return sorted(distinct)
+    example = next(label for label in distinct if not isinstance(label, str) or _is_fraction(label))
+    raise DataError(
+        f"expected classes as whole numbers or as names, found also {example!r}; name the classes, or set "
+        "model.task to text-regression if these are scores of texts"
+    )
+
+
+def _names_of_data_set(labels: list[Any]) -> list[str]:
+    """Names of all classes in the data set's order; empty where it names none, or not the class of every label."""
+    known = {label.names if isinstance(label, NamedClass) and label.name is not None else () for label in labels}
+    return list(next(iter(known))) if len(known) == 1 else []
 
 
 def _numbered_names(numbers: list[int]) -> list[str]:

@@ -22,7 +22,8 @@ from ziplm_deploy.tasks.batching import (
 )
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.labels import class_head, labels_of, map_label, require_labels
+from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
 
 
@@ -49,7 +50,7 @@ class TokenClassification(Task):
         label = self.find_label_column(raw, data, which)
         rows: list[Row] = []
         for number, source in enumerate(raw, 1):
-            row: Row = {"words": cell(source, columns[0], list, number, "a list of words (JSONL or Parquet, not CSV)")}
+            row: Row = {"words": cell(source, columns[0], list, number, "a list of words")}
             if not all(isinstance(word, str) for word in row["words"]):
                 raise DataError(f"expected words as text in row {number}, found {row['words']!r:.80}; correct that row")
             if label is not None:
@@ -63,13 +64,17 @@ class TokenClassification(Task):
         return rows
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
-        names = [config.id2label[index] for index in range(config.num_labels)]
+        reading = read_labels(labels_in(rows), config)
+        names = list(reading.names)
         return [
-            {**row, "label": [map_label(tag, config, number) for tag in row["label"]], "label_names": names}
+            {**row, "label": [reading.number(tag, number) for tag in row["label"]], "label_names": names}
             if "label" in row
             else row
             for number, row in enumerate(rows, 1)
         ]
+
+    def label_note(self, rows: list[Row], config: Any) -> str | None:
+        return read_labels(labels_in(rows), config).note
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(tag for tags in require_labels(rows) for tag in tags)
