@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_pickled_weights_are_refused_and_the_conversion_works(tmp_path: Path) ->
     config = settings(tmp_path, "text-classification")
     with pytest.raises(UnsupportedModelError, match=r"pickled weights \(pytorch_model\.bin\)") as caught:
         load_dense(config)
-    code = str(caught.value).split('python -c "')[1].removesuffix('"')
+    code = shlex.split(str(caught.value).split("convert them: ")[1])[2]
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     model, _ = load_dense(config)
     inputs = tiny_inputs(original)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -165,7 +166,7 @@ class SideEnvironment:
         if done.returncode:
             raise EngineError(
                 f"expected to set up {self.name} in {self.folder}, found: {_last_line(done.stderr)}; see "
-                f"{' '.join(command[:4])} … by hand, then run: {self._command} again"
+                f"{shlex.join(command)} by hand, then run: {self._command} again"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,28 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ziplm_deploy.documents import shortened
 from ziplm_deploy.errors import (
     CorruptArtifactError,
     EnvironmentMismatchError,
     RecipeError,
     UnsupportedModelError,
+    ZipLMError,
 )
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.config_file import (
+    check_layer_count,
+    check_parameter_count,
+    first_not_finite,
+    read_config,
+    stored_shapes,
+)
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS
 
+HEAD_PARAMETERS = 1 << 26  # a head that starts at random, and what else a checkpoint of a base model may lack
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -78,24 +89,7 @@ def _check_pooling(path: str, settings: ModelConfig) -> None:
 
 
 def _load_config(path: str, source: dict[str, Any]) -> Any:
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, **source)
-    except (TypeError, AttributeError) as error:  # JSON, but no mapping
-        raise CorruptArtifactError(
-            f"expected a mapping of settings in config.json of {path}, found: {error}; copy the folder again"
-        ) from error
-    except ValueError as error:  # unknown model_type, or a field of the wrong type
-        raise UnsupportedModelError(
-            f"expected the configuration of a supported model in {path}, found: {error}; choose another model"
-        ) from error
-    except OSError as error:
-        if Path(path).is_dir():
-            raise CorruptArtifactError(
-                f"expected a readable config.json in {path}, found: {error}; copy the folder again"
-            ) from error
-        raise UnsupportedModelError(
-            f"expected a local folder or a reachable hub id, found {path!r}: {error}; download it and give the folder"
-        ) from error
+    config: Any = read_config(path, **source)
     # Members, exporters and tasks read outputs by name and want nothing else in the graph.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     return config
@@ -110,7 +104,10 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
         raise UnsupportedModelError(
             f"expected a model with a head for {auto_class}, found a {config.model_type}; choose another task"
         ) from None
+    options = {"add_pooling_layer": False} if _pooler_is_optional(model_class, auto_class) else {}
     try:
+        if Path(path).is_dir():
+            _check_sizes(model_class, config, Path(path), options)
         # What it warns about, missing weights, is an error below.
         with quiet_transformers(downloads=not Path(path).is_dir()):
             model, report = model_class.from_pretrained(
@@ -121,16 +118,19 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=may_lack_head,
-                **({"add_pooling_layer": False} if _pooler_is_optional(model_class, auto_class) else {}),
+                **options,
                 **source,
             )
-    except (SafetensorError, RuntimeError) as error:
-        raise CorruptArtifactError(
-            f"expected weights that fit config.json in {path}, found: {error}; copy the checkpoint again"
-        ) from error
+    except ZipLMError:
+        raise
     except OSError as error:
         raise UnsupportedModelError(
             f"expected safetensors weights in {path}, found: {error}; {_conversion(path, auto_class)}"
+        ) from error
+    except Exception as error:  # transformers trusts the fields of config.json, so that it may raise anything
+        raise CorruptArtifactError(
+            f"expected weights that fit config.json in {path}, found: {type(error).__name__}: {shortened(str(error))}; "
+            "copy the checkpoint again"
         ) from error
     missing = sorted(report["missing_keys"])
     if may_lack_head:
@@ -142,7 +142,21 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
     dense: nn.Module = model.eval()
+    damaged = first_not_finite(dense)
+    if damaged is not None:
+        raise CorruptArtifactError(
+            f"expected finite weights in {path}, found NaN or infinity in {damaged}; copy the checkpoint again, or "
+            "train it with a lower learning rate"
+        )
     return dense
+
+
+def _check_sizes(model_class: Any, config: Any, folder: Path, options: dict[str, Any]) -> None:
+    """Refuse a configuration that its weights do not bear out, before memory is taken for it."""
+    shapes = stored_shapes(sorted(folder.glob("*.safetensors")))
+    check_layer_count(config, shapes, str(folder))
+    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+    check_parameter_count(model_class, config, shapes, 2 * stored + HEAD_PARAMETERS, **options)
 
 
 def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
@@ -158,10 +172,11 @@ def _load_processor(path: str, input_kind: str, source: dict[str, Any]) -> Any:
         raise EnvironmentMismatchError(
             f"expected the packages for inputs of {path}, found: {error}; {extra}"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # its files may be of any shape, and are read by several libraries
         what = "image processor: preprocessor_config.json" if input_kind == "image" else "tokenizer: tokenizer.json"
         raise UnsupportedModelError(
-            f"expected {what} in {path}, found: {error}; copy its files from the model it was trained from"
+            f"expected {what} in {path}, found: {shortened(str(error))}; copy its files from the model it was trained "
+            "from"
         ) from error
 
 
@@ -174,6 +189,11 @@ def _check_files(folder: Path, auto_class: str) -> None:
     if (folder / MEMBER_FILE).exists():
         raise UnsupportedModelError(
             f"expected a dense model in {folder}, found a pruned one ({MEMBER_FILE}); prune the model it came from"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would load the model that it names instead
+        raise UnsupportedModelError(
+            f"expected a whole model in {folder}, found an adapter of one (adapter_config.json); merge it into its "
+            "model"
         )
     if not (folder / "config.json").is_file():
         raise UnsupportedModelError(f"expected config.json in {folder}, found none; check model.path")
@@ -195,7 +215,7 @@ def _conversion(path: str, auto_class: str) -> str:
         f"from transformers import {auto_class} as M; "
         f"M.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r})"
     )
-    return f'if you trust where they came from, convert them: python -c "{code}"'
+    return f"if you trust where they came from, convert them: python -c {shlex.quote(code)}"
 
 
 def _check_safetensors(path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
+from ziplm_deploy.models.config_file import read_config
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
@@ -24,7 +24,7 @@ def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
 
     Raises:
         UnsupportedModelError: no such model, or one that cannot be pruned; names what is supported.
-        CorruptArtifactError: the folder of a family member is damaged.
+        CorruptArtifactError: ``config.json`` or the folder of a family member is damaged.
     """
     rows = layer_rows(model if isinstance(model, nn.Module) else _open(str(model)))
     refused = [str(row["reason"]) for row in rows if not row["prunable"]]
@@ -37,13 +37,7 @@ def _open(path: str) -> Any:
     resolved = resolve_model_path(path)
     if (Path(resolved) / MEMBER_FILE).exists():
         return load(resolved)
-    local = {"local_files_only": True} if Path(resolved).is_dir() else {}
-    try:
-        return transformers.AutoConfig.from_pretrained(resolved, trust_remote_code=False, **local)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any shape of JSON may be in there
-        raise UnsupportedModelError(
-            f"expected a folder with config.json or a reachable hub id, found {path!r}: {error}; check the path"
-        ) from error
+    return read_config(resolved, trust_remote_code=False)
 
 
 def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 from pathlib import Path
 
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
@@ -31,7 +32,7 @@ def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None:
         raise EnvironmentMismatchError(
-            f"expected the installed package {name}, found none; run: pip install {name.replace('_', '-')}"
+            f"expected the installed package {name}, found none; run: pip install {shlex.quote(name.replace('_', '-'))}"
         )
     for root in spec.submodule_search_locations or ():
         for config in sorted(Path(root).rglob("config.json")):

@@ -21,8 +21,16 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ziplm_deploy.artifacts import Artifact, file_hash, write_bytes_with, write_text
-from ziplm_deploy.errors import CorruptArtifactError, StorageError, UsageError
+from ziplm_deploy.documents import read_json, shortened
+from ziplm_deploy.errors import CorruptArtifactError, StorageError
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.config_file import (
+    check_layer_count,
+    check_parameter_count,
+    config_of,
+    first_not_finite,
+    stored_shapes,
+)
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
@@ -31,6 +39,8 @@ from ziplm_deploy.recipe import ModelConfig, TaskName
 
 MEMBER_FILE = "ziplm_config.json"
 WEIGHTS_FILE = "pruned.safetensors"
+# The dense model that a member is built from is at most so many times as large, beyond a GiB that costs nobody much.
+MAX_PRUNING, FREE_PARAMETERS = 16, 1 << 28
 
 
 class MemberConfig(Artifact):
@@ -127,16 +137,16 @@ def load(folder: Path | str) -> nn.Module:
             f"expected the weights that {MEMBER_FILE} describes in {weights}, found {found}; copy the folder again"
         )
     try:
-        model = _build(_dense_config(folder), member)
+        model = _build(_dense_config(folder), member, weights)
         _check_names(model, weights)
         load_model(model, str(weights))
-    except (
-        *(OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError),
-        *(SafetensorError, UsageError),
-    ) as error:
+        damaged = first_not_finite(model)
+        if damaged is not None:
+            raise ValueError(f"NaN or infinity in {damaged}")
+    except Exception as error:  # transformers trusts the fields of config.json, so that it may raise anything
         raise CorruptArtifactError(
-            f"expected config.json, {MEMBER_FILE} and {WEIGHTS_FILE} of one model in {folder}, found: {error}; "
-            "copy the folder again"
+            f"expected config.json, {MEMBER_FILE} and {WEIGHTS_FILE} of one model in {folder}, found: "
+            f"{shortened(str(error)) or type(error).__name__}; copy the folder again"
         ) from error
     return model.eval()
 
@@ -156,26 +166,33 @@ def _check_names(model: nn.Module, weights: Path) -> None:
 
 
 def _dense_config(folder: Path) -> Any:
-    """The dense model's configuration: without what differs by layer, which newer transformers would apply.
-
-    Read as data: no code that a folder may name is looked for.
-    """
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """The dense model's configuration: without what differs by layer, which newer transformers would apply."""
+    fields = read_json(folder / "config.json", finite=True)
     fields.pop("per_layer_config", None)
-    return transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    return config_of(fields, str(folder))
 
 
-def _build(config: Any, member: MemberConfig) -> nn.Module:
+def _build(config: Any, member: MemberConfig, weights: Path) -> nn.Module:
     """The member's modules, with weights still to be loaded."""
     model_class = getattr(transformers, member.model_class, None)
     if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(f"model class {member.model_class!r}, which transformers does not have")
+    if model_class.config_class is not type(config):
+        raise ValueError(f"model class {member.model_class!r} for a {config.model_type} model")
     config._attn_implementation = "eager"
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    options = {"add_pooling_layer": member.pooling_layer} if takes_pooler else {}
+    shapes = stored_shapes([weights])
+    check_layer_count(config, shapes, str(weights))
+    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+    check_parameter_count(model_class, config, shapes, MAX_PRUNING * stored + FREE_PARAMETERS, **options)
     with torch.random.fork_rng(devices=[]):  # the initial weights must not consume the caller's random numbers
-        model: nn.Module = model_class(config, **({"add_pooling_layer": member.pooling_layer} if takes_pooler else {}))
+        model: nn.Module = model_class(config, **options)
     for module in prunable_modules(model):
-        kept = torch.tensor(member.kept[module.name], dtype=torch.int64)
+        indices = member.kept[module.name]
+        if len(indices) > module.structures:
+            raise ValueError(f"{len(indices)} kept structures of {module.structures} in {module.name}")
+        kept = torch.tensor(indices, dtype=torch.int64)
         if torch.equal(kept, torch.arange(module.structures)):
             continue
         hidden = output_linear(model, module).out_features

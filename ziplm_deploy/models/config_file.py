@@ -1,0 +1,197 @@
+"""``config.json`` of a checkpoint, read as data and checked before transformers builds anything from it.
+
+A folder may come from anywhere. No code that it names is looked for; sizes must be those of models, and fit the headers
+of the weights beside it, so that a few bytes never take gigabytes of memory or hours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from ziplm_deploy.documents import read_json, shown
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
+from ziplm_deploy.models.architectures import ARCHITECTURES
+from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+MAX_VOCABULARY = 1 << 22
+# Names that the supported architectures give their sizes, and the largest of each.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), MAX_LAYERS),
+    **dict.fromkeys(("hidden_size", "dim", "intermediate_size", "hidden_dim", "embedding_size"), MAX_SIZE),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "max_position_embeddings", "patch_size"), MAX_SIZE),
+    **dict.fromkeys(("image_size", "num_channels", "relative_attention_num_buckets"), MAX_SIZE),
+    "vocab_size": MAX_VOCABULARY,
+}
+_MAY_BE_ZERO = {"type_vocab_size": MAX_SIZE, "num_labels": MAX_SIZE}
+_SHARES = (
+    *("layer_norm_eps", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"),
+    *("attention_dropout", "classifier_dropout", "qa_dropout", "seq_classif_dropout"),
+)
+# What would fetch or choose code by name; every model here is built with eager attention.
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
+
+
+def read_config(path: str, **source: Any) -> transformers.PretrainedConfig:
+    """Configuration of a local folder, or of a hub id; ``source`` are keywords for the hub.
+
+    Raises:
+        UnsupportedModelError: not reachable, code of its own, another architecture, or quantized weights.
+        CorruptArtifactError: ``config.json`` is damaged.
+    """
+    return config_of(_fields(path, source), path)
+
+
+def config_of(fields: Mapping[str, Any], path: str) -> transformers.PretrainedConfig:
+    """Configuration from the fields of ``config.json``; raises as :func:`read_config`."""
+    _check_support(fields, path)
+    wrong = [*_wrong_sizes(fields), *_wrong_shares(fields)]
+    if wrong:
+        raise CorruptArtifactError(
+            f"expected the settings of a model in config.json of {path}, found {', '.join(wrong)}; copy the folder "
+            "again"
+        )
+    plain = {name: value for name, value in fields.items() if name not in _IMPLEMENTATIONS}
+    try:
+        config: Any = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(plain)
+    except Exception as error:  # transformers trusts the types of fields, so that it may raise anything
+        raise CorruptArtifactError(
+            f"expected the settings of a {fields['model_type']} model in config.json of {path}, found: "
+            f"{type(error).__name__}: {shown(str(error))}; copy the folder again"
+        ) from error
+    if getattr(config, "torchscript", False):  # it would answer by tuples instead of by names
+        config.torchscript = False
+    return config  # type: ignore[no-any-return]
+
+
+def _fields(path: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            fields: dict[str, Any] = transformers.PretrainedConfig.get_config_dict(path, **source)[0]
+            return fields
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"expected a local folder or a reachable hub id, found {path!r}: {error}; download it and give the "
+                "folder"
+            ) from error
+    try:
+        raw = read_json(folder / "config.json", finite=True)
+    except FileNotFoundError:
+        raise UnsupportedModelError(f"expected config.json in {folder}, found none; check the path") from None
+    except (OSError, ValueError) as error:
+        raise CorruptArtifactError(
+            f"expected a readable config.json in {path}, found: {error}; copy the folder again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CorruptArtifactError(
+            f"expected a mapping of settings in config.json of {path}, found {type(raw).__name__}; copy the folder "
+            "again"
+        )
+    return raw
+
+
+def _check_support(fields: Mapping[str, Any], path: str) -> None:
+    """Refuse what is not built here, before transformers looks at it."""
+    model_type = fields.get("model_type")
+    if "auto_map" in fields:
+        raise UnsupportedModelError(
+            f"expected a model of transformers in {path}, found one with code of its own (auto_map, model type "
+            f"{shown(model_type)}), which is never run; choose a model without, or remove auto_map if it is none"
+        )
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"expected an encoder of type {', '.join(ARCHITECTURES)} in {path}, found model type {shown(model_type)}; "
+            "choose a supported model"
+        )
+    if fields.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            f"expected weights of full precision in {path}, found quantized ones (quantization_config); prune the "
+            "model that they were made from"
+        )
+
+
+def _wrong_sizes(fields: Mapping[str, Any]) -> list[str]:
+    limits = [*((name, 1, most) for name, most in _SIZES.items()), *((n, 0, most) for n, most in _MAY_BE_ZERO.items())]
+    return [
+        f"{name}: {shown(fields[name])} (expected {least} to {most})"
+        for name, least, most in limits
+        if name in fields and not all(_is_size(value, least, most) for value in _numbers(name, fields[name]))
+    ]
+
+
+def _numbers(name: str, value: Any) -> list[Any]:
+    """The numbers of a size; images may have two."""
+    return value if name in ("image_size", "patch_size") and isinstance(value, list) and value else [value]
+
+
+def _is_size(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _wrong_shares(fields: Mapping[str, Any]) -> list[str]:
+    found = {name: fields[name] for name in _SHARES if fields.get(name) is not None}
+    return [
+        f"{name}: {shown(value)} (expected 0 to 1)"
+        for name, value in found.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
+    ]
+
+
+def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in safetensors files, from their headers; raises as ``safe_open``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def check_layer_count(config: Any, shapes: Shapes, where: str) -> None:
+    """Refuse weights of another number of layers than ``config.json`` says: some would be left out, or random.
+
+    Raises:
+        CorruptArtifactError: names the first layer that only one of them has.
+    """
+    layers = {name: int(match[1]) for name in shapes if (match := _LAYER.search(name)) is not None}
+    expected, found = getattr(config, ARCHITECTURES[config.model_type].config_layers), max(layers.values(), default=-1)
+    if layers and found + 1 != expected:
+        extra = next((name for name, layer in layers.items() if layer >= expected), "")
+        more = f", among them {extra}, which would be left out" if extra else ""
+        raise CorruptArtifactError(
+            f"expected weights of {expected} layers in {where}, as config.json says, found those of {found + 1}{more}; "
+            "correct config.json, or copy the folder again"
+        )
+
+
+def check_parameter_count(model_class: Any, config: Any, shapes: Shapes, most: int, **options: Any) -> None:
+    """Refuse a configuration of a model with more than ``most`` parameters; ``shapes`` are for the message.
+
+    The model is built on the ``meta`` device, which takes no memory for weights.
+
+    Raises:
+        CorruptArtifactError: the weights cannot be those of the model.
+    """
+    with torch.device("meta"):
+        declared = sum(parameter.numel() for parameter in model_class(config, **options).parameters())
+    if declared > most:
+        stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+        raise CorruptArtifactError(
+            f"expected weights of the {model_class.__name__} that config.json describes ({declared:,} parameters), "
+            f"found {stored:,}; copy the folder again"
+        )
+
+
+def first_not_finite(model: torch.nn.Module) -> str | None:
+    """Name of a tensor with NaN or infinite weights; None if all are finite."""
+    tensors = ((name, tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point())
+    return next((name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
