@@ -109,7 +109,9 @@ def take_members(options: argparse.Namespace, recipe: Recipe) -> None:
     for name in (DENSE, *options.members):
         target = recipe.run_dir / name
         if not target.exists():
-            shutil.copytree(options.run / name, target, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
+            shutil.copytree(
+                options.run / name, target, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json", "outcomes*.json")
+            )
 
 
 def prepare(options: argparse.Namespace) -> None:

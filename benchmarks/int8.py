@@ -70,7 +70,7 @@ def float_file(options: argparse.Namespace, source: Path, folder: Path) -> tuple
     """The float32 file of a member, and the run it stands in."""
     run = Run(recipe_of("float", "onnxruntime", {}, options, folder), ConsoleProgress())
     member = run.dense_member
-    shutil.copytree(source, member.folder, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json"))
+    shutil.copytree(source, member.folder, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json", "outcomes*.json"))
     export_member(run, member, member.folder)
     return run, member.file(Variant.FP32).onnx
 

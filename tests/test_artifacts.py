@@ -148,6 +148,15 @@ def test_scores_from_before_they_had_a_kind_are_read(tmp_path: Path) -> None:
     assert Scores.load(path) == scores
 
 
+def test_scores_from_before_outcomes_were_kept_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.json"
+    head = '{"kind": "accuracy", "schema_version": 1, '
+    body = '"metric": "f1", "scores": {"f1": 0.5}, "n_rows": 9, "engine": "onnxruntime", "engine_version": "1.0"}'
+    path.write_text(head + body, encoding="utf-8")
+    scores = Scores.load(path)
+    assert (scores.primary, scores.n_rows, scores.examples, scores.outcomes_hash) == (0.5, 9, None, None)
+
+
 @pytest.mark.parametrize(
     "content",
     [

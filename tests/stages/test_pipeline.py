@@ -35,6 +35,9 @@ from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.recipe import Variant, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.tasks import get_task
+from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.record import Scores
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,17 @@ def test_every_member_has_a_complete_folder_and_a_place_in_the_report(made: Path
     assert not list(run_dir.rglob("*.tmp"))
 
 
+def test_scores_can_be_computed_again_from_the_outcomes_beside_them(made: Path) -> None:
+    run_dir, task = made / "runs" / "tiny", get_task("text-classification")
+    found = [Scores.load(run_dir / name / "accuracy.json") for name in ("dense", "1.5x", "2.5x")]
+    assert len({scores.examples for scores in found}) == 1  # the same rows: they compare example by example
+    for name, scores in zip(("dense", "1.5x", "2.5x"), found, strict=True):
+        assert scores.outcomes_hash is not None
+        outcomes = Outcomes.load(run_dir / name / "outcomes.json", scores.outcomes_hash)
+        assert len(outcomes) == scores.n_rows
+        assert task.scores(outcomes) == scores.scores
+
+
 def test_members_load_and_answer_like_their_onnx_file(made: Path) -> None:
     from ziplm_deploy.engines.runner import onnx_runner
 
@@ -96,7 +110,7 @@ def test_a_second_run_measures_nothing_again(copied: Path) -> None:
 def test_a_changed_field_reruns_only_what_depends_on_it(copied: Path) -> None:
     fields: dict[str, Any] = {"speedups": [1.5, 2.5], "data": {"n_evaluation": 20}}
     again = written_again(copied, recipe(copied, **fields))
-    assert "1.5x/accuracy.json" in again
+    assert {"1.5x/accuracy.json", "1.5x/outcomes.json"} <= again
     assert not {name for name in again if name.endswith((".onnx", ".safetensors", "profile.json", "benchmark.json"))}
     fields["benchmark"] = {"rounds": 6}
     again = written_again(copied, recipe(copied, **fields))

@@ -27,6 +27,11 @@ class Variant(str, Enum):
         return self.onnx_file.replace("model", "accuracy").replace(".onnx", ".json")
 
     @property
+    def outcomes_file(self) -> str:
+        """Name of the file with what these scores were computed from, example by example: ``outcomes.json`` …"""
+        return self.accuracy_file.replace("accuracy", "outcomes")
+
+    @property
     def is_sparse(self) -> bool:
         return self in (Variant.SPARSE, Variant.SPARSE_INT8)
 

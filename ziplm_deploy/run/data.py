@@ -77,6 +77,13 @@ class RunData:
         )
 
     @property
+    def evaluation_rows_key(self) -> str:
+        """Stands for which evaluation rows there are, whatever model reads them and at what length."""
+        names = {"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
+        columns = self._recipe.data.model_dump(include=names)
+        return content_key(data=self.evaluation_hash, columns=columns, seed=self._recipe.seed)
+
+    @property
     def train_columns(self) -> dict[str, Any]:
         """Settings that decide which training examples there are."""
         data = self._recipe.data

@@ -104,6 +104,10 @@ class ModelFile:
         return self.folder / self.variant.accuracy_file
 
     @property
+    def outcomes(self) -> Path:
+        return self.folder / self.variant.outcomes_file
+
+    @property
     def is_before_training(self) -> bool:
         return self.folder != self.member.folder
 

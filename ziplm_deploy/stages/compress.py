@@ -41,6 +41,7 @@ def remove_unlisted(run: Run, member: Member) -> None:
         file = member.file(variant)
         file.onnx.unlink(missing_ok=True)
         file.scores.unlink(missing_ok=True)
+        file.outcomes.unlink(missing_ok=True)
 
 
 STAGE = Stage(

@@ -13,6 +13,7 @@ from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
 from ziplm_deploy.tasks import ModelFunction
 from ziplm_deploy.tasks.evaluation_set import cache_embeddings
+from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.record import Scores
 
 
@@ -52,21 +53,23 @@ def evaluate_file(run: Run, file: ModelFile, dense: ModelFunction) -> None:
 
     def work() -> None:
         if is_baseline:
-            scores = run.task.evaluate(dense, data)
+            outcomes, fidelity = run.task.outcomes(dense, data), {}
         else:
             with open_runner(recipe.environment, file.onnx) as runner:
                 own = cache_embeddings(runner)
-                scores = run.task.evaluate(own, data) | run.task.fidelity(own, dense, data)
+                outcomes, fidelity = run.task.outcomes(own, data), run.task.fidelity(own, dense, data)
         Scores(
             metric=run.task.metric_name,
-            scores=scores,
+            scores=run.task.scores(outcomes) | fidelity,
             n_rows=len(data.rows),
             engine=engine,
             engine_version=run.engine_versions[engine],
+            examples=run.data.evaluation_rows_key,
+            outcomes_hash=outcomes.save(file.outcomes),
         ).save(file.scores)
 
     stage = f"evaluate pruned {file.label}" if file.is_before_training else f"evaluate {file.label}"
-    run.folder.make(stage, key, [file.scores], work)
+    run.folder.make(stage, key, [file.scores, file.outcomes], work)
 
 
 def score_of(run: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> float:
@@ -83,6 +86,18 @@ def scores_of(run: Run, file: ModelFile) -> dict[str, float]:
     if run.recipe.data.evaluation is None or not file.scores.exists():
         return {}
     return Scores.load(file.scores).scores
+
+
+def outcomes_of(run: Run, file: ModelFile) -> Outcomes | None:
+    """What a file did on every evaluation example; None where it was not evaluated, or before that was kept.
+
+    Raises:
+        CorruptArtifactError: the file is missing, damaged, or not the one that the scores were computed from.
+    """
+    if run.recipe.data.evaluation is None or not file.scores.exists():
+        return None
+    expected_hash = Scores.load(file.scores).outcomes_hash
+    return None if expected_hash is None else Outcomes.load(file.outcomes, expected_hash)
 
 
 STAGE = Stage("evaluate", lambda run: "accuracy of the ONNX files themselves", evaluate)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
 from ziplm_deploy.tasks.losses import cross_entropy
+from ziplm_deploy.tasks.metrics import Metric, ratio_of_sums
 from ziplm_deploy.tasks.nested import parse_nested
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 MAX_ANSWER_TOKENS = 30  # as in the reference evaluation of BERT
 BEST = 20  # start and end positions considered a window
@@ -54,6 +57,7 @@ class QuestionAnswering(Task):
 
     name = "question-answering"
     metric_name = "f1"
+    metrics: ClassVar[Mapping[str, Metric]] = {"f1": ratio_of_sums("f1"), "exact_match": ratio_of_sums("exact_match")}
     auto_class = "AutoModelForQuestionAnswering"
     ort_class = "ORTModelForQuestionAnswering"
     output_names = ("start_logits", "end_logits")
@@ -122,7 +126,7 @@ class QuestionAnswering(Task):
             batch |= {name: batch[name] + shift for name in self.label_names if name in batch}
         return batch
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         windows = make_windows(data.processor, data.rows, data.max_length)
         best: dict[int, tuple[float, str]] = {}
         examples = [window.inputs for window in windows]
@@ -136,11 +140,8 @@ class QuestionAnswering(Task):
                 if window.row not in best or score > best[window.row][0]:
                     context = data.rows[window.row]["context"]
                     best[window.row] = (score, context[slice(*characters)] if characters else "")
-        scores = squad(
-            [{"prediction_text": best[index][1], "id": str(index)} for index in range(len(data.rows))],
-            [{"answers": _as_squad(row["answers"]), "id": str(index)} for index, row in enumerate(data.rows)],
-        )
-        return {"f1": float(scores["f1"]) / 100, "exact_match": float(scores["exact_match"]) / 100}
+        scores = [_answer_scores(best[index][1], row["answers"]) for index, row in enumerate(data.rows)]
+        return Outcomes({name: np.array([each[name] for each in scores]) for name in self.metrics})
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Start and end logits [2, batch, length], padding at -10⁴ so that it takes no probability."""
@@ -299,5 +300,10 @@ def _answer_characters(row: Row, number: int) -> tuple[int, int]:
     return start + len(text) - len(text.lstrip()), start + len(text.rstrip())
 
 
-def _as_squad(texts: list[str]) -> dict[str, list[Any]]:
-    return {"text": texts, "answer_start": [0] * len(texts)}  # the metric reads the texts only
+def _answer_scores(predicted: str, answers: list[str]) -> dict[str, float]:
+    """F1 and exact match, 0 to 1, of the answer to one question against the nearest of those in the data."""
+    starts = [0] * len(answers)  # the metric reads the texts only
+    scores = squad(
+        {"id": "", "prediction_text": predicted}, {"id": "", "answers": {"text": answers, "answer_start": starts}}
+    )
+    return {name: float(value) / 100 for name, value in scores.items()}

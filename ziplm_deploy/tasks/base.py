@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +22,8 @@ from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence
+from ziplm_deploy.tasks.metrics import Metric, score
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 Which = Literal["calibration", "evaluation", "train"]
 
@@ -30,7 +32,8 @@ class Task(ABC):
     """One task: its data, its metric and its model classes. Subclasses are stateless apart from the model's config."""
 
     name: ClassVar[TaskName]
-    metric_name: ClassVar[str]  # primary key of evaluate()'s result; higher is better
+    metric_name: ClassVar[str]  # the primary one of the metrics; higher is better
+    metrics: ClassVar[Mapping[str, Metric]]  # every score that evaluate() gives, by its key
     auto_class: ClassVar[str]  # class of transformers that loads the dense model
     ort_class: ClassVar[str]  # class of optimum that serves the ONNX file
     output_names: ClassVar[tuple[str, ...]]
@@ -145,8 +148,16 @@ class Task(ABC):
         return collate_examples(examples, processor)
 
     @abstractmethod
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
+        """What the model did on each labelled row, in the rows' order: what :attr:`metrics` are computed from."""
+
+    def scores(self, outcomes: Outcomes) -> dict[str, float]:
+        """All metrics of these examples, 1 is best; the primary one first."""
+        return {name: score(self.metrics[name], outcomes) for name in dict.fromkeys((self.metric_name, *self.metrics))}
+
     def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
-        """Metrics on labelled rows, 1 is best."""
+        """All metrics on labelled rows, 1 is best; the primary one first."""
+        return self.scores(self.outcomes(function, data))
 
     def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Closeness of the outputs to the dense model's, needing no labels; empty where the metric says enough."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
@@ -23,6 +23,10 @@ from ziplm_deploy.tasks.labels import (
     labels_of,
     require_labels,
 )
+from ziplm_deploy.tasks.metrics import Metric, accuracy, macro_f1
+from ziplm_deploy.tasks.outcomes import Outcomes
+
+CLASS_METRICS: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
 
 
 class TextTask(Task):
@@ -76,6 +80,7 @@ class TextClassification(TextTask):
 
     name = "text-classification"
     metric_name = "accuracy"
+    metrics = CLASS_METRICS
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         return check_class_labels(rows, config)
@@ -90,15 +95,11 @@ class TextClassification(TextTask):
         labels = None if labels_of(rows) is None else class_numbers(rows)
         return training_examples(tokenize(processor, rows, max_length), labels)
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)
-        return classification_metrics(self.predict(function, data), labels)
+        return class_outcomes(self.predict(function, data), labels)
 
 
-def classification_metrics(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """Accuracy and macro F1 of logits ``[n, classes]``."""
-    predicted = logits.argmax(axis=1)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-    }
+def class_outcomes(logits: np.ndarray, labels: list[int]) -> Outcomes:
+    """``label`` and ``predicted``, class numbers, of logits ``[n, classes]``."""
+    return Outcomes({"label": np.array(labels), "predicted": logits.argmax(axis=1)})

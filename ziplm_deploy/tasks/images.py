@@ -14,7 +14,7 @@ from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Arrays, Batch, batch_indices, with_labels
-from ziplm_deploy.tasks.classification import classification_metrics
+from ziplm_deploy.tasks.classification import CLASS_METRICS, class_outcomes
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
@@ -26,6 +26,7 @@ from ziplm_deploy.tasks.labels import (
     labels_of,
     require_labels,
 )
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 
 class ImageClassification(Task):
@@ -33,6 +34,7 @@ class ImageClassification(Task):
 
     name = "image-classification"
     metric_name = "accuracy"
+    metrics = CLASS_METRICS
     auto_class = "AutoModelForImageClassification"
     ort_class = "ORTModelForImageClassification"
     output_names = ("logits",)
@@ -75,9 +77,9 @@ class ImageClassification(Task):
         examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
         return examples if labels is None else with_labels(examples, labels)
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)
-        return classification_metrics(class_logits(function, _batches(data), len(data.rows)), labels)
+        return class_outcomes(class_logits(function, _batches(data), len(data.rows)), labels)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]

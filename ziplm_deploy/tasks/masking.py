@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from ziplm_deploy.tasks.batching import (
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.losses import IGNORED
+from ziplm_deploy.tasks.metrics import Metric, ratio_of_sums
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 MASKED_FRACTION = 0.15  # as in pre-training of BERT
 FEATURES_PER_ROW = 8  # masked positions compared a sequence: vocabulary-wide logits are large
@@ -33,6 +36,10 @@ class FillMask(Task):
 
     name = "fill-mask"
     metric_name = "masked_accuracy"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "masked_accuracy": ratio_of_sums("right", "masked"),
+        "masked_log_likelihood": ratio_of_sums("log_likelihood", "masked"),
+    }
     auto_class = "AutoModelForMaskedLM"
     ort_class = "ORTModelForMaskedLM"
     output_names = ("logits",)
@@ -65,9 +72,11 @@ class FillMask(Task):
         """Inputs masked as :meth:`encode` masks them; ``labels`` [1, length]: the hidden tokens, -100 elsewhere."""
         return training_examples(*self._mask(tokenize(processor, rows, max_length), processor))
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
+        """Tokens ``masked`` in each text, those found ``right``, and the ``log_likelihood`` of all of them."""
         masked, targets = self._mask(data.tokenize(), data.processor)
-        correct, log_likelihood, count = 0, 0.0, 0
+        masked_tokens, right = (np.zeros(len(masked), np.int64) for _ in range(2))
+        log_likelihood = np.zeros(len(masked))
         for indices, inputs in data.batches(masked):
             logits = function(inputs)["logits"]
             for position, index in enumerate(indices):
@@ -79,14 +88,13 @@ class FillMask(Task):
                 wanted = torch.from_numpy(target[hidden])
                 chosen = torch.from_numpy(as_float32(logits[position, tokens][hidden]))  # [hidden, vocab]
                 scores = chosen.log_softmax(-1)
-                correct += int((scores.argmax(-1) == wanted).sum())
-                log_likelihood += float(scores.gather(1, wanted[:, None]).sum())
-                count += len(wanted)
-        if not count:
+                masked_tokens[index], right[index] = len(wanted), int((scores.argmax(-1) == wanted).sum())
+                log_likelihood[index] = float(scores.gather(1, wanted[:, None]).sum())
+        if not masked_tokens.any():
             raise DataError(
                 "expected texts with tokens to mask, found none; give longer ones or raise environment.workload.seq_len"
             )
-        return {"masked_accuracy": correct / count, "masked_log_likelihood": log_likelihood / count}
+        return Outcomes({"masked": masked_tokens, "right": right, "log_likelihood": log_likelihood})
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [positions, vocabulary] at the first masked positions of each sequence."""

@@ -14,7 +14,8 @@ from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
 from ziplm_deploy.tasks.losses import mean_squared
-from ziplm_deploy.tasks.scores import correlations, parse_score
+from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.scores import CORRELATIONS, parse_score, value_outcomes
 
 
 class TextRegression(TextTask):
@@ -22,6 +23,7 @@ class TextRegression(TextTask):
 
     name = "text-regression"
     metric_name = "spearman"
+    metrics = CORRELATIONS
     label_columns = ("label", "labels", "score", "similarity")
 
     def read_label(self, value: int | float | str, number: int) -> float:
@@ -45,9 +47,9 @@ class TextRegression(TextTask):
         examples = tokenize(processor, rows, max_length)
         return training_examples(examples, None if labels is None else [float(label) for label in labels])
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         predicted = self.predict(function, data)[:, 0].astype(np.float64)
-        return correlations(predicted, np.array([row["label"] for row in data.rows], dtype=np.float64))
+        return value_outcomes(predicted, np.array([row["label"] for row in data.rows], dtype=np.float64))
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean squared difference of outputs [batch, 1], in the scale of the labels squared."""

@@ -1,13 +1,17 @@
-"""Scores as labels (similarity, ratings): reading them, and the correlation of predictions with them."""
+"""Scores as labels (similarity, ratings): reading them, and what a model predicts for them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.tasks.metrics import Metric, pearson, spearman
+from ziplm_deploy.tasks.outcomes import Outcomes
+
+CORRELATIONS: Mapping[str, Metric] = {"spearman": spearman, "pearson": pearson}
 
 
 def parse_score(value: float | str, number: int, what: str) -> float:
@@ -25,8 +29,8 @@ def parse_score(value: float | str, number: int, what: str) -> float:
     return score
 
 
-def correlations(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Spearman's and Pearson's correlation of two arrays ``[n]``; 0 for a collapsed model, where none is defined.
+def value_outcomes(predicted: np.ndarray, labels: np.ndarray) -> Outcomes:
+    """``label`` and ``predicted``, numbers [n]; answers that are not all finite count as collapsed.
 
     Raises:
         DataError: the labels allow no correlation: fewer than 3 rows, or all the same.
@@ -36,6 +40,7 @@ def correlations(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             f"expected at least 3 evaluation rows with differing scores, found {len(labels)} row(s) with "
             f"{len(set(labels.tolist()))} score(s); give more data"
         )
-    if not np.isfinite(predicted).all() or np.ptp(predicted) == 0:
-        return {"spearman": 0.0, "pearson": 0.0}
-    return {"spearman": float(spearmanr(predicted, labels)[0]), "pearson": float(pearsonr(predicted, labels)[0])}
+    predicted = np.asarray(predicted, dtype=np.float64)
+    if not np.isfinite(predicted).all():
+        predicted = np.zeros_like(predicted)  # of a constant no correlation is defined; the metrics give 0
+    return Outcomes({"label": labels, "predicted": predicted})

@@ -22,7 +22,8 @@ from ziplm_deploy.tasks.batching import (
 )
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.scores import correlations, parse_score
+from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.scores import CORRELATIONS, parse_score, value_outcomes
 
 NEIGHBOURS = 10
 
@@ -32,6 +33,7 @@ class SentenceSimilarity(Task):
 
     name = "sentence-similarity"
     metric_name = "spearman"
+    metrics = CORRELATIONS
     auto_class = "AutoModel"
     ort_class = "ORTModelForFeatureExtraction"
     output_names = ("last_hidden_state", "sentence_embedding")
@@ -80,7 +82,7 @@ class SentenceSimilarity(Task):
         """Texts without labels; those of pairs once each, so not one example a row."""
         return training_examples(tokenize(processor, flatten(rows), max_length))
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         distinct = flatten(data.rows)
         embeddings = self.embed(function, data.with_rows(distinct))
         position = {row["text"]: index for index, row in enumerate(distinct)}
@@ -88,7 +90,7 @@ class SentenceSimilarity(Task):
         right = embeddings[[position[row["text_pair"]] for row in data.rows]]
         cosine = np.sum(_unit(left) * _unit(right), axis=1)
         labels = np.array([row["label"] for row in data.rows], dtype=np.float64)
-        return correlations(cosine, labels)
+        return value_outcomes(cosine, labels)
 
     def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
-from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
@@ -25,6 +27,8 @@ from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
+from ziplm_deploy.tasks.metrics import Metric, entity_f1, entity_precision, entity_recall, ratio_of_sums
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 
 class TokenClassification(Task):
@@ -36,6 +40,12 @@ class TokenClassification(Task):
 
     name = "token-classification"
     metric_name = "entity_f1"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "entity_f1": entity_f1,
+        "entity_precision": entity_precision,
+        "entity_recall": entity_recall,
+        "token_accuracy": ratio_of_sums("right_words", "words"),
+    }
     auto_class = "AutoModelForTokenClassification"
     ort_class = "ORTModelForTokenClassification"
     output_names = ("logits",)
@@ -96,7 +106,7 @@ class TokenClassification(Task):
                 target[token] = tags[word]
         return training_examples(examples, labels)
 
-    def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         _check_names(data.rows)
         names: list[str] = data.rows[0]["label_names"]
         examples, first_tokens = tokenize_words(data.processor, data.rows, data.max_length)
@@ -109,7 +119,7 @@ class TokenClassification(Task):
                 for word, token in first_tokens[index].items():
                     predicted[index][word] = names[int(tokens[token])]
         truth = [[names[tag] for tag in row["label"]] for row in data.rows]
-        return _entity_metrics(truth, predicted)
+        return _entity_outcomes(truth, predicted)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [tokens, classes] of every token that is no padding."""
@@ -121,18 +131,33 @@ def _check_names(rows: list[Row]) -> None:
         raise DataError("expected rows with checked tags, found others; pass the rows that check_labels returned")
 
 
-def _entity_metrics(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
-    """Entity F1, precision and recall where tags are B-/I-…; without such tags every word counts as an entity."""
+def _entity_outcomes(truth: list[list[str]], predicted: list[list[str]]) -> Outcomes:
+    """Entities of each text, by type, where tags are B-/I-…; without such tags every word counts as an entity.
+
+    ``right``, ``found`` and ``expected`` [texts, types] entities; ``right_words`` and ``words`` [texts].
+    """
     if not any(tag.startswith(("B-", "I-")) for tags in truth for tag in tags):
         truth = [[tag if tag == "O" else f"B-{tag}" for tag in tags] for tags in truth]
         predicted = [[tag if tag == "O" else f"B-{tag}" for tag in tags] for tags in predicted]
-    hits = [one == other for a, b in zip(truth, predicted, strict=True) for one, other in zip(a, b, strict=True)]
-    return {
-        "entity_f1": float(f1_score(truth, predicted, zero_division=0)),
-        "entity_precision": float(precision_score(truth, predicted, zero_division=0)),
-        "entity_recall": float(recall_score(truth, predicted, zero_division=0)),
-        "token_accuracy": float(np.mean(hits)) if hits else 0.0,
-    }
+    expected, found = ([set(get_entities(tags)) for tags in texts] for texts in (truth, predicted))
+    right = [a & b for a, b in zip(expected, found, strict=True)]
+    types = sorted({kind for entities in expected + found for kind, _, _ in entities})
+    hits = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in zip(truth, predicted, strict=True)]
+    return Outcomes(
+        {
+            **{name: _by_type(each, types) for name, each in (("right", right), ("found", found))},
+            "expected": _by_type(expected, types),
+            "right_words": np.array(hits),
+            "words": np.array([len(tags) for tags in truth]),
+        },
+        names=tuple(types),
+    )
+
+
+def _by_type(texts: list[set[tuple[str, int, int]]], types: list[str]) -> np.ndarray:
+    """Numbers of entities [texts, types]."""
+    counted = [Counter(kind for kind, _, _ in entities) for entities in texts]
+    return np.array([[count[kind] for kind in types] for count in counted], dtype=np.int64).reshape(len(texts), -1)
 
 
 def tokenize_words(processor: Any, rows: list[Row], max_length: int) -> tuple[list[Example], list[dict[int, int]]]:
