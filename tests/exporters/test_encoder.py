@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -240,6 +241,29 @@ def test_parity_catches_other_weights_and_nan(tmp_path: Path) -> None:
         model.embeddings.word_embeddings.weight.fill_(math.nan)
     with pytest.raises(ParityMismatch, match="NaN"):
         check_parity(model, path, inputs, atol=1e-4)
+
+
+def test_parity_on_several_inputs_loads_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = tiny_model("bert"), tmp_path / "model.onnx"
+    inputs = dummy_inputs(model, SETTINGS)
+    export_encoder(model, inputs, ["last_hidden_state"], path, SETTINGS)
+    longer = dummy_inputs(model, ExportSettings("static", seq_len=24))
+    loaded: list[str] = []
+    session = onnxruntime.InferenceSession
+
+    def noting(source: str, *more: Any, **options: Any) -> Any:
+        loaded.append(source)
+        return session(source, *more, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noting)
+    found = check_parity(model, path, (inputs, longer), atol=1e-4)
+    assert loaded == [str(path)]
+    assert found == max(check_parity(model, path, each, atol=1e-4) for each in (inputs, longer))
+    with torch.no_grad():  # at a position that only the second one reaches
+        model.embeddings.position_embeddings.weight[20] *= -1  # type: ignore[index, operator, union-attr]
+    assert check_parity(model, path, inputs, atol=1e-4) < 1e-4
+    with pytest.raises(ParityMismatch, match="last_hidden_state"):
+        check_parity(model, path, (inputs, longer), atol=1e-4)
 
 
 def test_bad_requests_leave_no_file(tmp_path: Path) -> None:

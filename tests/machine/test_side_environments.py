@@ -12,6 +12,7 @@ from tests.helpers.reports import machine
 from ziplm_deploy.cli.commands import app
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError, StorageError
+from ziplm_deploy.machine import side_environments
 from ziplm_deploy.machine.side_environments import (
     ENVIRONMENTS,
     MARKER,
@@ -65,6 +66,40 @@ def test_another_interpreter_may_be_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("ZIPLM_PYTEST_PYTHON", "/no/such/python")
     with pytest.raises(EngineError, match="in ZIPLM_PYTEST_PYTHON, found '/no/such/python'"):
         made.interpreter()
+
+
+def counting(program: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> Path:
+    """An interpreter for ``environment("json")``; each start of it is a line of the file that is returned."""
+    starts = program.with_suffix(".starts")
+    program.write_text("\n".join(["#!/bin/sh", f"echo start >> {starts}", *lines]) + "\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("ZIPLM_JSON_PYTHON", str(program))
+    return starts
+
+
+def test_a_version_is_asked_for_once_a_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = counting(cache / "python", monkeypatch, "echo 1.2")
+    assert [environment("json").version() for _ in range(3)] == ["1.2"] * 3
+    assert starts.read_text().count("start") == 1
+    counting(cache / "python", monkeypatch, "echo 1.3")
+    monkeypatch.setattr(SideEnvironment, "_run", lambda self, command: None)
+    environment("json").create()  # what was installed anew is asked for anew
+    assert environment("json").version() == "1.3"
+
+
+def test_a_version_that_was_not_found_is_asked_for_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(cache / "python", monkeypatch, "echo No package >&2", "exit 1")
+    with pytest.raises(EngineError, match="found: No package; run: ziplm-deploy setup json"):
+        environment("json").version()
+    counting(cache / "python", monkeypatch, "echo 2.0")
+    assert environment("json").version() == "2.0"
+
+
+def test_an_interpreter_that_hangs_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_environments, "VERSION_SECONDS", 0.5)
+    counting(cache / "python", monkeypatch, "exec sleep 30")
+    with pytest.raises(EngineError, match=r"timed out after 0\.5 seconds; run: ziplm-deploy setup json"):
+        environment("json").version()
 
 
 def test_variables_have_no_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ is not used.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, StorageError
 
 MARKER = "ziplm-environment.json"
+VERSION_SECONDS = 60.0  # an interpreter starts within one, on a cold and busy machine within a few
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,17 @@ class SideEnvironment:
         return f"ziplm-deploy setup {self.name}"
 
     def version(self, python: str | None = None) -> str:
-        """Version of the package in :meth:`interpreter` or ``python``, without importing it.
+        """Version of the package in :meth:`interpreter` or ``python``, without importing it; asked for once a process.
 
         Raises:
-            EngineError: it is not there.
+            EngineError: it is not there, or the interpreter gives no answer.
         """
-        code = f"import importlib.metadata as m; print(m.version({self.name!r}))"
         python = python or self.interpreter()
         try:
-            done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            return _installed_version(self.name, python)
+        except (OSError, subprocess.SubprocessError) as error:
             found = _last_line(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
             raise EngineError(f"expected {self.name} in {python}, found: {found}; run: {self._command}") from error
-        return done.stdout.strip()
 
     def check(self) -> None:
         """Raise :class:`EngineError` unless the package is there, in the version that a set-up installs."""
@@ -110,6 +110,7 @@ class SideEnvironment:
         """
         base = python or self._base_python()
         self._check_version(base)
+        _installed_version.cache_clear()
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +198,14 @@ ENVIRONMENTS = {environment.name: environment for environment in (DEEPSPARSE, NE
 def quiet_environment() -> dict[str, str]:
     """This process's environment, with the analytics of engines switched off."""
     return {**os.environ, "NM_DISABLE_ANALYTICS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
+
+@functools.cache
+def _installed_version(package: str, python: str) -> str:
+    """Version of a package in another interpreter. Errors are not kept: who mends one can ask again."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=VERSION_SECONDS)
+    return done.stdout.strip()
 
 
 def _last_line(text: str) -> str:

@@ -94,7 +94,7 @@ class OnnxExport:
             ) from error
         served = dummy_inputs(deployed, replace(self.settings, shapes="static"))  # the shape that it will serve
         try:
-            return max(check_parity(deployed, path, each, self.parity_atol) for each in (inputs, served))
+            return check_parity(deployed, path, (inputs, served), self.parity_atol)
         except ParityMismatch as error:
             path.unlink(missing_ok=True)
             raise ParityError(str(error)) from error

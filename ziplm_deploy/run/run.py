@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ziplm_deploy.artifacts import file_hash, source_hash
 from ziplm_deploy.engines import get_engine
@@ -144,10 +145,14 @@ class Run:
         return OnnxExport.from_recipe(self.recipe, self.task)
 
     @functools.cached_property
+    def teacher_model(self) -> nn.Module:
+        """The model that members learn from: the dense one unless the recipe names another."""
+        return load_teacher(self.recipe, self.dense.model, self.dense.processor)
+
+    @functools.cached_property
     def teacher(self) -> Teacher:
         """The teacher with what it has answered already, one for all members."""
-        model = load_teacher(self.recipe, self.dense.model, self.dense.processor)
-        return make_teacher(model, self.task, self.data.examples, self.recipe.recover)
+        return make_teacher(self.teacher_model, self.task, self.data.examples, self.recipe.recover)
 
     def file_hash(self, path: Path) -> str:
         """Hash of an output of an earlier stage.

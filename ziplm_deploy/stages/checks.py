@@ -8,7 +8,7 @@ from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
 from ziplm_deploy.recipe import Recipe, TrainConfig
-from ziplm_deploy.recovery.teacher_model import check_teacher, load_teacher
+from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 
 
@@ -89,8 +89,7 @@ def _check_recovery(run: Run) -> None:
             "labelled data in data.train or set recover.task_weight: 0"
         )
     if config.teacher is not None:
-        teacher = load_teacher(run.recipe, run.dense.model, run.dense.processor)
-        check_teacher(teacher, run.dense.model, config, run.recipe.environment.workload.seq_len)
+        check_teacher(run.teacher_model, run.dense.model, config, run.recipe.environment.workload.seq_len)
 
 
 def _labelled(run: Run) -> bool:
