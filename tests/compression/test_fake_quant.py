@@ -238,20 +238,23 @@ def test_lower_precision_is_rounded_in_float32() -> None:
     assert plain().to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_ranges_include_padding_and_leave_the_mode_alone(source: Exported) -> None:
+def test_ranges_are_those_of_tokens_and_leave_the_mode_alone(source: Exported) -> None:
     model = copy.deepcopy(source.model)
     model.train()
     model.bert.embeddings.eval()  # type: ignore[operator, union-attr]
     modes = [module.training for module in model.modules()]
-    whole = module_ranges(model, [tensors(source.batches[0])])
     inputs = tensors(source.batches[0])
-    name = next(iter(whole))
+    inputs["attention_mask"] = torch.tensor([[1, 1] + [0] * 7, [1] * 3 + [0] * 6])
+    found = module_ranges(model, [inputs])
+    name = "bert.encoder.layer.0.output.dense"
     hidden = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
     model.eval()
     output_tensors(model, inputs)
     handle.remove()
-    assert whole[name] == ActivationRange(float(hidden[0].min()), float(hidden[0].max()))
+    tokens = hidden[0][inputs["attention_mask"].bool()]
+    assert found[name] == ActivationRange(float(tokens.min()), float(tokens.max()))
+    assert found[name] != ActivationRange(float(hidden[0].min()), float(hidden[0].max()))  # so the test can fail
     model.train()
     model.bert.embeddings.eval()  # type: ignore[operator, union-attr]
     assert [module.training for module in model.modules()] == modes

@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request(**changes: Any) -> neural_compressor_worker.Request:
     fields: dict[str, Any] = {"source": "s.onnx", "target": "t.onnx", "nodes": ("a", "b", "c", "d")}
-    fields |= {"approach": "static", "ranges": "minmax", "percentile": 99.99, "batches": (), "per_channel": True}
+    fields |= {"approach": "static", "ranges": {}, "per_channel": True}
     fields |= {"reduce_range": False, "tune": True, "max_loss": 0.1, "max_fp32_share": 0.5, "max_trials": 9}
     return neural_compressor_worker.Request(**{**fields, "tuning_seconds": 60.0, **changes})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +12,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from tests.helpers.int8_files import (
+    BATCH_SIZE,
+    SEQ_LEN,
     Batch,
     Exported,
     Reader,
     exported,
     node_named,
+    without_padding,
 )
 from tests.helpers.models import tiny_model
 from ziplm_deploy.compression.int8 import scales as int8_scales
 from ziplm_deploy.compression.int8.quantize import linear_ranges
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import Int8Config
+
+INTERMEDIATE = "encoder.layer.0.intermediate.dense"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,8 @@ def test_ranges_are_those_of_onnx_runtimes_calibrators(
 
     monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)
     source = exported(tmp_path, model=tiny_model("bert", num_hidden_layers=1))
-    found = linear_ranges(source.path, source.batches, Int8Config(ranges=method, percentile=99.0))  # type: ignore[arg-type]
+    batches = without_padding(source.batches)  # ONNX Runtime counts padding like any token
+    found = linear_ranges(source.path, batches, Int8Config(ranges=method, percentile=99.0))  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
     bins = {"entropy": 256, "percentile": 2048}.get(method, 0)
     calibrator = create_calibrator(
@@ -56,7 +64,7 @@ def test_ranges_are_those_of_onnx_runtimes_calibrators(
         ),
         extra_options={"num_bins": bins, "symmetric": False, "percentile": 99.0},
     )
-    calibrator.collect_data(Reader(source.batches))  # all at once
+    calibrator.collect_data(Reader(batches))  # all at once
     with np.errstate(all="ignore"):
         theirs = calibrator.compute_data()
     graph = onnx.load(str(source.path)).graph
@@ -67,18 +75,59 @@ def test_ranges_are_those_of_onnx_runtimes_calibrators(
         assert (values.low, values.high) == (pytest.approx(low.item()), pytest.approx(high.item()))
 
 
+def ragged(seed: int = 3) -> list[list[int]]:
+    """Twelve examples of 2 to ``SEQ_LEN`` tokens, most of them short."""
+    generator = np.random.default_rng(seed)
+    lengths = [2, 2, 2, 3, 3, 3, 3, 4, 4, 5, 7, SEQ_LEN]
+    return [generator.integers(5, 19, length).tolist() for length in lengths]
+
+
+def padded(examples: list[list[int]], to: int | None = None, side: str = "right") -> Batch:
+    """One batch, padded to ``to`` tokens or to its longest example."""
+    length = to or max(map(len, examples))
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    found = {name: np.zeros((len(examples), length), np.int64) for name in names}
+    for row, example in enumerate(examples):
+        place = slice(length - len(example), length) if side == "left" else slice(0, len(example))
+        found["input_ids"][row, place], found["attention_mask"][row, place] = example, 1
+    return found
+
+
+def paired(examples: list[list[int]], to: int | None = None, side: str = "right") -> list[Batch]:
+    return [padded(examples[start : start + BATCH_SIZE], to, side) for start in range(0, len(examples), BATCH_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def with_far_padding(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """A model in both forms whose inputs at padding lie far outside those at tokens, as in trained models."""
+    model = tiny_model("bert", num_hidden_layers=1)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[0] = 9 * torch.linspace(-1, 1, model.config.hidden_size) ** 3  # type: ignore[index, operator, union-attr]
+    folder = tmp_path_factory.mktemp("padding")
+    return {shapes: exported(folder, shapes, model=copy.deepcopy(model)) for shapes in ("dynamic", "static")}
+
+
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_ranges_of_equally_padded_rows_depend_neither_on_order_nor_on_batching(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+def test_ranges_depend_neither_on_padding_nor_on_order_nor_on_batching(
+    with_far_padding: dict[str, Exported], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8_scales, "_ENTROPY_BINS", 256)
-    source = exported(tmp_path, "dynamic", model=tiny_model("bert", num_hidden_layers=1))
-    rows = [{name: array[i : i + 1] for name, array in batch.items()} for batch in source.batches for i in (0, 1)]
-    config = Int8Config(ranges=method, percentile=99.0)  # type: ignore[arg-type]
-    expected = linear_ranges(source.path, source.batches, config)
-    for name, values in linear_ranges(source.path, rows[::-1], config).items():
-        assert values.low == pytest.approx(expected[name].low, rel=1e-4)
-        assert values.high == pytest.approx(expected[name].high, rel=1e-4)
+    config = Int8Config(ranges=method, percentile=97.0)  # type: ignore[arg-type]
+    examples, dynamic, static = ragged(), with_far_padding["dynamic"].path, with_far_padding["static"].path
+    alone = linear_ranges(dynamic, [padded([example]) for example in examples], config)  # no padding at all
+    shuffled = [examples[index] for index in np.random.default_rng(0).permutation(len(examples))]
+    for path, batches in (
+        (dynamic, paired(examples)),
+        (dynamic, paired(shuffled)),
+        (dynamic, [padded(shuffled, SEQ_LEN)]),
+        (static, paired(examples, SEQ_LEN)),
+        (static, paired(shuffled, SEQ_LEN)),
+    ):
+        for name, values in linear_ranges(path, batches, config).items():
+            assert (values.low, values.high) == pytest.approx((alone[name].low, alone[name].high), rel=1e-3), name
+    every = [{**batch, "attention_mask": np.ones_like(batch["attention_mask"])} for batch in paired(examples, SEQ_LEN)]
+    moved = linear_ranges(static, every, config)[INTERMEDIATE]
+    assert abs(moved.high - alone[INTERMEDIATE].high) > 0.05 * alone[INTERMEDIATE].high  # the test can fail
 
 
 def test_histogram_ranges_lie_within_the_extremes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,21 @@ def test_a_weight_of_a_thousand_times_the_others_ruins_its_linear() -> None:
     assert by_channel[name].divergence < 0.2 * found[name].divergence
 
 
+def test_outliers_at_padding_are_none() -> None:
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[0] = 0.0  # type: ignore[index, operator, union-attr]
+        model.embeddings.word_embeddings.weight[0, 3] = 100.0  # type: ignore[index, operator, union-attr]
+    batch = {**tiny_inputs(model, 2, 9), "attention_mask": torch.tensor([[1] * 4 + [0] * 5] * 2)}
+    padding = {**batch, "input_ids": batch["input_ids"] * batch["attention_mask"]}  # token 0 where it does not count
+    settings = settings_of(CONFIG)
+    found = {row.name: row for row in rank_linears(model, [padding], Divergence(model), settings)}
+    unpadded = {name: tensor[:, :4] for name, tensor in batch.items()}
+    for row in rank_linears(model, [unpadded], Divergence(model), settings):
+        assert found[row.name].activation_outliers == pytest.approx(row.activation_outliers, rel=1e-4)
+        assert found[row.name].divergence == pytest.approx(row.divergence, rel=1e-2)
+
+
 def test_outliers_of_activations_are_found_where_they_enter() -> None:
     model = tiny_model("bert", intermediate_size=2048)
     dense = model.encoder.layer[1].intermediate.dense  # type: ignore[union-attr]

@@ -69,6 +69,11 @@ def batch(model: nn.Module, seed: int, names: set[str]) -> Batch:
     return inputs
 
 
+def without_padding(batches: list[Batch]) -> list[Batch]:
+    """The same batches with a token at every position."""
+    return [{**each, "attention_mask": np.ones_like(each["attention_mask"])} for each in batches]
+
+
 def tensors(values: Batch) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in values.items()}
 

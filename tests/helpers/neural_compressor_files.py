@@ -13,6 +13,7 @@ from exporters import ExportSettings, export_encoder
 from tests.helpers.int8_files import settings_of
 from tests.helpers.models import tiny_inputs, tiny_model
 from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult, quantize_with_neural_compressor
+from ziplm_deploy.compression.int8.quantize import linear_ranges
 from ziplm_deploy.recipe import Int8Config
 
 BATCH, TOKENS, N_LINEARS = 2, 9, 18
@@ -55,5 +56,7 @@ def answers(path: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def run(source: Path, target: Path, config: Int8Config = STATIC, **settings: Any) -> NeuralCompressorResult:
-    settings = {"batches": make_batches(), "evaluate": None, **settings}
+    if config.method == "static" and "ranges" not in settings:
+        settings["ranges"] = linear_ranges(source, make_batches(), config)
+    settings = {"evaluate": None, **settings}
     return quantize_with_neural_compressor(source, target, settings_of(config), **settings)

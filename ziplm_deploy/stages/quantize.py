@@ -60,11 +60,17 @@ def quantize_file(run: Run, file: ModelFile) -> None:
         evaluation=run.data.evaluation_key,
         environment=recipe.environment.fingerprint,
         training=training_key(run, recipe.compress.train) if trains else None,
+        **_positions(run),
     )
     checkpoints = run.folder.checkpoints(f"{file.label.replace(' ', '-')}-{key[:12]}")
     work = _Quantization(run, file, source, checkpoints).make
     # Manifests know this stage by the spelling that it began with.
     run.folder.make(f"quantise {file.label}", key, [file.onnx, file.int8_record], work, together=trains)
+
+
+def _positions(run: Run) -> dict[str, str]:
+    """Stands for the positions that ranges and sensitivities are taken from, in keys; files of images are as ever."""
+    return {} if run.task.input_kind == "image" else {"positions": "tokens"}
 
 
 def int8_record(file: ModelFile) -> Int8Record | None:
@@ -125,12 +131,11 @@ class _Quantization:
             export_checked(run, model, onnx, f"{self.file.label}, trained")
         choice: Fp32Choice | None = None
         if distributed.is_first():
+            calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
             if self.config.backend == "neural-compressor":
-                choice = self._by_neural_compressor(onnx, made)
+                choice = self._by_neural_compressor(onnx, made, calibrated)
             else:
-                if self.config.method == "static":
-                    ranges = linear_ranges(onnx, _arrays(batches), self.config)
-                choice = self._within_budget(onnx, made, ranges, sensitivities)
+                choice = self._within_budget(onnx, made, ranges or calibrated, sensitivities)
         return training, choice, sensitivities
 
     def _train(
@@ -155,7 +160,6 @@ class _Quantization:
                 onnx,
                 path,
                 self.settings,
-                batches=_arrays(self.run.data.ranges_batches),
                 keep_fp32=keep,
                 ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
             )
@@ -183,10 +187,11 @@ class _Quantization:
         """Score of the float32 file in ONNX Runtime: its answers are those of all engines, but not all can run it."""
         return score_of(self.run, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
 
-    def _by_neural_compressor(self, onnx: Path, destination: Path) -> Fp32Choice | None:
+    def _by_neural_compressor(
+        self, onnx: Path, destination: Path, ranges: dict[str, ActivationRange] | None
+    ) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
-        batches = _arrays(self.run.data.ranges_batches)
         judged = self.run.recipe.data.evaluation is not None
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
             made, candidate = Path(folder) / "model.onnx", Path(folder) / "candidate.onnx"
@@ -205,7 +210,7 @@ class _Quantization:
                 onnx,
                 made,
                 self.settings,
-                batches=batches,
+                ranges=ranges,
                 evaluate=evaluate if judged else None,
             )
             if self.config.embeddings:

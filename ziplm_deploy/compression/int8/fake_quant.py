@@ -126,17 +126,14 @@ def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def module_ranges(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], linears: Collection[str] | None = None
 ) -> dict[str, ActivationRange]:
-    """Smallest and largest input of linears over all positions of the batches.
-
-    Padding counts like any token, as in ``scales.tensor_ranges``, although no output depends on what enters a
-    linear there: batches that are mostly padding widen the ranges by values that do not matter.
+    """Smallest and largest input of linears over the tokens of the batches, padding left out (:func:`watch_inputs`).
 
     Args:
         batches: model inputs.
         linears: module paths; by default all of :func:`quantizable_linears`.
 
     Raises:
-        UsageError: an unknown name.  DataError: nothing reached a linear.
+        UsageError: an unknown name.  DataError: no token reached a linear.
         NumericalError: NaN or infinite inputs; both name the linear.
     """
     chosen = _named(model, linears)
@@ -165,12 +162,18 @@ def watch_inputs(
     linears: Mapping[str, nn.Linear],
     look: Callable[[str, Tensor], None],
 ) -> None:
-    """Run the batches in evaluation mode and call ``look(name, input)`` for every linear that they reach."""
+    """Run the batches in evaluation mode and call ``look(name, input)`` for every linear that they reach.
+
+    The input is [tokens, features] without the positions whose ``attention_mask`` is 0, on which no answer depends; all
+    of [batch, length, features] where there is no mask, as for images.
+    """
+    mask: Tensor | None = None
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].numel():
-                look(name, args[0])
+            x = args[0] if mask is None else args[0][mask]
+            if x.numel():
+                look(name, x)
 
         return hook
 
@@ -179,6 +182,7 @@ def watch_inputs(
     handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
     try:
         for batch in batches:
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None  # [batch, length]
             model(**batch)
     finally:
         for handle in handles:

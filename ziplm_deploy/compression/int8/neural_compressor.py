@@ -1,7 +1,8 @@
 """INT8 by Intel's neural-compressor 2.6, which keeps single linears in float32 until an accuracy budget holds.
 
 It runs in an environment of its own (``ziplm-deploy setup neural-compressor``), driven through
-``neural_compressor_worker.py``; the scores of its candidates are measured here, where task and data are.
+``neural_compressor_worker.py``. The ranges of activations are ours, so that both back ends quantize by the same real
+tokens, and the scores of its candidates are measured here, where task and data are.
 """
 
 from __future__ import annotations
@@ -12,20 +13,17 @@ import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.int8.quantize import check_weights, chosen_linears
-from ziplm_deploy.compression.int8.scales import ArrayBatch
+from ziplm_deploy.compression.int8.scales import ActivationRange
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import load_onnx
-from ziplm_deploy.errors import DataError, EngineError, NumericalError, UsageError
+from ziplm_deploy.errors import EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
 
@@ -58,7 +56,7 @@ def quantize_with_neural_compressor(
     destination: Path,
     settings: Int8Settings,
     *,
-    batches: Sequence[ArrayBatch],
+    ranges: Mapping[str, ActivationRange] | None = None,
     evaluate: Callable[[Path], float] | None,
     limits: TuningLimits = DEFAULT_LIMITS,
 ) -> NeuralCompressorResult:
@@ -69,7 +67,7 @@ def quantize_with_neural_compressor(
 
     Args:
         source: float32 file of ``exporters.export_encoder``.
-        batches: calibration inputs by name, for ``static``.
+        ranges: by module path, for ``static``: what ``linear_ranges`` found.
         settings: their engine decides nothing here; the form is neural-compressor's.
         evaluate: score of an ONNX file, the higher, the better. It is called for ``source``, then for candidates until
             one loses at most ``max_loss`` of it (relative to its magnitude) with at most ``max_fp32_share`` of the
@@ -77,8 +75,7 @@ def quantize_with_neural_compressor(
             the call. None: all linears are quantized, unscored.
 
     Raises:
-        UsageError: ``int8.method`` is qat, or there are no linears inside layers.
-        DataError: static without batches, or batches without an input that the model has.
+        UsageError: ``int8.method`` is qat, there are no linears inside layers, or ``static`` without the range of one.
         NumericalError: NaN or infinite weights or scores.
         EngineError: neural-compressor is not set up, refuses the model, dies or hangs.
         CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``destination`` cannot be written.
@@ -87,13 +84,14 @@ def quantize_with_neural_compressor(
     if config.method == "qat":
         raise UsageError("expected int8.method static or dynamic for neural-compressor, found qat; change it")
     nodes = _nodes(source)
+    node_ranges = _node_ranges(nodes, ranges or {}) if config.method == "static" else {}
     interpreter = NEURAL_COMPRESSOR.interpreter()
     with _folder() as folder:
         request = {
             "source": str(_alone(source, folder / "source")),
             "target": str(folder / "result.onnx"),
             "nodes": list(nodes),
-            "batches": _write_batches(source, batches, folder) if config.method == "static" else [],
+            "ranges": node_ranges,
             "tune": evaluate is not None,
             "max_trials": limits.max_trials,
             "tuning_seconds": limits.tuning_seconds,
@@ -123,8 +121,6 @@ def _request_of(settings: Int8Settings) -> dict[str, Any]:
     return {
         "reduce_range": settings.reduce_range,
         "approach": config.method,
-        "ranges": config.ranges,
-        "percentile": config.percentile,
         "per_channel": config.per_channel,
         "max_loss": config.max_loss,
         "max_fp32_share": config.max_fp32_share,
@@ -139,23 +135,17 @@ def _nodes(source: Path) -> dict[str, str]:
     return {node.name: name for name, node in linears.items()}
 
 
-def _write_batches(source: Path, batches: Sequence[ArrayBatch], folder: Path) -> list[str]:
-    if not batches:
-        raise DataError("expected calibration batches for static INT8, found none; give int8.n_calibration examples")
-    inputs = [entry.name for entry in onnx.load(str(source), load_external_data=False).graph.input]
-    paths = []
-    for index, batch in enumerate(batches):
-        missing = [name for name in inputs if name not in batch]
-        if missing:
-            raise DataError(f"expected calibration inputs {inputs}, found no {missing[0]!r} in a batch; add it")
-        paths.append(str(folder / f"batch{index}.npz"))
-        np.savez(paths[-1], **{name: batch[name] for name in inputs})  # type: ignore[arg-type]  # as for allow_pickle
-    return paths
+def _node_ranges(nodes: Mapping[str, str], ranges: Mapping[str, ActivationRange]) -> dict[str, list[float]]:
+    """(low, high) of what enters each node."""
+    missing = [name for name in nodes.values() if name not in ranges]
+    if missing:
+        raise UsageError(f"expected a range for {missing[0]} for static INT8, found none; measure it first")
+    return {node: [ranges[name].low, ranges[name].high] for node, name in nodes.items()}
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """Where the worker runs; after its failure the request, its model and batches stay there, to reproduce it."""
+    """Where the worker runs; after its failure the request and its model stay there, to reproduce it."""
     folder = Path(tempfile.mkdtemp(prefix="ziplm-neural-compressor-"))
     try:
         yield folder

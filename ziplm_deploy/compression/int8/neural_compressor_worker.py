@@ -1,6 +1,6 @@
 """The process that runs Intel's neural-compressor 2.6: one ONNX file in, one INT8 ONNX file out.
 
-One self-contained file that needs only what its own interpreter has: neural-compressor, numpy, onnx, onnxruntime.
+One self-contained file that needs only what its own interpreter has: neural-compressor, onnx.
 
 ``python neural_compressor_worker.py request.json`` reads its request (:class:`Request`) from a file. While it tunes, it
 prints ``{"evaluate": PATH}`` and waits for a line ``{"score": number}`` on stdin; the higher, the better. It ends with
@@ -24,13 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 WORKSPACE = "workspace"
-ALGORITHMS = {"minmax": "minmax", "entropy": "kl", "percentile": "percentile"}  # ours: neural-compressor's name
-# With neural-compressor's own 128 bins the entropy search has a single candidate: the whole range.
-ENTROPY_BINS = 512
 FLOAT32 = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
 
 
@@ -42,9 +38,7 @@ class Request:
     target: str
     nodes: tuple[str, ...]  # MatMul nodes that may be quantized; everything else stays float32
     approach: str  # static or dynamic
-    ranges: str  # minmax, entropy or percentile (static)
-    percentile: float
-    batches: tuple[str, ...]  # npz files of inputs by name (static)
+    ranges: dict[str, tuple[float, float]]  # node: smallest and largest value that enters it (static)
     per_channel: bool
     reduce_range: bool
     tune: bool  # whether candidates are to be scored; otherwise all nodes are quantized
@@ -58,18 +52,13 @@ class TuningEndedError(Exception):
     """The time for tuning is over."""
 
 
-class Batches:
-    """Calibration data as neural-compressor iterates over it: (inputs by name, label)."""
+class NoBatches:
+    """Calibration data as neural-compressor asks for them; ranges are known, so there are none."""
 
-    batch_size = 1  # it counts batches as samples
+    batch_size = 1
 
-    def __init__(self, paths: tuple[str, ...]) -> None:
-        self.paths = paths
-
-    def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-        for path in self.paths:
-            with np.load(path) as archive:
-                yield {name: archive[name] for name in archive.files}, 0
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int]]:
+        return iter(())
 
 
 class Errors(logging.Handler):
@@ -140,7 +129,7 @@ def quantize(request: Request, replies: Any) -> dict[str, Any]:
     model = quantization.fit(
         request.source,
         configuration(request, tuning.tolerance if tuning else 0.0),
-        calib_dataloader=Batches(request.batches) if request.approach == "static" else None,
+        calib_dataloader=NoBatches() if request.approach == "static" else None,
         eval_func=tuning.score if tuning else None,
     )
     if errors.found:
@@ -162,7 +151,7 @@ def configuration(request: Request, tolerance: float) -> Any:
     graph = onnx.load(request.source, load_external_data=False).graph
     linear = {
         "weight": {"dtype": ["int8"], "scheme": ["sym"], "algorithm": ["minmax"]},
-        "activation": {"dtype": ["uint8"], "scheme": ["asym"], "algorithm": [ALGORITHMS[request.ranges]]},
+        "activation": {"dtype": ["uint8"], "scheme": ["asym"], "algorithm": ["minmax"]},
     }
     linear["weight"]["granularity"] = ["per_channel" if request.per_channel else "per_tensor"]
     linear["activation"]["granularity"] = ["per_tensor"]
@@ -184,7 +173,7 @@ def configuration(request: Request, tolerance: float) -> Any:
             if node.op_type == "MatMul"
         },
         reduce_range=request.reduce_range,
-        calibration_sampling_size=[max(1, len(request.batches))],
+        calibration_sampling_size=[1],
         quant_level=1,  # fall back step by step from everything quantized
         # timeout=0: the first candidate within the budget ends the tuning.
         tuning_criterion=TuningCriterion(strategy="basic", timeout=0, max_trials=request.max_trials),
@@ -193,70 +182,23 @@ def configuration(request: Request, tolerance: float) -> Any:
 
 
 def adapt(request: Request) -> None:
-    """Make neural-compressor calibrate in bounded memory, once, and every linear by the method that was asked for.
+    """Make neural-compressor take the ranges of the request instead of calibrating.
 
-    By itself it keeps all activations of all batches, collects them again for every candidate although ranges do not
-    depend on what is quantized, and looks a tensor's method up at the node that makes it: a linear's input comes from
-    a LayerNorm, which is not quantized, and so always got minmax.
+    By itself it counts padding like any token, keeps all activations of all batches, collects them again for every
+    candidate although ranges do not depend on what is quantized, and looks a tensor's method up at the node that makes
+    it: a linear's input comes from a LayerNorm, which is not quantized, and so always got minmax.
     """
     from neural_compressor.adaptor.ox_utils.calibration import ONNXRTAugment  # type: ignore[import-not-found]
-    from neural_compressor.adaptor.ox_utils.calibrator import CALIBRATOR  # type: ignore[import-not-found]
 
-    CALIBRATOR.update(calibrators(request))
-    collect = ONNXRTAugment.get_activation_tensors_calib_range
-    asked: set[str] = set()
-    kept: dict[str, Any] = {}
-
-    def collect_once(self: Any, q_config: Any = None) -> dict[str, Any]:
+    def given(self: Any, q_config: Any = None) -> dict[str, list[tuple[float, float]]]:
         graph = self.augmented_model.graph
-        wanted = {output.name for output in graph.output}
-        if not wanted <= asked:
-            method = {"activation": {"algorithm": ALGORITHMS[request.ranges]}}
-            linears = set(request.nodes)
-            inputs = {node.input[0] for node in graph.node if node.name in linears}
-            makers = [node.name for node in graph.node if inputs.intersection(node.output)]
-            kept.update(collect(self, dict.fromkeys(makers, method)))
-            asked.update(wanted)
+        known = {node.input[0]: request.ranges[node.name] for node in graph.node if node.name in request.ranges}
         self.reduce_range = False  # 7-bit weights alone do not saturate; it would take a bit of activations, too
         self._dataloder_for_next_split_model = []  # spelt so by neural-compressor, which wants it set
-        return {name: ranges for name, ranges in kept.items() if name in wanted}
+        # It wants a range of every output; only what enters a linear is rounded by it.
+        return {output.name: [known.get(output.name, (0.0, 1.0))] for output in graph.output}
 
-    ONNXRTAugment.get_activation_tensors_calib_range = collect_once
-
-
-def calibrators(request: Request) -> dict[str, type]:
-    """neural-compressor's calibrators by name, fed batch by batch and refusing NaN and infinity."""
-    from neural_compressor.adaptor.ox_utils import calibrator as theirs  # type: ignore[import-not-found]
-
-    class Streaming:
-        method_name = "minmax"  # whatever is called so gets each batch at once
-
-        def collect(self, values: np.ndarray) -> None:
-            if not np.isfinite(values).all():
-                raise ValueError("NaN or infinite activations; check the checkpoint and the data")
-            super().collect(values)  # type: ignore[misc]
-
-    class MinMax(Streaming, theirs.MinMaxCalibrator):  # type: ignore[misc]
-        pass
-
-    class Percentile(Streaming, theirs.PercentileCalibrator):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(percentile=request.percentile)
-
-    class Entropy(Streaming, theirs.KLCalibrator):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(num_bins=ENTROPY_BINS)
-            self.collector: Any = None
-            self.left = len(request.batches)
-
-        def collect_calib_data(self, values: np.ndarray) -> None:
-            self.collector = self.collector or theirs.HistogramCollector(self.num_bins)
-            self.collector.collect_data(values)
-            self.left -= 1
-            if not self.left:  # the search over ranges is slow: only for the whole histogram
-                self.compute_kl_range()
-
-    return {"minmax": MinMax, "percentile": Percentile, "kl": Entropy}
+    ONNXRTAugment.get_activation_tensors_calib_range = given
 
 
 def float32_nodes(model: onnx.ModelProto, nodes: tuple[str, ...]) -> list[str]:

@@ -83,17 +83,18 @@ def tensor_ranges(
 ) -> dict[str, ActivationRange]:
     """Ranges of tensors of a float32 model on calibration data, by ``config.ranges``.
 
+    Positions with ``attention_mask`` 0 do not count, since no answer depends on them: the result depends neither on how
+    far the examples are padded, nor on their order, nor on how they are cut into batches (histograms, which take a
+    second pass, have the same bins for every batch). Without a mask, as for images, all positions count.
+
     Memory holds these tensors for one batch at a time, or for a few examples of it where the model takes any number.
-    Every position counts, padding too, so the result depends on how far the batches are padded. Given the padding, it
-    depends neither on the order of the examples nor on how they are cut into batches: histograms, which take a second
-    pass, have the same bins for every batch.
 
     Args:
-        readers: tensor → the linear that reads it, for messages.
+        readers: tensor → the linear that reads it, for messages. Tensors are [batch, length, features].
         batches: model inputs by name.
 
     Raises:
-        DataError: no batches, or batches that the model does not take.
+        DataError: no tokens in the batches, or batches that the model does not take.
         NumericalError: NaN or infinite values; names the linear.
     """
     inputs = _Tensors(model, readers)
@@ -103,7 +104,9 @@ def tensor_ranges(
         seen = ranges.get(tensor, ActivationRange(low, high))
         ranges[tensor] = ActivationRange(min(low, seen.low), max(high, seen.high))
     if not ranges:
-        raise DataError("expected calibration batches for static INT8, found none; give int8.n_calibration examples")
+        raise DataError(
+            "expected calibration batches with tokens for static INT8, found none; give int8.n_calibration examples"
+        )
     return ranges if config.ranges == "minmax" else _histogram_ranges(inputs, batches, ranges, config)
 
 
@@ -120,7 +123,7 @@ class _Tensors:
         self._session = cpu_session(watched.SerializeToString())
 
     def of(self, batches: Sequence[ArrayBatch]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield (tensor name, values) of every batch, or of every part of it."""
+        """Yield (tensor name, values [tokens that count, features]) of every batch, or of every part of it."""
         for batch in batches:
             for part in self._parts(batch):
                 yield from self._values(part)
@@ -147,9 +150,14 @@ class _Tensors:
             raise DataError(
                 f"expected calibration batches that the model takes, found: {error}; encode them for this model"
             ) from error
+        mask = inputs.get("attention_mask")
         for (tensor, reader), array in zip(self._readers.items(), arrays, strict=True):
             if not array.size:
                 raise DataError(f"expected calibration data that reaches {reader}, found an empty batch; leave it out")
+            if mask is not None:
+                array = array[mask.astype(bool)]  # [batch, length, features] -> [tokens that count, features]
+            if not array.size:
+                continue
             if not np.isfinite(array).all():
                 raise NumericalError(
                     f"expected finite inputs of {reader}, found NaN or infinity; check the checkpoint and the data"
