@@ -16,11 +16,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     # Named before it exists: an interrupt while it is made must find the name, or the file stays.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.touch(mode=0o600, exist_ok=False)
+        temporary.touch(exist_ok=False)  # in the mode that the umask grants, which stays that of the file
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         with contextlib.suppress(NotADirectoryError):  # then nothing was made, and the error on its way says so

@@ -38,6 +38,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a path that could not be written in the end, before the work for it begins; raises :class:`StorageError`.
+
+    A file that is there stays as it is; folders that are missing are made.
+    """
+    if os.path.isdir(path):
+        raise StorageError(f"expected a name for a file, found the folder {path}; name a file in it")
+    with contextlib.suppress(_NotNeededError), atomic_path(path):
+        raise _NotNeededError
+
+
+class _NotNeededError(Exception):
+    """Ends a write that was only tried."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with atomic_path(path) as temporary:

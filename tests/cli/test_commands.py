@@ -23,6 +23,7 @@ from ziplm_deploy.errors import DataError, EngineError, TargetUnreachableError, 
 from ziplm_deploy.latency import benchmark as benchmarking
 from ziplm_deploy.latency.benchmark import TimedFile
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.recipe import Recipe
 
 
@@ -219,7 +220,10 @@ def test_benchmark_of_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options = ("--batch-size", 4, "--seq-len", 64, "--threads", 2, "--rounds", 7, "-o", tmp_path / "r.json", "--json")
     result = invoke("benchmark", *files, *options)
     assert result.exit_code == 0, result.stderr
-    assert seen["models"] == {name: TimedFile(path, "onnxruntime") for name, path in zip("ab", files, strict=True)}
+    memory = machine_info().memory_bytes
+    assert seen["models"] == {
+        name: TimedFile(path, "onnxruntime", memory) for name, path in zip("ab", files, strict=True)
+    }
     assert seen["baseline"] == "a"
     environment = seen["environment"]
     assert (environment.workload.batch_size, environment.workload.seq_len, environment.threads) == (4, 64, 2)
@@ -238,13 +242,13 @@ def test_benchmark_on_several_engines(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(benchmarking, "compare", compare)
     engines = ("--engine", "openvino", "--engine", "onnxruntime", "--engine", "openvino")
-    result = invoke("benchmark", *files, *engines, "--seq-len", 32, "--quiet")
+    result = invoke("benchmark", *files, *engines, "--seq-len", 32, "--memory-limit", 2, "--quiet")
     assert result.exit_code == 0, result.stderr
     assert seen["models"] == {
-        "A (openvino)": TimedFile(files[0], "openvino"),
-        "B (openvino)": TimedFile(files[1], "openvino"),
-        "A (onnxruntime)": TimedFile(files[0], "onnxruntime"),
-        "B (onnxruntime)": TimedFile(files[1], "onnxruntime"),
+        "A (openvino)": TimedFile(files[0], "openvino", 2**31),
+        "B (openvino)": TimedFile(files[1], "openvino", 2**31),
+        "A (onnxruntime)": TimedFile(files[0], "onnxruntime", 2**31),
+        "B (onnxruntime)": TimedFile(files[1], "onnxruntime", 2**31),
     }
     assert seen["baseline"] == "A (openvino)"
     assert seen["environment"].engine == "openvino"

@@ -100,6 +100,7 @@ def made_input(path: Path, batch_size: int = 2, seq_len: int = 8) -> np.ndarray:
         ("input_ids", TensorProto.INT64, ["b", "s"], (2, 8), 4, 23),
         ("input_ids", TensorProto.INT32, [None, None], (2, 8), 4, 23),
         ("attention_mask", TensorProto.INT64, ["b", 8], (2, 8), 1, 1),
+        ("attention_mask", TensorProto.FLOAT, ["b", "s"], (2, 8), 1, 1),
         ("token_type_ids", TensorProto.INT64, [2, "s"], (2, 8), 0, 0),
         ("position_ids", TensorProto.INT64, ["b", "s"], (2, 8), 0, 7),
         ("use_cache", TensorProto.BOOL, [1], (1,), 1, 1),

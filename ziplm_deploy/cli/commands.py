@@ -21,11 +21,19 @@ from ziplm_deploy.cli.app import (
     Threads,
     app,
 )
-from ziplm_deploy.cli.inputs import console_progress, on_engines, onnx_files, resolved_recipe, validated
+from ziplm_deploy.cli.inputs import (
+    console_progress,
+    memory_limit_bytes,
+    on_engines,
+    onnx_files,
+    resolved_recipe,
+    validated,
+)
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.recipe import BenchmarkConfig, Environment, Recipe, recipe_reference
 
 if TYPE_CHECKING:
+    from ziplm_deploy.latency.benchmark import TimedFile
     from ziplm_deploy.latency.record import BenchmarkRecord
     from ziplm_deploy.progress import Progress
     from ziplm_deploy.reporting.records import FamilyReport
@@ -146,6 +154,9 @@ def benchmark(
     ] = None,
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
     processes: Annotated[int, typer.Option(help="ONNX files: processes of each, one after the other.")] = 3,
+    memory_limit: Annotated[
+        float | None, typer.Option(min=0.1, help="ONNX files: GiB that a process may take; default: the machine's.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -154,8 +165,11 @@ def benchmark(
 
     With several engines, the baseline is the first file on the first engine.
     """
+    from ziplm_deploy.artifacts import check_writable
     from ziplm_deploy.cli import console
 
+    if output is not None:
+        check_writable(output)  # not after minutes of measuring
     missed: list[str] = []
     if any(path.suffix == ".onnx" for path in inputs):
         workload = {"batch_size": batch_size, "seq_len": seq_len}
@@ -165,7 +179,8 @@ def benchmark(
             validated(Environment, engine=name, threads=1 if threads is None else threads, workload=workload)
             for name in names
         ]
-        record = _compare_files(onnx_files(inputs), environments, settings, console_progress(quiet))
+        files = on_engines(onnx_files(inputs), names, memory_limit_bytes(memory_limit))
+        record = _compare_files(files, environments, settings, console_progress(quiet))
     elif len(inputs) == 1:
         resolved = resolved_recipe(inputs[0], threads=threads)
         record = _compare_members(resolved, console_progress(quiet))
@@ -183,7 +198,7 @@ def benchmark(
 
 
 def _compare_files(
-    files: dict[str, Path], environments: list[Environment], settings: BenchmarkConfig, progress: Progress
+    files: dict[str, TimedFile], environments: list[Environment], settings: BenchmarkConfig, progress: Progress
 ) -> BenchmarkRecord:
     """Time every file in every environment; these differ in their engines only."""
     from ziplm_deploy.engines import get_engine
@@ -192,10 +207,9 @@ def _compare_files(
     names = [environment.engine for environment in environments]
     for notice in filter(None, (get_engine(name).notice for name in names)):
         typer.echo(notice, err=True)
-    timed_files = on_engines(files, names)
-    what = f"{len(files)} ONNX file(s) on {', '.join(names)}"
+    what = f"{len(files) // len(names)} ONNX file(s) on {', '.join(names)}"
     progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
-    return compare(timed_files, environments[0], settings, next(iter(timed_files)), progress.step)
+    return compare(files, environments[0], settings, next(iter(files)), progress.step)
 
 
 def _compare_members(recipe: Recipe, progress: Progress) -> BenchmarkRecord:

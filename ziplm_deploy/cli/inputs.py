@@ -68,15 +68,24 @@ def onnx_files(paths: list[Path]) -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
-def on_engines(files: dict[str, Path], engines: list[EngineName]) -> dict[str, TimedFile]:
-    """Every file on every engine."""
+def on_engines(
+    files: dict[str, Path], engines: list[EngineName], memory_limit_bytes: int | None = None
+) -> dict[str, TimedFile]:
+    """Every file on every engine; they may come from anywhere, and a few bytes of graph can ask for any memory."""
     from ziplm_deploy.latency.benchmark import TimedFile
 
     return {
-        f"{name} ({engine})" if len(engines) > 1 else name: TimedFile(path, engine)
+        f"{name} ({engine})" if len(engines) > 1 else name: TimedFile(path, engine, memory_limit_bytes)
         for engine in engines
         for name, path in files.items()
     }
+
+
+def memory_limit_bytes(limit_gib: float | None) -> int | None:
+    """What the process of a file from anywhere may take: as asked, or all memory of the machine; None: not known."""
+    from ziplm_deploy.machine.info import machine_info
+
+    return machine_info().memory_bytes or None if limit_gib is None else int(limit_gib * 2**30)
 
 
 def console_progress(quiet: bool) -> Progress:

@@ -41,7 +41,8 @@ class WorkerOptions:
     batch_size: int = 1
     seq_len: int = 128
     shared_arena: bool = False  # for a worker that holds many sessions
-    timeout_seconds: float = 600.0  # for one request; a hung engine is killed after it
+    timeout_seconds: float = 600.0  # without a finished run or another sign of life; a hung engine is killed after it
+    memory_limit_bytes: int | None = None  # address space of the process, for files from anywhere
 
     @classmethod
     def from_environment(cls, environment: Environment) -> WorkerOptions:
@@ -131,6 +132,7 @@ class WorkerHandle:
             *("--engine", engine, "--threads", str(options.threads), "--batch-size", str(options.batch_size)),
             *("--seq-len", str(options.seq_len), "--cpus", ",".join(map(str, cpus))),
             *(["--shared-arena"] if options.shared_arena else []),
+            *(["--memory-limit-bytes", str(options.memory_limit_bytes)] if options.memory_limit_bytes else []),
         ]
         self._interpreter = interpreter
         self._paths: dict[str, Path] = {}
@@ -211,7 +213,7 @@ class WorkerHandle:
         model_id = fields.get("id")
         self._process.send({"do": do, **fields})
         try:
-            reply = self._process.receive(self.options.timeout_seconds)
+            reply = self._process.receive(self.options.timeout_seconds, sign_of_life=self._turn)
         except WorkerGoneError as error:
             raise self._failure(str(error), do, model_id or self._whose_turn(do)) from error
         if not reply["ok"]:

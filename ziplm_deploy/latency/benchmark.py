@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,11 @@ EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds 
 
 @dataclass(frozen=True)
 class TimedFile:
-    """One ONNX file in a benchmark, and the engine that runs it (None: that of the environment)."""
+    """One ONNX file in a benchmark, the engine that runs it (None: that of the environment), and what it may take."""
 
     path: Path
     engine: EngineName | None = None
+    memory_limit_bytes: int | None = None  # address space of its worker; None: as much as it takes
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
 def start_worker(file: TimedFile, environment: Environment) -> WorkerHandle:
     """Start a worker of a file's engine, with nothing loaded."""
     engine = get_engine(file.engine or environment.engine)
-    return engine.start_worker(WorkerOptions.from_environment(environment))
+    options = WorkerOptions.from_environment(environment)
+    return engine.start_worker(replace(options, memory_limit_bytes=file.memory_limit_bytes))
 
 
 def _interleave(

@@ -59,13 +59,13 @@ class WorkerProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
-    def receive(self, timeout_seconds: float) -> dict[str, Any]:
-        """Read one line; a process that takes longer is killed.
+    def receive(self, timeout_seconds: float, sign_of_life: Path | None = None) -> dict[str, Any]:
+        """Read one line; a process that takes longer is killed, unless it has written ``sign_of_life`` in that time.
 
         Raises:
             WorkerGoneError: no answer in time, the end of the stream, or a line that is no JSON object.
         """
-        line = self._read_line(timeout_seconds)
+        line = self._read_line(timeout_seconds, sign_of_life)
         try:
             answer = json.loads(line)
         except ValueError:
@@ -74,15 +74,19 @@ class WorkerProcess:
             raise WorkerGoneError(f"half a reply, then the process died ({self._exit_status()})")
         return answer
 
-    def _read_line(self, timeout_seconds: float) -> bytes:
+    def _read_line(self, timeout_seconds: float, sign_of_life: Path | None) -> bytes:
         assert self._process.stdout is not None
         if self._process.stdout.closed:
             raise WorkerGoneError(f"the process was ended before ({self._exit_status()})")
         descriptor = self._process.stdout.fileno()
-        deadline = time.monotonic() + timeout_seconds
+        deadline, seen = time.monotonic() + timeout_seconds, _written(sign_of_life)
         while b"\n" not in self._pending:
             ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
+                before, seen = seen, _written(sign_of_life)
+                if seen != before:
+                    deadline = time.monotonic() + timeout_seconds
+                    continue
                 self.kill()
                 raise WorkerGoneError(f"no answer within {timeout_seconds:g} s")
             chunk = os.read(descriptor, 1 << 16)
@@ -127,3 +131,11 @@ class WorkerProcess:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def _written(path: Path | None) -> int:
+    """When a file was last written, in nanoseconds; 0 if there is none."""
+    try:
+        return path.stat().st_mtime_ns if path is not None else 0
+    except OSError:
+        return 0

@@ -35,10 +35,10 @@ def _make_input(entry: Any, batch_size: int, seq_len: int, generator: np.random.
     is_float = np.issubdtype(dtype, np.floating)
     shape = [_axis(entry, axis, batch_size, seq_len, is_float) for axis in range(len(entry.shape))]
     name = entry.name.lower()
+    if "mask" in name or dtype is np.bool_:  # also as floats: random ones would mask at random
+        return np.ones(shape, dtype)
     if is_float:
         return generator.standard_normal(shape).astype(dtype)
-    if "mask" in name or dtype is np.bool_:
-        return np.ones(shape, dtype)
     if "type" in name or "segment" in name:
         return np.zeros(shape, dtype)
     if "position" in name:

@@ -27,6 +27,7 @@ from .inputs import make_inputs
 
 TURN_VARIABLE = "ZIPLM_WORKER_TURN"  # names the file in which a worker says which of several models it runs
 TURN_BYTES = 256
+SIGN_SECONDS = 1.0  # between signs of life during long runs; short ones are not disturbed
 
 
 class Worker:
@@ -37,6 +38,7 @@ class Worker:
         self.engine = importlib.import_module(f".{page_of(options.engine)}", __package__).Sessions(options)
         self.sessions: dict[str, Any] = {}
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
+        self.announced = 0.0
         turn = os.environ.get(TURN_VARIABLE)
         self.turn = open(turn, "wb", buffering=0) if turn else None  # noqa: SIM115 (open as long as the process)
 
@@ -57,6 +59,7 @@ class Worker:
 
     def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Milliseconds of consecutive runs of one model."""
+        self._announce(request["id"])
         self._warm_up(request["id"], request)
         return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
 
@@ -70,7 +73,8 @@ class Worker:
         return {"ms": samples_ms}
 
     def _announce(self, model_id: str) -> None:
-        """Leave word of whose turn it is, for a parent that finds this process dead."""
+        """Leave word of whose turn it is, for a parent that finds this process dead, or wonders whether it hangs."""
+        self.announced = time.monotonic()
         if self.turn is not None:
             self.turn.seek(0)
             self.turn.write(model_id.encode().ljust(TURN_BYTES))  # over the last one: it is whole at any moment
@@ -104,7 +108,10 @@ class Worker:
         session, inputs = self.sessions[model_id], self.inputs[model_id]
         start = time.perf_counter()
         session.run(None, inputs)
-        return 1000.0 * (time.perf_counter() - start)
+        ms = 1000.0 * (time.perf_counter() - start)
+        if time.monotonic() - self.announced > SIGN_SECONDS:
+            self._announce(model_id)
+        return ms
 
     def answer(self, line: str) -> dict[str, Any]:
         """Reply to a request, errors included."""
@@ -137,6 +144,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
     parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
+    parser.add_argument("--memory-limit-bytes", type=int, default=0, help="largest address space; 0: no limit")
     parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
     return parser.parse_args(arguments)
 
@@ -146,6 +154,10 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if options.cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
+    if options.memory_limit_bytes:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (options.memory_limit_bytes, options.memory_limit_bytes))
     # Engines print to stdout as they please; replies go to a private copy of it.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
