@@ -261,11 +261,19 @@ def test_markdown_says_predicted_measured_and_reasons() -> None:
         assert wanted in text
 
 
-def test_card_front_matter_is_yaml_and_hides_local_paths() -> None:
-    for path, known in (("some/model", True), ("/home/me/model", False), ("package:name", False), ("./m", False)):
+def test_card_front_matter_is_yaml_and_hides_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    known_to_the_hub = {
+        **{"some/model": True, "bert-base-uncased": True, "package:name": False, "./m": False, "a/b/c": False},
+        **{"/home/me/model": False, "models/mine": False, str(tmp_path / "models" / "mine"): False},
+    }
+    for path, known in known_to_the_hub.items():
         card = model_card(family_report(model=path), member("2x"), "ORTModelForFeatureExtraction")
         facts = yaml.safe_load(card.split("---\n")[1])
         assert ("base_model" in facts) is known
+        assert "/home" not in card
+        assert str(tmp_path) not in card
         assert facts["tags"] == ["onnx", "ziplm-deploy", "pruned"]
         assert 'ORTModelForFeatureExtraction.from_pretrained("2x")' in card
 

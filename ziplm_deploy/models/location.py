@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 from pathlib import Path
 
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_model_path(path: str) -> str:
@@ -25,6 +28,16 @@ def resolve_model_path(path: str) -> str:
     if os.path.exists(folder) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UnsupportedModelError(f"expected a model folder at {path}, found no folder; check model.path")
     return path
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that a recipe names is a model of the hub: no package, no folder here, and shaped like an id."""
+    return _HUB_ID.fullmatch(path) is not None and not os.path.exists(os.path.expanduser(path))
+
+
+def public_name(path: str) -> str:
+    """What to call a model where others read it: a hub id or package as it is, of a local folder its last part."""
+    return path if is_hub_id(path) or path.startswith("package:") else os.path.basename(os.path.abspath(path))
 
 
 def _package_folder(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from ziplm_deploy.engines import get_engine
+from ziplm_deploy.models.location import is_hub_id, public_name
 from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
@@ -33,19 +34,19 @@ def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, objec
         "pipeline_tag": report.task,
         "tags": ["onnx", "ziplm-deploy", *([] if member.speedup_target is None else ["pruned"])],
     }
-    if not report.model.startswith(("package:", "/", ".", "~")) and "\\" not in report.model:
+    if is_hub_id(report.model):  # the hub takes any other name for somebody's model
         facts["base_model"] = report.model
     return facts
 
 
 def _summary(report: FamilyReport, member: MemberReport) -> str:
     if member.speedup_target is None:
-        return f"{report.model}, not pruned: the dense baseline of this family."
+        return f"{public_name(report.model)}, not pruned: the dense baseline of this family."
     heads = sum(size for name, size in member.sizes.items() if ModuleId.parse(name).kind == "attention")
     columns = sum(size for name, size in member.sizes.items() if ModuleId.parse(name).kind == "ffn")
     text = (
-        f"{report.model}, pruned by {report.method} for {member.speedup_target:g}x: {heads} attention heads and "
-        f"{columns} FFN columns are left, {member.parameters:,} parameters. Verdict: {member.verdict}."
+        f"{public_name(report.model)}, pruned by {report.method} for {member.speedup_target:g}x: {heads} attention "
+        f"heads and {columns} FFN columns are left, {member.parameters:,} parameters. Verdict: {member.verdict}."
     )
     if member.training is not None:
         record = member.training
