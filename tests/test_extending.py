@@ -85,7 +85,9 @@ def python(copied: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=copied, env=environment
     )
-    assert done.returncode in (0, 3), done.stderr[-3000:]  # 3: a target was missed, tiny models are hard to time
+    assert done.returncode in (0, 3, 4), done.stderr[
+        -3000:
+    ]  # a target was missed or is open: tiny models are hard to time
     return done.stdout + done.stderr
 
 

@@ -24,12 +24,13 @@ from ziplm_deploy.stages import (
     prune,
     recover,
     report,
+    settle,
     train_dense,
 )
 from ziplm_deploy.stages.stage import Stage
 
 FIRST: tuple[Stage[Any], ...] = (profile.STAGE, train_dense.STAGE)
-PRUNING: tuple[Stage[Any], ...] = (calibrate.STAGE, prune.STAGE)
+PRUNING: tuple[Stage[Any], ...] = (calibrate.STAGE, settle.STAGE, prune.STAGE)
 OF_A_GENERATION: tuple[Stage[Any], ...] = (*PRUNING, export.PRUNED, closed_loop.STAGE, recover.STAGE)
 LAST: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, benchmark.STAGE, evaluate.STAGE, report.STAGE)
 
@@ -78,7 +79,7 @@ def trained(run: Run) -> None:
 
 
 def pruned(recipe: Recipe, progress: Progress | None = None) -> Run:
-    """A run as far as plans and pruned torch models, not yet measured."""
+    """A run as far as plans and pruned torch models, of which only drafts were measured."""
     run = begin(recipe, progress)
     first(run)
     for generation in run.generations:

@@ -39,7 +39,14 @@ def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
         "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "coefficient_steps": 3, "swap_evaluations": 6}},
         # these models take microseconds: the loop's job is tested in test_closed_loop, here it may miss
-        "benchmark": {"rounds": 5, "runs_per_round": 1, "max_seconds": 10, "max_corrections": 0},
+        "benchmark": {
+            "rounds": 5,
+            "processes": 2,
+            "max_processes": 2,
+            "runs_per_round": 1,
+            "max_seconds": 10,
+            "max_corrections": 0,
+        },
     }
     for section, fields in changes.items():
         raw[section] = {**raw.get(section, {}), **fields} if isinstance(fields, dict) else fields

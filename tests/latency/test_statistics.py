@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ziplm_deploy.latency.statistics import (
+    Ratio,
     bootstrap_medians,
     interval,
     is_stable,
-    median_ratio,
+    process_ratio,
     relative_standard_error,
     remove_drift,
     summarize,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import interval_coverage
 
 
 def test_summary_of_known_numbers() -> None:
@@ -46,23 +54,36 @@ def test_bootstrap_interval_covers_the_true_median_about_as_often_as_it_says() -
     assert 0.88 <= covered / 200 <= 1.0
 
 
-def test_resampling_groups_first_covers_what_differs_between_them() -> None:
-    """Samples of few groups look surer than they are; with groups the interval holds the truth much more often."""
-    generator, groups = np.random.default_rng(4), np.repeat(range(4), 20).tolist()
-    covered = {"rounds": 0, "groups": 0}
-    for trial in range(150):
-        samples = 5.0 + np.repeat(generator.normal(0.0, 0.1, 4), 20) + generator.normal(0.0, 0.02, 80)
-        for name, group_of in (("rounds", None), ("groups", groups)):
-            low, high = interval(bootstrap_medians(samples, seed=trial, n_bootstrap=200, groups=group_of))
-            covered[name] += low <= 5.0 <= high
-    assert covered["rounds"] / 150 < 0.6
-    assert covered["groups"] / 150 > 0.75
+@pytest.mark.parametrize("spread", [0.01, 0.02, 0.03])
+def test_speedup_intervals_of_the_shipped_defaults_hold_the_truth_as_often_as_they_say(spread: float) -> None:
+    """Benchmarks that end when every interval is narrow enough, or after the largest number of processes."""
+    n_trials, truth = 700, interval_coverage.TARGET
+    intervals = interval_coverage.simulated_intervals(spread, truth, n_trials, seed=int(1000 * spread))
+    held = sum(speedup.low <= truth <= speedup.high for speedup, _ in intervals)
+    assert 0.93 <= held / n_trials <= 0.97
 
 
-def test_one_group_is_no_group() -> None:
-    samples = np.random.default_rng(5).normal(5.0, 1.0, 30)
-    expected = bootstrap_medians(samples, seed=3)
-    assert (bootstrap_medians(samples, seed=3, groups=[7] * 30) == expected).all()
+def test_two_processes_are_said_to_tell_little() -> None:
+    ratio = process_ratio([10.0, 10.0, 10.1, 10.1], [5.0, 5.0, 5.0, 5.0], [0, 0, 1, 1])
+    assert ratio.value == pytest.approx(2.01, rel=1e-3)
+    assert ratio.half_width == pytest.approx(12.706 * np.log(1.01) / 2, rel=0.05)  # Student's t of one degree
+
+
+def test_a_process_counts_once_however_many_rounds_it_had() -> None:
+    alone = process_ratio([20.0, 21.0, 22.0], [10.0] * 3, [0, 1, 2])
+    repeated = process_ratio([20.0] * 9 + [21.0, 22.0], [10.0] * 11, [0] * 9 + [1, 2])
+    assert (alone.low, alone.high) == (repeated.low, repeated.high)
+
+
+def test_one_process_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="two processes at least, found 1"):
+        process_ratio([1.0, 2.0], [1.0, 1.0], [0, 0])
+
+
+def test_noise_floor_and_width() -> None:
+    ratio = Ratio(0.99, 0.97, 1.01)
+    assert ratio.floor == pytest.approx(0.03)
+    assert Ratio(1.0, 1 / 1.02, 1.02).half_width == pytest.approx(0.02)
 
 
 def test_no_samples_are_refused() -> None:
@@ -72,9 +93,8 @@ def test_no_samples_are_refused() -> None:
 
 def test_ratio_within_rounds_ignores_drift_that_both_sides_share() -> None:
     drift = np.linspace(1, 3, 50)
-    ratio, low, high = median_ratio(drift * 10.0, drift * 4.0)
-    assert ratio == pytest.approx(2.5)
-    assert (low, high) == (pytest.approx(2.5), pytest.approx(2.5))
+    ratio = process_ratio(drift * 10.0, drift * 4.0, [0, 1, 2, 3, 4] * 10)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.5, 2.5, 2.5))
 
 
 def test_standard_error_matches_simulation_and_shrinks_with_samples() -> None:

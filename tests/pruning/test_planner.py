@@ -155,6 +155,20 @@ def test_a_warm_start_from_larger_and_from_smaller_plans() -> None:
     plan = planner.plan(2.6, warm=smaller)
     assert plan.search_loss is not None
     assert plan.search_loss <= plan.seed_losses["previous"]
+    assert plan.evaluations < planner.plan(2.6).evaluations / 1.5  # most of the few plans here are seeds
+
+
+def test_a_draft_takes_its_budget_without_a_search() -> None:
+    planner = make_planner(tiny_model("bert"))
+    plan = planner.draft(2.0, 2.2)
+    assert (plan.speedup_target, plan.evaluations, plan.search_loss) == (2.0, 0, None)
+    assert plan.predicted_speedup >= 2.2
+    assert not planner.changes(plan, plan.predicted_speedup)  # what is left of the budget lets nothing grow
+    sizes = {m.name: m.structures for m in prunable_modules(planner.resized(plan.sizes))}
+    assert sizes == plan.sizes
+    assert planner.draft(1.0, 0.9).sizes == {m.name: m.structures for m in prunable_modules(planner.model)}
+    with pytest.raises(TargetUnreachableError, match=r"7\.69x"):
+        planner.draft(8.0, 8.0)
 
 
 def test_an_unreachable_target_names_the_speedup_over_the_dense_model() -> None:

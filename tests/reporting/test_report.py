@@ -28,6 +28,7 @@ from ziplm_deploy.cli import console
 from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
+from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import BenchmarkConfig, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.card import model_card
@@ -40,6 +41,11 @@ from ziplm_deploy.run.manifest import Correction
 from ziplm_deploy.stages import report as report_stage
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
+QUIET = Ratio(1.0, 0.997, 1.004)  # the baseline over itself
+
+
+def around(speedup: float, half_width: float = 0.0005) -> Ratio:
+    return Ratio(speedup, speedup * (1 - half_width), speedup * (1 + half_width))
 
 
 @pytest.mark.parametrize(
@@ -55,22 +61,32 @@ SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
     ],
 )
 def test_verdicts(measured: float, corrections: int, verdict: str, reason: str) -> None:
-    found, why = judge(measured, 2.0, SETTINGS, corrections, largest=4.0)
+    found, why = judge(around(measured), QUIET, 2.0, SETTINGS, corrections, largest=4.0)
     assert found == verdict
     assert why.startswith(reason)
     assert bool(why) == bool(reason)
 
 
+def test_open_intervals_and_noise_leave_a_verdict_undecided() -> None:
+    verdict, reason = judge(around(1.99, 0.03), QUIET, 2.0, SETTINGS, 0, largest=4.0)
+    assert verdict == "undecided"
+    assert "holds the least speedup that counts as reached, 1.96x; measure again" in reason
+    verdict, reason = judge(Ratio(2.61, 0.45, 4.71), Ratio(0.992, 0.265, 2.242), 1.5, SETTINGS, 0, largest=4.0)
+    assert verdict == "undecided"
+    assert "up to more than 100 % from 1, more than benchmark.tolerance (2 %)" in reason
+    assert judge(around(2.0), Ratio(1.0, 0.979, 1.01), 2.0, SETTINGS, 0, largest=4.0)[0] == "undecided"
+
+
 def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the_table() -> None:
     slowed_by = kept_in_float32(int8_record(fp32_linears=["a", "b", "c"]))
     for corrections in (0, 1, 3):
-        verdict, reason = judge(1.9, 2.0, SETTINGS, corrections, largest=4.0, slowed_by=slowed_by)
+        verdict, reason = judge(around(1.9), QUIET, 2.0, SETTINGS, corrections, largest=4.0, slowed_by=slowed_by)
         assert verdict == "missed"
         assert reason.startswith("3 of 12 linears stayed float32 to hold the accuracy budget; raise")
         assert "compress.int8.max_loss or lower max_fp32_share" in reason
-    assert "latency table" in judge(1.9, 5.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
-    assert judge(2.0, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by) == ("reached", "")
-    assert "3 corrections" in judge(2.3, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
+    assert "latency table" in judge(around(1.9), QUIET, 5.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
+    assert judge(around(2.0), QUIET, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by) == ("reached", "")
+    assert "3 corrections" in judge(around(2.3), QUIET, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
     assert kept_in_float32(int8_record()) == kept_in_float32(None) == ""
 
 
@@ -129,7 +145,7 @@ def test_markdown_says_what_training_did_to_the_exported_file() -> None:
 
 
 def test_a_target_above_the_largest_speedup_says_so() -> None:
-    verdict, reason = judge(3.0, 5.0, SETTINGS, 0, largest=4.1667)
+    verdict, reason = judge(around(3.0), QUIET, 5.0, SETTINGS, 0, largest=4.1667)
     assert verdict == "missed"
     assert "4.17x" in reason
 
@@ -336,5 +352,7 @@ def test_a_card_says_when_its_figures_are_of_another_engine_than_the_snippet() -
 
 
 def test_aa_line_tells_noise() -> None:
-    assert "as it should be" in aa_line(1.0, 0.99, 1.01)
-    assert "trust no difference" in aa_line(1.05, 1.03, 1.07)
+    assert "up to 1.0 % from 1: trust no smaller difference" in aa_line(Ratio(1.0, 0.99, 1.01), 0.02)
+    assert "up to 0.6 % from 1: trust no smaller" in aa_line(Ratio(1.004, 1.001, 1.006), 0.02)
+    assert "up to 7.0 % from 1: more than the 2 % that verdicts allow" in aa_line(Ratio(1.05, 1.03, 1.07), 0.02)
+    assert "up to more than 100 % from 1: more than" in aa_line(Ratio(0.992, 0.265, 2.242), 0.02)

@@ -106,7 +106,14 @@ def test_corrections_count_only_for_the_same_inputs(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     assert folder.correction("2x", "key") is None
     correction = Correction(
-        2.1, 1, [(2.0, 1.9)], float32_slowdown=1.2, float32_restarts=1, refused_plans=2, refused_speedup=2.05
+        2.1,
+        1,
+        [(2.0, 1.9)],
+        float32_slowdown=1.2,
+        float32_restarts=1,
+        refused_plans=2,
+        refused_speedup=2.05,
+        settled=True,
     )
     assert all(getattr(correction, item.name) != item.default for item in dataclasses.fields(Correction))
     folder.set_correction("2x", "key", correction)

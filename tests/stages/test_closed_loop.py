@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
+from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import BenchmarkConfig, Variant, member_name
 from ziplm_deploy.run.manifest import Correction
 from ziplm_deploy.run.member import DENSE, Member, PrunedMember
@@ -18,6 +20,16 @@ from ziplm_deploy.stages import closed_loop, prune
 
 def member_of(target: float) -> PrunedMember:
     return PrunedMember(member_name(target), Path("run"), trained=False, target=target)
+
+
+def record_of(measured: Callable[[str], float], half_width: float = 0.005, noise: float = 0.005) -> SimpleNamespace:
+    """A benchmark with intervals of that half width, as a fraction, around what is measured of each member."""
+
+    def variant(name: str) -> SimpleNamespace:
+        value = measured(name)
+        return SimpleNamespace(speedup=value, ratio=Ratio(value, value * (1 - half_width), value * (1 + half_width)))
+
+    return SimpleNamespace(variant=variant, itself=Ratio(1.0, 1 - noise, 1 + noise))
 
 
 class Machine:
@@ -34,7 +46,6 @@ class Machine:
         self.measurements = 0
         self.recipe = SimpleNamespace(
             benchmark=BenchmarkConfig(),
-            finishes_after_pruning=False,
             compress=SimpleNamespace(target=Variant.FP32),
             environment=SimpleNamespace(engine="deepsparse"),
         )
@@ -70,7 +81,7 @@ class Machine:
 
     def measure(self) -> Any:
         self.measurements += 1
-        return SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=self.bias * self.predicted[name]))
+        return record_of(lambda name: self.bias * self.predicted[name])
 
     def run(self) -> Any:
         return closed_loop.reach_targets(self, self.generations[0])  # type: ignore[arg-type]
@@ -82,13 +93,21 @@ def test_members_inside_the_tolerance_are_left_alone(monkeypatch: pytest.MonkeyP
     assert (machine.measurements, machine.corrections) == (1, {})
 
 
-def test_before_training_half_of_the_tolerance_is_kept_for_the_final_measurement(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    machine = Machine(monkeypatch, (2.0,), bias=0.985)
-    machine.recipe.finishes_after_pruning = True
+def test_half_of_the_tolerance_is_kept_for_the_final_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (2.0,), bias=0.986)
     assert machine.run().variant("2x").speedup >= 0.99 * 2.0
     assert machine.measurements == 2
+
+
+@pytest.mark.parametrize(("half_width", "noise"), [(0.05, 0.005), (0.005, 0.3)])
+def test_a_measurement_that_leaves_it_open_corrects_nothing(
+    monkeypatch: pytest.MonkeyPatch, half_width: float, noise: float
+) -> None:
+    machine = Machine(monkeypatch, (2.0,), bias=0.97 if half_width > 0.01 else 0.5)
+    record = record_of(lambda name: machine.bias * machine.predicted[name], half_width, noise)
+    machine.measure = lambda: record  # type: ignore[method-assign]
+    machine.run()
+    assert machine.corrections == {}
 
 
 @pytest.mark.parametrize("bias", [0.7, 0.9, 1.2, 1.6])
@@ -118,9 +137,8 @@ def test_a_member_that_was_fast_enough_is_not_given_up_for_a_missed_one(monkeypa
     machine = Machine(monkeypatch, (2.0,), bias=1.0)
     machine.predicted["2x"] = 3.0
     # aims below 2.6 fall off a cliff: the loop's own proportional corrections always miss
-    machine.measure = lambda: SimpleNamespace(  # type: ignore[method-assign]
-        variant=lambda name: SimpleNamespace(speedup=3.0 if machine.predicted[name] >= 2.6 else 1.5)
-    )
+    record = record_of(lambda name: 3.0 if machine.predicted[name] >= 2.6 else 1.5)
+    machine.measure = lambda: record  # type: ignore[method-assign]
     machine.corrections["2x"] = Correction(3.0)
     assert machine.run().variant("2x").speedup == 3.0
 
@@ -224,17 +242,16 @@ class SlowedMachine(Machine):
         super().__init__(monkeypatch, (2.0, 4.0), bias=1.0, limit=limit)
         self.slowdown = slowdown
         self.recipe.compress = SimpleNamespace(target=Variant.INT8)
-        self.recipe.finishes_after_pruning = True
         monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: self.measure()))
         monkeypatch.setattr(closed_loop, "int8_record", lambda file: file.member.name)
         monkeypatch.setattr(closed_loop, "kept_in_float32", lambda name: kept if name == "4x" else "")
 
     def final(self) -> Any:
-        def variant(name: str) -> Any:
+        def measured(name: str) -> float:
             plain = name.removesuffix(" int8")
-            return SimpleNamespace(speedup=self.predicted[plain] / (self.slowdown if plain == "4x" else 1.0))
+            return self.predicted[plain] / (self.slowdown if plain == "4x" else 1.0)
 
-        return SimpleNamespace(variant=variant)
+        return record_of(measured)
 
     def finish(self) -> int:
         """As the pipeline does it; how often there was room to be made."""
@@ -270,9 +287,8 @@ def test_no_room_is_made_without_need_or_hope(
 
 def test_room_is_made_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = SlowedMachine(monkeypatch, slowdown=1.3)
-    final = machine.final()
+    final = record_of(lambda name: 1.8)  # whatever is tried
     machine.final = lambda: final  # type: ignore[method-assign]
-    final.variant = lambda name: SimpleNamespace(speedup=3.0)  # whatever is tried
     assert machine.finish() == closed_loop.MAX_FLOAT32_RESTARTS
 
 

@@ -149,7 +149,7 @@ def test_an_interrupted_run_continues(made: Path, tmp_path: Path) -> None:
     if process.poll() is None:
         os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    if process.returncode in (0, 3):  # 3: done, and missed its target, as tiny models may
+    if process.returncode in (0, 3, 4):  # done; 3: it missed its target, 4: noise left that open, as tiny models may
         pytest.skip("the run ended before it could be interrupted")
     assert process.returncode == 130, errors
     assert not list((folder / "runs").rglob("*.tmp"))

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from ziplm_deploy.errors import ZipLMError
 
 MISSED_TARGET = 3
+UNDECIDED = 4  # the measurement is too noisy to say whether a target was reached
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

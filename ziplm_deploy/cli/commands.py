@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 
 from ziplm_deploy.cli.app import (
     MISSED_TARGET,
+    UNDECIDED,
     AsJson,
     OutputDir,
     Quiet,
@@ -35,6 +36,7 @@ from ziplm_deploy.recipe import BenchmarkConfig, Environment, Recipe, recipe_ref
 if TYPE_CHECKING:
     from ziplm_deploy.latency.benchmark import TimedFile
     from ziplm_deploy.latency.record import BenchmarkRecord
+    from ziplm_deploy.latency.verdict import Outcome
     from ziplm_deploy.progress import Progress
     from ziplm_deploy.reporting.records import FamilyReport
 
@@ -153,7 +155,7 @@ def benchmark(
         typer.Option(help="ONNX files: onnxruntime (default), openvino, deepsparse; again for every file on each."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 60,
-    processes: Annotated[int, typer.Option(help="ONNX files: processes of each, one after the other.")] = 3,
+    processes: Annotated[int, typer.Option(help="ONNX files: processes of each, one after the other.")] = 5,
     memory_limit: Annotated[
         float | None, typer.Option(min=0.1, help="ONNX files: GiB that a process may take; default: the machine's.")
     ] = None,
@@ -170,7 +172,7 @@ def benchmark(
 
     if output is not None:
         check_writable(output)  # not after minutes of measuring
-    missed: list[str] = []
+    open_targets: dict[str, Outcome] = {}
     if any(path.suffix == ".onnx" for path in inputs):
         workload = {"batch_size": batch_size, "seq_len": seq_len}
         settings = validated(BenchmarkConfig, rounds=rounds, processes=processes)
@@ -184,7 +186,7 @@ def benchmark(
     elif len(inputs) == 1:
         resolved = resolved_recipe(inputs[0], threads=threads)
         record = _compare_members(resolved, console_progress(quiet))
-        missed = _missed(record, resolved)
+        open_targets = _not_reached(record, resolved)
     else:
         raise UsageError(
             f"expected one recipe or ONNX files (*.onnx), found {len(inputs)} other files; name one recipe"
@@ -192,9 +194,17 @@ def benchmark(
     if output is not None:
         record.save(output)
     console.print_json(record.model_dump(mode="json")) if as_json else console.print_benchmark(record)
-    if missed:
-        typer.echo(f"missed: {', '.join(missed)}", err=True)
+    for name, found in open_targets.items():
+        typer.echo(f"{found}: {name}", err=True)
+    _exit_with(list(open_targets.values()))
+
+
+def _exit_with(verdicts: Sequence[str]) -> None:
+    """Exit code of a run whose targets were judged so; returns if all were reached."""
+    if "missed" in verdicts:
         raise typer.Exit(MISSED_TARGET)
+    if "undecided" in verdicts:
+        raise typer.Exit(UNDECIDED)
 
 
 def _compare_files(
@@ -218,16 +228,17 @@ def _compare_members(recipe: Recipe, progress: Progress) -> BenchmarkRecord:
     return api.benchmark(recipe, progress)
 
 
-def _missed(record: BenchmarkRecord, recipe: Recipe) -> list[str]:
-    """Members that are slower than their target allows."""
+def _not_reached(record: BenchmarkRecord, recipe: Recipe) -> dict[str, Outcome]:
+    """Members of whose targets this record does not say that they are reached."""
+    from ziplm_deploy.latency.verdict import outcome
     from ziplm_deploy.recipe import file_label, member_name
 
-    return [
-        member_name(target)
-        for target in recipe.speedups
-        if record.variant(file_label(member_name(target), recipe.compress.target)).speedup
-        < target * (1 - recipe.benchmark.tolerance)
-    ]
+    found: dict[str, Outcome] = {}
+    for target in recipe.speedups:
+        ratio = record.variant(file_label(member_name(target), recipe.compress.target)).ratio
+        noisy = record.itself.floor > recipe.benchmark.tolerance
+        found[member_name(target)] = "undecided" if noisy else outcome(ratio, target, recipe.benchmark)
+    return {name: verdict for name, verdict in found.items() if verdict in ("missed", "undecided")}
 
 
 @_reporting_stage
@@ -330,11 +341,11 @@ def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
         )
     else:
         console.print_family(report, recipe.run_dir)
-    missed = [member for member in report.members if member.verdict == "missed"]
-    for member in missed:
-        typer.echo(f"missed: {member.name} measured {member.served.measured_speedup:.2f}x: {member.reason}", err=True)
-    if missed:
-        raise typer.Exit(MISSED_TARGET)
+    for member in report.members:
+        if member.verdict in ("missed", "undecided"):
+            measured = f"{member.name} measured {member.served.measured_speedup:.2f}x"
+            typer.echo(f"{member.verdict}: {measured}: {member.reason}", err=True)
+    _exit_with([member.verdict for member in report.members])
 
 
 def main() -> None:

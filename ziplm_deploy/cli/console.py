@@ -37,7 +37,7 @@ def print_family(report: FamilyReport, folder: Path) -> None:
     )
     if members.has_other_baseline(report):
         line(console, f"baseline: the dense model on {members.baseline_of(report)}; members run on {report.engine}")
-    line(console, aa_line(report.aa_ratio, report.aa_low, report.aa_high))
+    line(console, aa_line(report.itself, report.tolerance))
     for member in report.members:
         if member.reason:
             line(console, f"{member.name}: {member.reason}")
@@ -69,7 +69,7 @@ def print_benchmark(record: BenchmarkRecord) -> None:
     environment = record.environment
     title = f"{environment.workload.describe()}, {environment.threads} thread(s)"
     console.print(_table(title, titles, cells))
-    line(console, aa_line(record.aa_ratio, record.aa_low, record.aa_high))
+    line(console, aa_line(record.itself, record.tolerance))
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -44,19 +44,19 @@ def _finding(name: str, found: Engine | SideEnvironment) -> dict[str, Any]:
 
 
 def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:
-    """A/A run: a small model against itself in two interleaved processes, one thread each.
+    """A/A run: a small model against itself in pairs of interleaved processes, one thread each.
 
     ``floor`` is how far the 95 % interval of their ratio reaches from 1: smaller differences mean nothing.
     """
     with tempfile.TemporaryDirectory(prefix="ziplm-deploy-") as folder:
         path = Path(folder) / "model.onnx"
         write_probe(path)
-        settings = BenchmarkConfig(rounds=rounds, processes=1, max_seconds=60)
+        settings = BenchmarkConfig(rounds=rounds, max_processes=BenchmarkConfig().processes, max_seconds=60)
         try:
             record = compare({"probe": path}, Environment(), settings, "probe")
         except EngineError as error:
             return {"error": str(error)}
-    floor = max(record.aa_high - 1.0, 1.0 - record.aa_low)
+    floor = record.itself.floor
     return {
         "aa_ratio": record.aa_ratio,
         "aa_low": record.aa_low,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ziplm_deploy.engines.worker.facts import EngineFacts
 from ziplm_deploy.engines.worker.protocol import TURN_VARIABLE
 from ziplm_deploy.errors import EngineError
+from ziplm_deploy.machine.huge_pages import check_huge_pages, with_huge_pages
 from ziplm_deploy.machine.info import MachineInfo, allowed_cpus, check_threads, machine_info
 from ziplm_deploy.machine.side_environments import ENVIRONMENTS, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
@@ -40,6 +41,7 @@ class WorkerOptions:
     threads: int = 1
     batch_size: int = 1
     seq_len: int = 128
+    huge_pages: bool = False
     shared_arena: bool = False  # for a worker that holds many sessions
     timeout_seconds: float = 600.0  # without a finished run or another sign of life; a hung engine is killed after it
     memory_limit_bytes: int | None = None  # address space of the process, for files from anywhere
@@ -47,7 +49,8 @@ class WorkerOptions:
     @classmethod
     def from_environment(cls, environment: Environment) -> WorkerOptions:
         """Options with the threads and the workload of an environment."""
-        return cls(environment.threads, environment.workload.batch_size, environment.workload.seq_len)
+        calls = environment.workload
+        return cls(environment.threads, calls.batch_size, calls.seq_len, huge_pages=environment.huge_pages)
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,12 @@ class Engine:
         """Start a worker process.
 
         Raises:
-            EnvironmentMismatchError: more threads than granted.
+            EnvironmentMismatchError: more threads than granted, or no huge pages where they are asked for.
             EngineError: the process did not come up.
         """
         check_threads(options.threads)
+        if options.huge_pages:
+            check_huge_pages()
         self.version()
         return WorkerHandle(self.name, self.interpreter(), options)
 
@@ -148,6 +153,8 @@ class WorkerHandle:
     def _spawn(self) -> WorkerProcess:
         environment = {**quiet_environment(), "OMP_NUM_THREADS": str(self.options.threads)}
         environment[TURN_VARIABLE] = str(self._turn)
+        if self.options.huge_pages:
+            environment = with_huge_pages(environment)
         log = Path(self._folder.name) / "stderr.txt"
         try:
             return WorkerProcess([self._interpreter, str(WORKER), *self._arguments], log, environment=environment)

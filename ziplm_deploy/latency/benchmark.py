@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
-from ziplm_deploy.latency.statistics import is_stable, median_ratio, relative_standard_error, summarize
+from ziplm_deploy.latency.statistics import Ratio, is_stable, process_ratio, summarize
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
@@ -29,8 +29,9 @@ MODEL = "model"
 WARMUP_RUNS = 24
 WARMUP_SECONDS = 10.0
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
-MIN_ROUNDS = 10  # of a process
-EARLY_STOP_ERROR = 0.002  # standard error of every ratio's median: more rounds would not change a decision
+MIN_ROUNDS = 3  # of a process, however slow
+# Whether ratios so far (name of a file -> its speedup; AA -> the baseline over itself) are sure enough to end it.
+Decided = Callable[[Mapping[str, Ratio]], bool]
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,34 @@ class _Timings:
     """What all processes of a benchmark gave."""
 
     rounds: dict[str, list[list[float]]]  # milliseconds: name -> round -> run
+    baseline: str
     processes: list[int] = field(default_factory=list)  # number of the part of each round, which had its own processes
     facts: dict[str, _Facts] = field(default_factory=dict)  # of each file
 
     def peak_memory_bytes(self, name: str) -> int:
         """The largest of a file's processes so far."""
         return self.facts[name].peak_memory_bytes if name in self.facts else 0
+
+    def ratio(self, name: str) -> Ratio:
+        """Speedup of a file; of the baseline, that of one of its processes over the other."""
+        if name == self.baseline:
+            return process_ratio(self.per_round(name), self.per_round(AA), self.processes)
+        pairs = zip(self.per_round(self.baseline), self.per_round(AA), strict=True)
+        return process_ratio([sum(pair) / 2 for pair in pairs], self.per_round(name), self.processes)
+
+    def per_round(self, name: str) -> list[float]:
+        """Median milliseconds of every round."""
+        return [float(np.median(round_ms)) for round_ms in self.rounds[name]]
+
+
+def precise_within(tolerance: float) -> Decided:
+    """Sure enough when every interval, and the noise floor, reaches at most ``tolerance`` (a fraction) to a side."""
+    return lambda ratios: all(ratio.half_width <= tolerance for ratio in ratios.values()) and quiet(ratios, tolerance)
+
+
+def quiet(ratios: Mapping[str, Ratio], tolerance: float) -> bool:
+    """Whether the noise floor, of the baseline against itself, lies within the tolerance."""
+    return ratios[AA].floor <= tolerance
 
 
 def compare(
@@ -73,16 +96,17 @@ def compare(
     progress: StepProgress | None = None,
     *,
     seed: int = 0,
+    decided: Decided | None = None,
 ) -> BenchmarkRecord:
     """Time ``files`` (name → :class:`TimedFile`, or just an ONNX file) against ``baseline``, one of their names.
 
     Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. After a share
-    of the rounds all of them end, and the next of ``config.processes`` begin: what a process makes of a file, where it
-    lies in memory above all, shifts its latency by 1 to 3 %, and sometimes by much more. In each round the workers take
-    turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is the
-    median over rounds of the ratio within a round; the baseline's side of it is the mean of its two processes. Its
-    interval resamples processes, then rounds. Threads, batch size and tokens are those of ``environment`` on every
-    engine.
+    of the rounds all of them end, and new ones begin, ``config.processes`` times: what a process makes of a file, where
+    it lies in memory above all, shifts its latency by 1 to 3 %, and sometimes by much more. In each round the workers
+    take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is
+    over the mean of the baseline's two processes, with its interval as of :func:`process_ratio`. While ``decided`` is
+    not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default: every interval
+    within the tolerance. Threads, batch size and tokens are those of ``environment`` on every engine.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -96,21 +120,21 @@ def compare(
     started = time.monotonic()
     entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in files.items()}
     engine_version = get_engine(environment.engine).version()
-    timed = _time_files(entries, environment, config, baseline, progress, seed)
-    aa_ratio, aa_low, aa_high = median_ratio(
-        _per_round(timed.rounds[baseline]), _per_round(timed.rounds[AA]), processes=timed.processes
-    )
+    decided = decided or precise_within(config.tolerance)
+    timed = _time_files(entries, environment, config, baseline, progress, seed, decided)
+    itself = timed.ratio(baseline)
     return BenchmarkRecord(
         machine=machine_info(),
         engine=environment.engine,
         engine_version=engine_version,
         environment=environment,
         baseline=baseline,
-        aa_ratio=aa_ratio,
-        aa_low=aa_low,
-        aa_high=aa_high,
-        rounds_of_processes=[timed.processes.count(index) for index in range(len(_parts(config)))],
-        variants=[_result(timed, name, baseline, environment.workload.batch_size) for name in entries],
+        aa_ratio=itself.value,
+        aa_low=itself.low,
+        aa_high=itself.high,
+        tolerance=config.tolerance,
+        rounds_of_processes=[timed.processes.count(index) for index in range(max(timed.processes) + 1)],
+        variants=[_result(timed, name, environment.workload.batch_size) for name in entries],
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
@@ -123,13 +147,17 @@ def _time_files(
     baseline: str,
     progress: StepProgress | None,
     seed: int,
+    decided: Decided,
 ) -> _Timings:
     """Rounds of every part of a benchmark, each part with new processes."""
-    timed = _Timings(rounds={name: [] for name in [*entries, AA]})
-    for index, part in enumerate(_parts(config)):
-        report = _shifted(progress, sum(before.rounds for before in _parts(config)[:index]), config.rounds)
+    timed = _Timings({name: [] for name in [*entries, AA]}, baseline)
+    part, started, limit_s = _part(config), time.monotonic(), _time_limit_s(config, len(entries))
+    for index in range(max(config.processes, config.max_processes)):
+        if index >= config.processes and (time.monotonic() - started > limit_s or decided(_ratios(timed))):
+            break
+        report = _shifted(progress, index * part.rounds, max(config.processes, index + 1) * part.rounds)
         with _workers(entries, environment, baseline) as workers:
-            for name, samples_ms in _interleave(workers, baseline, part, report, seed + index).items():
+            for name, samples_ms in _interleave(workers, part, report, seed + index).items():
                 timed.rounds[name] += samples_ms
             timed.processes += [index] * (len(timed.rounds[AA]) - len(timed.processes))
             for name, entry in entries.items():
@@ -140,6 +168,11 @@ def _time_files(
                     max(timed.peak_memory_bytes(name), workers[name].peak_memory_bytes()),
                 )
     return timed
+
+
+def _ratios(timed: _Timings) -> dict[str, Ratio]:
+    others = {name: timed.ratio(name) for name in timed.rounds if name not in (AA, timed.baseline)}
+    return {AA: timed.ratio(timed.baseline), **others}
 
 
 @contextlib.contextmanager
@@ -155,11 +188,10 @@ def _workers(entries: Mapping[str, TimedFile], environment: Environment, baselin
         yield workers
 
 
-def _parts(config: BenchmarkConfig) -> list[BenchmarkConfig]:
-    """Rounds and seconds, shared among the processes of a file; no process is started for less than ten rounds."""
-    n_parts = max(1, min(config.processes, config.rounds // MIN_ROUNDS))
-    rounds = [config.rounds // n_parts + (index < config.rounds % n_parts) for index in range(n_parts)]
-    return [config.model_copy(update={"rounds": n, "max_seconds": config.max_seconds / n_parts}) for n in rounds]
+def _part(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The share of one of the first processes in rounds and seconds."""
+    rounds = -(-config.rounds // config.processes)
+    return config.model_copy(update={"rounds": rounds, "max_seconds": config.max_seconds / config.processes})
 
 
 def _shifted(progress: StepProgress | None, n_before: int, total: int) -> StepProgress | None:
@@ -184,11 +216,7 @@ def start_worker(file: TimedFile, environment: Environment) -> WorkerHandle:
 
 
 def _interleave(
-    workers: Mapping[str, WorkerHandle],
-    baseline: str,
-    config: BenchmarkConfig,
-    progress: StepProgress | None,
-    seed: int,
+    workers: Mapping[str, WorkerHandle], config: BenchmarkConfig, progress: StepProgress | None, seed: int
 ) -> dict[str, list[list[float]]]:
     """Timed milliseconds, name → round → run; stops after the round in which the time limit passes."""
     generator = np.random.default_rng(seed)
@@ -201,9 +229,7 @@ def _interleave(
             rounds[name].append(workers[name].time(MODEL, n=config.runs_per_round, warmup_ms=TURN_WARMUP_MS))
         if progress is not None:
             progress(done, config.rounds)
-        if time.monotonic() - started > limit_s and done >= 3:
-            break
-        if done >= max(config.rounds // 2, min(config.rounds, MIN_ROUNDS)) and _settled(rounds, baseline):
+        if time.monotonic() - started > limit_s and done >= MIN_ROUNDS:
             break
     return rounds
 
@@ -213,39 +239,21 @@ def _time_limit_s(config: BenchmarkConfig, n_files: int) -> float:
     return config.max_seconds * max(1.0, n_files / FILES_WITHIN_LIMIT)
 
 
-def _settled(rounds: Mapping[str, list[list[float]]], baseline: str) -> bool:
-    base_ms = np.asarray(_reference(rounds, baseline))
-    ratios = (base_ms / np.asarray(_per_round(rounds[name])) for name in rounds)
-    return all(relative_standard_error(ratio) < EARLY_STOP_ERROR for ratio in ratios)
-
-
-def _reference(rounds: Mapping[str, list[list[float]]], baseline: str) -> list[float]:
-    """Baseline milliseconds a round: mean of its two processes."""
-    pairs = zip(_per_round(rounds[baseline]), _per_round(rounds[AA]), strict=True)
-    return [(first + second) / 2 for first, second in pairs]
-
-
-def _per_round(samples_ms: list[list[float]]) -> list[float]:
-    return [float(np.median(round_ms)) for round_ms in samples_ms]
-
-
-def _result(timed: _Timings, name: str, baseline: str, batch_size: int) -> FileTiming:
+def _result(timed: _Timings, name: str, batch_size: int) -> FileTiming:
     """Figures of one file."""
     rounds = timed.rounds[name]
     samples_ms = [sample for round_ms in rounds for sample in round_ms]
     process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=True) for _ in round_ms]
-    timing = summarize(samples_ms, groups=process_of)
-    own_ms = _per_round(rounds)
-    reference_ms = own_ms if name == baseline else _reference(timed.rounds, baseline)  # a baseline's own speedup is 1
-    speedup, low, high = median_ratio(reference_ms, own_ms, processes=timed.processes)
+    timing = summarize(samples_ms, processes=process_of)
+    speedup = Ratio(1.0, 1.0, 1.0) if name == timed.baseline else timed.ratio(name)  # a baseline's own is 1
     return FileTiming(
         name=name,
         latency=timing,
         p50_ms=timing.median_ms,
         throughput_per_second=1000.0 * batch_size / timing.median_ms,
-        speedup=speedup,
-        speedup_low=low,
-        speedup_high=high,
+        speedup=speedup.value,
+        speedup_low=speedup.low,
+        speedup_high=speedup.high,
         samples_ms=samples_ms,
         **asdict(timed.facts[name]),
     )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, Fields
-from ziplm_deploy.latency.statistics import Milliseconds, Timing
+from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Timing
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, with_nested_workload
 
@@ -42,6 +42,11 @@ class FileTiming(BaseModel):
     speedup_high: float
     samples_ms: list[Milliseconds]
 
+    @property
+    def ratio(self) -> Ratio:
+        """Speedup with its interval."""
+        return Ratio(self.speedup, self.speedup_low, self.speedup_high)
+
 
 class BenchmarkRecord(Artifact):
     """End-to-end timings of several ONNX files, interleaved in one run, with an A/A line."""
@@ -58,6 +63,7 @@ class BenchmarkRecord(Artifact):
     aa_ratio: float  # the baseline against itself in the same run
     aa_low: float
     aa_high: float
+    tolerance: float = 0.02  # that it was to decide about, as a fraction
     rounds_of_processes: list[int] = Field(default_factory=list)  # of each process a file had; old files: none
     variants: list[FileTiming]
     date: str
@@ -68,6 +74,11 @@ class BenchmarkRecord(Artifact):
         own = {"engine": self.engine, "engine_version": self.engine_version}
         self.variants = [result if result.engine else result.model_copy(update=own) for result in self.variants]
         return self
+
+    @property
+    def itself(self) -> Ratio:
+        """The baseline over itself: its floor is the noise of the whole benchmark."""
+        return Ratio(self.aa_ratio, self.aa_low, self.aa_high)
 
     def variant(self, name: str) -> FileTiming:
         return next(result for result in self.variants if result.name == name)

@@ -78,8 +78,22 @@ class OnnxExport:
         """Export ``model`` to ``path`` and compare the file with torch on random inputs: the largest difference.
 
         Raises:
-            UsageError: the exporter cannot express the model.  StorageError: the file cannot be written.
+            UsageError, StorageError: as :meth:`write_to_be_timed`.
             ParityError: the file answers otherwise than torch; it is removed.
+        """
+        deployed, inputs = self.write_to_be_timed(model, path, name)
+        served = dummy_inputs(deployed, replace(self.settings, shapes="static"))  # the shape that it will serve
+        try:
+            return check_parity(deployed, path, (inputs, served), self.parity_atol)
+        except ParityMismatch as error:
+            path.unlink(missing_ok=True)
+            raise ParityError(str(error)) from error
+
+    def write_to_be_timed(self, model: nn.Module, path: Path, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Export ``model`` to ``path``, its answers unchecked; the model with its head, and the inputs of the trace.
+
+        Raises:
+            UsageError: the exporter cannot express the model.  StorageError: the file cannot be written.
         """
         deployed = with_embedding_head(model, self.model, self.export)
         try:
@@ -92,9 +106,4 @@ class OnnxExport:
                 f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another "
                 "output_dir"
             ) from error
-        served = dummy_inputs(deployed, replace(self.settings, shapes="static"))  # the shape that it will serve
-        try:
-            return check_parity(deployed, path, (inputs, served), self.parity_atol)
-        except ParityMismatch as error:
-            path.unlink(missing_ok=True)
-            raise ParityError(str(error)) from error
+        return deployed, inputs

@@ -30,12 +30,14 @@ from ziplm_deploy.pruning.reconstruction import reconstruct
 from ziplm_deploy.pruning.search.search import PlanSearch, measure_sensitivities
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.pruning.search.stitching import PlanLoss, StitchedModel
-from ziplm_deploy.recipe import PruneConfig
+from ziplm_deploy.pruning.search.surrogate import Surrogate
+from ziplm_deploy.recipe import PruneConfig, SearchConfig
 from ziplm_deploy.tasks import Task
 from ziplm_deploy.tasks.batching import Batch
 
 CACHE_BYTES = 512 * 2**20
 RERANKED = 5
+WARM_SHARE = 4  # a search that starts from a plan for almost the same budget tries a quarter of the plans
 
 
 def table_sizes(table: LatencyTable) -> dict[ModuleKind, list[int]]:
@@ -115,7 +117,8 @@ class Planner:
     ) -> PruningPlan:
         """The plan for ``target``; ``predicted_target`` is what the table must predict for it (closed loop).
 
-        ``warm``: sizes of an earlier plan to start from as well; ``progress``: called with (plans tried, plans to try).
+        ``warm``: sizes of an earlier plan for almost this budget, around which the search then tries fewer plans;
+        ``progress``: called with (plans tried, plans to try).
 
         Raises:
             TargetUnreachableError: no plan fits; names the largest predicted speedup.
@@ -130,18 +133,33 @@ class Planner:
             chosen, loss, seeds, evaluations = self._search(budget_ms, warm, progress)
         else:
             chosen = self._baseline(budget_ms)
-        predicted_ms = self.table.predict_ms(chosen)
+        found = self._plan_of(chosen, target, budget_ms)
+        return found.model_copy(update={"search_loss": loss, "seed_losses": seeds, "evaluations": evaluations})
+
+    def _plan_of(self, sizes: dict[str, int], target: float, budget_ms: float) -> PruningPlan:
+        predicted_ms = self.table.predict_ms(sizes)
         return PruningPlan(
             speedup_target=target,
             budget_ms=budget_ms,
             method=self.prune.method,
-            sizes=chosen,
+            sizes=sizes,
             predicted_ms=predicted_ms,
             predicted_speedup=self.table.dense.median_ms / predicted_ms,
-            search_loss=loss,
-            seed_losses=seeds,
-            evaluations=evaluations,
         )
+
+    def draft(self, target: float, predicted_target: float, progress: StepProgress | None = None) -> PruningPlan:
+        """A plan from measured sensitivities alone: about as fast as the one that a search would find.
+
+        Raises:
+            TargetUnreachableError: no plan fits; names the largest predicted speedup.
+        """
+        budget_ms = self.budget_ms(predicted_target)
+        if self.space.plan_ms(self._whole) <= budget_ms:
+            return self._plan_of(self.space.as_sizes(self._whole), target, budget_ms)
+        curves = self.sensitivities(progress)
+        search = PlanSearch(self.space, self.losses()[0], budget_ms, self.seed)
+        sizes = self.space.as_sizes(search.grow(search.solve(curves), Surrogate(curves)))
+        return self._plan_of(sizes, target, budget_ms)
 
     def with_prune_settings(self, prune: PruneConfig) -> Planner:
         """A copy of this planner with other prune settings. Table, database and measured sensitivities are shared."""
@@ -177,9 +195,13 @@ class Planner:
         ]
         return slack < 0 or any(extra <= slack for extra in growths)
 
+    def resized(self, sizes: dict[str, int]) -> nn.Module:
+        """The physically smaller model of a plan's sizes, not refitted."""
+        return resize(self.model, {name: self.database.modules[name][size] for name, size in sizes.items()})
+
     def build(self, plan: PruningPlan, progress: StepProgress | None = None) -> tuple[nn.Module, list[str]]:
         """The physically smaller model of a plan, refitted if the recipe says so; and modules that could not be."""
-        model = resize(self.model, {name: self.database.modules[name][size] for name, size in plan.sizes.items()})
+        model = self.resized(plan.sizes)
         pruned = plan.sizes != self.space.as_sizes(self._whole)
         if pruned and self.prune.reconstruct and get_method(self.prune.method).refits:
             return model, reconstruct(self.model, model, self.calibration.hessian, progress)
@@ -210,7 +232,8 @@ class Planner:
         seeds = self._seeds(search, curves)
         if warm is not None and search.fits(self.space.from_sizes(warm)):
             seeds["previous"] = self.space.from_sizes(warm)
-        result = search.run(seeds, curves, self.prune.search, progress)
+        config = self.prune.search if warm is None else _warm(self.prune.search)
+        result = search.run(seeds, curves, config, progress)
         scores: dict[Plan, float] = {}
         for plan in dict.fromkeys([*result.plans[:RERANKED], *seeds.values()]):
             scores[plan] = rerank_loss(plan)
@@ -230,6 +253,12 @@ class Planner:
         except spdy.InfeasibleBudgetError as error:
             raise TargetUnreachableError(str(error), self._largest_speedup()) from error
         return self.space.as_sizes(plan)
+
+
+def _warm(config: SearchConfig) -> SearchConfig:
+    """Effort of a search that starts from a plan which a whole search has found for nearly the same budget."""
+    fewer = {name: -(-getattr(config, name) // WARM_SHARE) for name in ("coefficient_steps", "swap_evaluations")}
+    return config.model_copy(update=fewer)
 
 
 def database_sizes(model: nn.Module, table: LatencyTable) -> dict[str, list[int]]:

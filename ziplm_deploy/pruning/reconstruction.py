@@ -84,7 +84,7 @@ class _Moments:
         return total
 
     def covariance(self) -> Tensor:
-        """Of the inputs, [d, d]."""
+        """Covariance of the inputs, [d, d]."""
         mean = self.x / self.n
         return self.xx / self.n - torch.outer(mean, mean)
 

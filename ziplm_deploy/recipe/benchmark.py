@@ -9,15 +9,23 @@ from ziplm_deploy.recipe.workload import EngineName
 
 
 class BenchmarkConfig(Frozen):
-    rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …).")
+    rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …) of the first processes together.")
     processes: int = Field(
-        3,
-        ge=1,
-        description="Processes a file, one after the other: where one lies in memory shifts latency by 1 to 3 %.",
+        5,
+        ge=2,
+        description="Processes a file, one after the other: they are the sample that intervals are made of.",
+    )
+    max_processes: int = Field(
+        15,
+        ge=2,
+        description="Up to so many processes a file while an interval leaves a verdict open or exceeds `tolerance`.",
     )
     runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after 10 ms of untimed ones.")
     max_seconds: float = Field(
-        180.0, gt=0, description="Time limit of the rounds for ten files; more files get proportionally more."
+        180.0,
+        gt=0,
+        description="Time limit of the first processes' rounds for ten files; more files get proportionally more. No "
+        "further process is started after it.",
     )
     tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
     overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")

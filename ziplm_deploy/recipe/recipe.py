@@ -88,10 +88,5 @@ class Recipe(Frozen):
         return self.benchmark.baseline_engine or self.environment.engine
 
     @property
-    def finishes_after_pruning(self) -> bool:
-        """Whether members change after the closed loop has measured them, by training or compression."""
-        return self.recover.mode != "none" or bool(self.compress.variants)
-
-    @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name

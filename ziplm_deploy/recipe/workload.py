@@ -37,15 +37,23 @@ class Environment(Frozen):
         "onnxruntime", description="Engine that will serve; `openvino` is an extra, `deepsparse` needs a set-up."
     )
     threads: int = Field(1, ge=1, description="Intra-op threads; never more than the process is granted.")
+    huge_pages: bool = Field(
+        False,
+        description="Serve from huge pages: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` for every process that is timed, "
+        "and for yours.",
+    )
     workload: Workload = Field(default_factory=Workload, description="The calls that it will answer.")
 
     def describe(self) -> str:
-        return f"{self.engine}, {self.workload.describe()}, {self.threads} thread(s)"
+        """In words, as reports and error messages show it."""
+        pages = ", huge pages" if self.huge_pages else ""
+        return f"{self.engine}, {self.workload.describe()}, {self.threads} thread(s){pages}"
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on, for content keys; flat, as keys have it since before there were workloads."""
-        return {"engine": self.engine, "threads": self.threads, **self.workload.model_dump(mode="json")}
+        pages = {"huge_pages": True} if self.huge_pages else {}
+        return {"engine": self.engine, "threads": self.threads, **pages, **self.workload.model_dump(mode="json")}
 
 
 def with_nested_workload(environment: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ziplm_deploy.machine.info import versions
 from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
-from ziplm_deploy.reporting.judge import harmed_by_training, judge, was_fast_enough, why_not_recommended
+from ziplm_deploy.reporting.judge import harmed_by_training, judge, too_noisy, was_fast_enough, why_not_recommended
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
 
 
@@ -44,6 +44,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         aa_ratio=record.aa_ratio,
         aa_low=record.aa_low,
         aa_high=record.aa_high,
+        tolerance=facts.recipe.benchmark.tolerance,
         notes=[
             *facts.notes,
             *harmed_by_training(members, facts.metric),
@@ -114,7 +115,9 @@ def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Var
     served = next(file for file in member.files if file.variant is variant)
     slowed_by = kept_in_float32(served.int8) or was_fast_enough(member.speedup_in_loop, target, settings)
     largest = family.table.largest_speedup()
-    verdict, reason = judge(served.timing.speedup, target, settings, member.corrections, largest, slowed_by)
+    verdict, reason = judge(
+        served.timing.ratio, family.record.itself, target, settings, member.corrections, largest, slowed_by
+    )
     if verdict == "faster than asked" and member.sizes == full_sizes(family.table):
         reason = f"nothing was pruned: the {variant} file is that fast as it is"
     elif verdict == "faster than asked" and member.refused_plans:
@@ -124,7 +127,8 @@ def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Var
 
 def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport]) -> FileReport:
     timing, max_loss = file.timing, family.recipe.compress.int8.max_loss
-    reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before)
+    noise = too_noisy(family.record.itself, family.recipe.benchmark)
+    reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before, noise)
     return FileReport(
         variant=file.variant,
         file=file.path.name,

@@ -42,7 +42,7 @@ class MemberFacts:
     training: TrainingRecord | None = None
     corrections: int = 0  # how often the closed loop solved the target again
     refused_plans: int = 0  # how often it had to, because the engine could not run the file
-    speedup_in_loop: float | None = None  # as the closed loop measured it; None: that was the final measurement
+    speedup_in_loop: float | None = None  # as the closed loop measured it last
 
     def label(self, variant: Variant) -> str:
         return file_label(self.name, variant)

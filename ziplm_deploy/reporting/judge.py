@@ -5,27 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ziplm_deploy.compression.records import outside_budget
+from ziplm_deploy.latency.statistics import Ratio
+from ziplm_deploy.latency.verdict import Outcome, outcome
 from ziplm_deploy.recipe import BenchmarkConfig
 from ziplm_deploy.reporting.facts import FileFacts
 from ziplm_deploy.reporting.records import FileReport, MemberReport
 
+AGAIN = "measure again on a quiet machine with ziplm-deploy benchmark RECIPE --again"
+
 
 def judge(
-    measured: float, target: float, settings: BenchmarkConfig, corrections: int, largest: float, slowed_by: str = ""
-) -> tuple[str, str]:
+    measured: Ratio,
+    itself: Ratio,
+    target: float,
+    settings: BenchmarkConfig,
+    corrections: int,
+    largest: float,
+    slowed_by: str = "",
+) -> tuple[Outcome, str]:
     """Verdict on a member and, if it is not "reached", the reason.
 
-    ``largest`` is the speedup that the table predicts with every module at its fastest; ``slowed_by`` says what the
-    closed loop could not correct, because it happened to the file afterwards.
+    ``itself``: the baseline over itself in the same benchmark; ``largest``: the speedup that
+    the table predicts with every module at its fastest; ``slowed_by``: what the closed loop could not correct, because
+    it happened to the file afterwards.
     """
-    if measured < target * (1 - settings.tolerance):
+    noise = too_noisy(itself, settings)
+    if noise:
+        return "undecided", noise
+    found = outcome(measured, target, settings)
+    if found == "missed":
         if target > largest:
             return "missed", f"the largest speedup that the latency table allows is {largest:.2f}x"
         closer = _why_not_closer(settings, corrections, "faster", f" (largest predicted: {largest:.2f}x)")
         return "missed", slowed_by or closer
-    if measured > target * (1 + settings.overshoot):
-        return "faster than asked", _why_not_closer(settings, corrections, "slower", "")
-    return "reached", ""
+    if found == "faster than asked":
+        return found, _why_not_closer(settings, corrections, "slower", "")
+    if found == "undecided":
+        return found, (
+            f"its interval holds the least speedup that counts as reached, {target * (1 - settings.tolerance):.2f}x; "
+            f"{AGAIN}, or raise benchmark.max_processes"
+        )
+    return found, ""
+
+
+def too_noisy(itself: Ratio, settings: BenchmarkConfig) -> str:
+    """Why nothing can be said about timings of a benchmark; empty if its noise is within the tolerance."""
+    if itself.floor <= settings.tolerance:
+        return ""
+    return (
+        f"the baseline against itself is up to {itself.floor_text} from 1, more than benchmark.tolerance "
+        f"({100 * settings.tolerance:g} %); {AGAIN}"
+    )
 
 
 def _why_not_closer(settings: BenchmarkConfig, corrections: int, wanted: str, detail: str) -> str:
@@ -42,17 +72,20 @@ def was_fast_enough(speedup_in_loop: float | None, target: float, settings: Benc
         return ""
     return (
         f"it was fast enough ({speedup_in_loop:.2f}x) when the closed loop measured it, before it was trained or "
-        "compressed; measure again on a quiet machine with ziplm-deploy benchmark, or ask for a little more"
+        f"compressed; {AGAIN}, or ask for a little more"
     )
 
 
 def why_not_recommended(
-    file: FileFacts, served_score: float | None, max_loss: float, before: Sequence[FileReport]
+    file: FileFacts, served_score: float | None, max_loss: float, before: Sequence[FileReport], noise: str
 ) -> str:
     """Reason why a file is not worth having; empty if it is.
 
-    ``before``: the member's files that were looked at already; ``max_loss``: accuracy budget of INT8.
+    ``before``: the member's files that were looked at already; ``max_loss``: accuracy budget of INT8; ``noise``: why
+    no timing can be trusted, if none can.
     """
+    if noise and before:
+        return noise
     reasons = [outside_budget(file.int8, served_score, max_loss), *_not_faster(file, before)]
     return next(filter(None, reasons), "")
 

@@ -52,7 +52,7 @@ def _explanations(report: FamilyReport) -> list[str]:
         *_baseline(report),
         "Scores are those of the ONNX files themselves.",
         "",
-        f"- {aa_line(report.aa_ratio, report.aa_low, report.aa_high)}",
+        f"- {aa_line(report.itself, report.tolerance)}",
     ]
     for member in report.members:
         if member.reason:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.latency.record import from_schema_1
+from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
@@ -51,7 +52,7 @@ class MemberReport(BaseModel):
     search_loss: float | None = None
     seed_losses: dict[str, float] = Field(default_factory=dict)
     corrections: int = 0  # how often the closed loop solved this target again
-    verdict: Literal["baseline", "reached", "missed", "faster than asked"]
+    verdict: Literal["baseline", "reached", "missed", "faster than asked", "undecided"]
     reason: str = ""  # why a target was missed or overshot
 
     @model_validator(mode="before")
@@ -100,7 +101,13 @@ class FamilyReport(Artifact):
     aa_ratio: float
     aa_low: float
     aa_high: float
+    tolerance: float = 0.02  # fraction by which a target may be missed, and the noise that verdicts allow
     notes: list[str]  # warnings of the run, e.g. few calibration tokens
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     date: str
+
+    @property
+    def itself(self) -> Ratio:
+        """The baseline over itself in the benchmark of this report."""
+        return Ratio(self.aa_ratio, self.aa_low, self.aa_high)

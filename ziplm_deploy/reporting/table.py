@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
 
@@ -132,8 +133,12 @@ def ratio_text(ratio: float, low: float, high: float) -> str:
     return f"{ratio:.3f}x [{low:.3f}, {high:.3f}]"
 
 
-def aa_line(ratio: float, low: float, high: float) -> str:
-    """The A/A line and what it means."""
-    if low <= 1.0 <= high:
-        return f"noise: the baseline against itself {ratio_text(ratio, low, high)}, as it should be"
-    return f"noise: the baseline against itself {ratio_text(ratio, low, high)}: trust no difference smaller than that"
+def aa_line(itself: Ratio, tolerance: float) -> str:
+    """The A/A line and what it means; noise above ``tolerance``, a fraction, leaves verdicts undecided."""
+    text = (
+        f"noise: the baseline against itself {ratio_text(itself.value, itself.low, itself.high)}, "
+        f"up to {itself.floor_text} from 1"
+    )
+    if itself.floor > tolerance:
+        return f"{text}: more than the {100 * tolerance:g} % that verdicts allow, so they are undecided"
+    return f"{text}: trust no smaller difference"

@@ -64,9 +64,12 @@ class RunFolder:
         return self.path / "pruning" / f"{name}.safetensors"
 
     def generation_benchmark(self, parent: str) -> Path:
-        """Timings of the models pruned from ``parent``; the final ones if nothing changes them."""
-        before_training = self.path / "pruning" / f"benchmark-of-{parent}.json"
-        return before_training if self._recipe.finishes_after_pruning else self.benchmark
+        """Timings of the models pruned from ``parent``, as the closed loop took them."""
+        return self.path / "pruning" / f"benchmark-of-{parent}.json"
+
+    def settling(self, parent: str) -> Path:
+        """Timings of drafts of the models to be pruned from ``parent``."""
+        return self.path / "pruning" / f"settling-of-{parent}.json"
 
     def refused_of(self, parent: str) -> Path:
         """Names of the models pruned from ``parent`` whose files the engine cannot run."""

@@ -40,6 +40,7 @@ class Correction:
     float32_restarts: int = 0  # how often the loop has begun again for that
     refused_plans: int = 0  # how often it aimed a little higher because the engine could not run the member's file
     refused_speedup: float = 0.0  # predicted speedup of the last such plan
+    settled: bool = False  # aimed at by what a draft of the plan measured, see ``stages/settle.py``
 
 
 class Manifest(Artifact):

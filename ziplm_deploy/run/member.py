@@ -62,6 +62,11 @@ class Member:
     def sparsity_record(self) -> Path:
         return self.compressed_folder / "sparsity.json"
 
+    @property
+    def draft(self) -> Path:
+        """Plan that is about as fast as the member's will be, made without a search; its file lies beside it."""
+        return self.run_folder / "pruning" / f"{self.name}-draft.json"
+
     def stand_in(self, variant: Variant) -> Path:
         """ONNX file as fast as a variant of this member will be, with other weights: what the closed loop measures."""
         return self.run_folder / "pruning" / f"{self.name}-{variant}.onnx"

@@ -8,32 +8,44 @@ from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.engines import get_engine
-from ziplm_deploy.latency.benchmark import TimedFile, compare
+from ziplm_deploy.latency.benchmark import Decided, TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.verdict import decided_for
 from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.recipe import file_label
 from ziplm_deploy.run.member import DENSE
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import files_of_family, runnable_files
 
+FINAL_SEED = 10_000  # order of turns: not that of the closed loop
+READ_FIELDS = {"rounds", "processes", "max_processes", "runs_per_round", "max_seconds", "tolerance"}
 GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
 
 
 def benchmark(run: Run) -> BenchmarkRecord:
-    """Timings and sizes of all files; where nothing came after the closed loop, it has timed these very files."""
-    record = measure(run, "benchmark", run.folder.benchmark, files_of_family(run))
+    """Timings and sizes of all files, independent of those that the closed loop ended with.
+
+    A loop ends with the draw of noise that satisfied it: that one is not reported.
+    """
+    served = {file_label(member.name, run.recipe.compress.target): member.target for member in run.pruned_members}
+    decided = decided_for(served, run.recipe.benchmark)
+    record = measure(run, "benchmark", run.folder.benchmark, files_of_family(run), decided, seed=FINAL_SEED)
     for file in runnable_files(run):
         path = file.onnx
         run.folder.gzip_bytes(run.file_hash(path), lambda path=path: gzip_bytes(path))  # type: ignore[misc]
     return record
 
 
-def measure(run: Run, stage: str, path: Path, files: Mapping[str, TimedFile]) -> BenchmarkRecord:
-    """Time files against the dense model; a stage, which writes ``path``."""
+def measure(
+    run: Run, stage: str, path: Path, files: Mapping[str, TimedFile], decided: Decided, *, seed: int = 0
+) -> BenchmarkRecord:
+    """Time files against the dense model until ``decided``; a stage, which writes ``path``."""
     recipe = run.recipe
 
     def work() -> None:
-        compare(files, recipe.environment, recipe.benchmark, DENSE, run.progress.step).save(path)
+        progress = run.progress.step
+        compare(files, recipe.environment, recipe.benchmark, DENSE, progress, seed=seed, decided=decided).save(path)
 
     run.folder.make(stage, benchmark_key(run, files), [path], work)
     return BenchmarkRecord.load(path)
@@ -46,7 +58,7 @@ def benchmark_key(run: Run, files: Mapping[str, TimedFile]) -> str:
         files={name: run.file_hash(file.path) for name, file in files.items()},
         baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
         environment=recipe.environment.fingerprint,
-        benchmark=recipe.benchmark.model_dump(include={"rounds", "processes", "runs_per_round", "max_seconds"}),
+        benchmark=recipe.benchmark.model_dump(include=READ_FIELDS),
         machine=machine_info().fingerprint,
         engine=get_engine(recipe.environment.engine).version(),
     )
@@ -70,5 +82,4 @@ STAGE = Stage(
     "benchmark",
     lambda run: "all members and the dense model, interleaved",
     benchmark,
-    shown=lambda recipe: recipe.finishes_after_pruning,
 )

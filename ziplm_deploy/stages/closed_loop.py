@@ -8,7 +8,10 @@ from dataclasses import replace
 from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.statistics import Ratio
+from ziplm_deploy.latency.verdict import keeps, outcome, settled_for
 from ziplm_deploy.pruning.plan import PruningPlan
+from ziplm_deploy.recipe import BenchmarkConfig
 from ziplm_deploy.run.manifest import Correction
 from ziplm_deploy.run.member import PrunedMember
 from ziplm_deploy.run.run import Generation, Run
@@ -27,8 +30,8 @@ MAX_REFUSED_PLANS = 5
 def reach_targets(run: Run, generation: Generation) -> BenchmarkRecord:
     """Benchmark a generation's members; while one misses its target (or overshoots it for no reason), correct it.
 
-    Latency does not depend on weights, so this is done before members are trained; half of the tolerance is then
-    left for the final measurement.
+    Latency does not depend on weights, so this is done before members are trained. A measurement that leaves open
+    whether a member is fast enough corrects nothing; the final one, with other processes, judges it.
 
     Raises:
         EngineError: the engine cannot run a member's file, nor those of plans that are a little faster.
@@ -52,9 +55,10 @@ def reach_targets(run: Run, generation: Generation) -> BenchmarkRecord:
 
 def measure_generation(run: Run, generation: Generation) -> BenchmarkRecord:
     """Timings of a generation's members against the dense model."""
-    path = run.folder.generation_benchmark(generation.parent.name)
-    stage = "benchmark" if path == run.folder.benchmark else f"benchmark of {generation.parent.name}"
-    return measure(run, stage, path, files_of_generation(run, generation))
+    path, stage = run.folder.generation_benchmark(generation.parent.name), f"benchmark of {generation.parent.name}"
+    targets = {member.name: _needed(run, member) for member in generation.members}
+    decided = settled_for(targets, run.recipe.benchmark)
+    return measure(run, stage, path, files_of_generation(run, generation), decided)
 
 
 def _ask_for_more(run: Run, generation: Generation, refused: Mapping[PrunedMember, str]) -> list[PrunedMember]:
@@ -111,52 +115,62 @@ def compensate_float32(run: Run, record: BenchmarkRecord) -> bool:
 def _compensate_float32(run: Run, member: PrunedMember, record: BenchmarkRecord) -> bool:
     file, key = member.file(run.recipe.compress.target), member_key(run, member)
     before = run.folder.correction(member.name, key) or Correction(member.target)
-    measured = record.variant(file.label).speedup
-    fast_enough = measured >= member.target * (1 - run.recipe.benchmark.tolerance)
-    if fast_enough or not kept_in_float32(int8_record(file)) or before.float32_restarts == MAX_FLOAT32_RESTARTS:
+    measured = record.variant(file.label).ratio
+    missed = outcome(measured, member.target, run.recipe.benchmark) == "missed"
+    if not missed or not kept_in_float32(int8_record(file)) or before.float32_restarts == MAX_FLOAT32_RESTARTS:
         return False
-    aim = before.predicted_target * MARGIN * member.target / measured
+    aim = before.predicted_target * MARGIN * member.target / measured.value
     if not is_reachable(run, member, aim):
         return False
     in_loop = BenchmarkRecord.load(run.folder.generation_benchmark(run.dense_member.name)).variant(member.name).speedup
-    again = Correction(aim, float32_slowdown=max(1.0, in_loop / measured), float32_restarts=before.float32_restarts + 1)
+    again = Correction(
+        aim, float32_slowdown=max(1.0, in_loop / measured.value), float32_restarts=before.float32_restarts + 1
+    )
     run.folder.set_correction(member.name, key, again)
     return True
 
 
 def correct(run: Run, member: PrunedMember, record: BenchmarkRecord) -> bool:
     """Set a new predicted target for a member outside its tolerance; False when inside, or nothing is left to try."""
+    if record.itself.floor > run.recipe.benchmark.tolerance:
+        return False  # noise would be what it corrects
     key = member_key(run, member)
-    measured = record.variant(member.name).speedup
+    measured = record.variant(member.name).ratio
     correction = run.folder.correction(member.name, key) or Correction(member.target)
     plan = PruningPlan.load(member.plan)
-    wanted = _wanted(run, correction, member.target, measured, plan)
+    wanted = _wanted(run.recipe.benchmark, correction, member.target, measured, plan)
     try:
         if wanted is None or not run.parent_of(member).planner.changes(plan, wanted):
             return False
     except TargetUnreachableError:
         return False
-    history = [*correction.history, (correction.predicted_target, measured)]
+    history = [*correction.history, (correction.predicted_target, measured.value)]
     again = replace(correction, predicted_target=wanted, corrections=correction.corrections + 1, history=history)
     run.folder.set_correction(member.name, key, again)
     return True
 
 
-def _wanted(run: Run, correction: Correction, target: float, measured: float, plan: PruningPlan) -> float | None:
+def _needed(run: Run, member: PrunedMember) -> float:
+    """What a member has to measure before it is trained and compressed so that it reaches its target afterwards."""
+    correction = run.folder.correction(member.name, member_key(run, member))
+    return member.target * (correction.float32_slowdown if correction else 1.0)
+
+
+def _wanted(
+    settings: BenchmarkConfig, correction: Correction, target: float, measured: Ratio, plan: PruningPlan
+) -> float | None:
     """What the table must predict for the next plan; None: the measured one stays."""
-    settings = run.recipe.benchmark
-    tolerance = settings.tolerance / 2 if run.recipe.finishes_after_pruning else settings.tolerance
     needed = target * correction.float32_slowdown
-    if needed * (1 - tolerance) <= measured <= needed * (1 + settings.overshoot):
+    if keeps(measured, needed, settings) is not False:
         return None
     aim = correction.predicted_target
     if correction.corrections < settings.max_corrections:
         # what the table promised for this plan against what was measured, applied to the target
-        promised = needed * MARGIN * plan.predicted_speedup / measured
+        promised = needed * MARGIN * plan.predicted_speedup / measured.value
         return max(promised, correction.refused_speedup * ABOVE_REFUSED)
-    if correction.corrections == settings.max_corrections and measured < needed:
+    if correction.corrections == settings.max_corrections and measured.value < needed:
         # the last correction missed; an earlier, faster member may still be had
-        best = _best_aim([*correction.history, (aim, measured)], needed, tolerance)
+        best = _best_aim([*correction.history, (aim, measured.value)], needed, settings.tolerance)
         return None if best == aim else best
     return None
 

@@ -88,18 +88,27 @@ def export_stand_in(run: Run, member: Member) -> None:
     )
 
     def work() -> None:
-        scratch = path.with_name(f".{member.name}.stand-in")
-        made = scratch / Variant.FP32.onnx_file
-        try:
-            model = treatment.prepare(load(member.pruned_folder))
-            export_checked(run, model, made, f"{member.name} as {recipe.compress.target}, for timing")
-            treatment.finish(made, run.onnx_export.inputs(model))
-            with atomic_path(path) as temporary:
-                shutil.copyfile(made, temporary)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        export_to_be_timed(run, load(member.pruned_folder), path, member.name)
 
     run.folder.make(f"stand-in {member.name}", key, [path], work)
+
+
+def export_to_be_timed(run: Run, model: nn.Module, path: Path, name: str) -> None:
+    """A file as fast as ``model``, which may be changed in place, in the variant that targets are about."""
+    treatment = target_treatment(run.recipe)
+    if treatment is None:
+        run.onnx_export.write_to_be_timed(model, path, name)
+        return
+    scratch = path.with_name(f".{path.stem}.scratch")
+    made = scratch / Variant.FP32.onnx_file
+    try:
+        model = treatment.prepare(model)
+        _, inputs = run.onnx_export.write_to_be_timed(model, made, name)
+        treatment.finish(made, inputs)
+        with atomic_path(path) as temporary:
+            shutil.copyfile(made, temporary)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 PRUNED = Stage("export", lambda run, generation: "ONNX files, checked against torch", export_generation)

@@ -18,7 +18,6 @@ MARGIN = 1.005  # aim this much above the target when correcting, so that noise 
 
 def prune(run: Run, generation: Generation) -> None:
     """Members of a generation as the latency table promises them, or as the closed loop corrected them before."""
-    start_from_last_bias(run, generation)
     for member in generation.members:
         prune_member(run, member)
 

@@ -66,10 +66,8 @@ def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFa
         return MemberFacts(member.name, None, None, full_sizes(run.table), parameters, files)
     plan = PruningPlan.load(member.plan)
     correction = run.folder.correction(member.name, member_key(run, member))
-    in_loop = None
-    if run.recipe.finishes_after_pruning:
-        parent = run.generation_of(member).parent.name
-        in_loop = BenchmarkRecord.load(run.folder.generation_benchmark(parent)).variant(member.name).speedup
+    parent = run.generation_of(member).parent.name
+    in_loop = BenchmarkRecord.load(run.folder.generation_benchmark(parent)).variant(member.name).speedup
     return MemberFacts(
         member.name,
         member.target,

@@ -18,7 +18,7 @@ from ziplm_deploy.run.run import Generation, Run
 def files_of_generation(run: Run, generation: Generation) -> dict[str, TimedFile]:
     """The dense model and, for every target of a generation, a file as fast as the member will be."""
     variant = run.recipe.compress.target
-    files = {DENSE: _dense_file(run)}
+    files = {DENSE: dense_file(run)}
     for member in generation.members:
         path = member.as_pruned.onnx if variant is Variant.FP32 else member.stand_in(variant)
         files[member.name] = TimedFile(path, run.recipe.environment.engine)
@@ -106,7 +106,7 @@ def runnable_files(run: Run) -> list[ModelFile]:
 
 def _all_files(run: Run) -> dict[str, TimedFile]:
     recipe = run.recipe
-    files = {DENSE: _dense_file(run)}
+    files = {DENSE: dense_file(run)}
     if recipe.baseline_engine != recipe.environment.engine:
         files[dense_as_served(run)] = TimedFile(files[DENSE].path, recipe.environment.engine)
     for member in run.members:
@@ -122,5 +122,6 @@ def dense_as_served(run: Run) -> str:
     return f"{DENSE} ({run.recipe.environment.engine})"
 
 
-def _dense_file(run: Run) -> TimedFile:
+def dense_file(run: Run) -> TimedFile:
+    """What all speedups are over."""
     return TimedFile(run.dense_member.file(Variant.FP32).onnx, run.recipe.baseline_engine)

@@ -1,0 +1,123 @@
+"""How often a benchmark's "95 %" intervals hold the truth: by simulation, and by real models beside themselves.
+
+Simulated: whole benchmarks of the shipped defaults, which end when they are sure or after the largest number of
+processes, with 1 to 3 % between processes and 1 % between rounds. Real: one file under several names, so that every
+speedup is truly 1.
+
+Figures ``simulated_coverage_percent`` (the one farthest from 95) and ``real_aa_coverage_percent``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Figure, load_average, write_result
+
+from ziplm_deploy.latency.benchmark import AA, compare
+from ziplm_deploy.latency.statistics import Ratio, process_ratio
+from ziplm_deploy.latency.verdict import decided_for
+from ziplm_deploy.recipe import BenchmarkConfig, Environment, Workload
+
+TARGET = 2.0
+WITHIN_PROCESS = 0.01  # standard deviation of rounds, as a fraction
+SPREADS = (0.01, 0.015, 0.02, 0.03)  # between processes
+SPEEDUPS = (0.98 * TARGET, TARGET, 1.005 * TARGET)  # at the edge of the tolerance, at the target, where loops aim
+
+
+def simulated_intervals(spread: float, truth: float, n: int, seed: int = 0) -> Iterator[tuple[Ratio, int]]:
+    """Speedup of a file that is ``truth`` times as fast in ``n`` simulated benchmarks, and the processes they took."""
+    settings, generator = BenchmarkConfig(), np.random.default_rng(seed)
+    most, rounds = settings.max_processes, settings.rounds // settings.processes
+    decided = decided_for({"file": TARGET}, settings)
+    where = np.repeat(np.arange(most), rounds).tolist()
+
+    def milliseconds(latency: float) -> Any:
+        of_process = generator.normal(0.0, spread, (most, 1))
+        return latency * np.exp((of_process + generator.normal(0.0, WITHIN_PROCESS, (most, rounds))).ravel())
+
+    for _ in range(n):
+        first, again, own = milliseconds(20.0), milliseconds(20.0), milliseconds(20.0 / truth)
+        for processes in range(settings.processes, most + 1):
+            until = slice(processes * rounds)
+            speedup = process_ratio((first[until] + again[until]) / 2, own[until], where[until])
+            if decided({"file": speedup, AA: process_ratio(first[until], again[until], where[until])}):
+                break
+        yield speedup, processes
+
+
+def simulated_row(spread: float, truth: float, n: int) -> dict[str, Any]:
+    """Coverage, mean processes and median half width of one kind of simulated benchmark."""
+    found = list(simulated_intervals(spread, truth, n, seed=int(1000 * spread + 100 * truth)))
+    held = sum(speedup.low <= truth <= speedup.high for speedup, _ in found)
+    return {
+        "kind": "simulated",
+        "spread_percent": 100 * spread,
+        "truth": truth,
+        "coverage_percent": 100 * held / n,
+        "processes": float(np.mean([processes for _, processes in found])),
+        "half_width_percent": 100 * float(np.median([speedup.half_width for speedup, _ in found])),
+        "n": n,
+    }
+
+
+def real_row(path: Path, environment: Environment, copies: int, seed: int) -> dict[str, Any]:
+    """One benchmark of a file under several names: intervals of ratios that are truly 1."""
+    files = {name: path for name in ("baseline", *(f"copy {index}" for index in range(copies)))}
+    record = compare(files, environment, BenchmarkConfig(), "baseline", seed=seed)
+    ratios = [record.itself, *(timing.ratio for timing in record.variants if timing.name != "baseline")]
+    return {
+        "kind": "real",
+        "intervals": [[ratio.value, ratio.low, ratio.high] for ratio in ratios],
+        "held": [ratio.low <= 1.0 <= ratio.high for ratio in ratios],
+        "processes": len(record.rounds_of_processes),
+        "seconds": record.seconds,
+        "load_average": load_average(),
+    }
+
+
+def main() -> None:
+    from shapes import SHAPES, dense_model, export
+
+    from ziplm_deploy.models.deployed import export_settings
+    from ziplm_deploy.recipe import ExportConfig
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=2000, help="simulated benchmarks of every kind")
+    parser.add_argument("--repeats", type=int, default=20, help="real benchmarks")
+    parser.add_argument("--copies", type=int, default=2, help="files beside the baseline, all the same")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="minilm-l6")
+    parser.add_argument("--huge-pages", action="store_true")
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/coverage.json")
+    options = parser.parse_args()
+    environment = Environment(huge_pages=options.huge_pages, workload=Workload(batch_size=1, seq_len=128))
+    simulated = [simulated_row(spread, truth, options.trials) for spread in SPREADS for truth in SPEEDUPS]
+    load_before = load_average()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = export_settings(ExportConfig(), environment.workload)
+        path = export(dense_model(SHAPES[options.shape]), Path(folder) / "model.onnx", settings)
+        real = [real_row(path, environment, options.copies, seed) for seed in range(options.repeats)]
+    held = [held for row in real for held in row["held"]]
+    coverages = [row["coverage_percent"] for row in simulated]
+    farthest = max(coverages, key=lambda coverage: abs(coverage - 95))
+    figures = {
+        "simulated_coverage_percent": Figure(
+            farthest, "%", "93 to 97", n=len(simulated) * options.trials, spread=(min(coverages), max(coverages))
+        ),
+        "real_aa_coverage_percent": Figure(100 * float(np.mean(held)), "%", ">= 90", n=len(held)),
+    }
+    settings_shown = {
+        "benchmark": BenchmarkConfig().model_dump(mode="json"),
+        "environment": environment.describe(),
+        "shape": options.shape,
+        "load_average_before": load_before,
+    }
+    write_result("coverage", figures, [*simulated, *real], settings_shown, options.output)
+
+
+if __name__ == "__main__":
+    main()
