@@ -16,6 +16,7 @@ from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.recipe import Environment
 from ziplm_deploy.tasks import ModelFunction
+from ziplm_deploy.tasks.batching import fitted
 
 
 def cpu_session(model: Path | bytes) -> Any:
@@ -40,7 +41,7 @@ def cpu_session(model: Path | bytes) -> Any:
 
 
 def onnx_runner(path: Path) -> ModelFunction:
-    """A file as a function, run by ONNX Runtime in this process; inputs that the graph does not take are left out.
+    """A file as a function, run by ONNX Runtime in this process; see :func:`fitted` for its inputs.
 
     Raises:
         EngineError: ONNX Runtime rejects the file.
@@ -50,7 +51,7 @@ def onnx_runner(path: Path) -> ModelFunction:
     names = [item.name for item in session.get_outputs()]
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = session.run(names, {name: value for name, value in inputs.items() if name in wanted})
+        outputs = session.run(names, fitted(inputs, wanted))
         return dict(zip(names, outputs, strict=True))
 
     return run
@@ -71,6 +72,6 @@ def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]
         wanted = {entry.name for entry in worker.load("model", path).inputs}
 
         def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return worker.infer("model", {name: value for name, value in inputs.items() if name in wanted})
+            return worker.infer("model", fitted(inputs, wanted))
 
         yield run

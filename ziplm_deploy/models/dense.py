@@ -31,8 +31,10 @@ from ziplm_deploy.models.config_file import (
     read_config,
     stored_shapes,
 )
+from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE
+from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS
 
@@ -65,10 +67,15 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         source["revision"] = model_config.revision
     config = _load_config(path, source)
     architecture_of(config)
+    task = TASKS[model_config.task]
+    if new_head is None and task.has_classes:
+        settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
         setattr(config, name, value)
-    model = _load_weights(path, config, TASKS[model_config.task].auto_class, source, may_lack_head=new_head is not None)
-    return model, _load_processor(path, TASKS[model_config.task].input_kind, source)
+    model = _load_weights(path, config, task.auto_class, source, may_lack_head=new_head is not None)
+    processor = _load_processor(path, task.input_kind, source)
+    check_processor(model, processor, task.input_kind, path)
+    return model, processor
 
 
 def _check_pooling(path: str, settings: ModelConfig) -> None:

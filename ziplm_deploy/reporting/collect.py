@@ -52,6 +52,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
         ],
         stage_seconds=facts.stage_seconds,
+        lengths=facts.lengths,
         versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )

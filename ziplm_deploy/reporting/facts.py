@@ -12,6 +12,7 @@ from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Recipe, Variant, file_label
 from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.tasks.lengths import TokenLengths
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,4 @@ class FamilyFacts:
     members: list[MemberFacts]  # the dense one first
     notes: list[str]  # warnings that the stages left
     stage_seconds: dict[str, float]
+    lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts

@@ -35,6 +35,7 @@ def family_markdown(report: FamilyReport) -> str:
         *_search(report),
         *_scores(report),
         *_training(report),
+        *_lengths(report),
         ["## Measured on", "", *_environment(report)],
         *([["## Notes", "", *(f"- {note}" for note in report.notes)]] if report.notes else []),
         [
@@ -188,6 +189,23 @@ def _change(member: MemberReport, metric: str) -> str:
     """What training did to the score of one file, whichever file the target is about."""
     before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
     return MISSING if before is None or after is None else f"{before:.4f} to {after:.4f}"
+
+
+def _lengths(report: FamilyReport) -> list[list[str]]:
+    """How long the texts of the data sets are; nothing for images."""
+    if not report.lengths:
+        return []
+    titles = ["data", "examples", "median tokens", "90 % have up to", "longest", "limit", "cut"]
+    cells = [
+        [
+            name,
+            f"{found.examples:,}",
+            *map(str, (found.median, found.p90, found.longest, found.limit)),
+            f"{found.cut:,}",
+        ]
+        for name, found in report.lengths.items()
+    ]
+    return [["## Lengths of the texts", "", *markdown_table(titles, cells)]]
 
 
 def _environment(report: FamilyReport) -> list[str]:

@@ -13,6 +13,7 @@ from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.tasks.lengths import TokenLengths
 
 
 class FileReport(BaseModel):
@@ -103,6 +104,9 @@ class FamilyReport(Artifact):
     aa_high: float
     tolerance: float = 0.02  # fraction by which a target may be missed, and the noise that verdicts allow
     notes: list[str]  # warnings of the run, e.g. few calibration tokens
+    lengths: dict[str, TokenLengths] = Field(
+        default_factory=dict
+    )  # of the texts by data set; empty: images, or unknown
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     date: str

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from exporters import input_names
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
@@ -15,7 +16,7 @@ from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.run.dense import DenseModel
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.tasks import EvaluationSet, Task
-from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.batching import Batch, fitted
 from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 
 
@@ -119,10 +120,10 @@ class RunData:
     def encode(
         self, rows: list[dict[str, Any]], batch_size: int = BATCH_SIZE, pad_to: int | None = None
     ) -> list[Batch]:
-        """Model inputs; what the tokenizer gives and the model does not take is left out."""
-        accepted = inspect.signature(self.dense.model.forward).parameters
+        """Inputs that the model's graph takes, whether or not the tokenizer gives just these."""
+        wanted = input_names(self.dense.model)
         batches = self._task.encode(EvaluationSet(rows, self.dense.processor, self._seq_len, batch_size, pad_to))
-        return [{name: value for name, value in batch.items() if name in accepted} for batch in batches]
+        return [fitted(batch, wanted) for batch in batches]
 
     def evaluation_set(self, variant: Variant) -> EvaluationSet:
         """Evaluation examples as a file of this variant takes them.
@@ -174,8 +175,9 @@ class RunData:
         batches = self.calibration.hessian
         if "attention_mask" in batches[0]:
             return sum(int(batch["attention_mask"].sum()) for batch in batches)
-        config = self.dense.model.config
-        patches: int = (config.image_size // config.patch_size) ** 2 + 1  # type: ignore[union-attr, operator, assignment]
+        config: Any = self.dense.model.config
+        (height, width), (high, wide) = _pair(config.image_size), _pair(config.patch_size)
+        patches = (height // high) * (width // wide) + 1
         return sum(len(batch["pixel_values"]) for batch in batches) * patches
 
     @functools.cached_property
@@ -183,6 +185,11 @@ class RunData:
         """Training examples, encoded once for all members."""
         rows = self._task.examples(self.train_rows, self.dense.processor, self._seq_len)
         return Examples(rows, self._task, self.dense.processor)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _count(batch: Batch) -> int:

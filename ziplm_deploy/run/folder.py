@@ -17,6 +17,7 @@ from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Recipe, member_name
 from ziplm_deploy.run.manifest import Correction, Manifest
 from ziplm_deploy.run.member import DENSE, Member, PrunedMember
+from ziplm_deploy.tasks.lengths import TokenLengths
 
 
 class RunFolder:
@@ -89,6 +90,11 @@ class RunFolder:
     def notes(self) -> list[str]:
         """Warnings that the report repeats."""
         return list(self._manifest.notes.values())
+
+    @property
+    def lengths(self) -> dict[str, TokenLengths]:
+        """Lengths of the texts of ``calibration`` and ``evaluation``, once they were counted; none of images."""
+        return dict(self._manifest.lengths)
 
     def gzip_bytes(self, file_hash: str, compute: Callable[[], int] | None = None) -> int:
         """Compressed size of a file, computed once for each content and kept in the manifest; 0: not known yet."""

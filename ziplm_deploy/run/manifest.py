@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ziplm_deploy.artifacts import Artifact, Fields
+from ziplm_deploy.tasks.lengths import TokenLengths
 
 
 def _from_manifest_without_kind(fields: Fields) -> Fields:
@@ -63,4 +64,5 @@ class Manifest(Artifact):
     corrections: dict[str, Correction] = Field(default_factory=dict)  # by member
     correction_keys: dict[str, str] = Field(default_factory=dict)  # inputs that a member's correction belongs to
     notes: dict[str, str] = Field(default_factory=dict)  # topic -> warning that the report repeats
+    lengths: dict[str, TokenLengths] = Field(default_factory=dict)  # of calibration and evaluation texts
     gzip_bytes: dict[str, int] = Field(default_factory=dict)  # file hash -> size

@@ -10,6 +10,7 @@ from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
 from ziplm_deploy.recipe import Recipe, TrainConfig
 from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.data_notes import leave_data_notes
 
 
 def check_compression(recipe: Recipe) -> None:
@@ -35,13 +36,7 @@ def check_data(run: Run) -> None:
         run.data.evaluation_rows  # noqa: B018
     if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
         check_training(run)
-    _leave_notes(run)
-
-
-def _leave_notes(run: Run) -> None:
-    """Notes on the data, once nothing is left that would refuse them: a refused run writes nothing."""
-    if run.recipe.data.evaluation is not None:
-        run.folder.set_note("labels", run.task.label_note(run.data.raw_evaluation_rows, run.dense.model.config))
+    leave_data_notes(run)  # only now, for a run that is refused writes nothing
 
 
 def check_training(run: Run) -> None:

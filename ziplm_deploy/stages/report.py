@@ -56,6 +56,7 @@ def family_facts(run: Run) -> FamilyFacts:
         table=run.table,
         members=[_member_facts(run, member, record) for member in run.members],
         notes=run.folder.notes,
+        lengths=run.folder.lengths,
         stage_seconds=run.folder.stage_seconds,
     )
 

@@ -22,6 +22,7 @@ from ziplm_deploy.tasks.batching import (
     length_limit,
     require_fast,
     split_examples,
+    token_lengths,
     training_examples,
     unpadded,
     with_labels,
@@ -66,6 +67,7 @@ class QuestionAnswering(Task):
     label_names = ("start_positions", "end_positions")
     feature_outputs = ("start_logits", "end_logits")
     token_outputs = frozenset(feature_outputs)
+    cuts_texts = False  # long contexts are read in windows
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -93,6 +95,9 @@ class QuestionAnswering(Task):
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         require_labels(_labelled(rows))
         return {}  # one start and one end logit a token, whatever the data
+
+    def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
+        return token_lengths(processor, [{"text": row["question"], "text_pair": row["context"]} for row in rows])
 
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         """One window a row: the beginning of a context that is longer than ``max_length`` allows."""

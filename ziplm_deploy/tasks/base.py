@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
-from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples
+from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples, token_lengths
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence
@@ -37,6 +37,8 @@ class Task(ABC):
     auto_class: ClassVar[str]  # class of transformers that loads the dense model
     ort_class: ClassVar[str]  # class of optimum that serves the ONNX file
     output_names: ClassVar[tuple[str, ...]]
+    has_classes: ClassVar[bool] = False  # the head's outputs are classes with names
+    cuts_texts: ClassVar[bool] = True  # what is longer than a request loses its end
     input_kind: ClassVar[Literal["text", "image"]] = "text"
     text_columns: ClassVar[tuple[tuple[str, ...], ...]]  # usual names, most specific first
     label_columns: ClassVar[tuple[str, ...]] = ()
@@ -120,7 +122,10 @@ class Task(ABC):
     @staticmethod
     def unlabelled(rows: list[Row]) -> list[Row]:
         """Rows without their labels, for training that reads none: they need not fit the model's head."""
-        return [{key: value for key, value in row.items() if key not in ("label", "answers")} for row in rows]
+        return [
+            {key: value for key, value in row.items() if key not in ("label", "label_names", "answers", "answer_start")}
+            for row in rows
+        ]
 
     @abstractmethod
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
@@ -128,6 +133,14 @@ class Task(ABC):
 
         ``sort`` orders the examples by length, so that batches carry little padding.
         """
+
+    def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
+        """Tokens of every example of the rows, before any is cut; empty for images."""
+        return [] if self.input_kind == "image" else token_lengths(processor, rows)
+
+    def inputs(self, rows: list[Row]) -> list[Any]:
+        """What of the rows a model sees, as something hashable: rows of two data sets with the same are the same."""
+        return [tuple(sorted((name, str(value)) for name, value in row.items())) for row in self.unlabelled(rows)]
 
     @abstractmethod
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
@@ -168,6 +181,8 @@ class Task(ABC):
         # Wrappers of several processes take anything; their model knows.
         inner = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
         accepted = _parameters(type(inner).forward) - set(self.label_names)
+        if not knows_segments(inner):
+            accepted -= {"token_type_ids"}
         outputs = model(**{name: value for name, value in batch.items() if name in accepted})
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
@@ -204,6 +219,12 @@ class Task(ABC):
                 "(data.label_column), or set recover.task_weight to 0"
             )
         return [batch[name] for name in self.label_names]
+
+
+def knows_segments(model: nn.Module) -> bool:
+    """Whether a model can tell two segments by ``token_type_ids``; others have no embedding for the second."""
+    types = getattr(getattr(model, "config", None), "type_vocab_size", 2)
+    return not isinstance(types, int) or types >= 2
 
 
 @functools.cache

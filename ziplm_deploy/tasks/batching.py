@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ Example = dict[str, list[int]]  # input name -> token values, unpadded
 Batch = dict[str, Tensor]  # model input or label -> tensor [batch, …]
 Arrays = dict[str, np.ndarray]  # the same for ONNX files
 
+_Values = TypeVar("_Values", Tensor, np.ndarray)
+
 
 def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
     """Truncated, unpadded inputs of rows with ``text`` and perhaps ``text_pair``, by the tokenizer's input names."""
@@ -26,13 +29,48 @@ def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
     return split_examples(encoded, processor)
 
 
+def token_lengths(processor: Any, rows: list[Row]) -> list[int]:
+    """Tokens of rows with ``text`` and perhaps ``text_pair``, uncut."""
+    texts = [row["text"] for row in rows]
+    pairs = [row["text_pair"] for row in rows] if rows and rows[0].get("text_pair") is not None else None
+    encoded = processor(texts, pairs, truncation=False, verbose=False)["input_ids"]
+    _require_tokens(encoded)
+    return [len(ids) for ids in encoded]
+
+
+def _require_tokens(encoded: list[list[int]]) -> None:
+    """Raise :class:`DataError` for an example without tokens, which no model takes."""
+    for number, ids in enumerate(encoded, 1):
+        if not ids:
+            raise DataError(
+                f"expected tokens in every text, found none in number {number} of {len(encoded)} (this tokenizer adds "
+                "no special tokens); remove blank rows"
+            )
+
+
+def fitted(inputs: Mapping[str, _Values], wanted: Collection[str]) -> dict[str, _Values]:
+    """What a model or graph takes of a batch's inputs.
+
+    Where it wants token types and the tokenizer gives none, they are 0: all tokens are of one segment.
+    """
+    chosen = {name: value for name, value in inputs.items() if name in wanted}
+    if "token_type_ids" in wanted and "token_type_ids" not in chosen and "input_ids" in inputs:
+        chosen["token_type_ids"] = inputs["input_ids"] * 0
+    return chosen
+
+
 def length_limit(processor: Any, max_length: int) -> int:
     """``max_length`` in tokens, but never more than the tokenizer says that the model takes."""
     return min(max_length, int(processor.model_max_length))
 
 
 def split_examples(encoded: Any, processor: Any) -> list[Example]:
-    """One dictionary an example from a tokenizer's column-wise answer, with model inputs only."""
+    """One dictionary an example from a tokenizer's column-wise answer, with model inputs only.
+
+    Raises:
+        DataError: an example has no tokens, which no model takes; names it by its number.
+    """
+    _require_tokens(encoded["input_ids"])
     names = [name for name in processor.model_input_names if name in encoded]
     return [{name: encoded[name][index] for name in names} for index in range(len(encoded["input_ids"]))]
 

@@ -81,6 +81,7 @@ class TextClassification(TextTask):
     name = "text-classification"
     metric_name = "accuracy"
     metrics = CLASS_METRICS
+    has_classes = True
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         return check_class_labels(rows, config)

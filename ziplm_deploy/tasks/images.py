@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ class ImageClassification(Task):
     ort_class = "ORTModelForImageClassification"
     output_names = ("logits",)
     input_kind = "image"
+    has_classes = True
     text_columns = (("image",), ("img",), ("image_path",), ("file_name",))
     label_columns = ("label", "labels")
 
@@ -64,6 +66,9 @@ class ImageClassification(Task):
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))
+
+    def inputs(self, rows: list[Row]) -> list[Any]:
+        return [_identity(row["image"]) for row in rows]
 
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         """``pixel_values`` [batch, channels, height, width]; lengths and ``sort`` mean nothing here."""
@@ -112,6 +117,13 @@ def _locate(value: Any, folder: Path, number: int) -> Any:
         f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see: "
         "ziplm-deploy guide recipe"
     )
+
+
+def _identity(image: Any) -> str | bytes:
+    """Something that two rows share if they hold the same image."""
+    if isinstance(image, Path):
+        return str(image.resolve())
+    return hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).digest()
 
 
 def _pixels(rows: list[Row], processor: Any) -> Tensor:

@@ -17,6 +17,7 @@ from ziplm_deploy.tasks.batching import (
     Arrays,
     Batch,
     as_float32,
+    token_lengths,
     tokenize,
     training_examples,
 )
@@ -73,6 +74,12 @@ class SentenceSimilarity(Task):
             "expected a task with a head to fine-tune, found sentence-similarity: fine-tuning embeddings from labels "
             "is not supported; set dense.train to false and give a model that is trained already"
         )
+
+    def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
+        return token_lengths(processor, flatten(rows))
+
+    def inputs(self, rows: list[Row]) -> list[Any]:
+        return [row["text"] for row in flatten(rows)]
 
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         distinct = data.with_rows(flatten(data.rows))

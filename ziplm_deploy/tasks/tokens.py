@@ -19,6 +19,7 @@ from ziplm_deploy.tasks.batching import (
     length_limit,
     require_fast,
     split_examples,
+    token_lengths,
     training_examples,
     unpadded,
 )
@@ -52,6 +53,7 @@ class TokenClassification(Task):
     text_columns = (("tokens",), ("words",))
     label_columns = ("ner_tags", "tags", "labels", "label")
     token_outputs = frozenset({"logits"})
+    has_classes = True
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -88,6 +90,9 @@ class TokenClassification(Task):
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(tag for tags in require_labels(rows) for tag in tags)
+
+    def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
+        return token_lengths(processor, [{"text": " ".join(row["words"])} for row in rows])
 
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
         examples, _ = tokenize_words(data.processor, data.rows, data.max_length)

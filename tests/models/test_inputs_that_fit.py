@@ -1,0 +1,121 @@
+"""Label maps, tokenizers and image processors that do not fit the model are refused when it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.models import save_dense
+from ziplm_deploy.errors import UnsupportedModelError, ZipLMError
+from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.recipe import ModelConfig
+
+pytestmark = pytest.mark.transformers
+DEFAULT_OF_TWO = {"LABEL_0": 0, "LABEL_1": 1}
+
+
+def load(folder: Path, task: str = "text-classification") -> tuple[Any, Any]:
+    return load_dense(ModelConfig.model_validate({"path": str(folder), "task": task}))
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Change ``config.json``; None removes a field."""
+    path = folder / "config.json"
+    raw = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("id2label", "label2id"),
+    [
+        ({"0": "a", "1": "b", "2": "c"}, None),
+        (None, {"a": 0, "b": 1, "c": 2}),
+        (None, {"c": "2", "a": "0", "b": "1"}),
+        ({"2": "c", "0": "a", "1": "b"}, {"a": 0, "b": 1, "c": 2}),
+        ({"0": "a", "1": "b", "2": "c"}, DEFAULT_OF_TWO),
+        ({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, {"a": 0, "b": 1, "c": 2}),
+    ],
+)
+def test_names_come_from_the_map_that_has_them(tmp_path: Path, id2label: Any, label2id: Any) -> None:
+    save_dense(tmp_path, task="text-classification")
+    edit(tmp_path, id2label=id2label, label2id=label2id)
+    config = load(tmp_path)[0].config
+    assert config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert config.label2id == {"a": 0, "b": 1, "c": 2}
+    assert config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("id2label", "label2id", "expected"),
+    [
+        ({"1": "a", "2": "b", "3": "c"}, None, r"0 to n - 1 in id2label .*'1': 'a'"),
+        ({"0": "a", "1": "b", "3": "c"}, None, r"0 to n - 1 in id2label"),
+        (None, {"a": 1, "b": 2, "c": 3}, r"0 to n - 1 in label2id"),
+        ({"0": "a", "1": "b", "2": "c"}, {"a": 2, "b": 1, "c": 0}, r"the same classes, found \{0: a.*and \{0: c"),
+        ({"0": "a", "1": "b", "2": "a"}, None, r"name of its own .*2: a"),
+    ],
+)
+def test_maps_that_number_classes_otherwise_are_refused(
+    tmp_path: Path, id2label: Any, label2id: Any, expected: str
+) -> None:
+    save_dense(tmp_path, task="text-classification")
+    edit(tmp_path, id2label=id2label, label2id=label2id)
+    with pytest.raises(UnsupportedModelError, match=expected):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("id2label", [{"a": "b"}, ["a", "b", "c"], 3])
+def test_maps_that_are_none_are_refused(tmp_path: Path, id2label: Any) -> None:
+    save_dense(tmp_path, task="text-classification")
+    edit(tmp_path, id2label=id2label)
+    with pytest.raises(ZipLMError, match="expected "):
+        load(tmp_path)
+
+
+def test_other_tasks_and_new_heads_need_no_names(tmp_path: Path) -> None:
+    save_dense(tmp_path, task="fill-mask")
+    edit(tmp_path, id2label={"1": "a", "2": "b"}, label2id={"a": 7})
+    load(tmp_path, "fill-mask")
+    settings = ModelConfig(path=str(tmp_path), task="text-classification")
+    model, _ = load_dense(settings, {"num_labels": 2, "id2label": {0: "n", 1: "y"}, "label2id": {"n": 0, "y": 1}})
+    assert model.config.id2label == {0: "n", 1: "y"}  # type: ignore[union-attr]
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(tmp_path: Path) -> None:
+    save_dense(tmp_path, task="text-classification", vocab_size=19)
+    load(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["newt", "owl"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"tokens 0 to 18 .* found 2 more, the first 'newt' \(19\)"):
+        load(tmp_path)
+
+
+def save_images(folder: Path, size: dict[str, int], **changes: Any) -> None:
+    save_dense(folder, "vit", "image-classification", **changes)
+    transformers.ViTImageProcessor(size=size).save_pretrained(folder)
+
+
+def test_images_of_another_shape(tmp_path: Path) -> None:
+    task = "image-classification"
+    save_images(tmp_path / "other", {"height": 24, "width": 24})
+    with pytest.raises(UnsupportedModelError, match=r"gives 3 x 16 x 16 pixels, .* found 3 x 24 x 24"):
+        load(tmp_path / "other", task)
+    save_images(tmp_path / "grey", {"height": 16, "width": 16}, num_channels=1)
+    with pytest.raises(UnsupportedModelError, match=r"3 channels \(RGB\), found num_channels 1"):
+        load(tmp_path / "grey", task)
+    save_images(tmp_path / "wide", {"height": 16, "width": 24}, image_size=[24, 16])
+    with pytest.raises(UnsupportedModelError, match=r"gives 3 x 24 x 16 pixels, .* found 3 x 16 x 24"):
+        load(tmp_path / "wide", task)
+
+
+def test_images_that_are_no_squares(tmp_path: Path) -> None:
+    save_images(tmp_path, {"height": 16, "width": 24}, image_size=[16, 24])
+    model, _ = load(tmp_path, "image-classification")
+    with torch.no_grad():
+        assert model(pixel_values=torch.zeros(2, 3, 16, 24)).logits.shape == (2, 3)

@@ -1,0 +1,62 @@
+"""Whether a tokenizer or image processor gives what the model takes, found out when both are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ziplm_deploy.errors import UnsupportedModelError
+
+
+def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings, or images of another shape.
+
+    Raises:
+        UnsupportedModelError: they do not fit; says how.
+    """
+    if input_kind == "image":
+        _check_images(model, processor, path)
+    else:
+        _check_tokens(model, processor, path)
+
+
+def _check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:
+    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embeddings)
+    if beyond:
+        number, token = beyond[0]
+        raise UnsupportedModelError(
+            f"expected a tokenizer with tokens 0 to {embeddings - 1} in {path}, as many as the model has embeddings, "
+            f"found {len(beyond)} more, the first {token!r} ({number}); take the tokenizer that the model was trained "
+            "with, or call resize_token_embeddings and train them"
+        )
+
+
+def _check_images(model: nn.Module, processor: Any, path: str) -> None:
+    config: Any = model.config
+    if config.num_channels != 3:
+        raise UnsupportedModelError(
+            f"expected a model of images with 3 channels (RGB), found num_channels {config.num_channels} in {path}; "
+            "other images are not supported"
+        )
+    size = config.image_size
+    wanted = (3, *((size, size) if isinstance(size, int) else size))
+    image = np.zeros((wanted[1] + 7, wanted[2] + 13, 3), dtype=np.uint8)  # of no size that fits by chance
+    try:
+        found = tuple(processor(images=[image], return_tensors="np")["pixel_values"][0].shape)
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"expected an image processor that takes RGB images in {path}, found: {error}; correct "
+            "preprocessor_config.json"
+        ) from error
+    if found != wanted:
+        raise UnsupportedModelError(
+            f"expected an image processor that gives {_shape(wanted)} pixels, as image_size of the model in {path} "
+            f"says, found {_shape(found)}; correct size in preprocessor_config.json"
+        )
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))

@@ -1,0 +1,89 @@
+"""What a reader of scores and speedups must know about the data: lengths, overlaps, how labels were read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.tasks.batching import length_limit
+from ziplm_deploy.tasks.lengths import TokenLengths
+
+SHORT = 0.75  # of a request; a median below it is worth a note
+
+Which = Literal["calibration", "evaluation"]
+
+
+def leave_data_notes(run: Run) -> None:
+    """Count tokens and compare the data sets; once for the same examples."""
+    keys: dict[Which, str] = {"calibration": run.data.calibration_key}
+    if run.recipe.data.evaluation is not None:
+        keys["evaluation"] = content_key(evaluation=run.data.evaluation_key, train=run.data.train_hash)
+        run.folder.set_note("labels", run.task.label_note(run.data.raw_evaluation_rows, run.dense.model.config))
+    known = run.folder.lengths
+    if all(name in known and known[name].key == key for name, key in keys.items()):
+        return
+    rows = {name: getattr(run.data, f"{name}_rows") for name in keys}
+    lengths = {name: counted for name, key in keys.items() if (counted := _lengths(run, rows[name], key)) is not None}
+    run.folder.record(lengths=lengths)
+    run.folder.set_note("cut texts", _cut_note(lengths))
+    run.folder.set_note("lengths", _length_note(run, lengths))
+    if "evaluation" in rows:
+        run.folder.set_note("overlap", _overlap_note(run, rows["evaluation"], rows["calibration"]))
+
+
+def _lengths(run: Run, rows: list[dict[str, Any]], key: str) -> TokenLengths | None:
+    """Lengths of the examples; None for images."""
+    counts = run.task.token_lengths(rows, run.dense.processor)
+    if not counts:
+        return None
+    limit = length_limit(run.dense.processor, run.recipe.environment.workload.seq_len)
+    return TokenLengths.of(counts, limit, key, are_cut=run.task.cuts_texts)
+
+
+def _cut_note(lengths: dict[Which, TokenLengths]) -> str | None:
+    parts = [
+        f"{found.cut / found.examples:.1%} of the {name} texts ({found.cut:,} of {found.examples:,}, the longest "
+        f"{found.longest:,} tokens)"
+        for name, found in lengths.items()
+        if found.cut
+    ]
+    if not parts:
+        return None
+    limit = next(iter(lengths.values())).limit
+    return (
+        f"{' and '.join(parts)} are longer than {limit} tokens and were cut: scores, dense ones too, are those of cut "
+        "texts; a larger environment.workload.seq_len keeps them whole, where the model has positions for it"
+    )
+
+
+def _length_note(run: Run, lengths: dict[Which, TokenLengths]) -> str | None:
+    name: Which = "evaluation" if "evaluation" in lengths else "calibration"
+    found = lengths.get(name)
+    if found is None or found.median >= SHORT * found.limit:
+        return None
+    if run.recipe.export.shapes == "static":
+        meaning = "files with static shapes fill every request up to that, so that a smaller seq_len serves them faster"
+    else:
+        meaning = "requests as short as these take another time and may gain less"
+    return (
+        f"half of the {name} texts have no more than {found.median} tokens, 90 % no more than {found.p90}, and "
+        f"speedups are those of requests with {run.recipe.environment.workload.seq_len}: {meaning}"
+    )
+
+
+def _overlap_note(run: Run, evaluation: list[dict[str, Any]], calibration: list[dict[str, Any]]) -> str | None:
+    """Which other data hold examples of the evaluation, and how many."""
+    others = {"calibration": calibration}
+    if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
+        others["training"] = run.data.raw_train_rows
+    wanted = run.task.inputs(evaluation)
+    parts = []
+    for name, rows in others.items():
+        seen = set(run.task.inputs(rows))
+        shared = sum(each in seen for each in wanted)
+        if shared:
+            parts.append(f"{shared:,} of {len(wanted):,} evaluation examples stand in the {name} data, too")
+    if not parts:
+        return None
+    return f"{'; '.join(parts)}: scores on examples that were seen before promise too much for others"
