@@ -17,6 +17,7 @@ from torchmetrics.functional.text import squad
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.tasks import get_task
 from ziplm_deploy.tasks.answering import _answer_scores
+from ziplm_deploy.tasks.entities import TagScheme
 from ziplm_deploy.tasks.metrics import Metric, accuracy, class_counts, macro_f1, pearson, score, spearman
 from ziplm_deploy.tasks.outcomes import Outcomes, halves
 from ziplm_deploy.tasks.scores import value_outcomes
@@ -88,7 +89,7 @@ def test_entities_of_texts_add_up_to_seqeval(bare: bool) -> None:
     tags = ["O", "PER", "LOC"] if bare else TAGS
     truth = [[str(tag) for tag in generator.choice(tags, generator.integers(1, 9))] for _ in range(N)]
     predicted = [[tag if generator.random() < 0.7 else str(generator.choice(tags)) for tag in row] for row in truth]
-    task, outcomes = get_task("token-classification"), _entity_outcomes(truth, predicted)
+    task, outcomes = get_task("token-classification"), _entity_outcomes(truth, predicted, TagScheme.of(tags))
     if bare:
         truth, predicted = (
             [[tag if tag == "O" else f"B-{tag}" for tag in row] for row in texts] for texts in (truth, predicted)
@@ -107,7 +108,7 @@ def test_entities_of_texts_add_up_to_seqeval(bare: bool) -> None:
 
 
 def test_texts_without_any_entity_score_nothing() -> None:
-    outcomes = _entity_outcomes([["O", "O"], ["O"]], [["O", "O"], ["O"]])
+    outcomes = _entity_outcomes([["O", "O"], ["O"]], [["O", "O"], ["O"]], TagScheme.of(["O"]))
     assert outcomes["right"].shape == (2, 0)
     scores = get_task("token-classification").scores(outcomes)
     assert (scores["entity_f1"], scores["token_accuracy"]) == (0.0, 1.0)
@@ -135,7 +136,10 @@ def test_a_collapsed_model_has_no_correlation(metric: Metric, constant: float) -
     assert metric(value_outcomes(labels, labels), counts).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("outcomes", [classes(0), numbers(0), _entity_outcomes([["B-X", "O"]], [["B-X", "B-Y"]])])
+@pytest.mark.parametrize(
+    "outcomes",
+    [classes(0), numbers(0), _entity_outcomes([["B-X", "O"]], [["B-X", "B-Y"]], TagScheme.of(["O", "B-X", "B-Y"]))],
+)
 def test_outcomes_come_back_from_the_disk(outcomes: Outcomes, tmp_path: Path) -> None:
     path = tmp_path / "outcomes.json"
     found = Outcomes.load(path, outcomes.save(path))

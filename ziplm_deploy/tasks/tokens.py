@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
@@ -24,6 +23,7 @@ from ziplm_deploy.tasks.batching import (
     unpadded,
 )
 from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.entities import TagScheme
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
@@ -124,7 +124,7 @@ class TokenClassification(Task):
                 for word, token in first_tokens[index].items():
                     predicted[index][word] = names[int(tokens[token])]
         truth = [[names[tag] for tag in row["label"]] for row in data.rows]
-        return _entity_outcomes(truth, predicted)
+        return _entity_outcomes(truth, predicted, TagScheme.of(names))
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [tokens, classes] of every token that is no padding."""
@@ -136,17 +136,14 @@ def _check_names(rows: list[Row]) -> None:
         raise DataError("expected rows with checked tags, found others; pass the rows that check_labels returned")
 
 
-def _entity_outcomes(truth: list[list[str]], predicted: list[list[str]]) -> Outcomes:
-    """Entities of each text, by type, where tags are B-/I-…; without such tags every word counts as an entity.
+def _entity_outcomes(truth: list[list[str]], predicted: list[list[str]], scheme: TagScheme) -> Outcomes:
+    """Entities of each text, by type.
 
     ``right``, ``found`` and ``expected`` [texts, types] entities; ``right_words`` and ``words`` [texts].
     """
-    if not any(tag.startswith(("B-", "I-")) for tags in truth for tag in tags):
-        truth = [[tag if tag == "O" else f"B-{tag}" for tag in tags] for tags in truth]
-        predicted = [[tag if tag == "O" else f"B-{tag}" for tag in tags] for tags in predicted]
-    expected, found = ([set(get_entities(tags)) for tags in texts] for texts in (truth, predicted))
+    expected, found = ([scheme.entities(tags) for tags in texts] for texts in (truth, predicted))
     right = [a & b for a, b in zip(expected, found, strict=True)]
-    types = sorted({kind for entities in expected + found for kind, _, _ in entities})
+    types = sorted({kind for _, kind in scheme.parts.values()})
     hits = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in zip(truth, predicted, strict=True)]
     return Outcomes(
         {
