@@ -13,25 +13,32 @@ from pathlib import Path
 from common import ROOT, Figure, load_average, write_result
 
 from ziplm_deploy.api import run_recipe
+from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipe import load_recipe
-from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 
 
 def figures(report: FamilyReport, seconds: float) -> dict[str, Figure]:
     """Wall time, how close members come to their targets, and how far predictions are off."""
     dense, *members = report.members
-    reached = [member.served.measured_speedup / (member.speedup_target or 1.0) for member in members]
+    worst = min((_over_target(member) for member in members), key=lambda ratio: ratio.value)
     off = [100 * abs(m.served.measured_speedup / (m.predicted_speedup or 1.0) - 1.0) for m in members]
     found = {
-        "total_seconds": Figure(seconds, "s", "<= 900", 1),
-        "worst_measured_over_target": Figure(min(reached), "", ">= 0.98", len(members), (min(reached), max(reached))),
+        "total_seconds": Figure(seconds, "s", "<= 600", 1),
+        "stage_seconds_over_total": Figure(sum(report.stage_seconds.values()) / seconds, "", ">= 0.97", 1),
+        "worst_measured_over_target": Figure(worst.value, "", ">= 0.98", len(members), (worst.low, worst.high)),
         "worst_prediction_percent": Figure(max(off), "%", "<= 5", len(members), (min(off), max(off))),
     }
     if best := dense.served.accuracy.get(report.metric):
         kept = [member.served.accuracy[report.metric] / best for member in members]
         found["worst_score_over_dense"] = Figure(min(kept), "", ">= 0.97", len(members), (min(kept), max(kept)))
     return found
+
+
+def _over_target(member: MemberReport) -> Ratio:
+    target, file = member.speedup_target or 1.0, member.served
+    return Ratio(file.measured_speedup / target, file.measured_low / target, file.measured_high / target)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Environment, Recipe, parse_recipe
-from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.run.folder import BETWEEN_STAGES, RunFolder
 from ziplm_deploy.run.manifest import Correction, Manifest
 
 
@@ -65,7 +65,7 @@ def test_a_stage_runs_again_when_its_key_changes_or_its_output_is_gone(tmp_path:
 
 
 def test_seconds_of_a_stage_are_those_of_all_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0])
+    clock = iter([0.0, 0.0, 2.0, 9.0, 10.0, 13.0, 20.0, 21.0, 24.0, 25.0, 26.0])
     monkeypatch.setattr("ziplm_deploy.run.folder.time.monotonic", lambda: next(clock))
     folder = RunFolder(_recipe(tmp_path))
     folder.make("s", "first", [], lambda: None)
@@ -75,6 +75,10 @@ def test_seconds_of_a_stage_are_those_of_all_its_runs(tmp_path: Path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         again.make("s", "third", [], lambda: print(1 / 0))
     assert again.stage_seconds == {"s": 6.0}
+    again.count_rest()  # of 15 s, 4 went into stages
+    assert again.stage_seconds == {"s": 6.0, BETWEEN_STAGES: 11.0}
+    again.count_rest()
+    assert again.stage_seconds == {"s": 6.0, BETWEEN_STAGES: 12.0}
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])

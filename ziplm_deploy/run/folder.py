@@ -19,6 +19,8 @@ from ziplm_deploy.run.manifest import Correction, Manifest
 from ziplm_deploy.run.member import DENSE, Member, PrunedMember
 from ziplm_deploy.tasks.lengths import TokenLengths
 
+BETWEEN_STAGES = "between stages"
+
 
 class RunFolder:
     """Paths of a run and the manifest that remembers which stage was run with which inputs."""
@@ -28,6 +30,7 @@ class RunFolder:
         self._recipe = recipe
         self._manifest_path = self.path / "manifest.json"
         self._manifest = Manifest()
+        self._began, self._in_stages = time.monotonic(), 0.0
         self._read()
         self.record(
             versions=versions(), argv=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=recipe.seed, name=recipe.name
@@ -159,11 +162,21 @@ class RunFolder:
         try:
             work()
         finally:  # also of work that failed: the next save writes it
-            spent = self._manifest.seconds.get(stage, 0.0) + time.monotonic() - began
-            self._manifest.seconds[stage] = round(spent, 2)
+            spent = time.monotonic() - began
+            self._in_stages += spent
+            self._add_seconds(stage, spent)
         self._manifest.stages[stage] = key
         self.save()
         return True
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        self._manifest.seconds[stage] = round(self._manifest.seconds.get(stage, 0.0) + seconds, 2)
+
+    def count_rest(self) -> None:
+        """Count what this process spent beside its stages, loading and checking, so that times add up to the whole."""
+        now = time.monotonic()
+        self._add_seconds(BETWEEN_STAGES, now - self._began - self._in_stages)
+        self._began, self._in_stages = now, 0.0
 
     def save(self) -> None:
         """Write the manifest and the recipe as resolved; nothing is on disk before the first stage begins."""

@@ -36,6 +36,7 @@ def write_report(run: Run) -> FamilyReport:
         CorruptArtifactError: benchmark, plan or weights of a member are missing or damaged.
         StorageError: a file cannot be written.
     """
+    run.folder.count_rest()
     run.folder.save()  # also when every stage was skipped: the recipe may differ in what only the report reads
     report = family_report(family_facts(run))
     if distributed.is_first():
