@@ -22,7 +22,7 @@ from torch import nn
 
 from ziplm_deploy.artifacts import Artifact, file_hash, write_bytes_with, write_text
 from ziplm_deploy.documents import read_json, shortened
-from ziplm_deploy.errors import CorruptArtifactError, StorageError
+from ziplm_deploy.errors import CorruptArtifactError, StorageError, UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.config_file import (
     check_layer_count,
@@ -143,6 +143,8 @@ def load(folder: Path | str) -> nn.Module:
         damaged = first_not_finite(model)
         if damaged is not None:
             raise ValueError(f"NaN or infinity in {damaged}")
+    except (CorruptArtifactError, UnsupportedModelError) as error:
+        raise CorruptArtifactError(str(error)) from error
     except Exception as error:  # transformers trusts the fields of config.json, so that it may raise anything
         raise CorruptArtifactError(
             f"expected config.json, {MEMBER_FILE} and {WEIGHTS_FILE} of one model in {folder}, found: "
