@@ -46,6 +46,7 @@ def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
             "runs_per_round": 1,
             "max_seconds": 10,
             "max_corrections": 0,
+            "median_length": False,
         },
     }
     for section, fields in changes.items():

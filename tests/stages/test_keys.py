@@ -178,6 +178,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "benchmark.max_seconds": (11, TIMED),
     "benchmark.tolerance": (0.03, TIMED),
     "benchmark.overshoot": (0.2, set()),
+    "benchmark.median_length": (True, {"benchmark short requests"}),
     "benchmark.baseline_engine": ("openvino", SCORED | TIMED | {"profile"}),
     "benchmark.max_corrections": (1, set()),
     "benchmark.parity_atol": (0.001, set()),

@@ -29,6 +29,11 @@ class BenchmarkConfig(Frozen):
     )
     tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
     overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")
+    median_length: bool = Field(
+        True,
+        description="Time all once more on requests of the evaluation texts' median length, where that is much below "
+        "`environment.workload.seq_len`.",
+    )
     baseline_engine: EngineName | None = Field(
         None, description="Engine of the dense baseline; default: that of `environment`, where the members serve."
     )

@@ -53,6 +53,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         ],
         stage_seconds=facts.stage_seconds,
         lengths=facts.lengths,
+        short_tokens=facts.short.environment.workload.seq_len if facts.short else None,
         versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
@@ -85,9 +86,12 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
         variant = family.recipe.compress.target
         verdict, reason = _judge(family, member, member.target, variant)
     facts: dict[str, Any] = {}
+    if family.short is not None and member.target is not None:
+        ratio = timing_of(family.short, member.label(variant)).ratio
+        facts["short_speedup"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
     if member.plan is not None:
         plan = member.plan
-        facts = {
+        facts |= {
             "predicted_speedup": plan.predicted_speedup,
             "search_loss": plan.search_loss,
             "seed_losses": plan.seed_losses,

@@ -60,4 +60,5 @@ class FamilyFacts:
     members: list[MemberFacts]  # the dense one first
     notes: list[str]  # warnings that the stages left
     stage_seconds: dict[str, float]
+    short: BenchmarkRecord | None = None  # of requests of the texts' median length, if that is much below seq_len
     lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts

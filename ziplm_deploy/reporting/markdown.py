@@ -13,6 +13,7 @@ from ziplm_deploy.reporting.table import (
     has_other_baseline,
     header,
     markdown_table,
+    ratio_text,
     rows,
     shows_no_speedup,
 )
@@ -205,7 +206,25 @@ def _lengths(report: FamilyReport) -> list[list[str]]:
         ]
         for name, found in report.lengths.items()
     ]
-    return [["## Lengths of the texts", "", *markdown_table(titles, cells)]]
+    return [["## Lengths of the texts", "", *markdown_table(titles, cells), *_short_requests(report)]]
+
+
+def _short_requests(report: FamilyReport) -> list[str]:
+    """Speedups on requests as short as half of the texts are, beside those of the workload."""
+    if report.short_tokens is None:
+        return []
+    titles = ["model", f"speedup at {report.environment.workload.seq_len} tokens", f"at {report.short_tokens}"]
+    cells = [
+        [
+            member.name,
+            ratio_text(member.served.measured_speedup, member.served.measured_low, member.served.measured_high),
+            ratio_text(short.value, short.low, short.high),
+        ]
+        for member in report.members
+        if (short := member.short_speedup) is not None
+    ]
+    text = f"Half of the texts have at most {report.short_tokens} tokens. Requests as short as that gain this much:"
+    return ["", text, "", *markdown_table(titles, cells)]
 
 
 def _environment(report: FamilyReport) -> list[str]:

@@ -37,6 +37,14 @@ class FileReport(BaseModel):
     reason: str = ""  # why it is not recommended
 
 
+class Interval(BaseModel):
+    """A measured figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class MemberReport(BaseModel):
     """One model of the family: what was asked, predicted and measured, and what it cost."""
 
@@ -48,6 +56,7 @@ class MemberReport(BaseModel):
     served: FileReport  # the file that the target is about
     files: list[FileReport] = Field(default_factory=list)  # every file, this one too
     accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
+    short_speedup: Interval | None = None  # on requests of ``FamilyReport.short_tokens``
     training: TrainingRecord | None = None
     sizes: dict[str, int]  # heads or columns per module
     search_loss: float | None = None
@@ -104,6 +113,7 @@ class FamilyReport(Artifact):
     aa_high: float
     tolerance: float = 0.02  # fraction by which a target may be missed, and the noise that verdicts allow
     notes: list[str]  # warnings of the run, e.g. few calibration tokens
+    short_tokens: int | None = None  # median length of the evaluation texts, if it is much below the workload's
     lengths: dict[str, TokenLengths] = Field(
         default_factory=dict
     )  # of the texts by data set; empty: images, or unknown

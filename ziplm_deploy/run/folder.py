@@ -42,6 +42,7 @@ class RunFolder:
 
     profile = property(lambda self: self.path / "profile.json")
     benchmark = property(lambda self: self.path / "benchmark.json")
+    short_benchmark = property(lambda self: self.path / "benchmark-of-short-requests.json")
     dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")
 

@@ -12,13 +12,14 @@ from ziplm_deploy.latency.benchmark import Decided, TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.verdict import decided_for
 from ziplm_deploy.machine.info import machine_info
-from ziplm_deploy.recipe import file_label
+from ziplm_deploy.recipe import Environment, file_label
 from ziplm_deploy.run.member import DENSE
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import files_of_family, runnable_files
 
 FINAL_SEED = 10_000  # order of turns: not that of the closed loop
+SHORTEST = 4  # tokens that a workload may have
 READ_FIELDS = {"rounds", "processes", "max_processes", "runs_per_round", "max_seconds", "tolerance"}
 GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
 
@@ -31,10 +32,44 @@ def benchmark(run: Run) -> BenchmarkRecord:
     served = {file_label(member.name, run.recipe.compress.target): member.target for member in run.pruned_members}
     decided = decided_for(served, run.recipe.benchmark)
     record = measure(run, "benchmark", run.folder.benchmark, files_of_family(run), decided, seed=FINAL_SEED)
+    measure_short_requests(run)
     for file in runnable_files(run):
         path = file.onnx
         run.folder.gzip_bytes(run.file_hash(path), lambda path=path: gzip_bytes(path))  # type: ignore[misc]
     return record
+
+
+def short_requests(run: Run) -> Environment | None:
+    """The environment with requests of the evaluation texts' median length; None if they are not much shorter.
+
+    Static shapes fill every request up, so that short ones gain nothing.
+    """
+    recipe, lengths = run.recipe, run.folder.lengths.get("evaluation")
+    workload = recipe.environment.workload
+    if not recipe.benchmark.median_length or lengths is None or recipe.export.shapes == "static":
+        return None
+    if not lengths.are_short:
+        return None
+    shorter = workload.model_copy(update={"seq_len": max(SHORTEST, lengths.median)})
+    return recipe.environment.model_copy(update={"workload": shorter})
+
+
+def measure_short_requests(run: Run) -> None:
+    """Time the files that targets are about, on requests as short as most of the evaluation texts."""
+    environment = short_requests(run)
+    if environment is None:
+        run.folder.short_benchmark.unlink(missing_ok=True)
+        return
+    names = {DENSE, *(file_label(member.name, run.recipe.compress.target) for member in run.pruned_members)}
+    files = {name: file for name, file in files_of_family(run).items() if name in names}
+    key = benchmark_key(run, files, environment)
+
+    def work() -> None:
+        compare(files, environment, run.recipe.benchmark, DENSE, run.progress.step, decided=lambda ratios: True).save(
+            run.folder.short_benchmark
+        )
+
+    run.folder.make("benchmark short requests", key, [run.folder.short_benchmark], work)
 
 
 def measure(
@@ -51,13 +86,14 @@ def measure(
     return BenchmarkRecord.load(path)
 
 
-def benchmark_key(run: Run, files: Mapping[str, TimedFile]) -> str:
+def benchmark_key(run: Run, files: Mapping[str, TimedFile], environment: Environment | None = None) -> str:
     """Everything that a benchmark depends on: the files themselves, where they run and how they are timed."""
     recipe = run.recipe
+    environment = environment or recipe.environment
     return content_key(
         files={name: run.file_hash(file.path) for name, file in files.items()},
         baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
-        environment=recipe.environment.fingerprint,
+        environment=environment.fingerprint,
         benchmark=recipe.benchmark.model_dump(include=READ_FIELDS),
         machine=machine_info().fingerprint,
         engine=get_engine(recipe.environment.engine).version(),

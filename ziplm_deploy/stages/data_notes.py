@@ -9,8 +9,6 @@ from ziplm_deploy.run.run import Run
 from ziplm_deploy.tasks.batching import length_limit
 from ziplm_deploy.tasks.lengths import TokenLengths
 
-SHORT = 0.75  # of a request; a median below it is worth a note
-
 Which = Literal["calibration", "evaluation"]
 
 
@@ -60,7 +58,7 @@ def _cut_note(lengths: dict[Which, TokenLengths]) -> str | None:
 def _length_note(run: Run, lengths: dict[Which, TokenLengths]) -> str | None:
     name: Which = "evaluation" if "evaluation" in lengths else "calibration"
     found = lengths.get(name)
-    if found is None or found.median >= SHORT * found.limit:
+    if found is None or not found.are_short:
         return None
     if run.recipe.export.shapes == "static":
         meaning = "files with static shapes fill every request up to that, so that a smaller seq_len serves them faster"

@@ -58,6 +58,7 @@ def family_facts(run: Run) -> FamilyFacts:
         members=[_member_facts(run, member, record) for member in run.members],
         notes=run.folder.notes,
         lengths=run.folder.lengths,
+        short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
         stage_seconds=run.folder.stage_seconds,
     )
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+SHORT = 0.75  # of a request
+
 
 class TokenLengths(BaseModel):
     """Lengths of the examples of one data set, special tokens included."""
@@ -20,6 +22,11 @@ class TokenLengths(BaseModel):
     longest: int
     limit: int  # tokens that the model gets
     cut: int  # examples that are longer, and lose their end
+
+    @property
+    def are_short(self) -> bool:
+        """Whether most examples are so much shorter than requests that these stand for few of them."""
+        return self.median < SHORT * self.limit
 
     @classmethod
     def of(cls, lengths: Sequence[int], limit: int, key: str, *, are_cut: bool) -> TokenLengths:

@@ -1,0 +1,56 @@
+"""Speedups on requests as short as most evaluation texts, beside those of the workload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.models import save_dense
+from tests.helpers.pipeline import recipe, write_rows
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.pipeline import run_pipeline
+from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.stages.benchmark import short_requests
+from ziplm_deploy.tasks.lengths import TokenLengths
+
+
+def run_of(given: Recipe, median: int) -> SimpleNamespace:
+    lengths = TokenLengths(key="k", examples=9, median=median, p90=median, longest=40, limit=32, cut=1)
+    return SimpleNamespace(recipe=given, folder=SimpleNamespace(lengths={"evaluation": lengths}))
+
+
+@pytest.mark.parametrize(
+    ("median", "changes", "tokens"),
+    [
+        (9, {}, 9),
+        (2, {}, 4),
+        (24, {}, None),
+        (9, {"benchmark": {"median_length": False}}, None),
+        (9, {"export": {"shapes": "static"}}, None),
+    ],
+)
+def test_when_short_requests_are_timed(
+    tmp_path: Path, median: int, changes: dict[str, dict[str, object]], tokens: int | None
+) -> None:
+    given = recipe(tmp_path, **{"benchmark": {"median_length": True}, **changes})
+    found = short_requests(run_of(given, median))  # type: ignore[arg-type]
+    assert (found.workload.seq_len if found else None) == tokens
+
+
+def test_the_report_shows_them_beside_the_workloads(tmp_path: Path) -> None:
+    save_dense(tmp_path / "model", task="text-classification", num_hidden_layers=1)
+    for name, seed in (("train", 0), ("test", 1)):
+        write_rows(tmp_path / f"{name}.jsonl", 80, seed)
+    given = recipe(tmp_path, benchmark={"median_length": True})
+    report = run_pipeline(given)
+    record = BenchmarkRecord.load(given.run_dir / "benchmark-of-short-requests.json")
+    median = report.lengths["evaluation"].median
+    assert record.environment.workload.seq_len == report.short_tokens == median < 24
+    dense, member = report.members
+    assert dense.short_speedup is None
+    assert member.short_speedup is not None
+    assert member.short_speedup.value == record.variant("1.5x").speedup
+    text = (given.run_dir / "report.md").read_text(encoding="utf-8")
+    assert f"| model | speedup at 32 tokens | at {median} |" in text
