@@ -121,6 +121,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "data.calibration_split": ("other", DENSE | {"quantise"}),
     "data.train_split": ("other", set()),
     "data.evaluation_split": ("other", SCORED | {"quantise"}),
+    "data.revision": ("abc", set()),  # of a name; these are files
     "data.config_name": ("other", DENSE | SCORED | {"quantise"}),
     "data.text_columns": (["text"], DENSE | SCORED | {"quantise"}),
     "data.label_column": ("label", DENSE | SCORED | {"quantise"}),
@@ -224,6 +225,25 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
 }
 # Not in the table: another folder, another member, another head.
 ANOTHER_RUN = {"name", "output_dir", "speedups", "model.task"}
+
+
+def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only what depends on the model's content, which holds its tokenizer and configuration, too."""
+    for name, file, old, new in (
+        ("other-tokenizer", "tokenizer.json", '"lowercase": true', '"lowercase": false'),
+        ("other-names", "config.json", "LABEL_2", "third"),
+    ):
+        folder = finished / name
+        shutil.copytree(finished / "model", folder)
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+        with monkeypatch.context() as patch:
+            (tmp_path / name).mkdir()
+            found = repeated(finished, tmp_path / name, patch, "model.path", f"@{name}")
+        assert found == DENSE | SCORED | {"quantise"}, name
 
 
 def test_an_unchanged_recipe_repeats_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,3 +223,39 @@ def test_quickstart_recipe_and_its_data() -> None:
     assert not held_out & {row["text"].strip().casefold() for row in calibration}
     assert all(0 <= row["label"] <= 5 for row in evaluation)
     assert recipe.speedups == (1.5, 2.0, 3.0)
+
+
+def test_a_revision_pins_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[dict[str, Any]] = []
+
+    def load(*_: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.append(options)
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    get_task("text-classification").load_rows(DataConfig(evaluation="glue", revision="abc"), "evaluation", 0)
+    assert asked == [{"split": "validation", "revision": "abc"}]
+
+
+def test_the_images_that_a_table_names_count(tmp_path: Path) -> None:
+    task = get_task("image-classification")
+    table = tmp_path / "a.csv"
+    table.write_text("image,label\na.png,0\nb.png,1\n")
+
+    def hashed() -> str:
+        return task.linked_files_hash(str(table), DataConfig())
+
+    missing = hashed()
+    (tmp_path / "a.png").write_bytes(b"one")
+    one = hashed()
+    (tmp_path / "a.png").write_bytes(b"two")
+    two = hashed()
+    assert hashed() == two
+    (tmp_path / "b.png").write_bytes(b"x" * 100_000)
+    large = hashed()
+    (tmp_path / "b.png").write_bytes(b"x" * 100_001)
+    assert len({missing, one, two, large, hashed()}) == 5
+    assert get_task("text-classification").linked_files_hash(str(table), DataConfig()) == ""
+    table.write_text("broken\n1,2\n")
+    assert hashed() == "", "what is wrong with a file is said when it is read"

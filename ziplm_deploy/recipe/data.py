@@ -21,6 +21,10 @@ class DataConfig(Frozen):
     train_split: str = Field("train", description="Split, when `train` is a `datasets` name.")
     evaluation_split: str = Field("validation", description="Split, when `evaluation` is a `datasets` name.")
     config_name: str | None = Field(None, description="Configuration of a `datasets` name, e.g. `sst2` of `glue`.")
+    revision: str | None = Field(
+        None,
+        description="Hub revision of the `datasets` names; without it a set that has changed there is not noticed.",
+    )
     text_columns: tuple[str, ...] | None = Field(
         None, description="Columns with the text (or image); default: found from the task's usual names."
     )

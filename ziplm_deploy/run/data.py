@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +26,19 @@ class RunData:
 
     def __init__(self, recipe: Recipe, task: Task, folder: RunFolder) -> None:
         self._recipe, self._task = recipe, task
-        self.calibration_hash = source_hash(recipe.data.calibration)
-        self.evaluation_hash = source_hash(recipe.data.evaluation)
-        self.train_hash = source_hash(recipe.data.train or recipe.data.calibration)
+        self.calibration_hash = self._hash_of(recipe.data.calibration)
+        self.evaluation_hash = self._hash_of(recipe.data.evaluation)
+        self.train_hash = self._hash_of(recipe.data.train or recipe.data.calibration)
         self.dense = DenseModel(
             recipe, folder, self._dense_training_key, lambda: task.head_settings(self.raw_train_rows)
         )
+
+    def _hash_of(self, source: str | None) -> str:
+        """Stands for the content of a data set, with the files that it names; a name with its revision."""
+        linked = "" if source is None else self._task.linked_files_hash(source, self._recipe.data)
+        revision = self._recipe.data.revision
+        pinned = f"@{revision}" if source is not None and revision is not None and not Path(source).exists() else ""
+        return source_hash(source) + pinned + (f"+{linked}" if linked else "")
 
     @property
     def _model_settings(self) -> dict[str, Any]:
@@ -60,6 +68,7 @@ class RunData:
         return content_key(
             data=self.calibration_hash,
             columns=self._recipe.data.model_dump(include=names),
+            inputs=self.dense.input_key,
             task=self._model_settings,
             seq_len=self._seq_len,
             seed=self._recipe.seed,
@@ -72,6 +81,7 @@ class RunData:
         return content_key(
             data=self.evaluation_hash,
             columns=self._recipe.data.model_dump(include=names),
+            inputs=self.dense.input_key,
             model=self._model_settings,
             seed=self._recipe.seed,
             seq_len=self._seq_len,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ziplm_deploy.artifacts import source_hash
+from ziplm_deploy.artifacts import content_key, file_hash, source_hash
+from ziplm_deploy.documents import read_json
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import Recipe
 from ziplm_deploy.run.folder import RunFolder
+
+_OF_PROCESSORS = {".json", ".model", ".txt"}
+_NOT_OF_PROCESSORS = {"config.json", "generation_config.json", "model.safetensors.index.json"}
 
 
 class DenseModel:
@@ -36,6 +41,24 @@ class DenseModel:
         self._training_key, self._head_settings = training_key, head_settings
         revision = f"@{recipe.model.revision}" if recipe.model.revision else ""
         self.base_hash = source_hash(resolve_model_path(recipe.model.path)) + revision
+
+    @functools.cached_property
+    def input_key(self) -> str:
+        """Stands for what the model makes of data: tokenizer or image processor, and the names of its classes.
+
+        Weights do not count: results that hold for any of them stay where only these change.
+        """
+        folder = Path(resolve_model_path(self._recipe.model.path))
+        if not folder.is_dir():
+            return self.base_hash
+        files = (file for file in sorted(folder.iterdir()) if file.suffix in _OF_PROCESSORS and file.is_file())
+        hashes = {file.name: file_hash(file) for file in files if file.name not in _NOT_OF_PROCESSORS}
+        try:
+            config = read_json(folder / "config.json")
+        except (OSError, ValueError):  # refused with its reason when the model is loaded
+            config = {}
+        classes = {name: config.get(name) for name in ("id2label", "label2id")} if isinstance(config, dict) else {}
+        return content_key(processor=hashes, classes=classes)
 
     @property
     def training_key(self) -> str:

@@ -25,8 +25,8 @@ _SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # what `Dataset.save_to_di
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 
 
-def read_rows(source: str, *, split: str, config_name: str | None = None) -> list[Row]:
-    """Rows of a local file, or of a `datasets` folder or name.
+def read_rows(source: str, *, split: str, config_name: str | None = None, revision: str | None = None) -> list[Row]:
+    """Rows of a local file, or of a `datasets` folder or name (there ``revision`` is a commit or tag of the hub).
 
     Raises:
         DataError: the source is missing, damaged, of an unknown format or has no rows.
@@ -35,7 +35,7 @@ def read_rows(source: str, *, split: str, config_name: str | None = None) -> lis
     if os.path.isfile(path):  # as below: False for a name too long for any file
         rows = _read_file(path)
     elif os.path.isdir(path) or not _looks_like_path(source):
-        rows = _read_dataset(source, split, config_name)
+        rows = _read_dataset(source, split, config_name, revision)
     else:
         raise DataError(
             f"expected a data file at {source}, found none; check the path (relative paths are taken from the recipe's "
@@ -72,7 +72,7 @@ def _read_file(path: Path) -> list[Row]:
     return parse(text, path)
 
 
-def _read_dataset(source: str, split: str, config_name: str | None) -> list[Row]:
+def _read_dataset(source: str, split: str, config_name: str | None, revision: str | None) -> list[Row]:
     import datasets
 
     try:
@@ -80,7 +80,8 @@ def _read_dataset(source: str, split: str, config_name: str | None) -> list[Row]
             saved = datasets.load_from_disk(source)
             data = saved[split] if isinstance(saved, dict) else saved
         else:
-            data = datasets.load_dataset(source, config_name, split=split)
+            pinned = {} if revision is None else {"revision": revision}
+            data = datasets.load_dataset(source, config_name, split=split, **pinned)
         return with_class_names([dict(row) for row in data], getattr(data, "features", None))
     except Exception as error:  # the library raises nearly everything: connection, missing split, damaged files …
         raise DataError(

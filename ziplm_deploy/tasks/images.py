@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Arrays, Batch, batch_indices, with_labels
 from ziplm_deploy.tasks.classification import CLASS_METRICS, class_outcomes
-from ziplm_deploy.tasks.data import Row, cell
+from ziplm_deploy.tasks.data import Row, cell, read_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import (
@@ -28,6 +30,8 @@ from ziplm_deploy.tasks.labels import (
     require_labels,
 )
 from ziplm_deploy.tasks.outcomes import Outcomes
+
+HASHED_BYTES = 1 << 16  # of each image; compressed images that differ do so early, or in size
 
 
 class ImageClassification(Task):
@@ -57,6 +61,23 @@ class ImageClassification(Task):
                 row["label"] = cell(item, label, (int, float, str), number, "a label")
             rows.append(row)
         return rows
+
+    def linked_files_hash(self, source: str, data: DataConfig) -> str:
+        """Hash over name, size and beginning of every image that a data file names."""
+        path = Path(source)
+        if not path.is_file() or ".parquet" in path.name:
+            return ""
+        try:
+            raw = read_rows(source, split="train")
+            (column, *_) = self.columns(raw, data)
+        except DataError:  # refused with its reason when the rows are loaded
+            return ""
+        digest = hashlib.sha256()
+        for name in dict.fromkeys(str(row.get(column)) for row in raw):
+            digest.update(f"{name}\n".encode())
+            with contextlib.suppress(OSError), (path.parent / name).open("rb") as stream:
+                digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode() + stream.read(HASHED_BYTES))
+        return digest.hexdigest()
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         return check_class_labels(rows, config)

@@ -1,0 +1,48 @@
+"""A family whose right scores are known: labels are the dense model's own answers, so that it must be right in all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.models import save_dense, sentences
+from tests.helpers.pipeline import recipe
+from ziplm_deploy.models.member_files import load
+from ziplm_deploy.pipeline import run_pipeline
+
+NAMES = ["contradiction", "neutral", "entailment"]  # in another order than the alphabet's
+TEXTS = list(dict.fromkeys(sentences(60, 5)))
+
+
+def answers(model: Any, folder: Path) -> list[str]:
+    """Names of the classes that a model finds, one text at a time and without anything of this package."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS]
+    return [NAMES[int(each.argmax())] for each in logits]
+
+
+@pytest.mark.parametrize("form", ["names", "numbers"])
+def test_scores_are_those_of_the_members_own_answers(form: str, tmp_path: Path) -> None:
+    classes = {"id2label": dict(enumerate(NAMES)), "label2id": {name: n for n, name in enumerate(NAMES)}}
+    dense = save_dense(tmp_path / "model", task="text-classification", hidden_size=128, intermediate_size=512, **classes)
+    right = answers(dense, tmp_path / "model")
+    assert len(set(right)) > 1, "a model with one answer for all texts would show nothing"
+    labels = right if form == "names" else [NAMES.index(name) for name in right]
+    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(64)))
+    report = run_pipeline(recipe(tmp_path, model={"path": str(tmp_path / "model")}, speedups=[2.0]))
+    first, member = report.members
+    assert first.served.accuracy["accuracy"] == 1.0
+    assert first.served.accuracy["macro_f1"] == 1.0
+    folder = tmp_path / "runs" / "tiny" / member.folder
+    given = answers(load(folder), folder)
+    shared = sum(one == other for one, other in zip(given, right, strict=True)) / len(right)
+    assert member.served.accuracy["accuracy"] == pytest.approx(shared)
+    assert shared < 1, "a member that answers like the dense model would hide that the two were swapped"
