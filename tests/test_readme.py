@@ -34,7 +34,14 @@ DOCUMENTS = [
     *sorted(GUIDES.rglob("*.md")),
 ]
 TASKS = [
-    *("sentence-similarity", "text-classification", "text-regression", "question-answering", "token-classification"),
+    *(
+        "sentence-similarity",
+        "text-classification",
+        "multi-label-classification",
+        "text-regression",
+        "question-answering",
+        "token-classification",
+    ),
     *("fill-mask", "image-classification"),
 ]
 MAX_LINES = 150  # of README

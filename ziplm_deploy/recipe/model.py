@@ -11,6 +11,7 @@ from ziplm_deploy.recipe.base import Frozen
 TaskName = Literal[
     "sentence-similarity",
     "text-classification",
+    "multi-label-classification",
     "text-regression",
     "question-answering",
     "token-classification",

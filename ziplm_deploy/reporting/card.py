@@ -28,10 +28,14 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
     return "\n\n".join(sections) + "\n"
 
 
+# Tasks that a model hub knows by another name.
+_PIPELINE_TAGS = {"multi-label-classification": "text-classification", "text-regression": "text-classification"}
+
+
 def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, object]:
     facts: dict[str, object] = {
         "library_name": "optimum",
-        "pipeline_tag": report.task,
+        "pipeline_tag": _PIPELINE_TAGS.get(report.task, report.task),
         "tags": ["onnx", "ziplm-deploy", *([] if member.speedup_target is None else ["pruned"])],
     }
     if is_hub_id(report.model):  # the hub takes any other name for somebody's model

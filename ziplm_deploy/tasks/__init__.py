@@ -10,6 +10,7 @@ from ziplm_deploy.tasks.classification import TextClassification
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.images import ImageClassification
 from ziplm_deploy.tasks.masking import FillMask
+from ziplm_deploy.tasks.multilabel import MultiLabelClassification
 from ziplm_deploy.tasks.regression import TextRegression
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 from ziplm_deploy.tasks.tokens import TokenClassification
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         SentenceSimilarity,
         TextClassification,
+        MultiLabelClassification,
         TextRegression,
         QuestionAnswering,
         TokenClassification,

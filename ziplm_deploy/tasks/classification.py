@@ -45,6 +45,7 @@ class TextTask(Task):
         ("text",),
     )
     label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
+    label_kinds: ClassVar[tuple[type, ...]] = (int, float, str)
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -56,11 +57,11 @@ class TextTask(Task):
             texts = [cell(source, name, str, number, "text") for name in columns]
             row: Row = dict(zip(("text", "text_pair"), texts, strict=False))
             if label is not None:
-                row["label"] = self.read_label(cell(source, label, (int, float, str), number, "a label"), number)
+                row["label"] = self.read_label(cell(source, label, self.label_kinds, number, "a label"), number)
             rows.append(row)
         return rows
 
-    def read_label(self, value: int | float | str, number: int) -> int | float | str:
+    def read_label(self, value: Any, number: int) -> Any:
         """A label as the rows carry it until :meth:`check_labels`; ``number`` is the row's, from 1."""
         return value
 

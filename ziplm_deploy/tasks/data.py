@@ -118,7 +118,7 @@ def cell(row: Mapping[str, Any], column: str, kind: type | tuple[type, ...], num
             "complete or remove that row"
         )
     value = row[column]
-    if isinstance(value, str) and kind is list:
+    if isinstance(value, str) and kind in (list, (list,)):
         value = parse_nested(value, column, number)
     if not isinstance(value, kind):
         raise DataError(

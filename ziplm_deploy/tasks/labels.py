@@ -11,6 +11,7 @@ from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.label_reading import read_labels, whole_number
 
+MULTI_LABEL = "multi_label_classification"  # problem_type of transformers
 MAX_CLASSES = 10_000  # larger numbers are ids of something else; a head for them would only fill the memory
 
 
@@ -53,6 +54,11 @@ def check_class_labels(rows: list[Row], config: Any) -> list[Row]:
         raise DataError(
             f"expected a classifier with two or more labels, found a head with {config.num_labels} (regression); for "
             "texts with a score set model.task to text-regression"
+        )
+    if getattr(config, "problem_type", None) == MULTI_LABEL:
+        raise DataError(
+            f"expected a head for one class an example, found one for several (problem_type {MULTI_LABEL}); set "
+            "model.task to multi-label-classification for texts; images with several labels are not supported"
         )
     reading = read_labels(labels_in(rows), config)
     return [

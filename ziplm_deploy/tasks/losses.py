@@ -16,6 +16,19 @@ def kl_divergence(candidate: Tensor, dense: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
+def bernoulli_divergence(candidate: Tensor, dense: Tensor) -> Tensor:
+    """Mean over rows of the sum over classes of KL(σ(dense) ‖ σ(candidate)); logits ``[…, classes]``, in nats."""
+    q, p = candidate.float(), dense.float()
+    yes = p.sigmoid() * (functional.logsigmoid(p) - functional.logsigmoid(q))
+    no = (-p).sigmoid() * (functional.logsigmoid(-p) - functional.logsigmoid(-q))
+    return (yes + no).sum(-1).mean()
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over all entries of logits and labels (0 or 1) of one shape, in nats."""
+    return functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over labels other than :data:`IGNORED`, in nats; 0 if there is none, where torch gives NaN.
 

@@ -102,7 +102,8 @@ def _correlation(one: Floats, other: Floats, counts: Floats) -> Floats:
     return _divide(covariance, np.where(varies, np.sqrt(variance * other_variance), 0.0))
 
 
-# Entities: outcomes ``right``, ``found`` and ``expected`` [examples, types].
+# Entities, or labels of which an example may have several: outcomes ``right``, ``found`` and ``expected``
+# [examples, types].
 
 
 def entity_precision(outcomes: Outcomes, counts: Floats) -> Floats:
@@ -119,6 +120,12 @@ def entity_f1(outcomes: Outcomes, counts: Floats) -> Floats:
     """F1 over the entities of all types."""
     either = (outcomes["found"] + outcomes["expected"]).sum(1)
     return _divide(2 * (counts @ outcomes["right"].sum(1)), counts @ either)
+
+
+def macro_entity_f1(outcomes: Outcomes, counts: Floats) -> Floats:
+    """Mean F1 of all types; 0 for a type that is neither expected nor found."""
+    right, either = counts @ outcomes["right"], counts @ (outcomes["found"] + outcomes["expected"])
+    return np.asarray(_divide(2 * right, either).mean(1), dtype=np.float64)
 
 
 def _sums_by(groups: npt.NDArray[np.int64], counts: Floats, n_groups: int) -> Floats:
