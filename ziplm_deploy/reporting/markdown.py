@@ -50,7 +50,8 @@ def family_markdown(report: FamilyReport) -> str:
 
 def _explanations(report: FamilyReport) -> list[str]:
     lines = [
-        "Speedup is the median over interleaved rounds of dense latency / member latency, with its 95 % interval.",
+        "Speedup is dense latency / member latency, mean over processes of medians within interleaved rounds, with its "
+        "95 % interval: Student's t over processes.",
         *_baseline(report),
         "Scores are those of the ONNX files themselves.",
         "",
