@@ -193,10 +193,7 @@ def title_of(row: dict[str, Any]) -> str:
 def timed(subjects: dict[str, TimedFile], options: argparse.Namespace) -> BenchmarkRecord:
     environment = Environment(threads=1, workload=Workload(batch_size=options.batch_size, seq_len=128))
     config = BenchmarkConfig(
-        rounds=options.rounds,
-        processes=options.processes,
-        runs_per_round=options.runs_per_round,
-        max_seconds=options.max_seconds,
+        rounds=options.rounds, runs_per_round=options.runs_per_round, max_seconds=options.max_seconds
     )
     return compare(subjects, environment, config, BASELINE, ConsoleProgress().step)
 
@@ -337,7 +334,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch-size", type=int, default=1, help="of --shapes")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--processes", type=int, default=2, help="of each file, one after the other")
     parser.add_argument("--runs-per-round", type=int, default=3)
     parser.add_argument("--max-seconds", type=float, default=600.0)
     parser.add_argument("--merge", action="store_true")
