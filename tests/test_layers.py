@@ -29,6 +29,7 @@ FLOORS = (
     "pruning",
     "recovery",
     "compression",
+    "baselines",
     "reporting",
     "run",
     "stages",

@@ -14,6 +14,7 @@ from ziplm_deploy.recipe import Recipe
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages import (
+    baselines,
     benchmark,
     calibrate,
     closed_loop,
@@ -32,7 +33,8 @@ from ziplm_deploy.stages.stage import Stage
 FIRST: tuple[Stage[Any], ...] = (profile.STAGE, train_dense.STAGE)
 PRUNING: tuple[Stage[Any], ...] = (calibrate.STAGE, settle.STAGE, prune.STAGE)
 OF_A_GENERATION: tuple[Stage[Any], ...] = (*PRUNING, export.PRUNED, closed_loop.STAGE, recover.STAGE)
-LAST: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, benchmark.STAGE, evaluate.STAGE, report.STAGE)
+FILES: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, baselines.STAGE)
+LAST: tuple[Stage[Any], ...] = (*FILES, benchmark.STAGE, evaluate.STAGE, report.STAGE)
 
 
 def run_pipeline(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -58,6 +60,7 @@ def begin(recipe: Recipe, progress: Progress | None = None) -> Run:
 def measured(run: Run) -> BenchmarkRecord:
     """All files of all members, the targets reached if they can be."""
     build(run)
+    baselines.STAGE(run)
     while closed_loop.compensate_float32(run, record := benchmark.STAGE(run)):
         build(run)
     return record

@@ -17,6 +17,7 @@ from tests.helpers.models import save_dense
 from tests.helpers.onnx_models import write_mlp
 from tests.helpers.reports import benchmark_record, family_report, latency_table, member, plan
 from ziplm_deploy import api
+from ziplm_deploy.baselines import BASELINES
 from ziplm_deploy.cli import console
 from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import DataError, EngineError, TargetUnreachableError, ZipLMError
@@ -323,7 +324,17 @@ def test_doctor_examines_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["noise"]["aa_low"] <= findings["noise"]["aa_ratio"] <= findings["noise"]["aa_high"]
     monkeypatch.setattr(doctor, "examine", lambda: findings)
     printed = invoke("doctor").stdout
-    for wanted in ("CPU:", "instruction sets:", "granted", "engine onnxruntime: version", "noise: one model"):
+    tools = {baseline["name"]: baseline["tool"] for baseline in findings["baselines"]}
+    assert set(tools) == set(BASELINES)
+    assert tools["torch"]
+    for wanted in (
+        "baseline torch (dense float32 in torch): made by torch",
+        "CPU:",
+        "instruction sets:",
+        "granted",
+        "engine onnxruntime: version",
+        "noise: one model",
+    ):
         assert wanted in printed
     assert json.loads(invoke("doctor", "--json").stdout) == findings
 

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from tests.helpers.onnx_models import write_mlp
-from ziplm_deploy.engines import ENGINES, Engine, WorkerHandle, WorkerOptions, base, get_engine
+from ziplm_deploy.engines import CHECKPOINT_ENGINES, ENGINES, Engine, WorkerHandle, WorkerOptions, base, get_engine
 from ziplm_deploy.engines.worker.facts import page_of
 from ziplm_deploy.recipe import Environment, choices
 
@@ -107,6 +108,14 @@ def test_every_page_is_an_engine_that_a_recipe_may_name() -> None:
         assert engine.facts.install or engine.facts.has_own_environment  # or nobody could bring it
 
 
+def test_what_runs_checkpoints_is_no_engine_of_a_recipe() -> None:
+    assert CHECKPOINT_ENGINES == ("torch",)
+    assert not set(CHECKPOINT_ENGINES) & set(ENGINES)
+    assert get_engine("torch").version()
+    with pytest.raises(ValidationError, match="torch"):
+        Environment(engine="torch")
+
+
 def test_a_worker_needs_no_package_around_it(
     copied_worker: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +135,7 @@ def test_files_of_the_worker_do_not_hide_packages(copied_worker: Path, model: Pa
 
 
 def test_the_worker_imports_numpy_its_engine_and_its_own_files_only() -> None:
-    allowed = {"numpy", "onnx", *ENGINES, *sys.stdlib_module_names}
+    allowed = {"numpy", "onnx", "transformers", *ENGINES, *CHECKPOINT_ENGINES, *sys.stdlib_module_names}
     for path in base.WORKER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

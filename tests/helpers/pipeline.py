@@ -47,6 +47,7 @@ def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
             "max_seconds": 10,
             "max_corrections": 0,
             "median_length": False,
+            "baselines": [],  # what users get without pruning: test_baselines
         },
     }
     for section, fields in changes.items():

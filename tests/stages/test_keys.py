@@ -32,6 +32,7 @@ BASE: dict[str, Any] = {
         "int8": {"method": "static", "n_calibration": 8},
         "train": {"mode": "distil", "max_steps": 1, "batch_size": 8},
     },
+    "benchmark": {"baselines": ["onnxruntime-int8"]},
     "speedups": [1.5],
 }
 # Stages by what their keys hold in common.
@@ -183,6 +184,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "benchmark.baseline_engine": ("openvino", SCORED | TIMED | {"profile"}),
     "benchmark.max_corrections": (1, set()),
     "benchmark.parity_atol": (0.001, set()),
+    "benchmark.baselines": ([], {"benchmark"}),
     "dense.epochs": (2.0, DENSE),
     "dense.max_steps": (2, DENSE),
     "dense.batch_size": (10, DENSE),

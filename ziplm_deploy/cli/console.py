@@ -32,7 +32,7 @@ def print_family(report: FamilyReport, folder: Path) -> None:
         _table(
             f"{report.name}: {report.environment.describe()}",
             members.header(report.members, report.metric),
-            members.rows(report.members, report.metric),
+            [*members.rows(report.members, report.metric), *members.baseline_rows(report)],
         )
     )
     if members.has_other_baseline(report):
@@ -94,6 +94,9 @@ def print_findings(findings: dict[str, Any]) -> None:
             found = f"version {each['version']}" if each["version"] else f"missing: {each['missing']}"
             found += f" ({each['notice']})" if each["notice"] else ""
             line(console, f"{kind} {each['name']}: {found}")
+    for each in findings["baselines"]:
+        found = f"made by {each['tool']}, {each['settings']}" if each["tool"] else f"missing: {each['missing']}"
+        line(console, f"baseline {each['name']} ({each['title']}): {found}")
     line(console, "versions: " + ", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
     if "error" in noise:
         line(console, f"noise: could not be measured: {noise['error']}")

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ziplm_deploy.baselines import BASELINES, get_baseline
 from ziplm_deploy.engines import ENGINES, Engine, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import compare
@@ -24,12 +25,13 @@ NOISY = 0.02  # above the default tolerance of a target, timings cannot decide w
 
 
 def examine(rounds: int = ROUNDS) -> dict[str, Any]:
-    """Findings as plain data: ``machine, versions, engines, tools, noise``."""
+    """Findings as plain data: ``machine, versions, engines, tools, baselines, noise``."""
     return {
         "machine": machine_info().model_dump(mode="json"),
         "versions": versions(),
         "engines": [_finding(name, get_engine(name)) for name in ENGINES],
         "tools": [_finding(tool.name, tool) for tool in TOOLS],
+        "baselines": [_baseline(name) for name in BASELINES],
         "noise": measure_noise(rounds),
     }
 
@@ -41,6 +43,17 @@ def _finding(name: str, found: Engine | SideEnvironment) -> dict[str, Any]:
         return {"name": name, "version": found.version(), "missing": "", "notice": found.notice}
     except EngineError as error:
         return {"name": name, "version": None, "missing": str(error), "notice": found.notice}
+
+
+def _baseline(name: str) -> dict[str, Any]:
+    """Who would make a baseline here, and how."""
+    baseline = get_baseline(name)
+    found = {"name": name, "title": baseline.title, "tool": None, "settings": "", "missing": ""}
+    try:
+        get_engine(baseline.engine).version()
+        return found | {"tool": baseline.tool(), "settings": baseline.settings(machine_info())}
+    except EngineError as error:
+        return found | {"missing": str(error)}
 
 
 def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:

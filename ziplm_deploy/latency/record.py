@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import numpy as np
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, Fields
-from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Timing
+from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Timing, process_ratio
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, with_nested_workload
 
@@ -79,6 +81,23 @@ class BenchmarkRecord(Artifact):
     def itself(self) -> Ratio:
         """The baseline over itself: its floor is the noise of the whole benchmark."""
         return Ratio(self.aa_ratio, self.aa_low, self.aa_high)
+
+    def ratio_between(self, name: str, other: str) -> Ratio:
+        """How many times as fast a file is as another one, within the rounds that they share.
+
+        Raises:
+            CorruptArtifactError: one of them is missing, or it is not known which process a sample is of.
+        """
+        timings = {timing.name: timing.samples_ms for timing in self.variants if timing.name in (name, other)}
+        n_rounds = sum(self.rounds_of_processes)
+        if {name, other} - timings.keys() or not n_rounds or any(len(ms) % n_rounds for ms in timings.values()):
+            raise CorruptArtifactError(
+                f"expected samples of {name} and {other} in all {n_rounds} rounds of the benchmark, found others; run "
+                "ziplm-deploy benchmark again"
+            )
+        per_round = {key: np.median(np.reshape(ms, (n_rounds, -1)), axis=1).tolist() for key, ms in timings.items()}
+        processes = np.repeat(np.arange(len(self.rounds_of_processes)), self.rounds_of_processes).tolist()
+        return process_ratio(per_round[other], per_round[name], processes)
 
     def variant(self, name: str) -> FileTiming:
         return next(result for result in self.variants if result.name == name)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
 
 from ziplm_deploy.recipe.base import Frozen
+from ziplm_deploy.recipe.choices import page_names
 from ziplm_deploy.recipe.workload import EngineName
+
+if TYPE_CHECKING:
+    BaselineName = str
+else:
+    BaselineName = Literal[page_names("baselines")]
 
 
 class BenchmarkConfig(Frozen):
@@ -39,3 +47,13 @@ class BenchmarkConfig(Frozen):
     )
     max_corrections: int = Field(3, ge=0, description="How often the closed loop may solve again a target.")
     parity_atol: float = Field(1e-4, gt=0, description="Largest difference between torch and ONNX outputs at export.")
+    baselines: tuple[BaselineName, ...] | None = Field(
+        None,
+        description="What users get from the dense model without pruning, measured beside the members: "
+        "`onnxruntime-int8`, `openvino-int8`, `torch`; default: all that can be made here, `[]`: none.",
+    )
+
+    @property
+    def measures_baselines(self) -> bool:
+        """Whether anything but members may be timed beside the dense model."""
+        return self.baselines is None or bool(self.baselines)

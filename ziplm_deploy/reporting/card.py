@@ -20,6 +20,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
         f"---\n{yaml.safe_dump(_front_matter(report, member), sort_keys=False, allow_unicode=True)}---",
         f"# {title}\n\n{_summary(report, member)}",
         "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
+        *(["\n".join(["## Without pruning", "", *_baselines(report)])] if report.baselines else []),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
         _usage(report, member, ort_class),
@@ -92,6 +93,21 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
     ]
     baseline = f"dense on {baseline_of(report)}, same run" if report.baseline_engine else "dense, same run"
     return markdown_table(["", member.name, baseline], cells)
+
+
+def _baselines(report: FamilyReport) -> list[str]:
+    """What the dense model gives by the usual tools, timed and scored with this member."""
+    cells = [
+        [
+            baseline.title,
+            f"{baseline.measured_speedup:.3f}x",
+            f"{baseline.measured_low:.3f} to {baseline.measured_high:.3f}",
+            f"{baseline.accuracy[report.metric]:.4f}" if report.metric in baseline.accuracy else "–",
+            f"{baseline.tool}: {baseline.settings}",
+        ]
+        for baseline in report.baselines
+    ]
+    return markdown_table(["same run", "speedup, measured", "95 % interval", report.metric, "made by"], cells)
 
 
 def _before_training(member: MemberReport) -> str:

@@ -13,6 +13,7 @@ from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
+from ziplm_deploy.reporting.baselines import baseline_report, over_torch
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.judge import harmed_by_training, judge, too_noisy, was_fast_enough, why_not_recommended
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
@@ -41,6 +42,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         baseline_engine_version=baseline.engine_version,
         environment=record.environment,
         members=members,
+        baselines=[baseline_report(record, each) for each in facts.baselines],
         aa_ratio=record.aa_ratio,
         aa_low=record.aa_low,
         aa_high=record.aa_high,
@@ -147,6 +149,7 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
         peak_memory_bytes=timing.peak_memory_bytes,
         onnx_bytes=file.onnx_bytes,
         gzip_bytes=file.gzip_bytes,
+        over_torch=over_torch(family.record, timing.name),
         accuracy=file.scores,
         facts=facts_of(file.sparsity, file.int8),
         recommended=not reason,

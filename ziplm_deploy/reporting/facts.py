@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ziplm_deploy.baselines import BaselineRecord
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
@@ -50,6 +51,18 @@ class MemberFacts:
 
 
 @dataclass(frozen=True)
+class BaselineFacts:
+    """What users get from the dense model without pruning, on its own engine."""
+
+    name: str
+    title: str
+    record: BaselineRecord
+    size_bytes: int
+    timing: FileTiming
+    scores: dict[str, float]  # the dense model's where it answers as that does
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """A whole run."""
 
@@ -62,3 +75,4 @@ class FamilyFacts:
     stage_seconds: dict[str, float]
     short: BenchmarkRecord | None = None  # of requests of the texts' median length, if that is much below seq_len
     lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts
+    baselines: list[BaselineFacts] = field(default_factory=list)

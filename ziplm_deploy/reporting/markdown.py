@@ -8,6 +8,7 @@ from ziplm_deploy.reporting.table import (
     MISSING,
     aa_line,
     baseline_of,
+    baseline_rows,
     file_header,
     file_rows,
     has_other_baseline,
@@ -26,10 +27,11 @@ def family_markdown(report: FamilyReport) -> str:
         [
             "## Members",
             "",
-            *markdown_table(header(report.members, report.metric), rows(report.members, report.metric)),
+            *markdown_table(header(report.members, report.metric), _all_rows(report)),
             "",
             *_explanations(report),
         ],
+        *_baselines(report),
         ["## Predicted and measured", "", *_deviations(report)],
         *_files(report),
         ["## Sizes", "", *_sizes(report)],
@@ -46,6 +48,26 @@ def family_markdown(report: FamilyReport) -> str:
         ],
     ]
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
+
+
+def _all_rows(report: FamilyReport) -> list[list[str]]:
+    return [*rows(report.members, report.metric), *baseline_rows(report)]
+
+
+def _baselines(report: FamilyReport) -> list[list[str]]:
+    """How what users get without pruning was made."""
+    if not report.baselines:
+        return []
+    cells = [
+        [each.name, each.title, each.tool, each.settings, f"{each.engine} {each.engine_version}"]
+        for each in report.baselines
+    ]
+    text = (
+        "What the dense model gives without pruning, by the usual tools; timed in the same run, and scored on the same "
+        "rows. The dense model in torch answers as its ONNX file, which was checked against it."
+    )
+    titles = ["baseline", "what it is", "made by", "settings", "engine"]
+    return [["## Baselines", "", text, "", *markdown_table(titles, cells)]]
 
 
 def _explanations(report: FamilyReport) -> list[str]:

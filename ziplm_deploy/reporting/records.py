@@ -32,6 +32,9 @@ class FileReport(BaseModel):
     onnx_bytes: int
     gzip_bytes: int  # what a download weighs
     accuracy: dict[str, float]  # empty: not evaluated, or not on this engine
+    over_torch: Ratio | None = None  # speedup over the dense model in torch, where that was measured
+    beaten_by: list[str] = Field(default_factory=list)  # baselines that are faster and score higher, beyond intervals
+    undecided_against: list[str] = Field(default_factory=list)  # baselines that it is neither behind nor ahead of
     facts: dict[str, str] = Field(default_factory=dict)  # how it was made: sparsity, INT8 method, what stayed float32
     recommended: bool
     reason: str = ""  # why it is not recommended
@@ -88,6 +91,27 @@ class MemberReport(BaseModel):
         return next((file.accuracy for file in self.files if file.variant is Variant.FP32), {})
 
 
+class BaselineReport(BaseModel):
+    """What users get from the dense model without pruning, timed in the same run and scored on the same rows."""
+
+    name: str  # in the recipe
+    title: str
+    tool: str  # that made it, with its version
+    settings: str
+    engine: str
+    engine_version: str
+    measured_speedup: float  # over the dense float32 model of the same run
+    measured_low: float  # 95 % interval
+    measured_high: float
+    p50_ms: float
+    p99_ms: float
+    throughput_per_second: float
+    peak_memory_bytes: int
+    size_bytes: int
+    over_torch: Ratio | None = None  # speedup over the dense model in torch, where that was measured
+    accuracy: dict[str, float]  # empty: not evaluated
+
+
 class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
 
@@ -108,6 +132,7 @@ class FamilyReport(Artifact):
     baseline_engine_version: str = ""
     environment: Environment
     members: list[MemberReport]
+    baselines: list[BaselineReport] = Field(default_factory=list)
     aa_ratio: float
     aa_low: float
     aa_high: float

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
-from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
+from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, MemberReport
 
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
@@ -32,14 +32,20 @@ def metric_columns(members: Sequence[MemberReport], metric: str) -> dict[str, st
 def header(members: Sequence[MemberReport], metric: str) -> list[str]:
     """Column titles."""
     fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", "ONNX MB", "p50 / p99 ms"]
+    fixed[4:4] = ["over torch"] if _over_torch(members) else []
     before = ["before training"] if _trained(members) else []
     return [*fixed, *before, *metric_columns(members, metric).values(), "verdict"]
 
 
 def rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
     """One row a member, as long as :func:`header`."""
-    scores, trained = list(metric_columns(members, metric)), _trained(members)
-    return [_row(member, scores, metric if trained else None) for member in members]
+    scores, trained, torch = list(metric_columns(members, metric)), _trained(members), _over_torch(members)
+    return [_row(member, scores, metric if trained else None, torch) for member in members]
+
+
+def _over_torch(members: Sequence[MemberReport]) -> bool:
+    """Whether there are speedups over the dense model in torch to show."""
+    return any(member.served.over_torch is not None for member in members)
 
 
 def _trained(members: Sequence[MemberReport]) -> bool:
@@ -59,12 +65,22 @@ def shows_no_speedup(member: MemberReport) -> bool:
 
 def verdict(member: MemberReport) -> str:
     """Verdict in words; says so where the speedup is within noise."""
-    if shows_no_speedup(member):
-        return f"{member.verdict}; not faster beyond noise"
-    return member.verdict
+    parts = [
+        member.verdict,
+        "not faster beyond noise" if shows_no_speedup(member) else "",
+        beside_baselines(member.served),
+    ]
+    return "; ".join(filter(None, parts))
 
 
-def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> list[str]:
+def beside_baselines(file: FileReport) -> str:
+    """Baselines that beat a file, or of which that is not decided; empty if it is ahead of all."""
+    beaten = f"beaten by {', '.join(file.beaten_by)}" if file.beaten_by else ""
+    undecided = f"undecided against {', '.join(file.undecided_against)}" if file.undecided_against else ""
+    return "; ".join(filter(None, (beaten, undecided)))
+
+
+def _row(member: MemberReport, scores: list[str], metric_before: str | None, torch: bool) -> list[str]:
     before = [] if metric_before is None else [_before_training(member).get(metric_before)]
     dense = member.speedup_target is None
     return [
@@ -72,6 +88,7 @@ def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> 
         MISSING if dense else f"{member.speedup_target:g}x",
         MISSING if member.predicted_speedup is None else f"{member.predicted_speedup:.2f}x",
         "1x" if dense else _measured(member.served),
+        *([_short(member.served.over_torch)] if torch else []),
         f"{member.parameters / 1e6:.2f} M",
         f"{member.served.onnx_bytes / 1e6:.1f}",
         f"{member.served.p50_ms:.2f} / {member.served.p99_ms:.2f}",
@@ -81,7 +98,33 @@ def _row(member: MemberReport, scores: list[str], metric_before: str | None) -> 
     ]
 
 
-def _measured(file: FileReport) -> str:
+def baseline_rows(report: FamilyReport) -> list[list[str]]:
+    """One row a baseline, under those of the members."""
+    scores, trained = list(metric_columns(report.members, report.metric)), _trained(report.members)
+    torch = _over_torch(report.members)
+    return [
+        [
+            baseline.name,
+            MISSING,
+            MISSING,
+            _measured(baseline),
+            *([_short(baseline.over_torch)] if torch else []),
+            MISSING,
+            f"{baseline.size_bytes / 1e6:.1f}",
+            f"{baseline.p50_ms:.2f} / {baseline.p99_ms:.2f}",
+            *([MISSING] if trained else []),
+            *(f"{baseline.accuracy[key]:.4f}" if key in baseline.accuracy else MISSING for key in scores),
+            baseline.title,
+        ]
+        for baseline in report.baselines
+    ]
+
+
+def _short(ratio: Ratio | None) -> str:
+    return MISSING if ratio is None else f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _measured(file: FileReport | BaselineReport) -> str:
     return f"{file.measured_speedup:.2f}x [{file.measured_low:.2f}, {file.measured_high:.2f}]"
 
 

@@ -140,14 +140,17 @@ class RunData:
 
         A call holds as many as served where answers depend on it: if the graph fixes it, or a scale spans the batch.
         """
+        return self.evaluation_set_of(as_served=variant.is_int8 and self._recipe.compress.int8.method == "dynamic")
+
+    def evaluation_set_of(self, *, as_served: bool) -> EvaluationSet:
+        """Evaluation examples for the dense model's graph in any form; ``as_served``: a scale spans the batch."""
         recipe = self._recipe
         static = recipe.export.shapes == "static"
-        as_served = static or (variant.is_int8 and recipe.compress.int8.method == "dynamic")
         return EvaluationSet(
             self.evaluation_rows,
             self.dense.processor,
             self._seq_len,
-            recipe.environment.workload.batch_size if as_served else BATCH_SIZE,
+            recipe.environment.workload.batch_size if as_served or static else BATCH_SIZE,
             self._seq_len if static else None,
         )
 

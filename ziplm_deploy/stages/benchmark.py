@@ -6,15 +6,16 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.latency.benchmark import Decided, TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
-from ziplm_deploy.latency.verdict import decided_for
+from ziplm_deploy.latency.verdict import decided_for, leaving_out
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.recipe import Environment, file_label
 from ziplm_deploy.run.member import DENSE
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import files_of_family, runnable_files
 
@@ -27,10 +28,11 @@ GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain litt
 def benchmark(run: Run) -> BenchmarkRecord:
     """Timings and sizes of all files, independent of those that the closed loop ended with.
 
-    A loop ends with the draw of noise that satisfied it: that one is not reported.
+    A loop ends with the draw of noise that satisfied it: that one is not reported. Baselines do not prolong it.
     """
     served = {file_label(member.name, run.recipe.compress.target): member.target for member in run.pruned_members}
-    decided = decided_for(served, run.recipe.benchmark)
+    baselines = {made.name for made in made_baselines(run)}
+    decided = leaving_out(baselines, decided_for(served, run.recipe.benchmark))
     record = measure(run, "benchmark", run.folder.benchmark, files_of_family(run), decided, seed=FINAL_SEED)
     measure_short_requests(run)
     for file in runnable_files(run):
@@ -90,14 +92,22 @@ def benchmark_key(run: Run, files: Mapping[str, TimedFile], environment: Environ
     """Everything that a benchmark depends on: the files themselves, where they run and how they are timed."""
     recipe = run.recipe
     environment = environment or recipe.environment
+    own = {None, recipe.environment.engine, recipe.baseline_engine}
+    others = sorted({file.engine for file in files.values() if file.engine and file.engine not in own})
     return content_key(
-        files={name: run.file_hash(file.path) for name, file in files.items()},
+        files={name: _content(run, file.path) for name, file in files.items()},
         baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
         environment=environment.fingerprint,
         benchmark=recipe.benchmark.model_dump(include=READ_FIELDS),
         machine=machine_info().fingerprint,
         engine=get_engine(recipe.environment.engine).version(),
+        **({"baseline_engines": {name: get_engine(name).version() for name in others}} if others else {}),
     )
+
+
+def _content(run: Run, path: Path) -> str:
+    """Hash of a model; one that is no ONNX file lies in several files, alone in their folder."""
+    return run.file_hash(path) if path.suffix == ".onnx" else source_hash(str(path.parent))
 
 
 def is_benchmarked(run: Run) -> bool:

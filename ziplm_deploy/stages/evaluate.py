@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.artifacts import content_key, source_hash
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.recipe import EngineName, Variant
+from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
 from ziplm_deploy.tasks import ModelFunction
@@ -33,6 +36,9 @@ def evaluate(run: Run) -> None:
         for index, file in enumerate(files):
             evaluate_file(run, file, dense)
             run.progress.step(index + 1, len(files))
+        for each in made_baselines(run):
+            if not each.page.answers_as_dense:
+                evaluate_baseline(run, each, dense)
 
 
 def evaluate_file(run: Run, file: ModelFile, dense: ModelFunction) -> None:
@@ -58,18 +64,51 @@ def evaluate_file(run: Run, file: ModelFile, dense: ModelFunction) -> None:
             with open_runner(recipe.environment, file.onnx) as runner:
                 own = cache_embeddings(runner)
                 outcomes, fidelity = run.task.outcomes(own, data), run.task.fidelity(own, dense, data)
-        Scores(
-            metric=run.task.metric_name,
-            scores=run.task.scores(outcomes) | fidelity,
-            n_rows=len(data.rows),
-            engine=engine,
-            engine_version=run.engine_versions[engine],
-            examples=run.data.evaluation_rows_key,
-            outcomes_hash=outcomes.save(file.outcomes),
-        ).save(file.scores)
+        _save(run, file, outcomes, fidelity, engine, run.engine_versions[engine])
 
     stage = f"evaluate pruned {file.label}" if file.is_before_training else f"evaluate {file.label}"
     run.folder.make(stage, key, [file.scores, file.outcomes], work)
+
+
+def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: ModelFunction) -> None:
+    """Write the scores of a baseline, on its own engine; ``dense`` as in :func:`evaluate_file`."""
+    engine = baseline.page.engine
+    version = get_engine(engine).version()
+    data = run.data.evaluation_set_of(as_served=baseline.page.scales_span_batch)
+    key = content_key(
+        file=source_hash(str(baseline.folder)),
+        dense=run.file_hash(run.dense_member.file(Variant.FP32).onnx),
+        engine=version,
+        batch_size=data.batch_size,
+        data=run.data.evaluation_key,
+    )
+
+    def work() -> None:
+        with open_runner(run.recipe.environment.model_copy(update={"engine": engine}), baseline.paths[0]) as runner:
+            own = cache_embeddings(runner)
+            outcomes, fidelity = run.task.outcomes(own, data), run.task.fidelity(own, dense, data)
+        _save(run, baseline, outcomes, fidelity, engine, version)
+
+    run.folder.make(f"evaluate baseline {baseline.name}", key, [baseline.scores, baseline.outcomes], work)
+
+
+def _save(
+    run: Run,
+    file: ModelFile | BaselineFiles,
+    outcomes: Outcomes,
+    fidelity: dict[str, float],
+    engine: EngineName,
+    engine_version: str,
+) -> None:
+    Scores(
+        metric=run.task.metric_name,
+        scores=run.task.scores(outcomes) | fidelity,
+        n_rows=len(run.data.evaluation_rows),
+        engine=engine,
+        engine_version=engine_version,
+        examples=run.data.evaluation_rows_key,
+        outcomes_hash=outcomes.save(file.outcomes),
+    ).save(file.scores)
 
 
 def score_of(run: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> float:
@@ -81,14 +120,19 @@ def score_of(run: Run, path: Path, variant: Variant, engine: EngineName | None =
         return run.task.evaluate(runner, run.data.evaluation_set(variant))[run.task.metric_name]
 
 
-def scores_of(run: Run, file: ModelFile) -> dict[str, float]:
+def scored_as(run: Run, baseline: BaselineFiles) -> ModelFile | BaselineFiles:
+    """Whose scores a baseline has: the dense model's where it answers as that does."""
+    return run.dense_member.file(Variant.FP32) if baseline.page.answers_as_dense else baseline
+
+
+def scores_of(run: Run, file: ModelFile | BaselineFiles) -> dict[str, float]:
     """Scores of a file, the primary metric first; empty when it was not evaluated."""
     if run.recipe.data.evaluation is None or not file.scores.exists():
         return {}
     return Scores.load(file.scores).scores
 
 
-def outcomes_of(run: Run, file: ModelFile) -> Outcomes | None:
+def outcomes_of(run: Run, file: ModelFile | BaselineFiles) -> Outcomes | None:
     """What a file did on every evaluation example; None where it was not evaluated, or before that was kept.
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.baselines import BaselineRecord
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
@@ -17,12 +18,14 @@ from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.collect import family_report, full_sizes, timing_of
-from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
+from ziplm_deploy.reporting.facts import BaselineFacts, FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import scores_of
+from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.evaluate import scored_as, scores_of
 from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.stages.stage import Stage
@@ -60,6 +63,18 @@ def family_facts(run: Run) -> FamilyFacts:
         lengths=run.folder.lengths,
         short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
         stage_seconds=run.folder.stage_seconds,
+        baselines=[_baseline_facts(run, files, record) for files in made_baselines(run)],
+    )
+
+
+def _baseline_facts(run: Run, files: BaselineFiles, record: BenchmarkRecord) -> BaselineFacts:
+    return BaselineFacts(
+        files.name,
+        files.page.title,
+        BaselineRecord.load(files.record),
+        sum(path.stat().st_size for path in files.paths),
+        timing_of(record, files.name),
+        scores_of(run, scored_as(run, files)),
     )
 
 

@@ -13,6 +13,7 @@ from ziplm_deploy.latency.benchmark import TimedFile, start_worker
 from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.run.member import DENSE, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Generation, Run
+from ziplm_deploy.stages.baselines import made_baselines
 
 
 def files_of_generation(run: Run, generation: Generation) -> dict[str, TimedFile]:
@@ -40,9 +41,10 @@ def trial_name(generation: Generation) -> str:
 
 def files_of_family(run: Run) -> dict[str, TimedFile]:
     """Every file of every member that its engine can run; the dense model also where the members serve, if its baseline
-    is elsewhere."""
+    is elsewhere; and what users get from it without pruning."""
     refused = refused_files(run)
-    return {name: file for name, file in _all_files(run).items() if name not in refused}
+    files = {name: file for name, file in _all_files(run).items() if name not in refused}
+    return files | {made.name: TimedFile(made.paths[0], made.page.engine) for made in made_baselines(run)}
 
 
 def try_files(run: Run) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+CHECKPOINT = "_checkpoint"  # ends the page of what runs checkpoints of transformers, and no ONNX files
 
 
 def page_of(engine: str) -> str:
     """Name of the module in this folder that is an engine's page: ``my-engine`` has ``my_engine_session.py``."""
-    return engine.replace("-", "_") + "_session"
+    page = engine.replace("-", "_") + CHECKPOINT
+    has_one = os.path.exists(os.path.join(os.path.dirname(__file__), page + ".py"))
+    return page if has_one else engine.replace("-", "_") + "_session"
 
 
 class EngineFacts(NamedTuple):

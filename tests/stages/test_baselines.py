@@ -1,0 +1,165 @@
+"""Whole runs with what users get without pruning beside the members; the pages themselves: tests/baselines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.models import save_dense
+from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
+from ziplm_deploy.baselines import DenseSource, get_baseline, onnxruntime_int8
+from ziplm_deploy.errors import EngineError, RecipeError
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.pipeline import run_pipeline
+from ziplm_deploy.recipe import parse_recipe
+from ziplm_deploy.reporting.markdown import family_markdown
+from ziplm_deploy.reporting.records import FamilyReport
+
+INT8 = "onnxruntime-int8"
+
+
+def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the tool of a baseline be missing."""
+
+    def missing(self: object) -> str:
+        raise EngineError(f"expected the tool of {name}, found it not installed; run: pip install it")
+
+    monkeypatch.setattr(type(get_baseline(name)), "tool", missing)
+
+
+def with_baselines(folder: Path, *names: str, **changes: Any) -> Any:
+    return recipe(folder, **{**changes, "benchmark": {"baselines": list(names)}})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, data and a finished run with all baselines but OpenVINO's."""
+    folder = tmp_path_factory.mktemp("baselines")
+    save_dense(folder / "model", task="text-classification", num_hidden_layers=1)
+    write_rows(folder / "train.jsonl", 80, 0)
+    write_rows(folder / "test.jsonl", 30, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        without(patch, "openvino-int8")
+        run_pipeline(recipe(folder, benchmark={"baselines": None}))
+    return folder
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
+    run_dir = made / "runs" / "tiny"
+    report = FamilyReport.load(run_dir / "report.json")
+    assert [each.name for each in report.baselines] == [INT8, "torch"]
+    assert report.notes[-1].startswith("baseline openvino-int8 was not measured: expected the tool of openvino-int8")
+    int8, torch = report.baselines
+    assert (int8.engine, torch.engine) == ("onnxruntime", "torch")
+    dense = report.members[0].served
+    assert torch.accuracy == dense.accuracy  # the ONNX file was checked against it
+    assert set(int8.accuracy) == set(dense.accuracy)
+    assert torch.size_bytes > 0
+    for each in report.baselines:
+        assert each.measured_low <= each.measured_speedup <= each.measured_high
+        assert each.tool
+        assert each.settings
+    assert torch.measured_speedup < 1
+    timed = {timing.name: timing for timing in BenchmarkRecord.load(run_dir / "benchmark.json").variants}
+    assert {"dense", "1.5x", INT8, "torch"} == set(timed)
+    assert len(timed["torch"].samples_ms) == len(timed["dense"].samples_ms)  # of the same rounds
+    assert (run_dir / "baselines" / INT8 / "model.onnx").is_file()
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_the_report_shows_them_beside_the_members(made: Path) -> None:
+    text = family_markdown(FamilyReport.load(made / "runs" / "tiny" / "report.json"))
+    members = text.partition("## Members")[2].partition("##")[0]
+    assert f"| {INT8} | – | – |" in members
+    assert "stock dynamic INT8 of ONNX Runtime |" in members
+    assert "## Baselines" in text
+    assert "AutoQuantizationConfig." in text.partition("## Baselines")[2]
+
+
+def test_a_second_run_makes_and_measures_nothing_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "openvino-int8")
+    again = written_again(copied, recipe(copied, benchmark={"baselines": None}))
+    assert not {name for name in again if name.startswith("baselines/") or name == "benchmark.json"}
+
+
+def test_without_any_nothing_is_left(copied: Path) -> None:
+    report = run_pipeline(with_baselines(copied))
+    assert report.baselines == []
+    assert not any("baseline" in note for note in report.notes)
+    assert not list((copied / "runs" / "tiny" / "baselines").iterdir())
+    assert "## Baselines" not in family_markdown(report)
+
+
+def test_one_that_is_named_and_missing_ends_the_run_at_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "openvino-int8")
+    before = stamps(copied)
+    with pytest.raises(EngineError, match=r"expected the tool of openvino-int8.*run: pip install it"):
+        run_pipeline(with_baselines(copied, "openvino-int8", name="other"))
+    assert stamps(copied) == before
+    assert not (copied / "runs" / "other" / "profile.json").exists()
+
+
+def test_a_tool_that_refuses_the_model_is_a_note_or_an_error(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object, dense: DenseSource, folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(b"half")
+        raise EngineError("expected a model of its taste, found another one; leave it out")
+
+    monkeypatch.setattr(onnxruntime_int8.OnnxRuntimeInt8, "make", refuse)
+    without(monkeypatch, "torch")
+    without(monkeypatch, "openvino-int8")
+    (copied / "runs" / "tiny" / "baselines" / INT8 / "model.onnx").unlink()  # so that it is made again
+    report = run_pipeline(recipe(copied, benchmark={"baselines": None}))
+    assert report.baselines == []
+    assert any("of its taste" in note for note in report.notes)
+    with pytest.raises(EngineError, match="of its taste"):
+        run_pipeline(with_baselines(copied, INT8))
+    assert [path.name for path in (copied / "runs" / "tiny" / "baselines").iterdir()] == [f"{INT8}.json"]
+
+
+def test_a_file_that_its_engine_cannot_run_is_not_timed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_nonsense(self: object, dense: DenseSource, folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(b"no graph")
+
+    monkeypatch.setattr(onnxruntime_int8.OnnxRuntimeInt8, "make", write_nonsense)
+    (copied / "runs" / "tiny" / "baselines" / INT8 / "model.onnx").unlink()
+    with pytest.raises(EngineError, match="expected the engine to load"):
+        run_pipeline(with_baselines(copied, INT8))
+    assert not (copied / "runs" / "tiny" / "baselines" / INT8).exists()
+
+
+def test_another_dense_model_or_tool_makes_them_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_dense(copied / "model", task="text-classification", num_hidden_layers=1, seed=1)
+    changed = with_baselines(copied, INT8)
+    again = written_again(copied, changed)
+    assert {f"baselines/{INT8}/model.onnx", f"baselines/{INT8}-accuracy.json", "benchmark.json"} <= again
+    monkeypatch.setattr(onnxruntime_int8, "READ_IN", "0.0.9")
+    again = written_again(copied, changed)
+    assert f"baselines/{INT8}/model.onnx" in again
+    assert "benchmark.json" not in again  # the file is the same
+
+
+def test_damaged_weights_beside_a_file_are_measured_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "openvino-int8")
+    config = copied / "runs" / "tiny" / "baselines" / "torch" / "config.json"
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**fields, "hidden_act": "relu"}), encoding="utf-8")
+    assert "benchmark.json" in written_again(copied, recipe(copied, benchmark={"baselines": None}))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"benchmark.baselines.0.*onnxruntime-int8"):
+        parse_recipe(raw_recipe(tmp_path, benchmark={"baselines": ["tensorrt"]}))
+    with pytest.raises(
+        RecipeError, match="expected a baseline of onnxruntime-int8, openvino-int8, torch, found 'mine'"
+    ):
+        get_baseline("mine")

@@ -1,0 +1,139 @@
+"""What users get from the dense model without pruning: made here, timed and scored with the members."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.baselines import BASELINES, BaselineRecord, DenseSource, get_baseline
+from ziplm_deploy.engines import get_engine
+from ziplm_deploy.engines.trial import Trial
+from ziplm_deploy.errors import DataError, EngineError
+from ziplm_deploy.latency.benchmark import TimedFile, start_worker
+from ziplm_deploy.machine import distributed
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.recipe import Recipe, Variant
+from ziplm_deploy.run.baseline import BaselineFiles
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.stage import Stage
+
+N_CALIBRATION = 128  # examples, as many as the stock exports take
+
+
+def make_baselines(run: Run) -> None:
+    """Make the baselines that the recipe asks for, or all that can be made here; leave a note on the others.
+
+    Raises:
+        EngineError: one that the recipe names cannot be made.
+    """
+    asked = run.recipe.benchmark.baselines
+    for name in BASELINES:
+        files = BaselineFiles(name, run.folder.path)
+        note = None
+        if asked is None or name in asked:
+            refused = _make(run, files)
+            if refused and asked is not None:
+                raise EngineError(refused)
+            note = f"baseline {name} was not measured: {refused}" if refused else None
+        else:
+            _remove(files)
+        run.folder.set_note(f"baseline {name}", note)
+
+
+def check_baselines(recipe: Recipe) -> None:
+    """Refuse baselines that the recipe names and that cannot be made here.
+
+    Raises:
+        EngineError: tool or engine are missing; says which command brings them.
+    """
+    for name in recipe.benchmark.baselines or ():
+        baseline = get_baseline(name)
+        get_engine(baseline.engine).version()
+        baseline.tool()
+        baseline.settings(machine_info())
+
+
+def made_baselines(run: Run) -> list[BaselineFiles]:
+    """Baselines that the run has."""
+    asked = run.recipe.benchmark.baselines
+    places = (BaselineFiles(name, run.folder.path) for name in BASELINES if asked is None or name in asked)
+    return [files for files in places if all(path.exists() for path in (files.record, *files.paths))]
+
+
+def _make(run: Run, files: BaselineFiles) -> str:
+    """Make one baseline; returns why it cannot be made, or nothing."""
+    page, machine = files.page, machine_info()
+    try:
+        get_engine(page.engine).version()
+        made_by = BaselineRecord(tool=page.tool(), settings=page.settings(machine))
+    except EngineError as error:
+        _remove(files)
+        return str(error)
+    dense = run.dense_member.file(Variant.FP32).onnx
+    key = content_key(
+        dense=run.file_hash(dense),
+        tool=made_by.tool,
+        settings=made_by.settings,
+        calibration=run.data.calibration_key if page.calibrates else None,
+    )
+    source = DenseSource(dense, lambda: run.dense.model, lambda: _batches(run), machine)
+
+    def work() -> None:
+        _remove(files)
+        making = files.folder.with_name(f".{files.name}.tmp")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        refused = ""
+        try:
+            page.make(source, making)
+            _try(run, TimedFile(making / page.files[0], page.engine))
+            making.rename(files.folder)
+        except EngineError as error:  # other processes of this launch read it; the next run tries again
+            refused = str(error)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        made_by.model_copy(update={"refused": refused}).save(files.record)
+
+    run.folder.make(f"baseline {files.name}", key, [files.record, *files.paths], work)
+    return BaselineRecord.load(files.record).refused
+
+
+def _try(run: Run, file: TimedFile) -> None:
+    """Run a file once; raises :class:`EngineError` where its engine cannot, which would end the benchmark of all."""
+    with Trial(lambda: start_worker(file, run.recipe.environment)) as trial:
+        trial.run(file.path)
+
+
+def _batches(run: Run) -> Sequence[dict[str, np.ndarray]]:
+    """Calibration inputs, one example a call, padded to the tokens that are served; whole calls for static shapes.
+
+    Raises:
+        DataError: fewer examples than a call of static shapes holds.
+    """
+    recipe = run.recipe
+    size = recipe.environment.workload.batch_size if recipe.export.shapes == "static" else 1
+    rows = run.data.calibration_rows[: max(N_CALIBRATION, size)]
+    batches = run.data.encode(rows, size, recipe.environment.workload.seq_len)
+    arrays = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
+    whole = [batch for batch in arrays if len(next(iter(batch.values()))) == size]
+    if not whole:
+        raise DataError(f"expected at least {size} distinct calibration examples, found fewer; give more data")
+    return whole
+
+
+def _remove(files: BaselineFiles) -> None:
+    if distributed.is_first():
+        shutil.rmtree(files.folder, ignore_errors=True)
+        for path in (files.record, files.scores, files.outcomes):
+            path.unlink(missing_ok=True)
+
+
+STAGE = Stage(
+    "baselines",
+    lambda run: "what users get from the dense model without pruning",
+    make_baselines,
+    shown=lambda recipe: recipe.benchmark.measures_baselines,
+)
