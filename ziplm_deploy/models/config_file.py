@@ -36,6 +36,7 @@ _SHARES = (
     *("layer_norm_eps", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"),
     *("attention_dropout", "classifier_dropout", "qa_dropout", "seq_classif_dropout"),
 )
+_NAMES = ("hidden_act", "activation", "position_embedding_type")
 # What would fetch or choose code by name; every model here is built with eager attention.
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -54,7 +55,7 @@ def read_config(path: str, **source: Any) -> transformers.PretrainedConfig:
 def config_of(fields: Mapping[str, Any], path: str) -> transformers.PretrainedConfig:
     """Configuration from the fields of ``config.json``; raises as :func:`read_config`."""
     _check_support(fields, path)
-    wrong = [*_wrong_sizes(fields), *_wrong_shares(fields)]
+    wrong = [*_wrong_sizes(fields), *_wrong_shares(fields), *_wrong_names(fields)]
     if wrong:
         raise CorruptArtifactError(
             f"expected the settings of a model in config.json of {path}, found {', '.join(wrong)}; copy the folder "
@@ -145,6 +146,11 @@ def _wrong_shares(fields: Mapping[str, Any]) -> list[str]:
         for name, value in found.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
     ]
+
+
+def _wrong_names(fields: Mapping[str, Any]) -> list[str]:
+    found = {name: fields[name] for name in _NAMES if fields.get(name) is not None}
+    return [f"{name}: {shown(value)} (expected a name)" for name, value in found.items() if not isinstance(value, str)]
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:

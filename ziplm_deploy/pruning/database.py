@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.artifacts import atomic_path
+from ziplm_deploy.documents import parse_json, shortened
 from ziplm_deploy.errors import CorruptArtifactError, ZipLMError
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
@@ -72,7 +73,7 @@ class Database:
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                head = json.loads((file.metadata() or {})["database"])
+                head = parse_json((file.metadata() or {})["database"])
                 if (head["kind"], head["schema_version"]) != (KIND, SCHEMA_VERSION):
                     raise ValueError(f"kind {head['kind']!r}, schema {head['schema_version']!r}")
                 modules = {name: _read_levels(file, name, errors) for name, errors in head["errors"].items()}
@@ -81,7 +82,7 @@ class Database:
                 scores = {name: file.get_tensor(f"{name}/scores") for name in modules if f"{name}/scores" in keys}
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptArtifactError(
-                f"expected a level database of schema {SCHEMA_VERSION} in {path}, found: {error!r}; "
+                f"expected a level database of schema {SCHEMA_VERSION} in {path}, found: {shortened(repr(error))}; "
                 "delete it and run the prune stage again"
             ) from error
         return cls(modules, damping, scores)

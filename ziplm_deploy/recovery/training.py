@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from ziplm_deploy.documents import read_json
 from ziplm_deploy.errors import DataError, EnvironmentMismatchError, NumericalError, RecipeError, StorageError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.progress import Progress
@@ -264,14 +264,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob("checkpoint-*"):
         try:
             found.append((step_of(path), path))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(path, ignore_errors=True)
     return max(found)[1] if found else None
 
 
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps that a checkpoint has behind it."""
-    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+    return int(read_json(checkpoint / STATE)["global_step"])
 
 
 def _eta(trainer: DistillationTrainer, total: int) -> str:

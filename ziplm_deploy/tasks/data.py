@@ -7,6 +7,7 @@ number. The `datasets` library is asked only for folders and for names that are 
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import random
 import zlib
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ziplm_deploy.documents import shortened
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.tasks.class_names import with_class_names
 from ziplm_deploy.tasks.formats import Row, parse_csv, parse_json_rows, parse_parquet, parse_tsv
@@ -22,6 +24,7 @@ from ziplm_deploy.tasks.nested import parse_nested
 __all__ = ["SUFFIXES", "Row", "cell", "find_columns", "read_rows", "sample_rows"]
 
 _SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # what `Dataset.save_to_disk` leaves in a folder
+MIN_UNPACKED_BYTES, MAX_GZIP_RATIO = 64 << 20, 100  # texts shrink to a third or a tenth
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 
 
@@ -60,7 +63,7 @@ def _read_file(path: Path) -> list[Row]:
     try:
         content = path.read_bytes()
         if path.name.lower().endswith(".gz"):
-            content = gzip.decompress(content)
+            content = _unpacked(content)
         if suffix == ".parquet":
             return parse_parquet(content)
         text = content.decode("utf-8-sig")
@@ -72,6 +75,16 @@ def _read_file(path: Path) -> list[Row]:
     return parse(text, path)
 
 
+def _unpacked(content: bytes) -> bytes:
+    """The content of a gzip file; raises ``ValueError`` for one of nothing but repetition, made to fill memory."""
+    limit = MIN_UNPACKED_BYTES + MAX_GZIP_RATIO * len(content)
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+        unpacked = stream.read(limit + 1)
+    if len(unpacked) > limit:
+        raise ValueError(f"more than {MAX_GZIP_RATIO} times its size unpacked")
+    return unpacked
+
+
 def _read_dataset(source: str, split: str, config_name: str | None, revision: str | None) -> list[Row]:
     import datasets
 
@@ -80,14 +93,20 @@ def _read_dataset(source: str, split: str, config_name: str | None, revision: st
             saved = datasets.load_from_disk(source)
             data = saved[split] if isinstance(saved, dict) else saved
         else:
-            pinned = {} if revision is None else {"revision": revision}
-            data = datasets.load_dataset(source, config_name, split=split, **pinned)
+            options = _without_code(datasets.__version__) | ({} if revision is None else {"revision": revision})
+            data = datasets.load_dataset(source, config_name, split=split, **options)
         return with_class_names([dict(row) for row in data], getattr(data, "features", None))
     except Exception as error:  # the library raises nearly everything: connection, missing split, damaged files …
         raise DataError(
             f"expected {source!r} to be a data file or a data set of the `datasets` library with split {split!r}, "
-            f"found: {type(error).__name__}: {error}; check the name, the split and the network, or give a local file"
+            f"found: {type(error).__name__}: {shortened(str(error))}; check the name, the split and the network, or "
+            "give a local file"
         ) from error
+
+
+def _without_code(version: str) -> dict[str, Any]:
+    """Keywords with which `datasets` runs no script of a data set; from 4.0 on it has forgotten how to."""
+    return {"trust_remote_code": False} if int(version.split(".")[0]) < 4 else {}
 
 
 def find_columns(
