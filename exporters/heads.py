@@ -1,29 +1,53 @@
-"""Heads that belong into the graph but not into the transformers model: pooling and normalization."""
+"""Heads that belong into the graph but not into the transformers model: pooling, Dense layers and normalization."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+
+Pooling = Literal["mean", "cls", "max"]
 
 # Mean pooling of an all-padding row would divide by zero; sentence-transformers clamps at the same value.
 _SMALLEST_TOKEN_COUNT = 1e-9
 
 
 def pool(
-    token_vectors: torch.Tensor, attention_mask: torch.Tensor, pooling: Literal["mean", "cls"], normalize: bool
+    token_vectors: torch.Tensor,
+    attention_mask: torch.Tensor,
+    pooling: Pooling,
+    normalize: bool,
+    dense: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Embedding ``[batch, hidden]`` of token vectors ``[batch, tokens, hidden]`` with mask ``[batch, tokens]``."""
+    """Embedding ``[batch, size]`` of token vectors ``[batch, tokens, hidden]`` with mask ``[batch, tokens]``.
+
+    ``size`` is ``hidden``, or what ``dense`` makes of the pooled vector before it is normalized.
+    """
     if pooling == "cls":
         embedding = token_vectors[:, 0]  # [batch, hidden]
+    elif pooling == "max":
+        padding = attention_mask.unsqueeze(-1) == 0  # [batch, tokens, 1]
+        embedding = token_vectors.masked_fill(padding, torch.finfo(token_vectors.dtype).min).amax(dim=1)
     else:
         weights = attention_mask.unsqueeze(-1).to(token_vectors.dtype)  # [batch, tokens, 1]
         summed = (token_vectors * weights).sum(dim=1)  # [batch, hidden]
         embedding = summed / weights.sum(dim=1).clamp(min=_SMALLEST_TOKEN_COUNT)
+    if dense is not None:
+        embedding = dense(embedding)
     return nn.functional.normalize(embedding, p=2.0, dim=1) if normalize else embedding
+
+
+def sentence_dense(model: nn.Module) -> nn.Sequential | None:
+    """Dense layers ``[batch, hidden]`` to ``[batch, size]`` between pooling and normalization; None if there are none.
+
+    They hang on the encoder as its sub-module ``sentence_dense``, so that they are copied, trained, saved and loaded
+    with it. Its own ``forward`` does not call them.
+    """
+    found = getattr(model, "sentence_dense", None)
+    return found if isinstance(found, nn.Sequential) else None
 
 
 @contextlib.contextmanager
@@ -46,12 +70,12 @@ class EmbeddingModel(nn.Module):
         ValueError: unknown pooling.
     """
 
-    def __init__(self, model: nn.Module, pooling: Literal["mean", "cls"], normalize: bool) -> None:
+    def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
         super().__init__()
-        if pooling not in ("mean", "cls"):
-            raise ValueError(f"expected pooling 'mean' or 'cls', found {pooling!r}; correct it")
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"expected pooling 'mean', 'cls' or 'max', found {pooling!r}; correct it")
         self.model = model
-        self.pooling: Literal["mean", "cls"] = pooling
+        self.pooling: Pooling = pooling
         self.normalize = normalize
         self.training = model.training
 
@@ -63,8 +87,8 @@ class EmbeddingModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """``last_hidden_state`` ``[batch, tokens, hidden]`` and ``sentence_embedding`` ``[batch, hidden]``."""
+        """``last_hidden_state`` ``[batch, tokens, hidden]`` and ``sentence_embedding`` ``[batch, size]``."""
         segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
-        embedding = pool(hidden, attention_mask, self.pooling, self.normalize)
+        embedding = pool(hidden, attention_mask, self.pooling, self.normalize, sentence_dense(self.model))
         return {"last_hidden_state": hidden, "sentence_embedding": embedding}

@@ -115,6 +115,8 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "model.path": ("@other-model", DENSE),
     "model.revision": ("abc", DENSE),
     "model.pooling": ("cls", DENSE | FILES | SCORED | {"quantise"}),
+    "model.prompt": ("the ", DENSE | FILES | SCORED | {"quantise"}),
+    "model.similarity": ("dot", DENSE | FILES | SCORED | {"quantise"}),
     "model.normalize": (False, DENSE | FILES | SCORED | {"quantise"}),
     "data.calibration": ("@other.jsonl", DENSE | {"quantise"}),
     "data.evaluation": ("@other.jsonl", SCORED | {"quantise"}),

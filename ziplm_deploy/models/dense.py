@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from tokenizers import normalizers  # type: ignore[import-untyped]
 from torch import nn
 
 from ziplm_deploy.documents import shortened
 from ziplm_deploy.errors import (
     CorruptArtifactError,
     EnvironmentMismatchError,
-    RecipeError,
     UnsupportedModelError,
     ZipLMError,
 )
@@ -35,6 +34,8 @@ from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.models.processors import check_processor
+from ziplm_deploy.models.sentence_dense import load_layers
+from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS
 
@@ -45,7 +46,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None) -> tuple[nn.Module, Any]:
     """The dense model (eval mode, float32, eager attention) and its tokenizer or image processor.
 
-    A local folder is read without the network. No pickle is opened and no remote code is run.
+    A local folder is read without the network. A sentence-transformers model keeps its Dense layers, as
+    ``model.sentence_dense``, and its tokenizer cuts and lowers texts as its files say. No pickle is opened and
+    no remote code is run.
 
     Args:
         new_head: settings of the configuration (``num_labels``, …) for a model that is about to be fine-tuned: a head
@@ -54,17 +57,20 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     Raises:
         UnsupportedModelError: architecture, weight format or task do not fit, or the head's weights are missing.
         CorruptArtifactError: config or weights are damaged.
-        RecipeError: the model's own settings ask for another pooling.
+        RecipeError: a sentence-transformers model was trained with another pooling, normalization or similarity.
         EnvironmentMismatchError: a package that the model or its processor needs is missing.
     """
-    path = resolve_model_path(model_config.path)
+    root = path = resolve_model_path(model_config.path)
+    own = read_sentence_modules(model_config)
+    settings = completed(model_config, own)
     source: dict[str, Any] = {"trust_remote_code": False}
-    if Path(path).is_dir():
+    if Path(root).is_dir():
         source["local_files_only"] = True
+        path = str(Path(root, own.transformer))
         _check_files(Path(path), TASKS[model_config.task].auto_class)
-        _check_pooling(path, model_config)
-    elif model_config.revision is not None:
-        source["revision"] = model_config.revision
+    else:
+        hub = {"revision": model_config.revision, "subfolder": own.transformer or None}
+        source |= {name: value for name, value in hub.items() if value is not None}
     config = _load_config(path, source)
     architecture_of(config)
     task = TASKS[model_config.task]
@@ -75,24 +81,47 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     model = _load_weights(path, config, task.auto_class, source, may_lack_head=new_head is not None)
     processor = _load_processor(path, task.input_kind, source)
     check_processor(model, processor, task.input_kind, path)
+    if own.source:
+        _check_widths(model, settings, own)
+        load_layers(model, own.dense, root, own.dense_folders, settings.revision)
+        _prepare_texts(processor, settings, own)
     return model, processor
 
 
-def _check_pooling(path: str, settings: ModelConfig) -> None:
-    """Refuse a recipe whose pooling is not the one that the model was trained with (sentence-transformers' folder)."""
-    file = Path(path) / "1_Pooling" / "config.json"
-    if settings.task != "sentence-similarity" or not file.is_file():
-        return
-    try:
-        modes = json.loads(file.read_text(encoding="utf-8"))
-        own = {"cls": modes.get("pooling_mode_cls_token"), "mean": modes.get("pooling_mode_mean_tokens")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CorruptArtifactError(f"expected the pooling settings in {file}, found: {error}; copy it again") from error
-    if not own[settings.pooling]:
-        wanted = [name for name, used in own.items() if used] or ["another pooling, which is not supported"]
-        raise RecipeError(
-            f"expected model.pooling: {wanted[0]}, as {file} says, found {settings.pooling}; change the recipe"
+def _check_widths(model: nn.Module, settings: ModelConfig, own: SentenceModules) -> None:
+    """Raise :class:`CorruptArtifactError` unless each module takes vectors as the one before gives them."""
+    size = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    taken = [(own.width or size, own.width or size), *((layer.in_features, layer.out_features) for layer in own.dense)]
+    for number, (wanted, given) in enumerate(taken, 1):
+        if wanted != size:
+            raise CorruptArtifactError(
+                f"expected vectors of {size} for module {number} of {settings.path}, as the one before it gives, "
+                f"found {wanted}; get the model anew"
+            )
+        size = given
+
+
+def _prepare_texts(processor: Any, settings: ModelConfig, own: SentenceModules) -> None:
+    """Make a tokenizer cut and lower texts as sentence-transformers would."""
+    if own.max_seq_length is not None:
+        processor.model_max_length = own.max_seq_length
+    if own.do_lower_case:
+        lower_texts(processor)
+    if settings.pooling == "cls" and processor.padding_side == "left":
+        raise UnsupportedModelError(
+            f"expected a tokenizer that pads on the right for the pooling cls, found one in {settings.path} that pads "
+            "on the left; set padding_side in its tokenizer_config.json"
         )
+
+
+def lower_texts(processor: Any) -> None:
+    """Lower all letters, and do nothing else, before a tokenizer does what it does; as sentence-transformers does."""
+    if not processor.is_fast:
+        processor.do_lower_case = True
+        return
+    backend = processor.backend_tokenizer
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
 def _load_config(path: str, source: dict[str, Any]) -> Any:

@@ -9,17 +9,27 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from exporters import EmbeddingModel, ExportError, ExportSettings, dummy_inputs, export_encoder
+from exporters.heads import sentence_dense
 from exporters.parity import ParityMismatch, check_parity
-from ziplm_deploy.errors import ParityError, StorageError, UsageError
+from ziplm_deploy.errors import ParityError, RecipeError, StorageError, UsageError
 from ziplm_deploy.recipe import ExportConfig, ModelConfig, Recipe, Variant, Workload
 from ziplm_deploy.tasks import Task
 
 
 def with_embedding_head(model: nn.Module, settings: ModelConfig, export: ExportConfig) -> nn.Module:
-    """The model with what else goes into its graph: pooling and normalization of sentence embeddings."""
-    if settings.task == "sentence-similarity" and export.embed_in_graph:
-        return EmbeddingModel(model, settings.pooling, settings.normalize).eval()
-    return model
+    """The model with what else goes into its graph: pooling, Dense layers and normalization of sentence embeddings.
+
+    Raises:
+        RecipeError: the model has Dense layers, and the recipe wants no embedding in the graph.
+    """
+    if settings.task != "sentence-similarity" or not export.embed_in_graph:
+        if sentence_dense(model) is not None:
+            raise RecipeError(
+                "expected export.embed_in_graph: true for a model with Dense layers after its pooling, which only the "
+                "graph can hold, found false; change the recipe"
+            )
+        return model
+    return EmbeddingModel(model, *settings.head).eval()
 
 
 def output_names(task: Task, export: ExportConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a model lies: a local folder, a hub id, or a folder inside an installed package."""
+"""Where a model lies: a local folder, a hub id, or a folder inside an installed package; and a file in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import importlib.util
 import os
 import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
 
@@ -40,6 +43,42 @@ def public_name(path: str) -> str:
     return path if is_hub_id(path) or path.startswith("package:") else os.path.basename(os.path.abspath(path))
 
 
+def find_file(model: str, name: str, revision: str | None = None, *, must_know: bool = False) -> Path | None:
+    """A file of a folder or of a hub id, through the hub's cache; None where the model has no such file.
+
+    Without a connection a file is not there if it is not in the cache, which for most models was filled at once.
+
+    Args:
+        model: what :func:`resolve_model_path` gives.
+        name: relative path, with ``/``.
+        must_know: a cache that does not say whether there is such a file is an error.
+
+    Raises:
+        UnsupportedModelError: the name leads out of the folder, or the hub cannot be reached and has to be.
+    """
+    parts = PurePosixPath(name).parts
+    if ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name:
+        raise UnsupportedModelError(f"expected files inside of {model}, found {name!r}; get the model anew")
+    if Path(model).is_dir():
+        file = Path(model, *parts)
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except LocalEntryNotFoundError as error:  # before the class that it belongs to: not cached, and no connection
+        if not must_know or try_to_load_from_cache(model, name, revision=revision) is _CACHED_NO_EXIST:
+            return None
+        raise UnsupportedModelError(
+            f"expected a local folder or a reachable hub id, found {model!r}, no connection, and a cache that does not "
+            f"say whether it has a file {name}; download it whole (hf download {model}) and give the folder"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"expected a local folder or a reachable hub id, found {model!r}: {error}; download it and give the folder"
+        ) from error
+
+
 def _package_folder(name: str) -> Path:
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
@@ -48,7 +87,8 @@ def _package_folder(name: str) -> Path:
             f"expected the installed package {name}, found none; run: pip install {shlex.quote(name.replace('_', '-'))}"
         )
     for root in spec.submodule_search_locations or ():
-        for config in sorted(Path(root).rglob("config.json")):
+        # The model's own configuration stands above those of its sentence-transformers modules.
+        for config in sorted(Path(root).rglob("config.json"), key=lambda path: (len(path.parts), path)):
             if any(config.parent.glob("*.safetensors")):
                 return config.parent
     raise UnsupportedModelError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ziplm_deploy.artifacts import Artifact, file_hash, write_bytes_with, write_text
+from ziplm_deploy.artifacts import Artifact, Fields, file_hash, write_bytes_with, write_text
 from ziplm_deploy.documents import read_json, shortened
 from ziplm_deploy.errors import CorruptArtifactError, StorageError, UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
@@ -34,6 +35,9 @@ from ziplm_deploy.models.config_file import (
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
+from ziplm_deploy.models.sentence_dense import DenseLayer, attach, layers_of_dense
+from ziplm_deploy.models.sentence_folder import write_sentence_files
+from ziplm_deploy.models.sentence_modules import completed, read_sentence_modules
 from ziplm_deploy.models.shape import ModelShape, ModuleId
 from ziplm_deploy.recipe import ModelConfig, TaskName
 
@@ -43,16 +47,24 @@ WEIGHTS_FILE = "pruned.safetensors"
 MAX_PRUNING, FREE_PARAMETERS = 16, 1 << 28
 
 
+def _without_dense_layers(fields: Fields) -> Fields:
+    """Fields of schema 2: members did not hold layers after the pooling before."""
+    return {**fields, "dense_layers": ()}
+
+
 class MemberConfig(Artifact):
     """``ziplm_config.json``: what :func:`load` needs beside ``config.json`` and the weights."""
 
     KIND: ClassVar[str] = "ziplm_member"
+    SCHEMA_VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: _without_dense_layers}
 
     model_class: str  # class of transformers
     pooling_layer: bool  # whether the class was built with its pooler
     task: TaskName
     pooling: str
     normalize: bool
+    dense_layers: tuple[DenseLayer, ...]  # between pooling and normalization; weights with the others
     sizes: dict[str, int]  # kept structures a module, "LAYER.KIND"
     kept: dict[str, list[int]]  # indices into the original dense model
     weights_sha256: str
@@ -82,6 +94,9 @@ def save_member(
         StorageError: a file cannot be written.
     """
     folder = Path(folder)
+    own = read_sentence_modules(model_config)
+    complete = completed(model_config, own)
+    pooling, normalize = complete.head
     kept = kept_structures(model)
     shape = model_shape(model.config)  # type: ignore[arg-type]
     try:
@@ -92,14 +107,15 @@ def save_member(
         raise StorageError(f"expected to write {folder}, found: {error.strerror or error}; free disk space") from error
     write_text(folder / "config.json", _config_json(model, kept, shape))
     if model_config.task == "sentence-similarity":
-        _write_sentence_modules(folder, model_config, shape.hidden_size)
+        write_sentence_files(folder, model, complete, own)
     write_bytes_with(folder / WEIGHTS_FILE, lambda path: _save_weights(model, path))
     MemberConfig(
         model_class=type(model).__name__,
         pooling_layer=getattr(model, "pooler", None) is not None,
         task=model_config.task,
-        pooling=model_config.pooling,
-        normalize=model_config.normalize,
+        pooling=pooling,
+        normalize=normalize,
+        dense_layers=layers_of_dense(model),
         sizes={name: len(indices) for name, indices in kept.items()},
         kept=kept,
         weights_sha256=file_hash(folder / WEIGHTS_FILE),
@@ -201,6 +217,7 @@ def _build(config: Any, member: MemberConfig, weights: Path) -> nn.Module:
         weight = torch.zeros(hidden, kept.numel() * module.group_size)
         entry = LevelWeights(kept=kept, weight=weight, bias=torch.zeros(hidden), relative_error=float("nan"))
         install(model, module.layer, build_replacement(model, module, entry))
+    attach(model, member.dense_layers, shapes)
     set_kept(model, member.kept)
     return model
 
@@ -222,19 +239,3 @@ def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape
     # As in transformers >= 5.14: by layer, only what differs from the global value. Older versions ignore it.
     fields |= {"architectures": [type(model).__name__], "per_layer_config": per_layer}
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
-
-
-def _write_sentence_modules(folder: Path, model_config: ModelConfig, hidden_size: int) -> None:
-    """What sentence-transformers needs to use the folder with its ONNX back end."""
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] * model_config.normalize)
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(kinds)
-    ]
-    pooling = {
-        "word_embedding_dimension": hidden_size,
-        "pooling_mode_cls_token": model_config.pooling == "cls",
-        "pooling_mode_mean_tokens": model_config.pooling == "mean",
-    }
-    write_text(folder / "modules.json", json.dumps(modules, indent=1) + "\n")
-    write_text(folder / "1_Pooling" / "config.json", json.dumps(pooling, indent=1) + "\n")

@@ -8,7 +8,7 @@ from ziplm_deploy.recipe.data import DataConfig
 from ziplm_deploy.recipe.export import ExportConfig
 from ziplm_deploy.recipe.latency import ProfileConfig
 from ziplm_deploy.recipe.loading import load_recipe, parse_recipe
-from ziplm_deploy.recipe.model import ModelConfig, TaskName
+from ziplm_deploy.recipe.model import ModelConfig, Pooling, Similarity, TaskName
 from ziplm_deploy.recipe.pruning import MethodName, PruneConfig, SearchConfig
 from ziplm_deploy.recipe.recipe import Recipe
 from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig, TrainConfig
@@ -28,11 +28,13 @@ __all__ = [
     "Int8Config",
     "MethodName",
     "ModelConfig",
+    "Pooling",
     "ProfileConfig",
     "PruneConfig",
     "Recipe",
     "RecoverConfig",
     "SearchConfig",
+    "Similarity",
     "SparsityConfig",
     "TaskName",
     "TrainConfig",

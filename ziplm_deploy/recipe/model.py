@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,10 @@ TaskName = Literal[
     "image-classification",
 ]
 
+Pooling = Literal["mean", "cls", "max"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+_DEFAULTS: dict[str, Any] = {"pooling": "mean", "normalize": True, "prompt": "", "similarity": "cosine"}
+
 
 class ModelConfig(Frozen):
     path: str = Field(
@@ -26,7 +30,41 @@ class ModelConfig(Frozen):
     )
     task: TaskName = Field(description="What the model does; decides head, data columns, metric and ONNX outputs.")
     revision: str | None = Field(None, description="Hub revision; only used with a hub id.")
-    pooling: Literal["mean", "cls"] = Field(
-        "mean", description="How sentence-similarity models turn token vectors into one embedding."
+    pooling: Pooling | None = Field(
+        None,
+        description="How sentence-similarity models turn token vectors into one embedding: `mean`, `cls` or `max`; "
+        "default: as the model's sentence-transformers files say, else `mean`.",
     )
-    normalize: bool = Field(True, description="Scale embeddings to length 1 (sentence-similarity).")
+    normalize: bool | None = Field(
+        None,
+        description="Scale embeddings to length 1 (sentence-similarity); default: as the model's files say, else true.",
+    )
+    prompt: str | None = Field(
+        None,
+        description="Text put before every text (sentence-similarity); default: the model's own default prompt.",
+    )
+    similarity: Similarity | None = Field(
+        None,
+        description="How embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`; default: as the model's "
+        "files say, else `cosine`.",
+    )
+
+    @property
+    def head(self) -> tuple[Pooling, bool]:
+        """Pooling and normalization, as they are given or as is usual."""
+        return self.pooling or "mean", self.normalize is not False
+
+    def with_defaults(self) -> ModelConfig:
+        """A copy in which every setting of embeddings has a value: its own, or that of a model that says nothing."""
+        own = self.model_dump(include=set(_DEFAULTS), exclude_none=True)
+        return self.model_copy(update={**_DEFAULTS, **own})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What results depend on, for content keys: not where the model lies, whose content has a hash of its own.
+
+        Prompt and similarity are left out where they are as they were before there were such fields.
+        """
+        settings = self.with_defaults().model_dump(exclude={"path", "revision"})
+        added = {"prompt", "similarity"}
+        return {name: value for name, value in settings.items() if name not in added or value != _DEFAULTS[name]}

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ziplm_deploy.errors import UsageError
+from ziplm_deploy.errors import RecipeError, UsageError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.modules import model_shape
+from ziplm_deploy.models.sentence_dense import embedding_size
+from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.recipe import Recipe, RecoverConfig
 
 
@@ -16,12 +18,25 @@ def load_teacher(recipe: Recipe, dense: nn.Module, processor: Any) -> nn.Module:
     """The recipe's teacher; the dense model by default.
 
     Raises:
-        UsageError: its vocabulary is another one than that of ``processor``.
+        UsageError: its vocabulary is another one than that of ``processor``, or its embeddings are made otherwise.
     """
     path = recipe.recover.teacher
     if path is None:
         return dense
-    model, own = load_dense(recipe.model.model_copy(update={"path": path, "revision": None}))
+    settings = recipe.model.model_copy(update={"path": path, "revision": None})
+    try:
+        model, own = load_dense(settings)
+    except RecipeError as error:
+        raise UsageError(
+            f"expected a teacher that makes embeddings as {recipe.model.path} does: {error}; or choose another "
+            "recover.teacher"
+        ) from error
+    says = read_sentence_modules(settings)
+    if says.source and (says.prompt or "") != (recipe.model.prompt or ""):
+        raise UsageError(
+            f"expected a teacher with the prompt {recipe.model.prompt!r} of the model, found {says.prompt!r} in "
+            f"{path}; choose another recover.teacher, or set model.prompt"
+        )
     if hasattr(own, "get_vocab") and own.get_vocab() != processor.get_vocab():
         raise UsageError(
             f"expected a teacher with the vocabulary of {recipe.model.path}, found another one in {path}: the "
@@ -38,6 +53,7 @@ def check_teacher(teacher: nn.Module, dense: nn.Module, config: RecoverConfig, s
         found["layers"] = (own.n_layers, other.n_layers)
     if config.logit_weight:
         found["num_labels"] = (getattr(dense.config, "num_labels", 0), getattr(teacher.config, "num_labels", 0))
+        found["embedding size"] = (embedding_size(dense), embedding_size(teacher))
     for name, (wanted, has) in found.items():
         if wanted != has:
             raise UsageError(

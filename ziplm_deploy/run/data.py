@@ -11,6 +11,7 @@ import torch
 
 from exporters import input_names
 from ziplm_deploy.artifacts import content_key, source_hash
+from ziplm_deploy.models.sentence_modules import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.examples import Examples
@@ -24,8 +25,13 @@ from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 class RunData:
     """Calibration, evaluation and training data, read and encoded on first use."""
 
-    def __init__(self, recipe: Recipe, task: Task, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, task: Task, folder: RunFolder, own: SentenceModules) -> None:
         self._recipe, self._task = recipe, task
+        # For keys: what the recipe says of the model, and what the model says of itself.
+        self.model_settings: dict[str, Any] = {
+            **recipe.model.fingerprint,
+            **own.answers(recipe.environment.workload.seq_len),
+        }
         self.calibration_hash = self._hash_of(recipe.data.calibration)
         self.evaluation_hash = self._hash_of(recipe.data.evaluation)
         self.train_hash = self._hash_of(recipe.data.train or recipe.data.calibration)
@@ -40,11 +46,6 @@ class RunData:
         pinned = f"@{revision}" if source is not None and revision is not None and not Path(source).exists() else ""
         return source_hash(source) + pinned + (f"+{linked}" if linked else "")
 
-    @property
-    def _model_settings(self) -> dict[str, Any]:
-        """Model section without where the model lies: its content has a hash of its own."""
-        return self._recipe.model.model_dump(exclude={"path", "revision"})
-
     def _dense_training_key(self, base_hash: str) -> str:
         recipe = self._recipe
         return content_key(
@@ -52,7 +53,7 @@ class RunData:
             data=self.train_hash,
             columns=self.train_columns,
             dense=recipe.dense.model_dump(exclude={"save_steps", "report_to"}),
-            task=self._model_settings,
+            task=self.model_settings,
             seq_len=self._seq_len,
             seed=recipe.seed,
         )
@@ -69,7 +70,7 @@ class RunData:
             data=self.calibration_hash,
             columns=self._recipe.data.model_dump(include=names),
             inputs=self.dense.input_key,
-            task=self._model_settings,
+            task=self.model_settings,
             seq_len=self._seq_len,
             seed=self._recipe.seed,
         )
@@ -82,7 +83,7 @@ class RunData:
             data=self.evaluation_hash,
             columns=self._recipe.data.model_dump(include=names),
             inputs=self.dense.input_key,
-            model=self._model_settings,
+            model=self.model_settings,
             seed=self._recipe.seed,
             seq_len=self._seq_len,
         )

@@ -19,6 +19,7 @@ from ziplm_deploy.machine.memory import keep_freed_memory
 from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import load
+from ziplm_deploy.models.sentence_modules import completed, read_sentence_modules
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.parent import Parent
 from ziplm_deploy.recipe import EngineName, Recipe
@@ -48,11 +49,13 @@ class Run:
     def __init__(self, recipe: Recipe, progress: Progress | None = None) -> None:
         torch.set_num_threads(usable_cores())
         keep_freed_memory()
+        own = read_sentence_modules(recipe.model)
+        recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
         self.recipe = recipe
         self.progress = progress or Progress()
         self.folder = RunFolder(recipe)
         self.task: Task = get_task(recipe.model)
-        self.data = RunData(recipe, self.task, self.folder)
+        self.data = RunData(recipe, self.task, self.folder, own)
         self.dense = self.data.dense
         self.n_stages = 0  # how many will be announced
         self._parent: Parent | None = None
@@ -127,8 +130,8 @@ class Run:
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """Model section without where the model lies: its content has a hash of its own."""
-        return self.recipe.model.model_dump(exclude={"path", "revision"})
+        """Settings of the model that results depend on, of the recipe and of the model itself."""
+        return self.data.model_settings
 
     @property
     def teacher_hash(self) -> str:

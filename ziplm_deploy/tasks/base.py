@@ -182,8 +182,7 @@ class Task(ABC):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Named outputs of a torch model; labels and inputs that it does not take are left out."""
-        # Wrappers of several processes take anything; their model knows.
-        inner = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+        inner = unwrapped(model)
         accepted = _parameters(type(inner).forward) - set(self.label_names)
         if not knows_segments(inner):
             accepted -= {"token_type_ids"}
@@ -229,6 +228,12 @@ def knows_segments(model: nn.Module) -> bool:
     """Whether a model can tell two segments by ``token_type_ids``; others have no embedding for the second."""
     types = getattr(getattr(model, "config", None), "type_vocab_size", 2)
     return not isinstance(types, int) or types >= 2
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of a wrapper of several processes, which takes any input; others as they are."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Sentence embeddings, judged by the rank correlation of their cosines with human similarity scores."""
+"""Sentence embeddings, judged by the rank correlation of their similarities with human similarity scores."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from exporters.heads import pool
+from exporters.heads import pool, sentence_dense
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.recipe import DataConfig
-from ziplm_deploy.tasks.base import Task, Which
+from ziplm_deploy.recipe import DataConfig, ModelConfig, Similarity
+from ziplm_deploy.tasks.base import Task, Which, unwrapped
 from ziplm_deploy.tasks.batching import (
     Arrays,
     Batch,
@@ -30,7 +31,7 @@ NEIGHBOURS = 10
 
 
 class SentenceSimilarity(Task):
-    """Rows: distinct ``{"text"}``; for evaluation ``{"text", "text_pair", "label": float}``."""
+    """Rows: distinct ``{"text"}``; for evaluation ``{"text", "text_pair", "label": float}``; all with the prompt."""
 
     name = "sentence-similarity"
     metric_name = "spearman"
@@ -43,11 +44,19 @@ class SentenceSimilarity(Task):
     label_names = ()  # embeddings are trained against the dense model's
     feature_outputs = ("sentence_embedding",)
 
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model.with_defaults())
+
+    @property
+    def _similarity(self) -> Similarity:
+        return self.model.similarity or "cosine"
+
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
+        prompt = self.model.prompt or ""
         if which != "evaluation":
             columns = self.columns(raw, data, (*self.text_columns, ("sentence",), ("text",)))
             texts = (cell(row, name, str, n, "text") for n, row in enumerate(raw, 1) for name in columns)
-            return [{"text": text} for text in dict.fromkeys(texts) if text.strip()]
+            return [{"text": prompt + text} for text in dict.fromkeys(texts) if text.strip()]
         columns = self.columns(raw, data)
         if len(columns) != 2:
             raise DataError(
@@ -57,8 +66,8 @@ class SentenceSimilarity(Task):
         assert label is not None  # evaluation data without one was refused
         return [
             {
-                "text": cell(row, columns[0], str, number, "text"),
-                "text_pair": cell(row, columns[1], str, number, "text"),
+                "text": prompt + cell(row, columns[0], str, number, "text"),
+                "text_pair": prompt + cell(row, columns[1], str, number, "text"),
                 "label": self._score(row, label, number),
             }
             for number, row in enumerate(raw, 1)
@@ -95,16 +104,19 @@ class SentenceSimilarity(Task):
         position = {row["text"]: index for index, row in enumerate(distinct)}
         left = embeddings[[position[row["text"]] for row in data.rows]]
         right = embeddings[[position[row["text_pair"]] for row in data.rows]]
-        cosine = np.sum(_unit(left) * _unit(right), axis=1)
+        similarity = similarities(left, right, self._similarity)
         labels = np.array([row["label"] for row in data.rows], dtype=np.float64)
-        return value_outcomes(cosine, labels)
+        return value_outcomes(similarity, labels)
 
     def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
-        """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer."""
+        """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer.
+
+        Neighbours are nearest by the similarity that the model was made for.
+        """
         distinct = data.with_rows(flatten(data.rows))
         if len(distinct.rows) <= NEIGHBOURS:
             return {}
-        return embedding_fidelity(self.embed(function, distinct), self.embed(dense, distinct))
+        return embedding_fidelity(self.embed(function, distinct), self.embed(dense, distinct), self._similarity)
 
     def embed(self, function: ModelFunction, data: EvaluationSet) -> np.ndarray:
         """Embeddings ``[rows, hidden]`` of the rows' ``text``, from ``sentence_embedding`` or by pooling here."""
@@ -119,18 +131,25 @@ class SentenceSimilarity(Task):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         outputs = super().forward(model, batch)
-        outputs["sentence_embedding"] = self._pool(outputs["last_hidden_state"], batch["attention_mask"])
+        hidden, dense = outputs["last_hidden_state"], sentence_dense(unwrapped(model))
+        outputs["sentence_embedding"] = self._pool(hidden, batch["attention_mask"], dense)
         return outputs
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["sentence_embedding"]
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
-        """Mean of 1 - cosine between embeddings ``[n, hidden]``."""
+        """Mean of 1 - cosine between embeddings ``[n, size]``.
+
+        Where similarity is not their cosine: half the relative squared distance, the same for those of length 1.
+        """
+        if self._similarity != "cosine":
+            squared = (candidate.float() - dense.float()).square().sum(-1)
+            return (squared / (2 * dense.float().square().sum(-1)).clamp(min=1e-12)).mean()
         return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Mean of 1 - cosine; a temperature has no meaning here."""
+        """The divergence; a temperature has no meaning here."""
         return self.divergence(student, teacher.detach())
 
     def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
@@ -139,9 +158,9 @@ class SentenceSimilarity(Task):
             "set recover.task_weight to 0"
         )
 
-    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [batch, hidden] of hidden states [batch, length, hidden], as the exported graph pools them."""
-        return pool(hidden, mask, self.model.pooling, self.model.normalize)
+    def _pool(self, hidden: Tensor, mask: Tensor, dense: nn.Module | None = None) -> Tensor:
+        """Embeddings [batch, size] of hidden states [batch, length, hidden], as the exported graph makes them."""
+        return pool(hidden, mask, *self.model.head, dense)
 
     def _pool_arrays(self, hidden: np.ndarray, inputs: Arrays) -> np.ndarray:
         pooled = self._pool(torch.from_numpy(as_float32(hidden)), torch.from_numpy(inputs["attention_mask"]))
@@ -154,30 +173,48 @@ def flatten(rows: list[Row]) -> list[Row]:
     return [{"text": text} for text in dict.fromkeys(texts)]
 
 
-def embedding_fidelity(candidate: np.ndarray, dense: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, float]:
-    """Closeness of embeddings ``[n, hidden]`` to the dense model's on the same texts.
+def similarities(left: np.ndarray, right: np.ndarray, kind: Similarity) -> np.ndarray:
+    """Similarity ``[n]`` of the rows of two arrays ``[n, size]``; distances count as negative, as they usually do."""
+    left, right = (np.asarray(each, dtype=np.float64) for each in (left, right))
+    if kind == "euclidean":
+        return -np.asarray(np.linalg.norm(left - right, axis=1))
+    if kind == "manhattan":
+        return -np.asarray(np.abs(left - right).sum(axis=1))
+    if kind == "cosine":
+        left, right = _unit(left), _unit(right)
+    return np.asarray(np.sum(left * right, axis=1))
 
-    Returns ``mean_cosine`` and ``neighbour_overlap``: the mean share of each text's nearest ``neighbours`` (by cosine,
-    itself left out) that both models agree on.
+
+def embedding_fidelity(
+    candidate: np.ndarray, dense: np.ndarray, similarity: Similarity = "cosine", neighbours: int = NEIGHBOURS
+) -> dict[str, float]:
+    """Closeness of embeddings ``[n, size]`` to the dense model's on the same texts.
+
+    Returns ``mean_cosine`` and ``neighbour_overlap``: the mean share of each text's nearest ``neighbours`` (by
+    ``similarity``, itself left out) that both models agree on.
     """
     if candidate.shape[0] != dense.shape[0] or candidate.shape[0] <= neighbours:
         raise DataError(
             f"expected embeddings of the same texts, more than {neighbours}, found {candidate.shape[0]} and "
             f"{dense.shape[0]}; give more texts"
         )
-    a, b = _unit(candidate), _unit(dense)
-    near_a, near_b = (_nearest(vectors, neighbours) for vectors in (a, b))
+    near_a, near_b = (_nearest(vectors, similarity, neighbours) for vectors in (candidate, dense))
     shared = [len(set(one) & set(other)) for one, other in zip(near_a.tolist(), near_b.tolist(), strict=True)]
     return {
-        "mean_cosine": float(np.sum(a * b, axis=1).mean()),
+        "mean_cosine": float(similarities(candidate, dense, "cosine").mean()),
         "neighbour_overlap": float(np.mean(shared)) / neighbours,
     }
 
 
-def _nearest(unit_vectors: np.ndarray, neighbours: int) -> np.ndarray:
-    cosine = unit_vectors @ unit_vectors.T  # [n, n]
-    np.fill_diagonal(cosine, -np.inf)
-    return np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
+def _nearest(vectors: np.ndarray, similarity: Similarity, neighbours: int) -> np.ndarray:
+    """Positions ``[n, neighbours]`` of the other vectors that are most similar to each, in no order."""
+    if similarity in ("cosine", "dot"):
+        vectors = _unit(vectors) if similarity == "cosine" else np.asarray(vectors, dtype=np.float64)
+        nearness = vectors @ vectors.T  # [n, n]
+    else:
+        nearness = -cdist(vectors, vectors, "cityblock" if similarity == "manhattan" else "euclidean")
+    np.fill_diagonal(nearness, -np.inf)
+    return np.argpartition(-nearness, neighbours - 1, axis=1)[:, :neighbours]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,0 +1,344 @@
+"""What a sentence-transformers model says about itself: pooling, Dense layers, normalization, lengths, prompts.
+
+Files of every age are read, of folders and hub ids alike; what cannot be reproduced is refused by name. A model without
+``modules.json`` is a plain transformers model, which says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ziplm_deploy.documents import read_json, shortened
+from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
+from ziplm_deploy.models.location import find_file, resolve_model_path
+from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
+from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
+
+MODULES_FILE = "modules.json"
+POOLING_FILE = "1_Pooling/config.json"
+SETTINGS_FILE = "config_sentence_transformers.json"
+# One name a family of models in old releases; all have the same fields.
+LENGTH_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# Before release 5.4 each pooling had a flag, since then there is one name.
+POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_POOLINGS = ("mean", "cls", "max")
+_SIMILARITIES: dict[str, Similarity] = {
+    **{"cosine": "cosine", "cos_sim": "cosine", "dot": "dot", "dot_score": "dot", "dot_product": "dot"},
+    **{"euclidean": "euclidean", "manhattan": "manhattan"},
+}
+# Fields of modules that change what they answer, and the values with which they do not.
+_PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction",),
+    "module_output_name": ("token_embeddings",),
+    "modality_config": ({"text": _PLAIN_TEXT},),
+    **dict.fromkeys(("processing_kwargs", "processor_kwargs", "tokenizer_args", "config_kwargs", "config_args"), ({},)),
+    **dict.fromkeys(("query_expansion", "query_length", "document_length"), ()),
+}
+_ON_EMBEDDINGS: dict[str, tuple[Any, ...]] = {
+    "module_input_name": ("sentence_embedding",),
+    "module_output_name": ("sentence_embedding",),
+    "use_residual": (False,),
+}
+
+
+class _Fields(BaseModel):
+    """Fields of a JSON file; those that are not read here may be anything."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+_Read = TypeVar("_Read", bound=_Fields)
+
+
+class _Module(_Fields):
+    path: str
+    type: str
+
+
+class _Lengths(_Fields):
+    max_seq_length: int | None = Field(None, ge=1)
+    do_lower_case: bool = False
+
+
+class _Pooling(_Fields):
+    pooling_mode: str | list[str] | None = None
+    include_prompt: bool = True
+    word_embedding_dimension: int | None = None
+    embedding_dimension: int | None = None
+
+
+class _Dense(_Fields):
+    in_features: int
+    out_features: int
+    bias: bool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+
+
+class _Settings(_Fields):
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+    similarity_fn_name: str | None = None
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What a model says; None where it does not."""
+
+    source: str = ""  # folder or hub id, for messages
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    prompt: str | None = None  # put before every text by default
+    similarity: Similarity | None = None
+    include_prompt: bool = True  # whether the tokens of a prompt are pooled, too
+    transformer: str = ""  # sub-folder of the transformers model: old ones have it in 0_Transformer
+    width: int | None = None  # of the vectors that are pooled
+    dense: tuple[DenseLayer, ...] = ()  # after pooling
+    dense_folders: tuple[str, ...] = ()  # where their weights are
+    max_seq_length: int | None = None  # tokens
+    do_lower_case: bool = False
+
+    def answers(self, seq_len: int) -> dict[str, Any]:
+        """What changes answers beside the settings of the recipe, for content keys; empty for a plain model."""
+        found: dict[str, Any] = {}
+        if self.max_seq_length is not None and self.max_seq_length < seq_len:
+            found["max_seq_length"] = self.max_seq_length
+        if self.do_lower_case:
+            found["do_lower_case"] = True
+        if self.dense:
+            found["dense_layers"] = [layer.model_dump() for layer in self.dense]
+        return found
+
+
+def read_sentence_modules(model: ModelConfig) -> SentenceModules:
+    """What a model for sentence similarity says about itself; models for other tasks say nothing.
+
+    Raises:
+        UnsupportedModelError: it has a module, a pooling or a setting that cannot be reproduced.
+        CorruptArtifactError: a file is damaged.
+    """
+    if model.task != "sentence-similarity":
+        return SentenceModules()
+    files = SentenceFiles(resolve_model_path(model.path), model.revision)
+    modules = files.read(MODULES_FILE, must_know=True)
+    if modules is not None:
+        return _read_modules(files, modules)
+    # sentence-transformers would not look at a pooling alone, but somebody has put it there.
+    pooling = files.read(POOLING_FILE) if Path(files.path).is_dir() else None
+    return SentenceModules() if pooling is None else _with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
+
+
+def with_own_settings(model: ModelConfig) -> ModelConfig:
+    """The recipe's settings of a model, completed by what the model says itself, then by what is usual.
+
+    Raises:
+        RecipeError: the recipe asks for another pooling, normalization or similarity than the model was trained with.
+        UnsupportedModelError, CorruptArtifactError: see :func:`read_sentence_modules`.
+    """
+    return completed(model, read_sentence_modules(model))
+
+
+def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
+    """As :func:`with_own_settings`, for a model that was read before."""
+    found: dict[str, Any] = {}
+    for name in ("pooling", "normalize", "similarity"):
+        asked, says = getattr(model, name), getattr(own, name)
+        if None not in (asked, says) and asked != says:
+            raise RecipeError(
+                f"expected model.{name}: {json.dumps(says)}, as the sentence-transformers files of {own.source} say, "
+                f"found {json.dumps(asked)}; change the recipe or leave the field out"
+            )
+        found[name] = asked if says is None else says
+    found["prompt"] = own.prompt if model.prompt is None else model.prompt
+    if found["prompt"] and not own.include_prompt:
+        raise UnsupportedModelError(
+            f"expected a pooling of all tokens, found one in {own.source} that leaves out those of the prompt "
+            f"{found['prompt']!r} (include_prompt: false); set model.prompt: '' or choose another model"
+        )
+    return model.model_copy(update=found).with_defaults()
+
+
+@dataclass(frozen=True)
+class SentenceFiles:
+    """JSON files of a folder or hub id."""
+
+    path: str
+    revision: str | None = None
+
+    def read(self, name: str, *, must_know: bool = False) -> Any:
+        """Content of a file; None if there is none. ``must_know``: see :func:`find_file`.
+
+        Raises:
+            CorruptArtifactError: it is no JSON, or null.  UnsupportedModelError: see :func:`find_file`.
+        """
+        file = find_file(self.path, name, self.revision, must_know=must_know)
+        if file is None:
+            return None
+        try:
+            found = read_json(file)
+        except (OSError, ValueError) as error:
+            raise _damaged(f"{self.path}/{name}", error) from error
+        if found is None:
+            raise _damaged(f"{self.path}/{name}", "null")
+        return found
+
+    def mapping(self, *names: str) -> tuple[str, dict[str, Any]]:
+        """The first of these files that there is, and its fields; the first name and no fields if there is none.
+
+        Raises:
+            CorruptArtifactError, UnsupportedModelError: as :meth:`read`, and a file holds something else.
+        """
+        for name in names:
+            found = self.read(name)
+            if isinstance(found, dict):
+                return name, found
+            if found is not None:
+                raise _damaged(f"{self.path}/{name}", f"a {type(found).__name__} where fields should be")
+        return names[0], {}
+
+
+def length_files(transformer: str) -> list[str]:
+    """Files with the settings of texts, beside a transformers model in this sub-folder."""
+    return [f"{transformer}/{name}" if transformer else name for name in LENGTH_FILES]
+
+
+def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
+    where = f"{files.path}/{MODULES_FILE}"
+    if not isinstance(raw, list):
+        raise _damaged(where, f"a {type(raw).__name__} where a list of modules should be")
+    modules = [_checked(_Module, each, where) for each in raw]
+    kinds = [_kind(module, where) for module in modules]
+    usual = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense")]
+    if kinds not in (usual, [*usual, "Normalize"]):
+        raise UnsupportedModelError(
+            f"expected Transformer, Pooling, then any Dense layers and at most one Normalize in {where}, found "
+            f"{', '.join(kinds) or 'no modules'}; choose another model"
+        )
+    found = SentenceModules(files.path, normalize="Normalize" in kinds, transformer=modules[0].path)
+    found = _with_prompt(_with_texts(found, files), files)
+    for module, kind in zip(modules[1:], kinds[1:], strict=True):
+        name, fields = files.mapping(f"{module.path}/config.json")
+        if kind == "Pooling":
+            if not fields:
+                raise _damaged(f"{files.path}/{name}", "no pooling")
+            found = _with_pooling(found, name, fields)
+            continue
+        _check_neutral(fields, _ON_EMBEDDINGS, f"{files.path}/{name}")
+        if kind == "Dense":
+            layer = _dense_layer(fields, f"{files.path}/{name}")
+            found = replace(found, dense=(*found.dense, layer), dense_folders=(*found.dense_folders, module.path))
+    return found
+
+
+def _kind(module: _Module, where: str) -> str:
+    """Name of a module's class; raises :class:`UnsupportedModelError` for one that is not known."""
+    kind = module.type.rpartition(".")[2]
+    known = ("Transformer", "Pooling", "Dense", "Normalize")
+    if not module.type.startswith("sentence_transformers.") or kind not in known:
+        raise UnsupportedModelError(
+            f"expected modules of sentence-transformers among {', '.join(known)} in {where}, found {module.type}; "
+            "choose a model without it"
+        )
+    return kind
+
+
+def _with_texts(found: SentenceModules, files: SentenceFiles) -> SentenceModules:
+    """Add what is said about lengths and lower case."""
+    name, fields = files.mapping(*length_files(found.transformer))
+    _check_neutral(fields, _NEUTRAL, f"{files.path}/{name}")
+    lengths = _checked(_Lengths, fields, f"{files.path}/{name}")
+    return replace(found, max_seq_length=lengths.max_seq_length, do_lower_case=lengths.do_lower_case)
+
+
+def _with_prompt(found: SentenceModules, files: SentenceFiles) -> SentenceModules:
+    """Add what is said about the default prompt and the similarity."""
+    name, fields = files.mapping(SETTINGS_FILE)
+    where = f"{files.path}/{name}"
+    settings = _checked(_Settings, fields, where)
+    prompts, default, similarity = settings.prompts or {}, settings.default_prompt_name, settings.similarity_fn_name
+    if default is not None and default not in prompts:
+        raise _damaged(where, f"default_prompt_name {default!r} and only prompts {list(prompts)}")
+    if similarity is not None and similarity not in _SIMILARITIES:
+        raise UnsupportedModelError(
+            f"expected similarity_fn_name {', '.join(_SIMILARITIES)} in {where}, found {similarity!r}; choose another "
+            "model"
+        )
+    return replace(
+        found,
+        prompt=None if default is None else prompts[default],
+        similarity=None if similarity is None else _SIMILARITIES[similarity],
+    )
+
+
+def _with_pooling(found: SentenceModules, name: str, fields: Any) -> SentenceModules:
+    where = f"{found.source}/{name}"
+    settings = _checked(_Pooling, fields, where)
+    flags = {mode: fields[flag] for flag, mode in POOLING_FLAGS.items() if flag in fields}
+    modes = settings.pooling_mode
+    if modes is None:
+        modes = [mode for mode, used in flags.items() if used] if flags else "mean"
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise UnsupportedModelError(
+            f"expected exactly one pooling of {', '.join(_POOLINGS)} in {where}, found {' + '.join(modes) or 'none'}; "
+            "choose another model"
+        )
+    return replace(
+        found,
+        pooling=cast("Pooling", modes[0]),
+        include_prompt=settings.include_prompt,
+        width=settings.embedding_dimension or settings.word_embedding_dimension,
+    )
+
+
+def _dense_layer(fields: dict[str, Any], where: str) -> DenseLayer:
+    settings = _checked(_Dense, fields, where)
+    module, _, activation = settings.activation_function.rpartition(".")
+    if not module.startswith("torch.nn") or activation not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"expected an activation_function of torch.nn among {', '.join(ACTIVATIONS)} in {where}, found "
+            f"{settings.activation_function!r}; choose another model"
+        )
+    sizes = settings.model_dump(include={"in_features", "out_features", "bias"})
+    try:
+        return DenseLayer.model_validate({**sizes, "activation": activation})
+    except ValidationError as error:
+        raise _damaged(where, error) from error
+
+
+def _check_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
+    """Refuse settings that change answers in a way that is not known here."""
+    for name, values in neutral.items():
+        if fields.get(name) is not None and fields[name] not in values:
+            raise UnsupportedModelError(
+                f"expected {where} without {name}: {json.dumps(fields[name])}, which is not supported; choose another "
+                "model"
+            )
+
+
+def _checked(kind: type[_Read], fields: Any, where: str) -> _Read:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: str, found: object) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"expected settings of sentence-transformers in {where}, found {shortened(str(found))}; get it anew"
+    )
