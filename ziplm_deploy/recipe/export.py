@@ -15,5 +15,6 @@ class ExportConfig(Frozen):
     )
     opset: int = Field(17, ge=14, le=20, description="ONNX opset; 17 is the first with LayerNormalization.")
     embed_in_graph: bool = Field(
-        True, description="Sentence-similarity: add pooling and normalization as output `sentence_embedding`."
+        True,
+        description="Sentence-similarity: add pooling, Dense layers and normalization as output `sentence_embedding`.",
     )
