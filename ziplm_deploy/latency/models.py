@@ -15,6 +15,7 @@ from exporters import ExportError, ExportSettings, dummy_inputs, export_encoder
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, NO_LAYERS
 from ziplm_deploy.latency.request import TableRequest
+from ziplm_deploy.latency.shared_input import with_shared_input
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.deployed import FLOAT32, Treatment
 from ziplm_deploy.models.modules import layers_of
@@ -55,6 +56,7 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
     """Every model that a table needs; built one at a time to bound memory."""
     dense, treatment, wrap, depth = request.dense, request.treatment, request.wrap, request.profile.stack_depth
     stack = random_stack(dense.config, depth)  # type: ignore[arg-type]
+    layer = type(layers_of(stack)[0])
 
     # What a treatment changes must be a copy: parts of the dense model are shared with whoever gave it.
     def whole(model: nn.Module) -> nn.Module:
@@ -63,7 +65,10 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
     def cell(kind: ModuleKind, size: int) -> nn.Module:
         sizes = {"attention": 0, "ffn": 0} | {kind: size}
         resized = random_resized(stack, {f"{layer}.{name}": sizes[name] for layer in range(depth) for name in sizes})
-        return treatment.prepare(resized)
+        return with_shared_input(treatment.prepare(resized), layer)
+
+    def bare(model: nn.Module) -> nn.Module:
+        return with_shared_input(treatment.prepare(copy.deepcopy(without_layers(model))), layer)
 
     yield TableModel(DENSE, lambda: wrap(dense), request.output_names, FLOAT32)
     if request.times_dense_as_served:
@@ -71,8 +76,8 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
     for model_id, sizes in request.grid.pruned_samples.items():
         build = lambda sizes=sizes: whole(random_resized(dense, sizes))  # noqa: E731
         yield TableModel(model_id, build, request.output_names, treatment)
-    yield TableModel(BASE, lambda: whole(without_layers(dense)), request.output_names, treatment)
-    yield TableModel(NO_LAYERS, lambda: treatment.prepare(copy.deepcopy(without_layers(stack))), HIDDEN, treatment)
+    yield TableModel(BASE, lambda: wrap(bare(dense)), request.output_names, treatment)
+    yield TableModel(NO_LAYERS, lambda: bare(stack), HIDDEN, treatment)
     for model_id, (kind, size) in request.grid.cell_ids.items():
         yield TableModel(model_id, functools.partial(cell, kind, size), HIDDEN, treatment)
 

@@ -15,6 +15,7 @@ from ziplm_deploy.errors import IncompatibleArtifactError
 from ziplm_deploy.latency.grid import DENSE, Grid
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.deployed import FLOAT32, Treatment, export_settings
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.shape import ModelShape
@@ -67,6 +68,9 @@ class TableRequest:
             parts.append(f"images of {config.image_size} in patches of {config.patch_size}")
         else:
             parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
+        shared = architecture_of(config).shared_input
+        if shared is not None:  # tables from before had a share of it in each cell
+            parts.append(f"{shared} in the base")
         return ", ".join([*parts, f"outputs {' '.join(self.output_names)}"])
 
     @property

@@ -34,6 +34,7 @@ class Architecture:
     config_layers: str = "num_hidden_layers"
     config_ffn_width: str = "intermediate_size"
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
+    shared_input: str | None = None  # argument of every layer that the model computes once for all of them
 
     def block(self, kind: ModuleKind) -> str:
         """Path of the block that is replaced when a module of this kind shrinks."""
