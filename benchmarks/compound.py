@@ -30,7 +30,6 @@ from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.compression.records import facts_of
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.treatment import target_treatment
-from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.engines.trial import Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, compare, start_worker
@@ -60,7 +59,6 @@ from ziplm_deploy.stages.compress import compress_member
 from ziplm_deploy.stages.evaluate import evaluate_file, scores_of
 from ziplm_deploy.stages.export import export_member
 from ziplm_deploy.stages.quantize import int8_record
-from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 
 ENGINES: tuple[EngineName, ...] = ("deepsparse", "onnxruntime", "openvino")  # the first makes the sparse checkpoints
 VARIANTS = tuple(Variant)
@@ -141,8 +139,8 @@ def files_of(run: Run) -> list[dict[str, Any]]:
         compress_member(run, member)
     rows = []
     dense = TimedFile(run.dense_member.file(Variant.FP32).onnx, environment.engine)
-    with open_runner(environment, dense.path) as runner, Trial(lambda: start_worker(dense, environment)) as trial:
-        dense_run = cache_embeddings(runner)
+    answers = run.answers.take(dense.path, Variant.FP32, environment.engine)
+    with answers as dense_answers, Trial(lambda: start_worker(dense, environment)) as trial:
         for member, variant in itertools.product(run.members, VARIANTS):
             file = member.file(variant)
             row = file_row(run, file)
@@ -151,7 +149,7 @@ def files_of(run: Run) -> list[dict[str, Any]]:
             except EngineError:
                 rows.append(row | {"refused": True})
                 continue
-            evaluate_file(run, file, dense_run)
+            evaluate_file(run, file, dense_answers)
             rows.append(row | {"score": scores_of(run, file)[metric], "metric": metric})
     return rows
 

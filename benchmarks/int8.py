@@ -85,6 +85,7 @@ def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) ->
     quantize_file(run, file)
     record = Int8Record.load(file.int8_record)
     facts = {"fp32_linears": len(record.fp32_linears), "within_budget": record.within_budget, "tried": record.scores}
+    facts["n_choosing"] = record.n_choosing
     return file.onnx, score_of(run, file.onnx, Variant.INT8), {"engine": engine, **facts}
 
 

@@ -159,6 +159,22 @@ def test_the_budget_holds_where_the_file_serves_too(tmp_path: Path) -> None:
     assert served.reason == "outside the accuracy budget on the engine that serves (0.8810 against 0.9000)"
 
 
+def test_looks_at_the_examples_that_chose_are_counted(tmp_path: Path) -> None:
+    run = int8_run(tmp_path, benchmark_record(**{"2x": 2.0, "2x int8": 2.5}))
+    file = run.member("2x").file(Variant.INT8)
+    judged = {"n_choosing": 101, "whole_score": 0.85, "whole_reference_score": 0.88}
+    int8_record(**judged, scores=[0.8, 0.865]).save(file.int8_record)
+    # The half that chose was lucky. The same engine gives the same answers: what they are worth, intervals tell.
+    file.scores.write_text('{"spearman": 0.85}', encoding="utf-8")
+    found = run.files("2x")[1]
+    assert found.facts["chosen by"] == "2 looks at 101 examples"
+    assert found.reason == ""
+    file.scores.write_text('{"spearman": 0.84}', encoding="utf-8")
+    assert run.files("2x")[1].reason == (
+        "outside the accuracy budget on the engine that serves (0.8400 against 0.8800)"
+    )
+
+
 def test_a_target_missed_after_the_closed_loop_says_that_it_was_reached_there(tmp_path: Path) -> None:
     timed = {"2x": 1.5, "4x": 2.0, "dense int8": 1.5, "2x int8": 1.8, "4x int8": 3.0}
     run = int8_run(tmp_path, benchmark_record(**timed), compress={**INT8, "target": "int8"})

@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
     "recover": {"mode": "one-shot", "max_steps": 1, "batch_size": 8},
     "compress": {
         "variants": ["int8", "sparse", "sparse-int8"],
-        "int8": {"method": "static", "n_calibration": 8},
+        "int8": {"method": "static", "n_calibration": 8, "reduce_range": False},
         "train": {"mode": "distil", "max_steps": 1, "batch_size": 8},
     },
     "benchmark": {"baselines": ["onnxruntime-int8"]},
@@ -37,7 +37,8 @@ BASE: dict[str, Any] = {
 }
 # Stages by what their keys hold in common.
 DENSE = {"calibrate", "export", "prune", "recover", "sparsify", "train dense"}  # the dense model
-EXAMPLES = {"calibrate", "prune", "sparsify", "quantise"}  # calibration examples
+INT8 = {"quantise", "rank linears"}
+EXAMPLES = {"calibrate", "prune", "sparsify", *INT8}  # calibration examples
 FILES = {"export", "export pruned", "export sparse"}
 SCORED = {"evaluate", "evaluate pruned"}
 TIMED = {"benchmark", "benchmark of"}
@@ -111,23 +112,23 @@ def repeated(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
 
 # field: another value ("@" stands for the folder of the data), and the stages that it repeats
 TABLE: dict[str, tuple[Any, set[str]]] = {
-    "seed": (7, DENSE | SCORED | {"quantise"}),
+    "seed": (7, DENSE | SCORED | INT8),
     "model.path": ("@other-model", DENSE),
     "model.revision": ("abc", DENSE),
-    "model.pooling": ("cls", DENSE | FILES | SCORED | {"quantise"}),
-    "model.prompt": ("the ", DENSE | FILES | SCORED | {"quantise"}),
-    "model.similarity": ("dot", DENSE | FILES | SCORED | {"quantise"}),
-    "model.normalize": (False, DENSE | FILES | SCORED | {"quantise"}),
-    "data.calibration": ("@other.jsonl", DENSE | {"quantise"}),
+    "model.pooling": ("cls", DENSE | FILES | SCORED | INT8),
+    "model.prompt": ("the ", DENSE | FILES | SCORED | INT8),
+    "model.similarity": ("dot", DENSE | FILES | SCORED | INT8),
+    "model.normalize": (False, DENSE | FILES | SCORED | INT8),
+    "data.calibration": ("@other.jsonl", DENSE | INT8),
     "data.evaluation": ("@other.jsonl", SCORED | {"quantise"}),
     "data.train": ("@other.jsonl", DENSE),
-    "data.calibration_split": ("other", DENSE | {"quantise"}),
+    "data.calibration_split": ("other", DENSE | INT8),
     "data.train_split": ("other", set()),
     "data.evaluation_split": ("other", SCORED | {"quantise"}),
     "data.revision": ("abc", set()),  # of a name; these are files
-    "data.config_name": ("other", DENSE | SCORED | {"quantise"}),
-    "data.text_columns": (["text"], DENSE | SCORED | {"quantise"}),
-    "data.label_column": ("label", DENSE | SCORED | {"quantise"}),
+    "data.config_name": ("other", DENSE | SCORED | INT8),
+    "data.text_columns": (["text"], DENSE | SCORED | INT8),
+    "data.label_column": ("label", DENSE | SCORED | INT8),
     "data.n_calibration": (32, EXAMPLES),
     "data.n_evaluation": (20, SCORED | {"quantise"}),
     "data.n_train": (32, DENSE),
@@ -135,7 +136,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "environment.threads": (2, TIMED | {"profile", "quantise"}),
     "environment.huge_pages": (True, TIMED | {"profile", "quantise"}),
     "environment.workload.batch_size": (2, FILES | TIMED | {"profile", "quantise"}),
-    "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | {"profile", "quantise"}),
+    "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | INT8 | {"profile"}),
     "profile.table": ("@table.json", {"profile"}),
     "profile.allow_foreign_table": (True, set()),
     "profile.stack_depth": (3, {"profile"}),
@@ -169,9 +170,9 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "compress.int8.backend": ("neural-compressor", {"quantise"}),
     "compress.int8.ranges": ("entropy", {"quantise"}),
     "compress.int8.percentile": (99.9, {"quantise"}),
-    "compress.int8.n_calibration": (9, {"quantise"}),
-    "compress.int8.per_channel": (False, {"quantise"}),
-    "compress.int8.reduce_range": (True, {"quantise"}),
+    "compress.int8.n_calibration": (9, INT8),
+    "compress.int8.per_channel": (False, INT8),
+    "compress.int8.reduce_range": (True, INT8),
     "compress.int8.embeddings": (False, {"quantise"}),
     "compress.int8.max_loss": (0.02, {"quantise"}),
     "compress.int8.max_fp32_share": (0.4, {"quantise"}),
@@ -247,7 +248,7 @@ def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(
         with monkeypatch.context() as patch:
             (tmp_path / name).mkdir()
             found = repeated(finished, tmp_path / name, patch, "model.path", f"@{name}")
-        assert found == DENSE | SCORED | {"quantise"}, name
+        assert found == DENSE | SCORED | INT8, name
 
 
 def test_an_unchanged_recipe_repeats_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,17 +244,17 @@ def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scor
         quantize(source, target, dataclasses.replace(int8, config=plain))
         return NeuralCompressorResult((evaluate(source), evaluate(target))[1:], (), True)
 
-    def score(of: Run, path: Path, variant: Variant, engine: str) -> float:
+    def score(of: Any, path: Path) -> float:
         scored.append(has_rounded_embeddings(path))
         return 0.9
 
     monkeypatch.setattr(quantize_stage, "quantize_with_neural_compressor", tool)
-    monkeypatch.setattr(quantize_stage, "score_of", score)
+    monkeypatch.setattr("ziplm_deploy.stages.budget.BudgetJudge.score", score)
     settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor", "embeddings": embeddings}}
     [of] = Run(recipe(made, output_dir=str(tmp_path), compress=settings)).pruned_members
     int8 = of.file(Variant.INT8)
     quantize_stage.quantize_file(Run(recipe(made, output_dir=str(tmp_path), compress=settings)), int8)
-    assert scored == [False, embeddings]
+    assert scored == [embeddings]  # the float32 file's score is known
     assert has_rounded_embeddings(int8.onnx) is embeddings
     assert Int8Record.load(int8.int8_record).embeddings is embeddings
 
@@ -269,7 +269,7 @@ def test_trained_scales_survive_a_failure_after_training(
     }
     changed = recipe(made, compress=settings, output_dir=str(tmp_path))
     with monkeypatch.context() as broken:
-        broken.setattr("ziplm_deploy.stages.quantize.score_of", lambda *a, **k: float("nan"))
+        broken.setattr("ziplm_deploy.stages.budget.BudgetJudge.score", lambda *a: float("nan"))
         with pytest.raises(NumericalError, match="finite score"):
             run(changed)
     assert list((tmp_path / "tiny" / "recovery").glob("dense-int8-*/checkpoint-2"))
@@ -293,8 +293,8 @@ def test_without_evaluation_data_there_is_no_budget(tmp_path: Path, made: Path) 
 
 def test_a_budget_that_cannot_be_held_is_said(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter(np.linspace(0.5, 0.4, 100))
-    monkeypatch.setattr("ziplm_deploy.stages.quantize._Quantization._reference_score", lambda self: 0.9)
-    monkeypatch.setattr("ziplm_deploy.stages.quantize.score_of", lambda *a, **k: float(next(scores)))
+    monkeypatch.setattr("ziplm_deploy.stages.budget.BudgetJudge.reference_score", 0.9)
+    monkeypatch.setattr("ziplm_deploy.stages.budget.BudgetJudge.score", lambda self, path: float(next(scores)))
     report = run(recipe(made, compress={"variants": ["int8"], "int8": {"n_calibration": 8}}, output_dir=str(tmp_path)))
     file = report.members[1].files[1]
     assert file.facts["budget"] == "not held"

@@ -20,8 +20,20 @@ class LinearSensitivity(BaseModel):
     weight_outliers: float
 
 
+class LinearRanking(Artifact):
+    """Linears of a float32 model, those first that INT8 hurts most."""
+
+    KIND: ClassVar[str] = "linear_ranking"
+
+    linears: list[LinearSensitivity]
+
+
 class Int8Record(Artifact):
-    """How an INT8 file was made, and whether it holds its accuracy budget."""
+    """How an INT8 file was made, and whether it holds its accuracy budget.
+
+    ``scores`` and ``reference_score`` are of the half of the evaluation examples that candidates are compared on; no
+    choice looks at the other half, so that what a file scores there is not too good.
+    """
 
     KIND: ClassVar[str] = "int8_record"
 
@@ -35,7 +47,10 @@ class Int8Record(Artifact):
     fp32_linears: list[str]  # stayed float32 to hold the budget
     reference_score: float | None  # of the file before INT8; None: no evaluation data, so no budget
     scores: list[float]  # of the candidates, in the order in which they were tried
-    within_budget: bool | None
+    within_budget: bool | None  # by the examples that chose
+    n_choosing: int | None = None  # evaluation examples that chose; None: all of them, in files from before
+    whole_score: float | None = None  # on all evaluation examples, by the engine that judged
+    whole_reference_score: float | None = None  # of the file before INT8, on all of them
     sensitivities: list[LinearSensitivity]  # the most sensitive first
     ruined_by_outliers: list[str]
     training: TrainingRecord | None = None
@@ -49,10 +64,12 @@ def outside_budget(record: Int8Record | None, served_score: float | None = None,
     """
     if record is None or record.reference_score is None:
         return ""
-    reference = record.reference_score
     if record.within_budget is False:
-        return f"outside the accuracy budget ({max(record.scores):.4f} against {reference:.4f})"
-    if served_score is not None and reference - served_score > max_loss * abs(reference):
+        return f"outside the accuracy budget ({max(record.scores):.4f} against {record.reference_score:.4f})"
+    reference = record.reference_score if record.whole_reference_score is None else record.whole_reference_score
+    if served_score is None or served_score == record.whole_score:  # what was judged is what serves
+        return ""
+    if reference - served_score > max_loss * abs(reference):
         return f"outside the accuracy budget on the engine that serves ({served_score:.4f} against {reference:.4f})"
     return ""
 
@@ -77,8 +94,8 @@ def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
         return (
             f"{title}: {max(record.scores):.4f} is outside the accuracy budget (max_loss {max_loss:g} of "
             f"{record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
-            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32{kept}; {why}; try int8.method qat"
-            f"{embeddings}, or a larger max_fp32_share"
+            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32{kept}; {why}; try "
+            f"int8.method qat{embeddings}, or a larger max_fp32_share"
         )
     if kept:
         return f"{title}: stayed float32 to hold the accuracy budget{kept}"
@@ -98,6 +115,9 @@ def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[s
         facts["INT8"] = f"{int8.method}{by}, {int8.weight_bits}-bit weights{embeddings}"
         if int8.fp32_linears:
             facts["float32"] = f"{len(int8.fp32_linears)} of {int8.n_linears} linears"
+        if int8.n_choosing is not None:
+            looks = f"{len(int8.scores)} look{'s' if len(int8.scores) > 1 else ''}"
+            facts["chosen by"] = f"{looks} at {int8.n_choosing} examples"
         if int8.within_budget is False:
             facts["budget"] = "not held"
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,3 +76,15 @@ def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]
             return worker.infer("model", fitted(inputs, wanted))
 
         yield run
+
+
+@contextlib.contextmanager
+def open_when_asked(environment: Environment, path: Path) -> Iterator[ModelFunction]:
+    """A file as by :func:`open_runner`, opened with its first call: nothing is loaded for answers that nobody needs."""
+    with contextlib.ExitStack() as opened:
+
+        @functools.cache
+        def runner() -> ModelFunction:
+            return opened.enter_context(open_runner(environment, path))
+
+        yield lambda inputs: runner()(inputs)

@@ -67,6 +67,10 @@ class Member:
         """Plan that is about as fast as the member's will be, made without a search; its file lies beside it."""
         return self.run_folder / "pruning" / f"{self.name}-draft.json"
 
+    @property
+    def linear_ranking(self) -> Path:
+        return self.compressed_folder / "linears.json"
+
     def stand_in(self, variant: Variant) -> Path:
         """ONNX file as fast as a variant of this member will be, with other weights: what the closed loop measures."""
         return self.run_folder / "pruning" / f"{self.name}-{variant}.onnx"

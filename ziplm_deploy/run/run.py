@@ -25,6 +25,7 @@ from ziplm_deploy.pruning.parent import Parent
 from ziplm_deploy.recipe import EngineName, Recipe
 from ziplm_deploy.recovery.teacher import Teacher, make_teacher
 from ziplm_deploy.recovery.teacher_model import load_teacher
+from ziplm_deploy.run.answers import KnownAnswers
 from ziplm_deploy.run.data import RunData
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.run.member import Member, PrunedMember
@@ -146,6 +147,11 @@ class Run:
     @functools.cached_property
     def onnx_export(self) -> OnnxExport:
         return OnnxExport.from_recipe(self.recipe, self.task)
+
+    @functools.cached_property
+    def answers(self) -> KnownAnswers:
+        """Answers on the evaluation examples that a later stage needs again."""
+        return KnownAnswers(self.recipe.environment, self.task, self.data)
 
     @functools.cached_property
     def teacher_model(self) -> nn.Module:

@@ -8,13 +8,13 @@ from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.recipe import EngineName, Variant
+from ziplm_deploy.run.answers import Answers
 from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
-from ziplm_deploy.tasks import ModelFunction
 from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.record import Scores
@@ -30,9 +30,7 @@ def evaluate(run: Run) -> None:
     if run.trains:
         refused = refused_files(run)
         files += [member.as_pruned for member in run.pruned_members if member.name not in refused]
-    baseline = recipe.environment.model_copy(update={"engine": recipe.baseline_engine})
-    with open_runner(baseline, run.dense_member.file(Variant.FP32).onnx) as runner:
-        dense = cache_embeddings(runner)
+    with run.answers.take(run.dense_member.file(Variant.FP32).onnx, Variant.FP32, recipe.baseline_engine) as dense:
         for index, file in enumerate(files):
             evaluate_file(run, file, dense)
             run.progress.step(index + 1, len(files))
@@ -41,7 +39,7 @@ def evaluate(run: Run) -> None:
                 evaluate_baseline(run, each, dense)
 
 
-def evaluate_file(run: Run, file: ModelFile, dense: ModelFunction) -> None:
+def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
     """Write the scores of a file beside it; fidelity to the dense file too, where the task has one.
 
     ``dense``: the dense model in the engine of the baseline.
@@ -59,18 +57,17 @@ def evaluate_file(run: Run, file: ModelFile, dense: ModelFunction) -> None:
 
     def work() -> None:
         if is_baseline:
-            outcomes, fidelity = run.task.outcomes(dense, data), {}
+            outcomes, fidelity = dense.outcomes, {}
         else:
-            with open_runner(recipe.environment, file.onnx) as runner:
-                own = cache_embeddings(runner)
-                outcomes, fidelity = run.task.outcomes(own, data), run.task.fidelity(own, dense, data)
+            with run.answers.take(file.onnx, file.variant, engine) as own:
+                outcomes, fidelity = own.outcomes, run.task.fidelity(own.function, dense.function, data)
         _save(run, file, outcomes, fidelity, engine, run.engine_versions[engine])
 
     stage = f"evaluate pruned {file.label}" if file.is_before_training else f"evaluate {file.label}"
     run.folder.make(stage, key, [file.scores, file.outcomes], work)
 
 
-def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: ModelFunction) -> None:
+def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None:
     """Write the scores of a baseline, on its own engine; ``dense`` as in :func:`evaluate_file`."""
     engine = baseline.page.engine
     version = get_engine(engine).version()
@@ -86,7 +83,7 @@ def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: ModelFunction) -
     def work() -> None:
         with open_runner(run.recipe.environment.model_copy(update={"engine": engine}), baseline.paths[0]) as runner:
             own = cache_embeddings(runner)
-            outcomes, fidelity = run.task.outcomes(own, data), run.task.fidelity(own, dense, data)
+            outcomes, fidelity = run.task.outcomes(own, data), run.task.fidelity(own, dense.function, data)
         _save(run, baseline, outcomes, fidelity, engine, version)
 
     run.folder.make(f"evaluate baseline {baseline.name}", key, [baseline.scores, baseline.outcomes], work)

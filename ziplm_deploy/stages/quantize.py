@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from exporters import ExportError, to_integer_matmul
 from ziplm_deploy.artifacts import atomic_path, content_key
-from ziplm_deploy.compression.divergence import divergence_from
 from ziplm_deploy.compression.int8.budget import Fp32Choice, within_budget
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings_of
 from ziplm_deploy.compression.int8.fake_quant import (
@@ -26,7 +27,7 @@ from ziplm_deploy.compression.int8.fake_quant import (
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
 from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
-from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
+from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
@@ -35,23 +36,25 @@ from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.models.member_files import load
-from ziplm_deploy.recipe import EngineName, Variant
+from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.budget import BudgetJudge
 from ziplm_deploy.stages.export import export_checked
+from ziplm_deploy.stages.rank_linears import ranked_linears
 from ziplm_deploy.stages.recover import distillation, training_key
 
 Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
-LOOKED_AT = 32  # examples for the sensitivity of linears: each linear takes a forward pass over them
 
 
 def quantize_file(run: Run, file: ModelFile) -> None:
     """``model_int8.onnx`` or ``model_sparse_int8.onnx`` of a member, and the record of how it was made."""
     recipe, config = run.recipe, served_int8(run.recipe)
     source = file.member.sparse_folder if file.variant.is_sparse else file.member.folder
-    trains = config.method == "qat"
+    trains, engine = config.method == "qat", recipe.environment.engine
+    settings = Int8Settings(config, engine, reduces_range(config))
+    sensitivities = ranked_linears(run, file.member, settings)
     key = content_key(
         source=run.file_hash(source / Variant.FP32.onnx_file),
         int8=config,
@@ -60,17 +63,12 @@ def quantize_file(run: Run, file: ModelFile) -> None:
         evaluation=run.data.evaluation_key,
         environment=recipe.environment.fingerprint,
         training=training_key(run, recipe.compress.train) if trains else None,
-        **_positions(run),
+        ranking=run.file_hash(file.member.linear_ranking),
     )
     checkpoints = run.folder.checkpoints(f"{file.label.replace(' ', '-')}-{key[:12]}")
-    work = _Quantization(run, file, source, checkpoints).make
+    work = _Quantization(run, file, source, checkpoints, settings, sensitivities).make
     # Manifests know this stage by the spelling that it began with.
     run.folder.make(f"quantise {file.label}", key, [file.onnx, file.int8_record], work, together=trains)
-
-
-def _positions(run: Run) -> dict[str, str]:
-    """Stands for the positions that ranges and sensitivities are taken from, in keys; files of images are as ever."""
-    return {} if run.task.input_kind == "image" else {"positions": "tokens"}
 
 
 def int8_record(file: ModelFile) -> Int8Record | None:
@@ -85,12 +83,19 @@ def int8_record(file: ModelFile) -> Int8Record | None:
 class _Quantization:
     """One file on its way from float32 to INT8."""
 
-    def __init__(self, run: Run, file: ModelFile, source: Path, checkpoints: Path) -> None:
+    def __init__(
+        self,
+        run: Run,
+        file: ModelFile,
+        source: Path,
+        checkpoints: Path,
+        settings: Int8Settings,
+        sensitivities: list[SensitivityRow],
+    ) -> None:
         self.run, self.file, self.source = run, file, source
         self.checkpoints = checkpoints
-        self.config = served_int8(run.recipe)
-        self.engine = run.recipe.environment.engine
-        self.settings = Int8Settings(self.config, self.engine, reduces_range(self.config))
+        self.settings, self.sensitivities = settings, sensitivities
+        self.config, self.engine = settings.config, settings.engine
 
     def make(self) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
@@ -103,26 +108,24 @@ class _Quantization:
                     if self.config.embeddings:
                         round_embeddings_of(made)
                     _publish(made, self.file.onnx)
-                    self._record([], None, None, has_rounded_embeddings(made)).save(self.file.int8_record)
+                    self._record(None, None, has_rounded_embeddings(made)).save(self.file.int8_record)
                 return
-            training, choice, sensitivities = self._make(model, made, Path(scratch))
+            judge = self._judge() if distributed.is_first() else None
+            training, choice = self._make(model, made, Path(scratch), judge)
             if not distributed.is_first():
                 return
             if self.file.variant.is_sparse:
                 check_masks_in_onnx(made, model)
             _publish(made, self.file.onnx)
-            found = self._record(sensitivities, choice, training, has_rounded_embeddings(made))
+            found = self._record(choice, training, has_rounded_embeddings(made), judge)
         found.save(self.file.int8_record)
         shutil.rmtree(self.checkpoints.parent, ignore_errors=True)
 
     def _make(
-        self, model: nn.Module, made: Path, scratch: Path
-    ) -> tuple[TrainingRecord | None, Fp32Choice | None, list[SensitivityRow]]:
+        self, model: nn.Module, made: Path, scratch: Path, judge: BudgetJudge | None
+    ) -> tuple[TrainingRecord | None, Fp32Choice | None]:
         """Write the file, as the first process; all of them train."""
         run, onnx, batches = self.run, self.source / Variant.FP32.onnx_file, self.run.data.ranges_batches
-        looked_at = run.data.encode(run.data.ranges_rows[:LOOKED_AT])  # padded per batch, not to seq_len
-        divergence, step = divergence_from(run.task, model, looked_at), run.progress.step
-        sensitivities = rank_linears(model, looked_at, divergence, self.settings, progress=step)
         training: TrainingRecord | None = None
         ranges: Ranges = None
         if self.config.method == "qat":
@@ -133,10 +136,10 @@ class _Quantization:
         if distributed.is_first():
             calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
             if self.config.backend == "neural-compressor":
-                choice = self._by_neural_compressor(onnx, made, calibrated)
+                choice = self._by_neural_compressor(onnx, made, calibrated, judge)
             else:
-                choice = self._within_budget(onnx, made, ranges or calibrated, sensitivities)
-        return training, choice, sensitivities
+                choice = self._within_budget(onnx, made, ranges or calibrated, judge)
+        return training, choice
 
     def _train(
         self, model: nn.Module, batches: list[dict[str, Tensor]]
@@ -151,7 +154,11 @@ class _Quantization:
         return ranges, training
 
     def _within_budget(
-        self, onnx: Path, destination: Path, ranges: Ranges, sensitivities: list[SensitivityRow]
+        self,
+        onnx: Path,
+        destination: Path,
+        ranges: Ranges,
+        judge: BudgetJudge | None,
     ) -> Fp32Choice | None:
         """Write the file with as few linears in float32 as the budget needs; None: nothing to judge it by."""
 
@@ -164,45 +171,48 @@ class _Quantization:
                 ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
             )
 
-        if self.run.recipe.data.evaluation is None:
+        if judge is None:
             write((), destination)
             return None
-
         title = self.file.label
-
-        def judge(path: Path) -> float:
-            return score_of(self.run, path, self.file.variant, engine=self._judge)
 
         def tried(count: int, score: float) -> None:
             self.run.progress.note(f"{title}: {score:.4f} with {count} linears in float32")
 
-        return within_budget(destination, write, judge, sensitivities, self._reference_score(), self.config, tried)
+        return within_budget(
+            destination, write, judge.score, self.sensitivities, judge.reference_score, self.config, tried
+        )
 
-    @property
-    def _judge(self) -> EngineName:
-        """Engine that scores candidates: the one that serves, unless a candidate may end its process."""
-        return "onnxruntime" if get_engine(self.engine).may_abort else self.engine
-
-    def _reference_score(self) -> float:
-        """Score of the float32 file in ONNX Runtime: its answers are those of all engines, but not all can run it."""
-        return score_of(self.run, self.source / Variant.FP32.onnx_file, Variant.FP32, engine="onnxruntime")
+    def _judge(self) -> BudgetJudge | None:
+        """Who scores candidates: the engine that serves, unless a candidate may end its process."""
+        if self.run.recipe.data.evaluation is None:
+            return None
+        by_tool = self.config.backend == "neural-compressor"
+        engine = "onnxruntime" if by_tool or get_engine(self.engine).may_abort else self.engine
+        return BudgetJudge(self.run, self.file.variant, engine, self.source / Variant.FP32.onnx_file)
 
     def _by_neural_compressor(
-        self, onnx: Path, destination: Path, ranges: dict[str, ActivationRange] | None
+        self,
+        onnx: Path,
+        destination: Path,
+        ranges: dict[str, ActivationRange] | None,
+        judge: BudgetJudge | None,
     ) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
-        judged = self.run.recipe.data.evaluation is not None
         with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
             made, candidate = Path(folder) / "model.onnx", Path(folder) / "candidate.onnx"
 
-            def evaluate(path: Path) -> float:
+            def evaluate(judge: BudgetJudge, path: Path) -> float:
+                if not scores:  # the first file is the float32 one
+                    scores.append(judge.reference_score)
+                    return scores[-1]
                 shutil.copyfile(path, candidate)
-                if scores and self.config.embeddings:  # the first one is the float32 file
+                if self.config.embeddings:
                     round_embeddings_of(candidate)
-                scores.append(score_of(self.run, candidate, self.file.variant, engine="onnxruntime"))
+                scores.append(judge.score(candidate))
                 self.run.progress.note(
-                    f"{self.file.label}: neural-compressor's file {len(scores)} scores {scores[-1]:.4f}"
+                    f"{self.file.label}: neural-compressor's file {len(scores) - 1} scores {scores[-1]:.4f}"
                 )
                 return scores[-1]
 
@@ -211,7 +221,7 @@ class _Quantization:
                 made,
                 self.settings,
                 ranges=ranges,
-                evaluate=evaluate if judged else None,
+                evaluate=None if judge is None else functools.partial(evaluate, judge),
             )
             if self.config.embeddings:
                 round_embeddings_of(made)
@@ -226,7 +236,7 @@ class _Quantization:
                         ) from error
                 else:
                     shutil.copyfile(made, temporary)
-        if not judged:
+        if judge is None:
             return None
         reference, *tried = scores
         kept = result.fp32_linears
@@ -235,11 +245,19 @@ class _Quantization:
 
     def _record(
         self,
-        sensitivities: list[SensitivityRow],
         choice: Fp32Choice | None,
         training: TrainingRecord | None,
         embeddings: bool,
+        judge: BudgetJudge | None = None,
     ) -> Int8Record:
+        judged: dict[str, Any] = {}
+        if judge is not None and choice is not None:
+            judge.forget_others(self.file.onnx)
+            judged = {
+                "n_choosing": judge.n_choosing,
+                "whole_score": judge.whole_score(self.file.onnx),
+                "whole_reference_score": judge.whole_reference_score,
+            }
         return Int8Record(
             method=self.config.method,
             backend=self.config.backend,
@@ -247,14 +265,15 @@ class _Quantization:
             per_channel=self.config.per_channel,
             weight_bits=self.settings.weight_bits,
             embeddings=embeddings,
-            n_linears=len(sensitivities),
+            n_linears=len(self.sensitivities),
             fp32_linears=[] if choice is None else list(choice.kept),
             reference_score=None if choice is None else choice.reference_score,
             scores=[] if choice is None else [score for _, score in choice.tried],
             within_budget=None if choice is None else choice.within_budget,
-            sensitivities=[LinearSensitivity(**asdict(row)) for row in sensitivities],
-            ruined_by_outliers=[row.name for row in sensitivities if row.ruined_by_outliers],
+            sensitivities=[LinearSensitivity(**asdict(row)) for row in self.sensitivities],
+            ruined_by_outliers=[row.name for row in self.sensitivities if row.ruined_by_outliers],
             training=training,
+            **judged,
         )
 
 

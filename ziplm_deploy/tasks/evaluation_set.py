@@ -13,6 +13,7 @@ from ziplm_deploy.tasks.data import Row
 BATCH_SIZE = 32
 
 ModelFunction = Callable[[Arrays], Arrays]  # named arrays in, named arrays out: an ONNX file, or torch_function()
+Embeddings = dict[bytes, Arrays]  # by the batch that they are of
 
 _Member = TypeVar("_Member")
 
@@ -79,12 +80,14 @@ def _lengths(examples: list[Example]) -> list[int]:
     return [len(example["input_ids"]) for example in examples]
 
 
-def cache_embeddings(function: ModelFunction) -> ModelFunction:
+def cache_embeddings(function: ModelFunction, known: Embeddings | None = None) -> ModelFunction:
     """Wrap a function so that sentence embeddings, which metric and fidelity both read, are computed once a batch.
 
     The answers are those of ``function``; for a batch that came before, the embeddings only.
+
+    ``known``: what was computed before, and where new ones are kept.
     """
-    known: dict[bytes, Arrays] = {}
+    known = {} if known is None else known
 
     def remembered(inputs: Arrays) -> Arrays:
         key = b"".join(inputs[name].tobytes() for name in sorted(inputs))
