@@ -79,6 +79,8 @@ def plain(stage: str) -> str:
     words = re.sub(r", \d+$", "", re.sub(r"\b(dense|1\.5x)\b", "", stage)).split()
     kept = [word for word in words if word not in ("int8", "sparse-int8")]
     name = " ".join(kept)
+    if name.startswith("evaluate baseline "):
+        return "evaluate"
     return {"zero": "sparsify", "train sparse": "sparsify", "evaluate sparse": "evaluate"}.get(name, name)
 
 
@@ -115,6 +117,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "seed": (7, DENSE | SCORED | INT8),
     "model.path": ("@other-model", DENSE),
     "model.revision": ("abc", DENSE),
+    "model.metric": ("matthews", SCORED | {"quantise"}),
     "model.pooling": ("cls", DENSE | FILES | SCORED | INT8),
     "model.prompt": ("the ", DENSE | FILES | SCORED | INT8),
     "model.similarity": ("dot", DENSE | FILES | SCORED | INT8),

@@ -29,6 +29,10 @@ class ModelConfig(Frozen):
         description="Local folder, hub id, or `package:NAME` for a model that an installed Python package ships."
     )
     task: TaskName = Field(description="What the model does; decides head, data columns, metric and ONNX outputs.")
+    metric: str | None = Field(
+        None,
+        description="Metric that budgets, report and choices go by, e.g. `f1` or `matthews`; default: the task's.",
+    )
     revision: str | None = Field(None, description="Hub revision; only used with a hub id.")
     pooling: Pooling | None = Field(
         None,
@@ -61,10 +65,11 @@ class ModelConfig(Frozen):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What results depend on, for content keys: not where the model lies, whose content has a hash of its own.
+        """What results depend on, for content keys: not where the model lies, whose content has a hash of its own, nor
+        by what it is judged.
 
         Prompt and similarity are left out where they are as they were before there were such fields.
         """
-        settings = self.with_defaults().model_dump(exclude={"path", "revision"})
+        settings = self.with_defaults().model_dump(exclude={"path", "revision", "metric"})
         added = {"prompt", "similarity"}
         return {name: value for name, value in settings.items() if name not in added or value != _DEFAULTS[name]}

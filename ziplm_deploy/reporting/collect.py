@@ -151,6 +151,7 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
         gzip_bytes=file.gzip_bytes,
         over_torch=over_torch(family.record, timing.name),
         accuracy=file.scores,
+        by_label=file.by_label,
         facts=facts_of(file.sparsity, file.int8),
         recommended=not reason,
         reason=reason,

@@ -26,6 +26,7 @@ class FileFacts:
     gzip_bytes: int  # what a download weighs
     timing: FileTiming
     scores: dict[str, float]  # the primary metric first; empty: not evaluated, or not on this engine
+    by_label: dict[str, float] = field(default_factory=dict)  # F1 of every class, or type of entity
     sparsity: SparsityRecord | None = None
     int8: Int8Record | None = None
 

@@ -19,6 +19,8 @@ from ziplm_deploy.reporting.table import (
     shows_no_speedup,
 )
 
+MAX_LABELS = 20  # rows of the table of classes
+
 
 def family_markdown(report: FamilyReport) -> str:
     """The whole document."""
@@ -37,6 +39,7 @@ def family_markdown(report: FamilyReport) -> str:
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
         *_scores(report),
+        *_by_label(report),
         *_training(report),
         *_lengths(report),
         ["## Measured on", "", *_environment(report)],
@@ -180,6 +183,20 @@ def _scores(report: FamilyReport) -> list[list[str]]:
         for member in report.members
     ]
     return [["## Scores", "", *markdown_table(["model", *keys], cells)]]
+
+
+def _by_label(report: FamilyReport) -> list[list[str]]:
+    """F1 of every class beside the dense model's; of many classes those that lose most."""
+    scored = [member for member in report.members if member.served.by_label]
+    if len(scored) < 2:
+        return []
+    dense, *others = (member.served.by_label for member in scored)
+    losses = {label: max(score - other.get(label, 0.0) for other in others) for label, score in dense.items()}
+    shown = sorted(losses, key=lambda label: -losses[label])[:MAX_LABELS]
+    cells = [[label, *(f"{member.served.by_label.get(label, 0.0):.4f}" for member in scored)] for label in shown]
+    rest = f" The {len(shown)} of {len(losses)} classes that lose most." if len(shown) < len(losses) else ""
+    text = f"F1 of every class, those first that lose most; classes with few examples vary by chance.{rest}"
+    return [["## Scores by class", "", text, "", *markdown_table(["class", *(m.name for m in scored)], cells)]]
 
 
 def _training(report: FamilyReport) -> list[list[str]]:

@@ -35,6 +35,7 @@ class FileReport(BaseModel):
     over_torch: Ratio | None = None  # speedup over the dense model in torch, where that was measured
     beaten_by: list[str] = Field(default_factory=list)  # baselines that are faster and score higher, beyond intervals
     undecided_against: list[str] = Field(default_factory=list)  # baselines that it is neither behind nor ahead of
+    by_label: dict[str, float] = Field(default_factory=dict)  # F1 of every class, or type of entity
     facts: dict[str, str] = Field(default_factory=dict)  # how it was made: sparsity, INT8 method, what stayed float32
     recommended: bool
     reason: str = ""  # why it is not recommended

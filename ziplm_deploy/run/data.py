@@ -77,9 +77,11 @@ class RunData:
 
     @property
     def evaluation_key(self) -> str:
-        """Stands for the evaluation examples."""
+        """Stands for the evaluation examples, and the metric if the recipe chooses one."""
         names = {"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
+        chosen = {} if self._recipe.model.metric is None else {"metric": self._recipe.model.metric}
         return content_key(
+            **chosen,
             data=self.evaluation_hash,
             columns=self._recipe.data.model_dump(include=names),
             inputs=self.dense.input_key,

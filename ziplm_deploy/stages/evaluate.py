@@ -100,6 +100,7 @@ def _save(
     Scores(
         metric=run.task.metric_name,
         scores=run.task.scores(outcomes) | fidelity,
+        by_label=run.task.label_scores(outcomes, run.dense.model.config),
         n_rows=len(run.data.evaluation_rows),
         engine=engine,
         engine_version=engine_version,
@@ -127,6 +128,13 @@ def scores_of(run: Run, file: ModelFile | BaselineFiles) -> dict[str, float]:
     if run.recipe.data.evaluation is None or not file.scores.exists():
         return {}
     return Scores.load(file.scores).scores
+
+
+def label_scores_of(run: Run, file: ModelFile) -> dict[str, float]:
+    """F1 of a file on every class; empty when it was not evaluated, or the task has none."""
+    if run.recipe.data.evaluation is None or not file.scores.exists():
+        return {}
+    return Scores.load(file.scores).by_label
 
 
 def outcomes_of(run: Run, file: ModelFile | BaselineFiles) -> Outcomes | None:

@@ -25,7 +25,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
-from ziplm_deploy.stages.evaluate import scored_as, scores_of
+from ziplm_deploy.stages.evaluate import label_scores_of, scored_as, scores_of
 from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.stages.stage import Stage
@@ -122,6 +122,7 @@ def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecor
         gzip_bytes=run.folder.gzip_bytes(run.file_hash(path)),
         timing=timing_of(record, timed_as),
         scores={} if only_timed else scores_of(run, file),
+        by_label={} if only_timed else label_scores_of(run, file),
         sparsity=SparsityRecord.load(file.member.sparsity_record) if file.variant.is_sparse else None,
         int8=int8_record(file),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class QuestionAnswering(Task):
 
     name = "question-answering"
     metric_name = "f1"
-    metrics: ClassVar[Mapping[str, Metric]] = {"f1": ratio_of_sums("f1"), "exact_match": ratio_of_sums("exact_match")}
+    metrics: Mapping[str, Metric] = {"f1": ratio_of_sums("f1"), "exact_match": ratio_of_sums("exact_match")}
     auto_class = "AutoModelForQuestionAnswering"
     ort_class = "ORTModelForQuestionAnswering"
     output_names = ("start_logits", "end_logits")

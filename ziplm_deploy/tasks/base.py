@@ -10,13 +10,14 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.errors import DataError
+from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples, token_lengths
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
@@ -32,8 +33,10 @@ class Task(ABC):
     """One task: its data, its metric and its model classes. Subclasses are stateless apart from the model's config."""
 
     name: ClassVar[TaskName]
-    metric_name: ClassVar[str]  # the primary one of the metrics; higher is better
-    metrics: ClassVar[Mapping[str, Metric]]  # every score that evaluate() gives, by its key
+    metric_name: str  # the primary one of the metrics; higher is better
+    metrics: Mapping[str, Metric]  # every score that evaluate() gives, by its key
+    further_metrics: ClassVar[Mapping[str, Metric]] = MappingProxyType({})  # computed if model.metric asks for one
+    unscaled_metrics: ClassVar[frozenset[str]] = frozenset()  # below 0, so that no share of them means anything
     auto_class: ClassVar[str]  # class of transformers that loads the dense model
     ort_class: ClassVar[str]  # class of optimum that serves the ONNX file
     output_names: ClassVar[tuple[str, ...]]
@@ -47,7 +50,18 @@ class Task(ABC):
     token_outputs: ClassVar[frozenset[str]] = frozenset()  # those of them with tokens as axis 1
 
     def __init__(self, model: ModelConfig) -> None:
+        """Raises :class:`RecipeError` for a metric that the task has not."""
         self.model = model
+        if model.metric is None:
+            return
+        known = {**self.metrics, **self.further_metrics}
+        choices = [name for name in known if name not in self.unscaled_metrics]
+        if model.metric not in choices:
+            raise RecipeError(
+                f"expected a metric of {self.name} ({', '.join(choices)}), found {model.metric!r}; correct model.metric"
+            )
+        self.metric_name = model.metric
+        self.metrics = {model.metric: known[model.metric], **self.metrics}
 
     def load_rows(self, data: DataConfig, which: Which, seed: int) -> list[Row]:
         """Normalized rows of the calibration, evaluation or training set, sampled with ``seed``.
@@ -175,6 +189,10 @@ class Task(ABC):
     def evaluate(self, function: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """All metrics on labelled rows, 1 is best; the primary one first."""
         return self.scores(self.outcomes(function, data))
+
+    def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
+        """F1 of every class or type of entity by its name in the model's configuration; empty for tasks without."""
+        return {}
 
     def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
         """Closeness of the outputs to the dense model's, needing no labels; empty where the metric says enough."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ziplm_deploy.errors import DataError
+from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
@@ -23,10 +23,25 @@ from ziplm_deploy.tasks.labels import (
     labels_of,
     require_labels,
 )
-from ziplm_deploy.tasks.metrics import Metric, accuracy, macro_f1
+from ziplm_deploy.tasks.metrics import (
+    Metric,
+    accuracy,
+    balanced_accuracy,
+    class_f1,
+    f1_of_class_1,
+    macro_f1,
+    matthews,
+    weighted_f1,
+)
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 CLASS_METRICS: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
+FURTHER_CLASS_METRICS: Mapping[str, Metric] = {
+    "balanced_accuracy": balanced_accuracy,
+    "f1": f1_of_class_1,
+    "matthews": matthews,
+    "weighted_f1": weighted_f1,
+}
 
 
 class TextTask(Task):
@@ -82,9 +97,11 @@ class TextClassification(TextTask):
     name = "text-classification"
     metric_name = "accuracy"
     metrics = CLASS_METRICS
+    further_metrics = FURTHER_CLASS_METRICS
     has_classes = True
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
+        check_metric(self.metric_name, config)
         return check_class_labels(rows, config)
 
     def label_note(self, rows: list[Row], config: Any) -> str | None:
@@ -97,9 +114,26 @@ class TextClassification(TextTask):
         labels = None if labels_of(rows) is None else class_numbers(rows)
         return training_examples(tokenize(processor, rows, max_length), labels)
 
+    def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
+        return class_label_scores(outcomes, config)
+
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)
         return class_outcomes(self.predict(function, data), labels)
+
+
+def check_metric(metric: str, config: Any) -> None:
+    """Raise :class:`RecipeError` for a metric that a model of so many classes does not have."""
+    if metric == "f1" and config.num_labels != 2:
+        raise RecipeError(
+            f"expected two classes for model.metric f1, which is that of class 1, found {config.num_labels}; set "
+            "macro_f1 or weighted_f1"
+        )
+
+
+def class_label_scores(outcomes: Outcomes, config: Any) -> dict[str, float]:
+    """F1 of the classes that are label or prediction of an example, by name."""
+    return {str(config.id2label[number]): score for number, score in class_f1(outcomes).items()}
 
 
 def class_outcomes(logits: np.ndarray, labels: list[int]) -> Outcomes:

@@ -17,7 +17,13 @@ from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Arrays, Batch, batch_indices, with_labels
-from ziplm_deploy.tasks.classification import CLASS_METRICS, class_outcomes
+from ziplm_deploy.tasks.classification import (
+    CLASS_METRICS,
+    FURTHER_CLASS_METRICS,
+    check_metric,
+    class_label_scores,
+    class_outcomes,
+)
 from ziplm_deploy.tasks.data import Row, cell, read_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
@@ -40,6 +46,7 @@ class ImageClassification(Task):
     name = "image-classification"
     metric_name = "accuracy"
     metrics = CLASS_METRICS
+    further_metrics = FURTHER_CLASS_METRICS
     auto_class = "AutoModelForImageClassification"
     ort_class = "ORTModelForImageClassification"
     output_names = ("logits",)
@@ -80,6 +87,7 @@ class ImageClassification(Task):
         return digest.hexdigest()
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
+        check_metric(self.metric_name, config)
         return check_class_labels(rows, config)
 
     def label_note(self, rows: list[Row], config: Any) -> str | None:
@@ -102,6 +110,9 @@ class ImageClassification(Task):
         labels = None if labels_of(rows) is None else class_numbers(rows)
         examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
         return examples if labels is None else with_labels(examples, labels)
+
+    def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
+        return class_label_scores(outcomes, config)
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)

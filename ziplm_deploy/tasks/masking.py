@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +36,11 @@ class FillMask(Task):
 
     name = "fill-mask"
     metric_name = "masked_accuracy"
-    metrics: ClassVar[Mapping[str, Metric]] = {
+    metrics: Mapping[str, Metric] = {
         "masked_accuracy": ratio_of_sums("right", "masked"),
         "masked_log_likelihood": ratio_of_sums("log_likelihood", "masked"),
     }
+    unscaled_metrics = frozenset({"masked_log_likelihood"})
     auto_class = "AutoModelForMaskedLM"
     ort_class = "ORTModelForMaskedLM"
     output_names = ("logits",)

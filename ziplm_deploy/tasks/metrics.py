@@ -64,6 +64,40 @@ def macro_f1(outcomes: Outcomes, counts: Floats) -> Floats:
     return _divide(_divide(2 * right, found + expected).sum(1), n_classes)
 
 
+def weighted_f1(outcomes: Outcomes, counts: Floats) -> Floats:
+    """Mean F1 of the classes, each as often as it is the label."""
+    right, found, expected = class_counts(outcomes, counts)
+    return _divide((expected * _divide(2 * right, found + expected)).sum(1), expected.sum(1))
+
+
+def f1_of_class_1(outcomes: Outcomes, counts: Floats) -> Floats:
+    """F1 of class 1 of two classes, as for MRPC and QQP."""
+    expected, found = ((outcomes[name] == 1).astype(np.float64) for name in ("label", "predicted"))
+    return _divide(2 * (counts @ (expected * found)), counts @ (expected + found))
+
+
+def balanced_accuracy(outcomes: Outcomes, counts: Floats) -> Floats:
+    """Mean over the classes that are labels of the share of their examples that were found."""
+    right, _, expected = class_counts(outcomes, counts)
+    return _divide(_divide(right, expected).sum(1), (expected > 0).sum(1).astype(np.float64))
+
+
+def matthews(outcomes: Outcomes, counts: Floats) -> Floats:
+    """Matthews correlation of any number of classes, as for CoLA; 0 where one class alone is label or prediction."""
+    right, found, expected = class_counts(outcomes, counts)
+    total = counts.sum(1)
+    covariance = right.sum(1) * total - (found * expected).sum(1)
+    variances = (total**2 - (found**2).sum(1)) * (total**2 - (expected**2).sum(1))
+    return _divide(covariance, np.sqrt(np.maximum(variances, 0.0)))
+
+
+def class_f1(outcomes: Outcomes) -> dict[int, float]:
+    """F1 of each class that is label or prediction of an example, by its number."""
+    right, found, expected = class_counts(outcomes, np.ones((1, len(outcomes))))
+    classes = np.unique(np.concatenate([outcomes["label"], outcomes["predicted"]])).tolist()
+    return dict(zip(classes, _divide(2 * right, found + expected)[0].tolist(), strict=True))
+
+
 # Numbers: outcomes ``label`` and ``predicted`` [examples].
 
 
@@ -126,6 +160,14 @@ def macro_entity_f1(outcomes: Outcomes, counts: Floats) -> Floats:
     """Mean F1 of all types; 0 for a type that is neither expected nor found."""
     right, either = counts @ outcomes["right"], counts @ (outcomes["found"] + outcomes["expected"])
     return np.asarray(_divide(2 * right, either).mean(1), dtype=np.float64)
+
+
+def type_f1(outcomes: Outcomes) -> dict[str, float]:
+    """F1 of each type that is expected or found."""
+    right, either = (
+        np.asarray(values).sum(0) for values in (outcomes["right"], outcomes["found"] + outcomes["expected"])
+    )
+    return {name: 2 * int(a) / int(b) for name, a, b in zip(outcomes.names, right, either, strict=True) if b}
 
 
 def _sums_by(groups: npt.NDArray[np.int64], counts: Floats, n_groups: int) -> Floats:

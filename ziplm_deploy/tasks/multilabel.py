@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +17,7 @@ from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import MULTI_LABEL, class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import bernoulli_divergence, binary_cross_entropy
-from ziplm_deploy.tasks.metrics import Metric, entity_f1, macro_entity_f1, ratio_of_sums
+from ziplm_deploy.tasks.metrics import Metric, entity_f1, macro_entity_f1, ratio_of_sums, type_f1
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 
@@ -30,7 +30,7 @@ class MultiLabelClassification(TextTask):
 
     name = "multi-label-classification"
     metric_name = "micro_f1"
-    metrics: ClassVar[Mapping[str, Metric]] = {
+    metrics: Mapping[str, Metric] = {
         "micro_f1": entity_f1,
         "macro_f1": macro_entity_f1,
         "exact_match": ratio_of_sums("exact"),
@@ -78,6 +78,9 @@ class MultiLabelClassification(TextTask):
         if labels is not None:
             _check_names(rows)
         return training_examples(tokenize(processor, rows, max_length), labels)
+
+    def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
+        return type_f1(outcomes)
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         """``right``, ``found`` and ``expected`` [texts, classes]; ``exact`` [texts]: all classes right."""

@@ -30,6 +30,9 @@ class Scores(Artifact):
 
     metric: str = Field(min_length=1)  # the primary one, which accuracy budgets are about
     scores: dict[str, float]  # by metric; between the file and the dense one, too, where a task compares them
+    by_label: dict[str, float] = Field(
+        default_factory=dict
+    )  # F1 of classes, or types of entities; empty: none, unknown
     n_rows: int | None
     engine: str | None  # that answered
     engine_version: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -28,7 +28,7 @@ from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
-from ziplm_deploy.tasks.metrics import Metric, entity_f1, entity_precision, entity_recall, ratio_of_sums
+from ziplm_deploy.tasks.metrics import Metric, entity_f1, entity_precision, entity_recall, ratio_of_sums, type_f1
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 
@@ -41,7 +41,7 @@ class TokenClassification(Task):
 
     name = "token-classification"
     metric_name = "entity_f1"
-    metrics: ClassVar[Mapping[str, Metric]] = {
+    metrics: Mapping[str, Metric] = {
         "entity_f1": entity_f1,
         "entity_precision": entity_precision,
         "entity_recall": entity_recall,
@@ -110,6 +110,9 @@ class TokenClassification(Task):
             for word, token in firsts.items():
                 target[token] = tags[word]
         return training_examples(examples, labels)
+
+    def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
+        return type_f1(outcomes)
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         _check_names(data.rows)
