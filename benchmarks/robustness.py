@@ -1,6 +1,7 @@
-"""What a run and its readers survive: ``python benchmarks/robustness.py [--only fuzz] [--fuzz-cases 2400]``.
+"""What a run and its readers survive: ``python benchmarks/robustness.py [--only kills|fuzz]``.
 
-``fuzz``: damaged files of every kind that may come from anywhere (:mod:`robustness_fuzz`).
+``kills``: runs that are killed at random moments and resumed, and pairs of runs in one folder
+(:mod:`robustness_kills`). ``fuzz``: damaged files of every kind that may come from anywhere (:mod:`robustness_fuzz`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import robustness_fuzz
+import robustness_kills
 from common import Figure, write_result
 
-PARTS = {"fuzz": robustness_fuzz}
+PARTS = {"kills": robustness_kills, "fuzz": robustness_fuzz}
 
 
 def main() -> int:

@@ -34,7 +34,8 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> FamilyReport
 
 def profile(recipe: Recipe, progress: Progress | None = None) -> LatencyTable:
     """Measured milliseconds of every sub-block shape of the recipe's model, also in ``profile.json`` of the run."""
-    return profiling.STAGE(pipeline.begin(recipe, progress))
+    with pipeline.begin(recipe, progress) as run:
+        return profiling.STAGE(run)
 
 
 def prune(recipe: Recipe, progress: Progress | None = None) -> dict[str, PruningPlan]:
@@ -48,8 +49,9 @@ def prune(recipe: Recipe, progress: Progress | None = None) -> dict[str, Pruning
             "expected recover.mode none or one-shot for pruning alone, found gradual, where each target is pruned from "
             "the member trained before it; run: ziplm-deploy recover RECIPE"
         )
-    run = pipeline.pruned(recipe, progress)
-    return {member.name: PruningPlan.load(member.plan) for member in run.pruned_members}
+    with pipeline.begin(recipe, progress) as run:
+        pipeline.pruned(run)
+        return {member.name: PruningPlan.load(member.plan) for member in run.pruned_members}
 
 
 def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, TrainingRecord]:
@@ -60,9 +62,9 @@ def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, Train
     """
     if recipe.recover.mode == "none":
         raise RecipeError("expected recover.mode one-shot or gradual, found none; set it in the recipe")
-    run = pipeline.begin(recipe, progress)
-    pipeline.trained(run)
-    return {member.name: TrainingRecord.load(member.training_record) for member in run.pruned_members}
+    with pipeline.begin(recipe, progress) as run:
+        pipeline.trained(run)
+        return {member.name: TrainingRecord.load(member.training_record) for member in run.pruned_members}
 
 
 def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
@@ -70,14 +72,14 @@ def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
 
     Without training they are as planned from the table, not yet measured; with it, measured before they were trained.
     """
-    if recipe.recover.mode == "none":
-        run = pipeline.pruned(recipe, progress)
-        for generation in run.generations:
-            export_generation(run, generation)
-    else:
-        run = pipeline.begin(recipe, progress)
-        pipeline.trained(run)
-    return {member.name: member.file(Variant.FP32).onnx for member in run.members}
+    with pipeline.begin(recipe, progress) as run:
+        if run.trains:
+            pipeline.trained(run)
+        else:
+            pipeline.pruned(run)
+            for generation in run.generations:
+                export_generation(run, generation)
+        return {member.name: member.file(Variant.FP32).onnx for member in run.members}
 
 
 def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
@@ -88,15 +90,22 @@ def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path
     """
     if not recipe.compress.variants:
         raise RecipeError("expected compress.variants in the recipe, found none; name int8, sparse or sparse-int8")
-    run = pipeline.begin(recipe, progress)
-    pipeline.build(run)
+    with pipeline.begin(recipe, progress) as run:
+        pipeline.build(run)
     files = [member.file(variant) for member in run.members for variant in recipe.compress.variants]
     return {file.label: file.onnx for file in files}
 
 
-def benchmark(recipe: Recipe, progress: Progress | None = None) -> BenchmarkRecord:
-    """All members against the dense model; members that miss their target are solved again, as the recipe allows."""
-    return pipeline.measured(pipeline.begin(recipe, progress))
+def benchmark(recipe: Recipe, progress: Progress | None = None, *, again: bool = False) -> BenchmarkRecord:
+    """All members against the dense model; members that miss their target are solved again, as the recipe allows.
+
+    ``again``: measure also what was measured before, say on a machine that was busy; the closed loop begins with its
+    last plans, and has all its corrections again.
+    """
+    with pipeline.begin(recipe, progress) as run:
+        if again:
+            run.folder.forget_measurements()
+        return pipeline.measured(run)
 
 
 def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -110,11 +119,11 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
         raise CorruptArtifactError(
             f"expected a benchmarked run, found no {path}; run: ziplm-deploy benchmark RECIPE (or run RECIPE) first"
         )
-    run = pipeline.begin(recipe, progress)
-    if not is_benchmarked(run):
-        raise CorruptArtifactError(
-            f"expected a benchmark of the models and settings of this recipe in {path}, found one of others; run: "
-            "ziplm-deploy run RECIPE"
-        )
-    evaluate.STAGE(run)
-    return reporting.STAGE(run)
+    with pipeline.begin(recipe, progress) as run:
+        if not is_benchmarked(run):
+            raise CorruptArtifactError(
+                f"expected a benchmark of the models and settings of this recipe in {path}, found one of others; run: "
+                "ziplm-deploy run RECIPE"
+            )
+        evaluate.STAGE(run)
+        return reporting.STAGE(run)

@@ -53,6 +53,23 @@ class _NotNeededError(Exception):
     """Ends a write that was only tried."""
 
 
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``; on success it takes its place, whole and fsynced, on any failure it goes.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    try:
+        with files.atomic_folder(folder) as making:
+            yield making
+    except OSError as error:
+        raise StorageError(
+            f"expected to write {folder}, found: {error.strerror or error}; free disk space or choose another "
+            "output_dir"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with atomic_path(path) as temporary:

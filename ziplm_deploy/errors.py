@@ -15,6 +15,7 @@
     ├── EngineError                  the inference engine refused a model or its worker died
     ├── ParityError                  an exported or reloaded model gives other answers
     ├── StorageError                 no disk space, folder not writable
+    │   └── FolderInUseError         another run is in the folder
     └── TargetUnreachableError       exit code 3: no plan is that fast; names the largest speedup
 
 A message has three parts: what was expected, what was found, what to do.
@@ -77,6 +78,10 @@ class ParityError(ZipLMError):
 
 class StorageError(ZipLMError):
     """A file could not be written."""
+
+
+class FolderInUseError(StorageError):
+    """Another run is in the folder."""
 
 
 class TargetUnreachableError(ZipLMError):

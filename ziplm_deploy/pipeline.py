@@ -43,10 +43,10 @@ def run_pipeline(recipe: Recipe, progress: Progress | None = None) -> FamilyRepo
     Raises:
         ZipLMError: see :mod:`ziplm_deploy.errors`; nothing half-written is left behind.
     """
-    run = begin(recipe, progress)
-    measured(run)
-    evaluate.STAGE(run)
-    return report.STAGE(run)
+    with begin(recipe, progress) as run:
+        measured(run)
+        evaluate.STAGE(run)
+        return report.STAGE(run)
 
 
 def begin(recipe: Recipe, progress: Progress | None = None) -> Run:
@@ -81,14 +81,12 @@ def trained(run: Run) -> None:
     export.TRAINED(run)
 
 
-def pruned(recipe: Recipe, progress: Progress | None = None) -> Run:
-    """A run as far as plans and pruned torch models, of which only drafts were measured."""
-    run = begin(recipe, progress)
+def pruned(run: Run) -> None:
+    """Plans and pruned torch models of every member, of which only drafts were measured."""
     first(run)
     for generation in run.generations:
         for stage in PRUNING:
             stage(run, generation)
-    return run
 
 
 def first(run: Run) -> None:

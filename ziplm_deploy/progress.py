@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 StepProgress = Callable[[int, int], None]  # (units done, units in all, or at most)
+Note = Callable[[str], None]
 
 
 class Progress:

@@ -19,6 +19,7 @@ from tests.helpers.reports import benchmark_record, family_report, latency_table
 from ziplm_deploy import api
 from ziplm_deploy.baselines import BASELINES
 from ziplm_deploy.cli import console
+from ziplm_deploy.cli.app import Terminated
 from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import DataError, EngineError, TargetUnreachableError, ZipLMError
 from ziplm_deploy.latency import benchmark as benchmarking
@@ -47,7 +48,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, outcome: Any) -> list[Re
     """Make a stage return ``outcome``, or raise it; returns the recipes that it is called with."""
     seen: list[Recipe] = []
 
-    def stage(recipe: Recipe, progress: Any = None) -> Any:
+    def stage(recipe: Recipe, progress: Any = None, **options: Any) -> Any:
         seen.append(recipe)
         if isinstance(outcome, BaseException):
             raise outcome
@@ -118,11 +119,31 @@ def test_errors_are_one_message_and_their_exit_code(
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_is_130_and_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace(monkeypatch, "run_recipe", KeyboardInterrupt())
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_end_from_outside_says_how_to_go_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, signal: type[KeyboardInterrupt], code: int
+) -> None:
+    replace(monkeypatch, "run_recipe", signal())
     result = invoke("run", recipe)
-    assert result.exit_code == 130
-    assert "the same command continues where it was" in result.stderr
+    assert result.exit_code == code
+    assert "nothing half-written is left; the same command continues where it was" in result.stderr
+
+
+def test_benchmark_again_is_for_recipes(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def benchmark(recipe: Recipe, progress: Any, *, again: bool) -> BenchmarkRecord:
+        asked.append(again)
+        return benchmark_record(**{"2x": 2.0})
+
+    monkeypatch.setattr(api, "benchmark", benchmark)
+    for arguments in ((), ("--again",)):
+        assert invoke("benchmark", recipe, *arguments).exit_code == 0
+    assert asked == [False, True]
+    (tmp_path / "a.onnx").write_bytes(b"onnx")
+    refused = invoke("benchmark", tmp_path / "a.onnx", "--again")
+    assert refused.exit_code == 2
+    assert "expected --again with a recipe" in refused.stderr
 
 
 def test_a_full_disk_is_a_message(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +234,7 @@ def test_benchmark_of_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path.write_bytes(b"onnx")
     seen: dict[str, Any] = {}
 
-    def compare(models: Any, environment: Any, config: Any, baseline: str, progress: Any) -> BenchmarkRecord:
+    def compare(models: Any, environment: Any, config: Any, baseline: str, *_: Any, **__: Any) -> BenchmarkRecord:
         seen.update(models=models, environment=environment, config=config, baseline=baseline)
         return benchmark_record(**{"b": 2.0})
 
@@ -237,7 +258,7 @@ def test_benchmark_on_several_engines(tmp_path: Path, monkeypatch: pytest.Monkey
     files = [write_mlp(tmp_path / "A.onnx", 8, batch=1, tokens=32), write_mlp(tmp_path / "B.onnx", 8)]
     seen: dict[str, Any] = {}
 
-    def compare(models: Any, environment: Any, config: Any, baseline: str, progress: Any) -> BenchmarkRecord:
+    def compare(models: Any, environment: Any, config: Any, baseline: str, *_: Any, **__: Any) -> BenchmarkRecord:
         seen.update(models=models, environment=environment, baseline=baseline)
         return benchmark_record(**{"b": 2.0})
 
@@ -322,7 +343,7 @@ def test_doctor_examines_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {engine["name"]: engine["version"] for engine in findings["engines"]}
     assert versions["onnxruntime"]
     assert findings["noise"]["aa_low"] <= findings["noise"]["aa_ratio"] <= findings["noise"]["aa_high"]
-    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    monkeypatch.setattr(doctor, "examine", lambda note: findings)
     printed = invoke("doctor").stdout
     tools = {baseline["name"]: baseline["tool"] for baseline in findings["baselines"]}
     assert set(tools) == set(BASELINES)

@@ -196,7 +196,7 @@ def test_a_cpu_that_deepsparse_was_not_built_for_is_refused(monkeypatch: pytest.
 def test_doctor_lists_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     from ziplm_deploy.cli import doctor
 
-    monkeypatch.setattr(doctor, "measure_noise", lambda rounds: {})
+    monkeypatch.setattr(doctor, "measure_noise", lambda rounds, note: {})
     [tool] = doctor.examine()["tools"]
     assert tool["name"] == "neural-compressor"
     assert tool["version"] is None

@@ -1,4 +1,4 @@
-"""Losses against closed forms, the teacher's cache against the teacher, and training itself on tiny models."""
+"""Losses against closed forms, and training itself on tiny models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.models import labelled_rows, tiny_model, tiny_tokenizer
+from tests.helpers.models import tiny_model
+from tests.helpers.training import batch_of, made_examples
 from ziplm_deploy.errors import DataError, EnvironmentMismatchError, NumericalError, RecipeError, StorageError
 from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import random_resized
@@ -43,21 +44,9 @@ class Notes(Progress):
         self.steps.append((done, total))
 
 
-def made_examples(folder: Path, task: Task, n: int = 48) -> Examples:
-    processor = tiny_tokenizer(folder)
-    return Examples(task.examples(labelled_rows(task.name, n), processor, 32), task, processor)
-
-
 def objective(task: Task, dense: nn.Module, examples: Examples, cache_bytes: int = 10**8, **weights: Any) -> Objective:
     config = RecoverConfig(**weights)
-    return Objective.from_config(
-        config, task, Teacher(dense, task, range(3), len(examples), examples.n_tokens, cache_bytes)
-    )
-
-
-def batch_of(examples: Examples, positions: list[int]) -> tuple[dict[str, Tensor], Tensor]:
-    batch = examples.collate([examples[index] for index in positions])
-    return batch, batch.pop("position")
+    return Objective.from_config(config, task, Teacher(dense, task, range(3), examples, cache_bytes))
 
 
 def test_token_loss_is_the_scale_free_mean_squared_error() -> None:
@@ -87,65 +76,6 @@ def test_only_layers_with_something_left_are_compared() -> None:
     dense = tiny_model("bert")
     assert remaining_layers(dense) == [0, 1, 2]
     assert remaining_layers(random_resized(dense, SMALL)) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "name", ["sentence-similarity", "text-classification", "question-answering", "token-classification", "fill-mask"]
-)
-def test_cached_answers_equal_the_teachers(tmp_path: Path, name: str) -> None:
-    task, dense = get_task(name), tiny_model("bert", name)
-    examples = made_examples(tmp_path, task)
-    teacher = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 10**8)
-    calls: list[int] = []
-    dense.register_forward_hook(lambda *_: calls.append(1))
-    for positions in ([0, 5, 9], [1, 2, 30]):
-        teacher(*batch_of(examples, positions))
-    assert (teacher.n_cached, len(calls)) == (6, 2)
-    batch, positions = batch_of(examples, [30, 5, 0])  # another composition, another padding
-    remembered = teacher(batch, positions)
-    assert len(calls) == 2
-    fresh = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 0)(batch, positions)
-    torch.testing.assert_close(remembered.features, fresh.features, atol=1e-4, rtol=1e-4)
-    for one, other in zip(remembered.hidden, fresh.hidden, strict=True):
-        torch.testing.assert_close(one, other, atol=5e-3, rtol=2e-3)  # float16
-
-
-def test_the_teacher_answers_in_the_precision_of_the_training(tmp_path: Path) -> None:
-    task, dense = get_task("text-classification"), tiny_model("bert", "text-classification")
-    examples = made_examples(tmp_path, task)
-    batch, positions = batch_of(examples, [30, 5, 0])
-    seen: list[torch.dtype] = []
-    layers_of(dense)[1].output.dense.register_forward_hook(lambda *call: seen.append(call[2].dtype))  # type: ignore[union-attr, operator]
-    exact = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 0)(batch, positions)
-    with torch.autocast("cpu", torch.bfloat16):
-        teacher = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 10**8)
-        found, remembered = teacher(batch, positions), teacher(batch, positions)
-    assert seen == [torch.float32, torch.bfloat16]  # and the second time from the cache
-    for answers in (found, remembered):
-        assert answers.features.dtype == torch.float32
-        torch.testing.assert_close(answers.features, exact.features, atol=2e-2, rtol=2e-2)
-        for one, other in zip(answers.hidden, exact.hidden, strict=True):
-            torch.testing.assert_close(one.float(), other, atol=5e-2, rtol=2e-2)
-
-
-def test_a_cache_that_is_too_small_is_not_begun(tmp_path: Path) -> None:
-    task, dense = get_task("sentence-similarity"), tiny_model("bert")
-    examples = made_examples(tmp_path, task)
-    teacher = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 20_000)
-    assert teacher.caching
-    teacher(*batch_of(examples, [0, 1]))
-    assert (teacher.caching, teacher.n_cached) == (False, 0)
-
-
-def test_answers_beyond_float16_are_not_cached(tmp_path: Path) -> None:
-    task, dense = get_task("sentence-similarity"), tiny_model("bert")
-    with torch.no_grad():
-        layers_of(dense)[2].output.LayerNorm.bias.fill_(1e6)  # type: ignore[union-attr, operator]
-    examples = made_examples(tmp_path, task)
-    teacher = Teacher(dense, task, range(3), len(examples), examples.n_tokens, 10**8)
-    answers = teacher(*batch_of(examples, [0, 1]))
-    assert (teacher.caching, teacher.n_cached) == (False, 0)
-    assert torch.isfinite(answers.hidden[2]).all()
 
 
 def test_the_loss_of_the_dense_model_against_itself_is_zero_and_that_of_a_pruned_one_is_not(tmp_path: Path) -> None:
@@ -201,9 +131,7 @@ def trained(
     config = RecoverConfig(**{"max_steps": steps, "batch_size": 8, "learning_rate": 3e-3, "save_steps": 5, **settings})
     model = random_resized(dense, SMALL)
     student = Student(model, task, remaining_layers(model), dropout=False)
-    goal: Any = Objective.from_config(
-        config, task, Teacher(dense, task, range(3), len(examples), examples.n_tokens, cache_bytes)
-    )
+    goal: Any = Objective.from_config(config, task, Teacher(dense, task, range(3), examples, cache_bytes))
     goal = change(goal) if change else goal
     notes = Notes()
     record = train(student, goal, examples, config, folder / "ckpt", seed=0, progress=notes, title="2x")
@@ -252,32 +180,78 @@ def killed_after(steps: int) -> Callable[[Objective], Any]:
     return change
 
 
-def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
-    _, whole, _, _ = trained(tmp_path / "whole", 20, cache_bytes=0)
+CACHES = pytest.mark.parametrize("cache_bytes", [0, 20_000, 10**8], ids=["no cache", "too small", "cache"])
+
+
+@CACHES
+def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path, cache_bytes: int) -> None:
+    _, whole, _, _ = trained(tmp_path / "whole", 20, cache_bytes=cache_bytes)
     with pytest.raises(Killed):
-        trained(tmp_path, 20, change=killed_after(13), cache_bytes=0)
+        trained(tmp_path, 20, change=killed_after(13), cache_bytes=cache_bytes)
     broken = tmp_path / "ckpt" / "checkpoint-12"
     broken.mkdir()  # as if it had been killed while writing
     assert last_checkpoint(tmp_path / "ckpt") == tmp_path / "ckpt" / "checkpoint-10"
     assert not broken.exists()
-    _, resumed, record, notes = trained(tmp_path, 20, cache_bytes=0)
+    _, resumed, record, notes = trained(tmp_path, 20, cache_bytes=cache_bytes)
     assert record.steps == 20
     assert "goes on from checkpoint-10" in notes.notes[0]
-    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
+    assert_same(whole, resumed)
 
 
+@CACHES
 @pytest.mark.parametrize("steps", [14, 18])
-def test_a_training_in_a_later_epoch_is_resumed_exactly(tmp_path: Path, steps: int) -> None:
+def test_a_training_in_a_later_epoch_is_resumed_exactly(tmp_path: Path, steps: int, cache_bytes: int) -> None:
     """Twelve steps are an epoch; checkpoints stand at 5, 10 and 15."""
 
-    _, whole, _, _ = trained(tmp_path / "whole", 25, cache_bytes=0)
+    _, whole, _, _ = trained(tmp_path / "whole", 25, cache_bytes=cache_bytes)
     with pytest.raises(Killed):
-        trained(tmp_path, 25, change=killed_after(steps), cache_bytes=0)
-    _, resumed, record, _ = trained(tmp_path, 25, cache_bytes=0)
+        trained(tmp_path, 25, change=killed_after(steps), cache_bytes=cache_bytes)
+    _, resumed, record, _ = trained(tmp_path, 25, cache_bytes=cache_bytes)
     assert record.steps == 25
-    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
+    assert_same(whole, resumed)
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@CACHES
+def test_a_member_is_the_same_after_another_one_and_in_a_process_of_its_own(tmp_path: Path, cache_bytes: int) -> None:
+    """A run that is killed between two members has nothing in its cache for the second one."""
+    task, dense = get_task("sentence-similarity"), tiny_model("bert")
+    examples = made_examples(tmp_path, task)
+    config = RecoverConfig(max_steps=10, batch_size=8, learning_rate=3e-3)
+
+    def member(teacher: Teacher, name: str, sizes: dict[str, int]) -> nn.Module:
+        model = random_resized(dense, sizes)
+        goal = Objective.from_config(config, task, teacher)
+        student = Student(model, task, remaining_layers(model), dropout=False)
+        train(student, goal, examples, config, tmp_path / name, seed=0, progress=Notes(), title=name)
+        return model
+
+    used, fresh = (Teacher(dense, task, range(3), examples, cache_bytes) for _ in range(2))
+    member(used, "1.5x", {"1.ffn": 24})
+    assert_same(member(used, "2x", SMALL), member(fresh, "2x again", SMALL))
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+
+    def sync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.add(f"{path.parent.name}/{path.name}")
+        if path.parent.name == "checkpoint-10":
+            assert (path.parent.parent / "checkpoint-5").exists()
+
+    monkeypatch.setattr(os, "fsync", sync)
+    trained(tmp_path, 10)
+    [checkpoint] = (tmp_path / "ckpt").glob("checkpoint-*")
+    written = {f"{path.parent.name}/{path.name}" for path in checkpoint.iterdir()}
+    assert "checkpoint-10/trainer_state.json" in written
+    assert written <= synced
 
 
 def test_a_finished_training_that_was_not_saved_is_taken_as_it_is(tmp_path: Path) -> None:

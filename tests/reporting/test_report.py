@@ -31,6 +31,7 @@ from ziplm_deploy.errors import CorruptArtifactError, UsageError
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import BenchmarkConfig, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
+from ziplm_deploy.reporting import collect
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.judge import harmed_by_training, judge
 from ziplm_deploy.reporting.markdown import family_markdown
@@ -142,6 +143,17 @@ def test_markdown_says_what_training_did_to_the_exported_file() -> None:
     text = family_markdown(family_report(member("dense"), with_score, member("3x", **changes), recovery="one-shot"))
     assert "| 0.5 to 0.1 | 0.8500 to 0.8600 |" in text
     assert "| 0.5 to 0.1 | – |" in text
+
+
+def test_results_that_are_older_than_the_timings_are_named() -> None:
+    made_with = {"benchmark": {"torch": "2", "onnx": "1"}, "recover 2x": {"torch": "1", "onnx": "1"}, "prune 2x": {}}
+    differing = collect._differing(made_with, made_with["benchmark"])
+    assert differing == {"recover 2x": {"torch": "1"}}
+    report = family_report().model_copy(update={"versions": made_with["benchmark"], "other_versions": differing})
+    text = family_markdown(report)
+    assert "- torch 2, onnx 1\n" in text
+    assert "- made with torch 1: recover 2x\n" in text
+    assert "made with" not in family_markdown(family_report())
 
 
 def test_a_target_above_the_largest_speedup_says_so() -> None:

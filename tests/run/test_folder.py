@@ -211,3 +211,104 @@ def test_a_manifest_of_the_version_before_is_understood(tmp_path: Path) -> None:
     assert again.correction("2x", "k") == Correction(2.2, 1, [(2.0, 1.8)], 1.1, 1, 2, 2.1)
     again.save()
     assert Manifest.load(folder.path / "manifest.json").corrections == {"2x": again.correction("2x", "k")}
+
+
+def test_outputs_are_looked_at_for_more_than_that_they_exist(tmp_path: Path) -> None:
+    """After a power cut, files may be there and empty; those in a folder count, and what came later does not."""
+    folder = RunFolder(_recipe(tmp_path))
+    member = folder.path / "2x"
+
+    def work() -> None:
+        (member / "deep").mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "deep/config.json"):
+            (member / name).write_text("{}", encoding="utf-8")
+
+    assert folder.make("s", "key", [member], work)
+    (member / "README.md").write_text("a card", encoding="utf-8")
+    assert not RunFolder(_recipe(tmp_path)).make("s", "key", [member], work)
+    (member / "README.md").unlink()
+    assert RunFolder(_recipe(tmp_path)).is_made("s", "key")
+    (member / "deep" / "config.json").write_text("", encoding="utf-8")
+    assert not RunFolder(_recipe(tmp_path)).is_made("s", "key")
+    assert RunFolder(_recipe(tmp_path)).make("s", "key", [member], work)
+    (member / "tokenizer.json").unlink()
+    assert not RunFolder(_recipe(tmp_path)).is_made("s", "key")
+
+
+def test_versions_and_command_are_those_that_made_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("1", "2"):
+        monkeypatch.setattr("ziplm_deploy.run.folder.versions", lambda version=version: {"torch": version})
+        monkeypatch.setattr("sys.argv", ["/bin/ziplm-deploy", f"command {version}"])
+        folder = RunFolder(_recipe(tmp_path))
+        folder.make("old", "key", [], lambda: None)
+        folder.make("new", f"key {version}", [], lambda: None)
+    assert folder.stage_versions == {"old": {"torch": "1"}, "new": {"torch": "2"}}
+    manifest = Manifest.load(folder.path / "manifest.json")
+    assert manifest.origins["old"].argv == ["ziplm-deploy", "command 1"]
+
+
+def test_what_is_about_a_member_goes_when_it_is_not_asked_for(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path, speedups=[2, 3.5]))
+    folder.set_note("data", "of all")
+    folder.set_note("refit", "of 3.5x", member="3.5x")
+    folder.set_note("refit", "of 2x", member="2x")
+    for stage in ("profile", "evaluate dense", "zero 3.5x, 1", "prune 2x", "export 3.5x sparse"):
+        folder.make(stage, "key", [], lambda: None)
+    assert folder.notes == ["of all", "of 3.5x", "of 2x"]
+    without = RunFolder(_recipe(tmp_path))
+    assert without.notes == ["of all", "of 2x"]
+    assert set(without.stage_seconds) == set(without.stage_versions) == {"profile", "evaluate dense", "prune 2x"}
+    without.set_note("refit", None, member="2x")
+    assert without.notes == ["of all"]
+    assert RunFolder(_recipe(tmp_path, speedups=[3.5])).notes == ["of all", "of 3.5x"]
+
+
+def test_measuring_again_keeps_the_aim_and_forgets_what_was_measured(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    before = Correction(2.1, 3, [(2.0, 1.9)], 1.2, 1, refused_plans=2, refused_speedup=2.05)
+    for name in ("2x", "9x"):
+        folder.set_correction(name, "key", before)
+    for stage in ("benchmark", "benchmark of dense", "profile", "prune 2x"):
+        folder.make(stage, "key", [], lambda: None)
+    folder.forget_measurements()
+    again = RunFolder(_recipe(tmp_path))
+    made = {stage: again.is_made(stage, "key") for stage in ("benchmark", "benchmark of dense", "profile", "prune 2x")}
+    assert made == {"benchmark": False, "benchmark of dense": False, "profile": True, "prune 2x": True}
+    assert again.correction("2x", "key") == Correction(2.1, refused_plans=2, refused_speedup=2.05)
+    assert again.correction("9x", "key") == before  # not asked for
+
+
+def test_a_manifest_of_schema_1_is_understood(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.save()
+    before = {
+        "kind": "manifest",
+        "schema_version": 1,
+        "stages": {"profile": "abc"},
+        "versions": {"torch": "1"},
+        "argv": ["ziplm-deploy", "run"],
+        "notes": {"sidesteps of 3x": "old", "refit of 2x": "member", "refused cells": "text"},
+    }
+    (folder.path / "manifest.json").write_text(json.dumps(before), encoding="utf-8")
+    again = RunFolder(_recipe(tmp_path))
+    assert again.is_made("profile", "abc")
+    assert again.notes == ["text", "member"]
+    assert again.stage_versions == {"profile": {"torch": "1"}}
+
+
+def test_checkpoints_of_one_training_go_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    keys = {key: content_key(key=key) for key in ("now", "before")}
+    own = [folder.checkpoints("2x", key) for key in keys.values()]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    own.append(folder.checkpoints("2x", keys["now"]))
+    monkeypatch.delenv("WORLD_SIZE")
+    assert len(set(own)) == 3  # a step of four processes is another one than a step of one
+    others = [folder.checkpoints(name, keys["now"]) for name in ("2x-sparse-1", "12x", "2x-int8")]
+    for path in (*own, *others):
+        (path / "checkpoint-5").mkdir(parents=True)
+    folder.drop_checkpoints("2x")
+    assert [path.exists() for path in (*own, *others)] == [False] * 3 + [True] * 3
+    for name in ("2x-sparse-1", "12x", "2x-int8"):
+        folder.drop_checkpoints(name)
+    assert not (folder.path / "recovery").exists()

@@ -54,7 +54,7 @@ class Machine:
             correction=lambda name, key: self.corrections.get(name),
             set_correction=lambda name, key, correction: self.corrections.__setitem__(name, correction),
             unmake=lambda stage: None,
-            set_note=lambda topic, text: self.notes.__setitem__(topic, text),
+            set_note=lambda topic, text, member: self.notes.__setitem__(f"{topic} of {member}", text),
             generation_benchmark=lambda parent: parent,
         )
         planner = SimpleNamespace(changes=self._changes, budget_ms=lambda aim: self._changes(None, aim))

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
-from tests.helpers.pipeline import raw_recipe, recipe, write_rows, written_again
+from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
+from ziplm_deploy import api
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import (
     CorruptArtifactError,
@@ -29,6 +30,7 @@ from ziplm_deploy.errors import (
     EnvironmentMismatchError,
     IncompatibleArtifactError,
     NumericalError,
+    ParityError,
     TargetUnreachableError,
 )
 from ziplm_deploy.latency.table import LatencyTable
@@ -130,7 +132,8 @@ def test_a_new_target_costs_a_search_and_keeps_the_others(copied: Path) -> None:
     assert not again.intersection(kept)
 
 
-def test_an_interrupted_run_continues(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_continues(made: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "killed"
     shutil.copytree(made, folder, ignore=shutil.ignore_patterns("runs"))
     raw = raw_recipe(folder)
@@ -147,11 +150,13 @@ def test_an_interrupted_run_continues(made: Path, tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     if process.poll() is None:
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
     if process.returncode in (0, 3, 4):  # done; 3: it missed its target, 4: noise left that open, as tiny models may
         pytest.skip("the run ended before it could be interrupted")
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
+    assert "the same command continues where it was" in errors
+    assert not (folder / "runs" / "tiny" / ".lock").exists()
     assert not list((folder / "runs").rglob("*.tmp"))
     stamp = table.stat().st_mtime_ns
     report = run(parse_recipe(raw))
@@ -175,19 +180,56 @@ def test_a_foreign_table_is_refused_unless_asked_for(copied: Path) -> None:
         run(recipe(copied, profile={"table": str(copied / "foreign.json")}))
     report = run(recipe(copied, profile={"table": str(copied / "foreign.json"), "allow_foreign_table": True}))
     assert len(report.members) == 2
+    [note] = [note for note in report.notes if "another machine" in note]
+    assert "Z80" in note
+    with pytest.raises(IncompatibleArtifactError, match="Z80"):  # also in a folder that has taken it over
+        run(recipe(copied, profile={"table": str(copied / "foreign.json")}))
+    assert not any("another machine" in note for note in run(recipe(copied)).notes)
     table.model_copy(update={"variant": Variant.INT8}).save(copied / "int8.json")
     with pytest.raises(IncompatibleArtifactError, match="int8"):
         run(recipe(copied, profile={"table": str(copied / "int8.json"), "allow_foreign_table": True}))
 
 
+def test_a_file_is_compared_with_what_is_allowed_now(copied: Path) -> None:
+    before = stamps(copied)
+    with pytest.raises(ParityError, match="'export dense' within 1e-13 of torch"):
+        run(recipe(copied, speedups=[1.5, 2.5], benchmark={"parity_atol": 1e-13}))
+    run(recipe(copied, speedups=[1.5, 2.5]))
+    again = {name for name, stamp in stamps(copied).items() if before.get(name) != stamp}
+    assert not {name for name in again if name.endswith((".onnx", ".safetensors", "benchmark.json"))}
+
+
+def test_benchmark_again_times_the_same_files_again(copied: Path) -> None:
+    given = recipe(copied, speedups=[1.5, 2.5])
+    before = stamps(copied)
+    api.benchmark(given)
+    assert stamps(copied)["benchmark.json"] == before["benchmark.json"]
+    api.benchmark(given, again=True)
+    again = {name for name, stamp in stamps(copied).items() if before.get(name) != stamp}
+    assert "benchmark.json" in again
+    assert not {name for name in again if name.endswith((".onnx", ".safetensors", "profile.json"))}
+
+
 @pytest.mark.parametrize("name", ["profile.json", "pruning/database.safetensors", "1.5x/pruned.safetensors"])
 def test_damaged_artifacts_are_errors_that_name_the_file(copied: Path, name: str) -> None:
     path = copied / "runs" / "tiny" / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(bytes(path.stat().st_size))  # zeros, as a power cut may leave them
     # another target needs the database, another way to export the weights
     changes = {"export": {"embed_in_graph": False}} if "pruned" in name else {"speedups": [1.5, 1.8]}
     with pytest.raises(CorruptArtifactError, match=path.name):
         run(recipe(copied, **changes))
+
+
+def test_what_was_cut_short_is_made_again(copied: Path) -> None:
+    run_dir = copied / "runs" / "tiny"
+    cut = [run_dir / name for name in ("pruning/database.safetensors", "1.5x/pruned.safetensors", "1.5x/vocab.txt")]
+    cut = [path for path in cut if path.exists()] + sorted((run_dir / "dense").glob("tokenizer.json"))
+    before = {path: path.read_bytes() for path in cut}
+    for path in cut:
+        path.write_bytes(before[path][: len(before[path]) // 2])
+    run(recipe(copied, speedups=[1.5, 2.5]))
+    assert {path: path.read_bytes() for path in cut} == before
+    assert len(cut) >= 3
 
 
 def test_bad_data_ends_the_run_at_once(copied: Path) -> None:

@@ -25,6 +25,7 @@ from ziplm_deploy.baselines.base import Baseline, DenseSource, installed_version
 from ziplm_deploy.compression.int8.scales import quiet
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.machine.scratch import scratch_root
 
 # Names that optimum has, the best for a CPU first: a flag that it needs, whether weights have a sign.
 PRESETS = {
@@ -62,7 +63,7 @@ def quantize_with_optimum(source: Path, destination: Path, preset: str) -> None:
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
     config = getattr(AutoQuantizationConfig, preset)(is_static=False)
-    with tempfile.TemporaryDirectory(prefix="ziplm-baseline-") as folder:
+    with tempfile.TemporaryDirectory(prefix="baseline-", dir=scratch_root()) as folder:
         # A file beside no config.json and no tokenizer: optimum would load and save them, too.
         alone = Path(folder) / "source" / "model.onnx"
         alone.parent.mkdir()

@@ -22,6 +22,7 @@ import numpy as np
 from ziplm_deploy.baselines.base import Baseline, DenseSource, installed_version
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.machine.side_environments import quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
 
@@ -45,7 +46,7 @@ class OpenVinoInt8(Baseline):
         return "arguments of OVQuantizationConfig()"
 
     def make(self, dense: DenseSource, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="ziplm-baseline-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="baseline-", dir=scratch_root()) as scratch:
             paths = []
             for index, batch in enumerate(dense.batches()):
                 paths.append(str(Path(scratch) / f"batch{index}.npz"))

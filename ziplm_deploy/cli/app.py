@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,24 @@ from ziplm_deploy.errors import ZipLMError
 MISSED_TARGET = 3
 UNDECIDED = 4  # the measurement is too noisy to say whether a target was reached
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+TERMINATED = 143  # 128 + SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in order, as Ctrl-C does."""
+
+
+def end_in_order_on_sigterm() -> None:
+    """Let SIGTERM, from ``docker stop`` or a batch system, end workers and remove what is half-written.
+
+    A second one ends the process at once.
+    """
+
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class _Edge(TyperGroup):
@@ -26,8 +45,10 @@ class _Edge(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            typer.echo("\ninterrupted: nothing half-written is left; the same command continues where it was", err=True)
-            raise typer.Exit(INTERRUPTED) from error
+            terminated = isinstance(error, Terminated)
+            what = "terminated" if terminated else "interrupted"
+            typer.echo(f"\n{what}: nothing half-written is left; the same command continues where it was", err=True)
+            raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from error
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

@@ -21,6 +21,7 @@ from ziplm_deploy.cli.app import (
     Speedups,
     Threads,
     app,
+    end_in_order_on_sigterm,
 )
 from ziplm_deploy.cli.inputs import (
     console_progress,
@@ -159,6 +160,7 @@ def benchmark(
     memory_limit: Annotated[
         float | None, typer.Option(min=0.1, help="ONNX files: GiB that a process may take; default: the machine's.")
     ] = None,
+    again: Annotated[bool, typer.Option(help="Recipe: measure again what was measured before.")] = False,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -174,6 +176,10 @@ def benchmark(
         check_writable(output)  # not after minutes of measuring
     open_targets: dict[str, Outcome] = {}
     if any(path.suffix == ".onnx" for path in inputs):
+        if again:
+            raise UsageError(
+                "expected --again with a recipe, found ONNX files, which are always measured; leave it out"
+            )
         workload = {"batch_size": batch_size, "seq_len": seq_len}
         settings = validated(BenchmarkConfig, rounds=rounds, processes=processes)
         names = list(dict.fromkeys(engine or ["onnxruntime"]))
@@ -185,7 +191,7 @@ def benchmark(
         record = _compare_files(files, environments, settings, console_progress(quiet))
     elif len(inputs) == 1:
         resolved = resolved_recipe(inputs[0], threads=threads)
-        record = _compare_members(resolved, console_progress(quiet))
+        record = _compare_members(resolved, console_progress(quiet), again)
         open_targets = _not_reached(record, resolved)
     else:
         raise UsageError(
@@ -219,13 +225,13 @@ def _compare_files(
         typer.echo(notice, err=True)
     what = f"{len(files) // len(names)} ONNX file(s) on {', '.join(names)}"
     progress.stage(f"benchmark: {what}, and the baseline again, interleaved", 1, 1)
-    return compare(files, environments[0], settings, next(iter(files)), progress.step)
+    return compare(files, environments[0], settings, next(iter(files)), progress.step, note=progress.note)
 
 
-def _compare_members(recipe: Recipe, progress: Progress) -> BenchmarkRecord:
+def _compare_members(recipe: Recipe, progress: Progress, again: bool) -> BenchmarkRecord:
     from ziplm_deploy import api
 
-    return api.benchmark(recipe, progress)
+    return api.benchmark(recipe, progress, again=again)
 
 
 def _not_reached(record: BenchmarkRecord, recipe: Recipe) -> dict[str, Outcome]:
@@ -263,7 +269,7 @@ def doctor(as_json: AsJson = False) -> None:
     from ziplm_deploy.cli import console
     from ziplm_deploy.cli import doctor as checks
 
-    findings = checks.examine()
+    findings = checks.examine(note=lambda text: typer.echo(text, err=True))
     console.print_json(findings) if as_json else console.print_findings(findings)
 
 
@@ -350,4 +356,5 @@ def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of ``ziplm-deploy``."""
+    end_in_order_on_sigterm()
     app()

@@ -15,7 +15,9 @@ from ziplm_deploy.engines import ENGINES, Engine, get_engine
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import compare
 from ziplm_deploy.machine.info import machine_info, versions
+from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, SideEnvironment
+from ziplm_deploy.progress import Note
 from ziplm_deploy.recipe import BenchmarkConfig, Environment
 
 TOOLS = (NEURAL_COMPRESSOR,)
@@ -24,15 +26,15 @@ LAYERS, SHAPE, WIDTH = 4, (1, 128, 384), 384  # a few milliseconds, like the mod
 NOISY = 0.02  # above the default tolerance of a target, timings cannot decide whether it was reached
 
 
-def examine(rounds: int = ROUNDS) -> dict[str, Any]:
-    """Findings as plain data: ``machine, versions, engines, tools, baselines, noise``."""
+def examine(rounds: int = ROUNDS, note: Note | None = None) -> dict[str, Any]:
+    """Findings: ``machine, versions, engines, tools, baselines, noise``; ``note`` is told what it waits for."""
     return {
         "machine": machine_info().model_dump(mode="json"),
         "versions": versions(),
         "engines": [_finding(name, get_engine(name)) for name in ENGINES],
         "tools": [_finding(tool.name, tool) for tool in TOOLS],
         "baselines": [_baseline(name) for name in BASELINES],
-        "noise": measure_noise(rounds),
+        "noise": measure_noise(rounds, note),
     }
 
 
@@ -56,17 +58,17 @@ def _baseline(name: str) -> dict[str, Any]:
         return found | {"missing": str(error)}
 
 
-def measure_noise(rounds: int = ROUNDS) -> dict[str, Any]:
+def measure_noise(rounds: int = ROUNDS, note: Note | None = None) -> dict[str, Any]:
     """A/A run: a small model against itself in pairs of interleaved processes, one thread each.
 
     ``floor`` is how far the 95 % interval of their ratio reaches from 1: smaller differences mean nothing.
     """
-    with tempfile.TemporaryDirectory(prefix="ziplm-deploy-") as folder:
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=scratch_root()) as folder:
         path = Path(folder) / "model.onnx"
         write_probe(path)
         settings = BenchmarkConfig(rounds=rounds, max_processes=BenchmarkConfig().processes, max_seconds=60)
         try:
-            record = compare({"probe": path}, Environment(), settings, "probe")
+            record = compare({"probe": path}, Environment(), settings, "probe", note=note)
         except EngineError as error:
             return {"error": str(error)}
     floor = record.itself.floor

@@ -22,6 +22,7 @@ from ziplm_deploy.engines.worker.protocol import TURN_VARIABLE
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.huge_pages import check_huge_pages, with_huge_pages
 from ziplm_deploy.machine.info import MachineInfo, allowed_cpus, check_threads, machine_info
+from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.machine.side_environments import ENVIRONMENTS, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
 from ziplm_deploy.recipe import Environment
@@ -141,7 +142,7 @@ class WorkerHandle:
         ]
         self._interpreter = interpreter
         self._paths: dict[str, Path] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="ziplm-worker-")
+        self._folder = tempfile.TemporaryDirectory(prefix="worker-", dir=scratch_root())
         self._process = self._spawn()
         _LIVE.add(self)
         try:

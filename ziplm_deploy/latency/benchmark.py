@@ -20,7 +20,8 @@ from ziplm_deploy.errors import UsageError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.statistics import Ratio, is_stable, process_ratio, summarize
 from ziplm_deploy.machine.info import machine_info
-from ziplm_deploy.progress import StepProgress
+from ziplm_deploy.machine.locks import timing_alone
+from ziplm_deploy.progress import Note, StepProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
 
 _Workers = dict[str, WorkerHandle]
@@ -97,6 +98,7 @@ def compare(
     *,
     seed: int = 0,
     decided: Decided | None = None,
+    note: Note | None = None,
 ) -> BenchmarkRecord:
     """Time ``files`` (name → :class:`TimedFile`, or just an ONNX file) against ``baseline``, one of their names.
 
@@ -106,7 +108,8 @@ def compare(
     take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is
     over the mean of the baseline's two processes, with its interval as of :func:`process_ratio`. While ``decided`` is
     not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default: every interval
-    within the tolerance. Threads, batch size and tokens are those of ``environment`` on every engine.
+    within the tolerance. Threads, batch size and tokens are those of ``environment`` on every engine. Another
+    measurement of this user on this machine is waited for; ``note`` is told so.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -121,7 +124,8 @@ def compare(
     entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in files.items()}
     engine_version = get_engine(environment.engine).version()
     decided = decided or precise_within(config.tolerance)
-    timed = _time_files(entries, environment, config, baseline, progress, seed, decided)
+    with timing_alone(note):
+        timed = _time_files(entries, environment, config, baseline, progress, seed, decided)
     itself = timed.ratio(baseline)
     return BenchmarkRecord(
         machine=machine_info(),

@@ -33,7 +33,9 @@ from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.statistics import is_stable, summarize
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import machine_info
-from ziplm_deploy.progress import StepProgress
+from ziplm_deploy.machine.locks import timing_alone
+from ziplm_deploy.machine.scratch import scratch_root
+from ziplm_deploy.progress import Note, StepProgress
 
 REMEASURE_ROUNDS = 10
 REMEASURE_SHARE = 0.2  # of the time limit, kept back for suspicious cells
@@ -70,8 +72,12 @@ class _Measurement:
     seconds: float  # exports not included
 
 
-def measure_table(request: TableRequest, progress: StepProgress | None = None, seed: int = 0) -> LatencyTable:
+def measure_table(
+    request: TableRequest, progress: StepProgress | None = None, seed: int = 0, *, note: Note | None = None
+) -> LatencyTable:
     """Measure the table that is asked for. ``progress`` counts exports, then rounds.
+
+    Another measurement of this user on this machine is waited for; ``note`` is told so.
 
     Raises:
         UnsupportedModelError: the architecture cannot be pruned or exported.
@@ -81,7 +87,7 @@ def measure_table(request: TableRequest, progress: StepProgress | None = None, s
     """
     started = time.monotonic()
     shape, environment, treatment = request.shape, request.environment, request.treatment
-    measured = _measure_models(request, progress or (lambda done, total: None), seed)
+    measured = _measure_models(request, progress or (lambda done, total: None), seed, note)
     samples = measured.samples
     table = LatencyTable(
         machine=machine_info(),
@@ -112,7 +118,7 @@ def measure_table(request: TableRequest, progress: StepProgress | None = None, s
     return table
 
 
-def _measure_models(request: TableRequest, report: StepProgress, seed: int) -> _Measurement:
+def _measure_models(request: TableRequest, report: StepProgress, seed: int, note: Note | None) -> _Measurement:
     """Export, load and time all models."""
     models = list(table_models(request))
     steps = len(models) + request.profile.max_rounds
@@ -127,10 +133,11 @@ def _measure_models(request: TableRequest, report: StepProgress, seed: int) -> _
         workers = Workers({model_id: alone.get(model_id, together) for model_id in ids})
         refused = _load_models(request, models, workers, lambda done: report(done, steps))
         ids = [model_id for model_id in ids if model_id not in refused]
-        measuring = time.monotonic()
-        samples = _measure(workers, ids, request.grid, lambda rounds: report(len(models) + rounds, steps), seed)
-        _remeasure(workers, samples, request.grid, seed)
-        seconds = time.monotonic() - measuring
+        with timing_alone(note):
+            measuring = time.monotonic()
+            samples = _measure(workers, ids, request.grid, lambda rounds: report(len(models) + rounds, steps), seed)
+            _remeasure(workers, samples, request.grid, seed)
+            seconds = time.monotonic() - measuring
     report(steps, steps)
     return _Measurement(samples, refused, {request.baseline: alone[DENSE].version, engine: together.version}, seconds)
 
@@ -147,7 +154,7 @@ def _load_models(
             if get_engine(name).may_abort
         }
         for done, model in enumerate(models, start=1):
-            with tempfile.TemporaryDirectory(prefix="ziplm-profile-") as folder:
+            with tempfile.TemporaryDirectory(prefix="profile-", dir=scratch_root()) as folder:
                 path = Path(folder) / f"{model.model_id.replace(' ', '-')}.onnx"
                 model.export(path, request.settings)
                 reason = _refusal(model.model_id, trials.get(request.engine_of(model.model_id)), path, request.grid)

@@ -176,7 +176,7 @@ class MachineInfo(BaseModel):
         return f"{self.cpu_model} | {' '.join(self.isa_flags)}"
 
 
-VERSIONED = ("ziplm-deploy", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+VERSIONED = ("ziplm-deploy", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "numpy")
 
 
 def versions(packages: Sequence[str] = VERSIONED) -> dict[str, str]:

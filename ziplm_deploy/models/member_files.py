@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ziplm_deploy.artifacts import Artifact, Fields, file_hash, write_bytes_with, write_text
+from ziplm_deploy.artifacts import Artifact, Fields, atomic_folder, file_hash, write_bytes_with, write_text
 from ziplm_deploy.documents import read_json, shortened
 from ziplm_deploy.errors import CorruptArtifactError, StorageError, UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
@@ -127,15 +126,8 @@ def replace_member(
     folder: Path, model: nn.Module, processor: Any, model_config: ModelConfig, extra: dict[str, Any]
 ) -> None:
     """Replace a folder by one with this model, whole or not at all; arguments as of :func:`save_member`."""
-    making = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
-    try:
+    with atomic_folder(folder) as making:  # an ONNX file of an earlier plan must not stay beside the new weights
         save_member(making, model, processor, model_config, extra)
-        if folder.exists():
-            shutil.rmtree(folder)  # an ONNX file of an earlier plan must not stay beside the new weights
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def load(folder: Path | str) -> nn.Module:

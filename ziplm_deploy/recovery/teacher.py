@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.recipe import RecoverConfig
-from ziplm_deploy.recovery.examples import Examples
+from ziplm_deploy.recovery.examples import POSITION, Examples
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.tasks import Task
 from ziplm_deploy.tasks.batching import Batch
+
+GROUP = 32  # examples that are answered at once for the cache
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,30 @@ class TeacherAnswers:
 class Teacher:
     """A frozen model that answers batches of one set of examples; each is computed once if all fit into the cache.
 
+    An answer depends on the example alone: not on what was asked before, and not on whether it comes from the cache.
+    So a training that is resumed, with nothing in its cache, has the same targets as one that was not disturbed. To
+    that end hidden states are rounded to float16 also where they are not kept, and examples are answered in groups of
+    neighbours in length, always the same, whichever batches ask for them: the last digits of an answer are those of
+    its batch. Where not all fit into the cache, the batch of the training itself is answered.
+
     Args:
         layers: whose hidden states are wanted; empty: none.
-        n_tokens: of all examples together, without padding; decides with the first batch whether they fit.
         cache_bytes: for all answers; hidden states are kept in float16 and without padding.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, layers: Sequence[int], n_examples: int, n_tokens: int, cache_bytes: int
+        self, model: nn.Module, task: Task, layers: Sequence[int], examples: Examples, cache_bytes: int
     ) -> None:
         self.model = model.eval()
         self.task = task
         self.layers = list(layers)
-        self._n_examples, self._n_tokens, self._cache_bytes = n_examples, n_tokens, cache_bytes
+        self._examples, self._cache_bytes = examples, cache_bytes
+        order = sorted(range(len(examples)), key=examples.lengths.__getitem__)
+        self._groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
+        self._group_of = {row: group for group in self._groups for row in group}
         self._known: dict[int, _Answer] = {}
         self._caching: bool | None = None if cache_bytes else False  # None: not known before the first batch
+        self._precision: torch.dtype | None = None  # of the known answers
 
     @property
     def caching(self) -> bool:
@@ -61,32 +72,52 @@ class Teacher:
         Computed in the precision of the training, whose autocast is on: a teacher in float32 takes most of the time
         of a step in bf16, and its answers are kept in float16 anyway.
         """
-        rows, device = positions.tolist(), positions.device
-        if all(row in self._known for row in rows):
-            with torch.autocast(device.type, enabled=False):  # which knows no float16 on CPUs
-                return self._recall(batch, [self._known[row] for row in rows])
+        device = positions.device
         if next(self.model.parameters()).device != device:
             self.model = copy.deepcopy(self.model).to(device)  # the given one stays where it is
+        self._forget_other_precisions(device)
+        if self._caching is None:
+            self._decide(device)
+        if not self._caching:
+            outputs, hidden = self._forward(batch)
+            return TeacherAnswers(self.task.features(outputs, batch), [_rounded(states) for states in hidden])
+        rows = positions.tolist()
+        for row in rows:
+            if row not in self._known:
+                self._answer(self._group_of[row], device)
+        with torch.autocast(device.type, enabled=False):  # which knows no float16 on CPUs
+            return self._recall(batch, [self._known[row] for row in rows])
+
+    def _forget_other_precisions(self, device: torch.device) -> None:
+        """Let go of answers for a training in another precision: after a resume this one would not have them."""
+        on = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if on else torch.float32
+        if precision != self._precision:
+            self._known.clear()
+            self._precision = precision
+
+    def _decide(self, device: torch.device) -> None:
+        """Find out from the group in the middle whether all answers fit into the cache."""
+        group = self._groups[len(self._groups) // 2]
+        self._answer(group, device)
+        answers = [self._known[row] for row in group]
+        tokens = sum(answer.n_tokens for answer in answers)
+        bytes_a_token = sum(answer.size_bytes for answer in answers) / max(tokens, 1)
+        expected_tokens = self._examples.n_tokens or len(self._examples) * tokens / len(answers)
+        self._caching = bytes_a_token * expected_tokens <= self._cache_bytes
+        if not self._caching:
+            self._known.clear()
+
+    def _answer(self, group: list[int], device: torch.device) -> None:
+        """Compute and keep the answers to a group of examples."""
+        batch = self._examples.collate([self._examples[row] for row in group])
+        batch = {name: value.to(device) for name, value in batch.items() if name != POSITION}
+        self._known.update(zip(group, _split(self.task, batch, *self._forward(batch)), strict=True))
+
+    def _forward(self, batch: Batch) -> tuple[Batch, list[Tensor]]:
         with LayerOutputs(self.model, self.layers) as recorded:
             outputs = {name: value.float() for name, value in self.task.forward(self.model, batch).items()}
-        hidden = recorded.packed(batch.get("attention_mask"))
-        if self.caching:
-            self._keep(rows, batch, outputs, hidden)
-        return TeacherAnswers(self.task.features(outputs, batch), hidden)
-
-    def _keep(self, rows: list[int], batch: Batch, outputs: Batch, hidden: list[Tensor]) -> None:
-        answers = _split(self.task, batch, outputs, hidden)
-        if self._caching is None:
-            tokens = sum(answer.n_tokens for answer in answers)
-            bytes_a_token = sum(answer.size_bytes for answer in answers) / max(tokens, 1)
-            expected_tokens = self._n_tokens or self._n_examples * tokens / len(answers)
-            self._caching = bytes_a_token * expected_tokens <= self._cache_bytes
-        if not all(answer.is_finite for answer in answers):
-            self._caching = False  # beyond float16: such answers are computed every time
-        if self._caching:
-            self._known.update(zip(rows, answers, strict=True))
-        else:
-            self._known.clear()
+        return outputs, recorded.packed(batch.get("attention_mask"))
 
     def _recall(self, batch: Batch, answers: list[_Answer]) -> TeacherAnswers:
         device = next(iter(batch.values())).device
@@ -98,13 +129,21 @@ class Teacher:
 def make_teacher(model: nn.Module, task: Task, examples: Examples, config: RecoverConfig) -> Teacher:
     """A teacher for these examples, with the hidden states that the losses need."""
     layers = range(model_shape(model.config).n_layers) if config.token_weight else ()  # type: ignore[arg-type]
-    limit = int(config.teacher_cache_gb * 2**30)
-    return Teacher(model, task, layers, len(examples), examples.n_tokens, limit)
+    return Teacher(model, task, layers, examples, int(config.teacher_cache_gb * 2**30))
+
+
+def _rounded(states: Tensor) -> Tensor:
+    """Hidden states as the cache keeps them, in float32; what float16 cannot hold stays as it is."""
+    exact, half = states.float(), states.half()
+    return torch.where(torch.isfinite(half), half.float(), exact)
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """One example's answer on the CPU: outputs without padding, hidden states float16 ``[layers, tokens, hidden]``."""
+    """One example's answer on the CPU: outputs without padding, hidden states ``[layers, tokens, hidden]``.
+
+    Hidden states are float16, or float32 where one of them is beyond that.
+    """
 
     outputs: dict[str, Tensor]
     hidden: Tensor
@@ -114,10 +153,6 @@ class _Answer:
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.hidden, *self.outputs.values()))
 
-    @property
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.hidden).all())
-
 
 def _split(task: Task, batch: Batch, outputs: Batch, hidden: list[Tensor]) -> list[_Answer]:
     """Answers of the rows of a batch, each in memory of its own."""
@@ -125,16 +160,22 @@ def _split(task: Task, batch: Batch, outputs: Batch, hidden: list[Tensor]) -> li
     mask = batch.get("attention_mask")
     counts = [len(hidden[0]) // size if hidden else 1] * size if mask is None else mask.sum(1).tolist()
     packed = torch.stack(hidden) if hidden else torch.zeros(0, sum(counts), 0)  # [layers, N, hidden]
-    parts = torch.split(packed.half().cpu(), counts, dim=1)
+    parts = torch.split(_rounded(packed).cpu(), counts, dim=1)
 
     def unpadded(name: str, row: int) -> Tensor:
         value = outputs[name][row]
         return (value[mask[row].bool()] if mask is not None and name in task.token_outputs else value).cpu().clone()
 
     return [
-        _Answer({name: unpadded(name, row) for name in task.feature_outputs}, part.clone(), count)
+        _Answer({name: unpadded(name, row) for name in task.feature_outputs}, _compact(part), count)
         for row, (part, count) in enumerate(zip(parts, counts, strict=True))
     ]
+
+
+def _compact(states: Tensor) -> Tensor:
+    """Rounded states in memory of their own."""
+    half = states.half()
+    return half if bool(torch.isfinite(half).all()) else states.clone()
 
 
 def _join(name: str, task: Task, batch: Batch, answers: list[_Answer]) -> Tensor:

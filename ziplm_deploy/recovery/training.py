@@ -18,6 +18,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from exporters.files import sync_folder
 from ziplm_deploy.documents import read_json
 from ziplm_deploy.errors import DataError, EnvironmentMismatchError, NumericalError, RecipeError, StorageError
 from ziplm_deploy.machine import distributed
@@ -121,8 +122,12 @@ class _Watcher(transformers.TrainerCallback):
             self._progress.step(state.global_step, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep only the newest checkpoint; by step, as file times may be too coarse for Trainer's own rotation."""
+        """Keep only the newest checkpoint; by step, as file times may be too coarse for Trainer's own rotation.
+
+        It is on the disk before the one before it goes.
+        """
         if state.is_world_process_zero:
+            sync_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             for path in Path(args.output_dir).glob("checkpoint-*"):
                 if path.name != f"checkpoint-{state.global_step}":
                     shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from ziplm_deploy.compression.records import facts_of, int8_note, kept_in_float32
@@ -27,6 +28,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
     """
     recipe, record = facts.recipe, facts.record
     baseline = timing_of(record, record.baseline)
+    measured_with = facts.stage_versions.get("benchmark") or versions()
     members = [member_report(facts, member) for member in facts.members]
     return FamilyReport(
         name=recipe.name,
@@ -56,9 +58,19 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         stage_seconds=facts.stage_seconds,
         lengths=facts.lengths,
         short_tokens=facts.short.environment.workload.seq_len if facts.short else None,
-        versions=versions(),
+        versions=measured_with,
+        other_versions=_differing(facts.stage_versions, measured_with),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _differing(stages: Mapping[str, Mapping[str, str]], usual: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Packages, by stage, that had another version than usual."""
+    found = {
+        stage: {name: version for name, version in made_with.items() if usual.get(name, version) != version}
+        for stage, made_with in stages.items()
+    }
+    return {stage: packages for stage, packages in found.items() if packages}
 
 
 def timing_of(record: BenchmarkRecord, name: str) -> FileTiming:

@@ -77,3 +77,4 @@ class FamilyFacts:
     short: BenchmarkRecord | None = None  # of requests of the texts' median length, if that is much below seq_len
     lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts
     baselines: list[BaselineFacts] = field(default_factory=list)
+    stage_versions: dict[str, dict[str, str]] = field(default_factory=dict)  # of the packages that made each stage

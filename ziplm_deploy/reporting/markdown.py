@@ -277,4 +277,14 @@ def _environment(report: FamilyReport) -> list[str]:
         f"- {machine.usable_cores} of {machine.logical_cores} cores granted, "
         f"{machine.memory_bytes / 2**30:.1f} GiB, {machine.operating_system}",
         "- " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        *_other_versions(report),
     ]
+
+
+def _other_versions(report: FamilyReport) -> list[str]:
+    """Stages whose results are older, or newer, than the packages that the latencies were measured with."""
+    stages: dict[str, list[str]] = {}
+    for stage, packages in report.other_versions.items():
+        for name, version in packages.items():
+            stages.setdefault(f"{name} {version}", []).append(stage)
+    return [f"- made with {package}: {', '.join(names)}" for package, names in stages.items()]

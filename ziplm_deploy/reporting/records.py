@@ -144,7 +144,9 @@ class FamilyReport(Artifact):
         default_factory=dict
     )  # of the texts by data set; empty: images, or unknown
     stage_seconds: dict[str, float]
-    versions: dict[str, str]
+    versions: dict[str, str]  # that the latencies were measured with
+    # of stages that were made with others: stage -> package -> version
+    other_versions: dict[str, dict[str, str]] = Field(default_factory=dict)
     date: str
 
     @property

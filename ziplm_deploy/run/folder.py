@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Recipe, member_name
-from ziplm_deploy.run.manifest import Correction, Manifest
+from ziplm_deploy.run.manifest import Correction, Manifest, Origin
 from ziplm_deploy.run.member import DENSE, Member, PrunedMember
 from ziplm_deploy.tasks.lengths import TokenLengths
 
 BETWEEN_STAGES = "between stages"
+KEY_DIGITS = 12  # of a training's key, in the name of its checkpoints' folder
 
 
 class RunFolder:
@@ -59,9 +63,25 @@ class RunFolder:
     def _trains(self) -> bool:
         return self._recipe.recover.mode != "none"
 
-    def checkpoints(self, name: str) -> Path:
-        """Where a training leaves its checkpoints while it lasts."""
-        return self.path / "recovery" / name
+    def checkpoints(self, training: str, key: str) -> Path:
+        """Where a training leaves its checkpoints while it lasts.
+
+        Other folders for other numbers of processes: a step of theirs is of another number of examples.
+        """
+        n_processes = distributed.n_processes()
+        share = "" if n_processes == 1 else f"-of-{n_processes}"
+        return self.path / "recovery" / f"{training}-{key[:KEY_DIGITS]}{share}"
+
+    def drop_checkpoints(self, training: str) -> None:
+        """Remove what a training that is over has left, also under other settings. Call it when its stage is made."""
+        if not distributed.is_first():
+            return
+        own = re.compile(rf"{re.escape(training)}-[0-9a-f]{{{KEY_DIGITS}}}(-of-\d+)?")
+        for folder in (self.path / "recovery").glob("*"):
+            if own.fullmatch(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another training's are in there, or there were none
+            (self.path / "recovery").rmdir()
 
     def database(self, parent: str) -> Path:
         """Levels of the model that members are pruned from."""
@@ -83,7 +103,21 @@ class RunFolder:
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Wall time of every stage, all its runs in this folder together."""
-        return dict(self._manifest.seconds)
+        return {stage: spent for stage, spent in self._manifest.seconds.items() if self._is_asked_for(stage)}
+
+    @property
+    def stage_versions(self) -> dict[str, dict[str, str]]:
+        """Versions of the packages that every stage was made with."""
+        origins = self._manifest.origins.items()
+        return {stage: dict(origin.versions) for stage, origin in origins if self._is_asked_for(stage)}
+
+    @property
+    def _member_names(self) -> set[str]:
+        return {DENSE, *map(member_name, self._recipe.speedups)}
+
+    def _is_asked_for(self, stage: str) -> bool:
+        """Whether a stage is of no member that the recipe does not ask for (any more)."""
+        return set(re.findall(r"(?<!\S)\d\S*?x(?![^\s,])", stage)) <= self._member_names
 
     def record(self, **facts: Any) -> None:
         """Keep facts (data hashes, CPU) in the manifest; on disk when the first stage begins."""
@@ -93,7 +127,9 @@ class RunFolder:
     @property
     def notes(self) -> list[str]:
         """Warnings that the report repeats."""
-        return list(self._manifest.notes.values())
+        of_members = self._manifest.notes_of_members
+        own = [text for name in of_members if name in self._member_names for text in of_members[name].values()]
+        return [*self._manifest.notes.values(), *own]
 
     @property
     def lengths(self) -> dict[str, TokenLengths]:
@@ -108,12 +144,23 @@ class RunFolder:
             self.save()
         return known.get(file_hash, 0)
 
-    def set_note(self, topic: str, text: str | None) -> None:
-        """Replace the warning about a topic; None takes it back."""
-        self._manifest.notes.pop(topic, None)
+    def set_note(self, topic: str, text: str | None, *, member: str | None = None) -> None:
+        """Replace the warning about a topic; None takes it back. One of a ``member`` goes when the member does."""
+        notes = self._manifest.notes if member is None else self._manifest.notes_of_members.setdefault(member, {})
+        if notes.get(topic) == text:
+            return
+        notes.pop(topic, None)
         if text is not None:
-            self._manifest.notes[topic] = text
+            notes[topic] = text
         self.save()
+
+    def set_difference(self, stage: str, difference: float) -> None:
+        """Remember how far the file of the stage that is being made is from torch."""
+        self._manifest.differences[stage] = difference
+
+    def difference(self, stage: str) -> float | None:
+        """How far a stage's file was from torch when it was made; None where nothing was compared."""
+        return self._manifest.differences.get(stage)
 
     def correction(self, name: str, key: str) -> Correction | None:
         """What the closed loop last asked for, if the member's inputs are still the same."""
@@ -124,19 +171,38 @@ class RunFolder:
         self._manifest.corrections[name], self._manifest.correction_keys[name] = correction, key
         self.save()
 
+    def forget_measurements(self) -> None:
+        """Let everything be timed again, and the closed loop begin with what it asks for now, with no history.
+
+        Plans stay as they are until a new timing says otherwise.
+        """
+        for stage in [stage for stage in self._manifest.stages if re.match(r"(benchmark|settle)( .*)?$", stage)]:
+            del self._manifest.stages[stage]
+        corrections = self._manifest.corrections
+        for name in self._member_names.intersection(corrections):
+            corrections[name] = corrections[name].without_history()
+        self.save()
+
     def unmake(self, stage: str) -> None:
         """Let a stage run again next time, though it ran to its end."""
         self._manifest.stages.pop(stage, None)
         self.save()
 
     def is_made(self, stage: str, key: str) -> bool:
-        """Whether a stage ran to its end with these inputs."""
-        return self._manifest.stages.get(stage) == key
+        """Whether a stage ran to its end with these inputs, and what it made is still there, and of the same size."""
+        return self._manifest.stages.get(stage) == key and self._is_whole(stage)
+
+    def _is_whole(self, stage: str) -> bool:
+        made = self._manifest.outputs.get(stage, {})
+        paths = {self.path / name: size for name, size in made.items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def make(
         self, stage: str, key: str, outputs: list[Path], work: Callable[[], None], *, together: bool = False
     ) -> bool:
         """Run ``work`` unless it ran before with the same ``key`` and its outputs are still there; True if it ran.
+
+        An output is a file, or a folder with all that is in it when the work is done.
 
         Of several processes only the first works, and the others take what it wrote; ``together``: all of them work.
         """
@@ -157,7 +223,8 @@ class RunFolder:
     def _make(self, stage: str, key: str, outputs: list[Path], work: Callable[[], None]) -> bool:
         if self.is_made(stage, key) and all(path.exists() for path in outputs):
             return False
-        self._manifest.stages.pop(stage, None)
+        for facts in (self._manifest.stages, self._manifest.outputs, self._manifest.differences):
+            facts.pop(stage, None)
         self.save()  # from here on the outputs are in doubt, also for a run that is killed
         began = time.monotonic()
         try:
@@ -167,6 +234,11 @@ class RunFolder:
             self._in_stages += spent
             self._add_seconds(stage, spent)
         self._manifest.stages[stage] = key
+        self._manifest.origins[stage] = Origin(self._manifest.versions, self._manifest.argv)
+        if distributed.is_first():  # the others may be done before it has written
+            self._manifest.outputs[stage] = {
+                str(path.relative_to(self.path)): path.stat().st_size for path in _files(outputs)
+            }
         self.save()
         return True
 
@@ -186,3 +258,10 @@ class RunFolder:
         recipe = self._recipe.model_dump(mode="json")
         write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         self._manifest.save(self._manifest_path)
+
+
+def _files(outputs: list[Path]) -> Iterator[Path]:
+    """Files among outputs, and all in the folders among them."""
+    for output in outputs:
+        inside = sorted(output.rglob("*")) if output.is_dir() else [output]
+        yield from (path for path in inside if path.is_file())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -30,6 +30,30 @@ def _from_manifest_without_kind(fields: Fields) -> Fields:
     return {**fields, "corrections": corrections, "correction_keys": keys}
 
 
+def _from_schema_1(fields: Fields) -> Fields:
+    """Fields of today from those of schema 1: it had one origin for all stages, and members' notes among the others."""
+    origin = {"versions": fields.get("versions", {}), "argv": fields.get("argv", [])}
+    notes = fields.get("notes", {})
+    own = {topic: topic.partition(" of ")[2] for topic in notes if topic.startswith(("sidesteps of ", "refit of "))}
+    of_members: dict[str, dict[str, str]] = {}
+    for topic, member in own.items():
+        of_members.setdefault(member, {})[topic.partition(" of ")[0]] = notes[topic]
+    return {
+        **fields,
+        "origins": dict.fromkeys(fields.get("stages", {}), origin),
+        "notes": {topic: text for topic, text in notes.items() if topic not in own},
+        "notes_of_members": of_members,
+    }
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a stage's results."""
+
+    versions: dict[str, str]
+    argv: list[str]
+
+
 @dataclass(frozen=True)
 class Correction:
     """State of the closed loop for one member: the predicted speedup to aim for, and what earlier aims measured."""
@@ -43,16 +67,21 @@ class Correction:
     refused_speedup: float = 0.0  # predicted speedup of the last such plan
     settled: bool = False  # aimed at by what a draft of the plan measured, see ``stages/settle.py``
 
+    def without_history(self) -> Correction:
+        """The same aim, as if nothing had been measured; what the engine refused it still refuses."""
+        return replace(self, corrections=0, history=[], float32_slowdown=1.0, float32_restarts=0)
+
 
 class Manifest(Artifact):
     """What a run folder remembers."""
 
     KIND: ClassVar[str] = "manifest"
-    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {0: _from_manifest_without_kind}
+    SCHEMA_VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {0: _from_manifest_without_kind, 1: _from_schema_1}
 
     name: str = ""
     seed: int = 0
-    argv: list[str] = Field(default_factory=list)
+    argv: list[str] = Field(default_factory=list)  # of the last command, as the next
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     model_hash: str = ""
@@ -60,9 +89,13 @@ class Manifest(Artifact):
     evaluation_hash: str = ""
     train_hash: str = ""
     stages: dict[str, str] = Field(default_factory=dict)  # name -> content key, of those that ran to their end
+    origins: dict[str, Origin] = Field(default_factory=dict)  # of every stage, when it last ran
+    outputs: dict[str, dict[str, int]] = Field(default_factory=dict)  # of every stage: path in this folder -> bytes
+    differences: dict[str, float] = Field(default_factory=dict)  # of an exporting stage's file to torch, the largest
     seconds: dict[str, float] = Field(default_factory=dict)  # wall time of every stage, all its runs together
     corrections: dict[str, Correction] = Field(default_factory=dict)  # by member
     correction_keys: dict[str, str] = Field(default_factory=dict)  # inputs that a member's correction belongs to
     notes: dict[str, str] = Field(default_factory=dict)  # topic -> warning that the report repeats
     lengths: dict[str, TokenLengths] = Field(default_factory=dict)  # of calibration and evaluation texts
+    notes_of_members: dict[str, dict[str, str]] = Field(default_factory=dict)  # member -> topic -> warning
     gzip_bytes: dict[str, int] = Field(default_factory=dict)  # file hash -> size

@@ -16,6 +16,7 @@ from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import machine_info, usable_cores
 from ziplm_deploy.machine.memory import keep_freed_memory
+from ziplm_deploy.machine.scratch import remove_abandoned
 from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import load
@@ -28,6 +29,7 @@ from ziplm_deploy.recovery.teacher_model import load_teacher
 from ziplm_deploy.run.answers import KnownAnswers
 from ziplm_deploy.run.data import RunData
 from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.run.lock import RunLock
 from ziplm_deploy.run.member import Member, PrunedMember
 from ziplm_deploy.tasks import Task, get_task
 
@@ -45,15 +47,29 @@ class Generation:
 
 
 class Run:
-    """Recipe, folder, progress, members. Attributes are computed on first use: a resumed run loads what it needs."""
+    """Recipe, folder, progress, members. Attributes are computed on first use: a resumed run loads what it needs.
+
+    Its folder is locked until it is closed; use it as a context manager.
+
+    Raises:
+        FolderInUseError: another run is in the folder.
+    """
 
     def __init__(self, recipe: Recipe, progress: Progress | None = None) -> None:
         torch.set_num_threads(usable_cores())
         keep_freed_memory()
-        own = read_sentence_modules(recipe.model)
-        recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
-        self.recipe = recipe
         self.progress = progress or Progress()
+        self._lock = RunLock(recipe.run_dir, self.progress.note)
+        try:
+            remove_abandoned()
+            self._open(recipe)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, recipe: Recipe) -> None:
+        own = read_sentence_modules(recipe.model)
+        self.recipe = recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
         self.folder = RunFolder(recipe)
         self.task: Task = get_task(recipe.model)
         self.data = RunData(recipe, self.task, self.folder, own)
@@ -68,6 +84,16 @@ class Run:
             train_hash=self.data.train_hash if self.trains or recipe.compress.trains else "",
             machine=machine_info().model_dump(mode="json"),
         )
+
+    def close(self) -> None:
+        """Let other runs into the folder; safe to call twice."""
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def announce(self, stage: str, what: str) -> None:
         """Show on the console that a stage begins."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.artifacts import atomic_folder, content_key
 from ziplm_deploy.baselines import BASELINES, BaselineRecord, DenseSource, get_baseline
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.trial import Trial
@@ -83,18 +83,13 @@ def _make(run: Run, files: BaselineFiles) -> str:
 
     def work() -> None:
         _remove(files)
-        making = files.folder.with_name(f".{files.name}.tmp")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
         refused = ""
         try:
-            page.make(source, making)
-            _try(run, TimedFile(making / page.files[0], page.engine))
-            making.rename(files.folder)
+            with atomic_folder(files.folder) as making:
+                page.make(source, making)
+                _try(run, TimedFile(making / page.files[0], page.engine))
         except EngineError as error:  # other processes of this launch read it; the next run tries again
             refused = str(error)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
         made_by.model_copy(update={"refused": refused}).save(files.record)
 
     run.folder.make(f"baseline {files.name}", key, [files.record, *files.paths], work)

@@ -67,9 +67,11 @@ def measure_short_requests(run: Run) -> None:
     key = benchmark_key(run, files, environment)
 
     def work() -> None:
-        compare(files, environment, run.recipe.benchmark, DENSE, run.progress.step, decided=lambda ratios: True).save(
-            run.folder.short_benchmark
+        progress, config = run.progress, run.recipe.benchmark
+        record = compare(
+            files, environment, config, DENSE, progress.step, decided=lambda ratios: True, note=progress.note
         )
+        record.save(run.folder.short_benchmark)
 
     run.folder.make("benchmark short requests", key, [run.folder.short_benchmark], work)
 
@@ -81,8 +83,18 @@ def measure(
     recipe = run.recipe
 
     def work() -> None:
-        progress = run.progress.step
-        compare(files, recipe.environment, recipe.benchmark, DENSE, progress, seed=seed, decided=decided).save(path)
+        progress = run.progress
+        record = compare(
+            files,
+            recipe.environment,
+            recipe.benchmark,
+            DENSE,
+            progress.step,
+            seed=seed,
+            decided=decided,
+            note=progress.note,
+        )
+        record.save(path)
 
     run.folder.make(stage, benchmark_key(run, files), [path], work)
     return BenchmarkRecord.load(path)

@@ -94,7 +94,7 @@ def _note_refused_plans(run: Run, generation: Generation) -> None:
             text = (
                 f"{member.name}: {engine} could not run the first plan's file, so that it was pruned a little further"
             )
-        run.folder.set_note(f"sidesteps of {member.name}", text)
+        run.folder.set_note("sidesteps", text, member=member.name)
 
 
 def compensate_float32(run: Run, record: BenchmarkRecord) -> bool:

@@ -17,8 +17,7 @@ def compress(run: Run) -> None:
     for member in run.members:
         remove_unlisted(run, member)
         compress_member(run, member)
-    if run.recipe.compress.variants:
-        try_files(run)
+    try_files(run)
 
 
 def compress_member(run: Run, member: Member) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
+from exporters.files import temporary_name
 from ziplm_deploy.artifacts import atomic_path, content_key
 from ziplm_deploy.compression.treatment import target_treatment
+from ziplm_deploy.errors import ParityError
 from ziplm_deploy.models.member_files import load, replace_member
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
@@ -35,11 +38,13 @@ def export_dense(run: Run) -> None:
     member = run.dense_member
     path = member.file(Variant.FP32).onnx
 
-    def work() -> None:
+    def work() -> float:
         replace_member(member.folder, run.dense.model, run.dense.processor, run.recipe.model, {"member": member.name})
-        export_checked(run, run.dense.model, path, member.name)
+        return export_checked(run, run.dense.model, path, member.name)
 
-    run.folder.make(f"export {member.name}", export_key(run, run.dense.hash), [path, member.weights], work)
+    make_checked(
+        run, f"export {member.name}", export_key(run, run.dense.hash), [path, member.weights, member.folder], work
+    )
 
 
 def export_pruned(run: Run, member: Member) -> None:
@@ -54,7 +59,7 @@ def export_member(run: Run, member: Member, folder: Path) -> None:
     path = folder / Variant.FP32.onnx_file
     key = export_key(run, run.file_hash(folder / member.weights.name))
     stage = f"export {member.name}" if folder == member.folder else f"export pruned {member.name}"
-    run.folder.make(stage, key, [path], lambda: export_checked(run, load(folder), path, member.name))
+    make_checked(run, stage, key, [path], lambda: export_checked(run, load(folder), path, member.name))
 
 
 def export_key(run: Run, source: str) -> str:
@@ -67,10 +72,27 @@ def export_key(run: Run, source: str) -> str:
     )
 
 
-def export_checked(run: Run, model: nn.Module, path: Path, title: str) -> None:
-    """Export ``model`` and compare the file with torch on random inputs."""
+def make_checked(run: Run, stage: str, key: str, outputs: list[Path], work: Callable[[], float]) -> None:
+    """Make a stage whose ``work`` exports a file and returns how far it is from torch; raises :class:`ParityError`."""
+    run.folder.make(stage, key, outputs, lambda: run.folder.set_difference(stage, work()))
+    check_difference(run, stage)
+
+
+def check_difference(run: Run, stage: str) -> None:
+    """Refuse a file that was made when the recipe allowed a larger difference to torch; no key holds that limit."""
+    found, allowed = run.folder.difference(stage), run.recipe.benchmark.parity_atol
+    if found is not None and found > allowed:
+        raise ParityError(
+            f"expected the file of stage {stage!r} within {allowed:g} of torch (benchmark.parity_atol), found a "
+            f"difference of {found:.1e} when it was made; allow that, or report the model"
+        )
+
+
+def export_checked(run: Run, model: nn.Module, path: Path, title: str) -> float:
+    """Export ``model`` and compare the file with torch on random inputs: the largest difference."""
     difference = run.onnx_export.write(model, path, title)
     run.progress.note(f"{title}: largest difference to torch {difference:.1e}")
+    return difference
 
 
 def export_stand_in(run: Run, member: Member) -> None:
@@ -99,7 +121,7 @@ def export_to_be_timed(run: Run, model: nn.Module, path: Path, name: str) -> Non
     if treatment is None:
         run.onnx_export.write_to_be_timed(model, path, name)
         return
-    scratch = path.with_name(f".{path.stem}.scratch")
+    scratch = temporary_name(path)
     made = scratch / Variant.FP32.onnx_file
     try:
         model = treatment.prepare(model)

@@ -31,6 +31,7 @@ def make_profile(run: Run) -> LatencyTable:
     check_data(run)
     run.folder.make("profile", profile_key(run), [run.folder.profile], lambda: _profile(run))
     table = LatencyTable.load(run.folder.profile)
+    _check_given(run, table)
     left_out = f"{table.engine} cannot run these blocks, so no plan has them: {', '.join(table.refused)}"
     run.folder.set_note("refused cells", left_out if table.refused else None)
     for target in recipe.speedups:
@@ -71,13 +72,27 @@ def table_request(run: Run) -> TableRequest:
     )
 
 
+def _check_given(run: Run, table: LatencyTable) -> None:
+    """Refuse a given table that does not fit; also one taken over before, as what is accepted is in no key."""
+    recipe, note = run.recipe, None
+    if recipe.profile.table is not None:
+        check_table(table, table_request(run), allow_foreign=recipe.profile.allow_foreign_table)
+        here, there = machine_info().fingerprint, table.machine.fingerprint
+        if here != there:
+            note = (
+                f"the latency table is of another machine ({there}; here {here}): predicted speedups may be far off, "
+                "measured ones are not"
+            )
+    run.folder.set_note("foreign table", note)
+
+
 def _profile(run: Run) -> None:
     recipe, request = run.recipe, table_request(run)
     if recipe.profile.table is not None:
         table = LatencyTable.load(recipe.profile.table)
-        check_table(table, request, allow_foreign=recipe.profile.allow_foreign_table)
+        _check_given(run, table)
     else:
-        table = measure_table(request, run.progress.step, recipe.seed)
+        table = measure_table(request, run.progress.step, recipe.seed, note=run.progress.note)
     table.save(run.folder.profile)
 
 

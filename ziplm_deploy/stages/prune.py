@@ -49,13 +49,13 @@ def prune_member(run: Run, member: PrunedMember) -> None:
         replace_member(member.pruned_folder, model, run.dense.processor, run.recipe.model, {"member": member.name})
         plan.save(member.plan)
         left = f"{member.name}: not refitted, as their inputs hardly vary: {', '.join(unsolved)}" if unsolved else None
-        run.folder.set_note(f"refit of {member.name}", left)
+        run.folder.set_note("refit", left, member=member.name)
         speedup = f"{plan.predicted_speedup:.2f}x"
         run.progress.note(f"{member.name}: predicted {speedup} after {plan.evaluations} evaluated plans")
 
     # Without training a member is pruned in its own folder, where a trained one may lie from before.
     full_key = content_key(key=key, predicted_target=predicted_target, trained_later=run.trains)
-    run.folder.make(f"prune {member.name}", full_key, [member.plan, member.pruned_weights], work)
+    run.folder.make(f"prune {member.name}", full_key, [member.plan, member.pruned_weights, member.pruned_folder], work)
 
 
 def start_from_last_bias(run: Run, generation: Generation) -> None:

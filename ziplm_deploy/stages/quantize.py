@@ -35,13 +35,14 @@ from ziplm_deploy.compression.treatment import reduces_range, served_int8
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import distributed
+from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.budget import BudgetJudge
-from ziplm_deploy.stages.export import export_checked
+from ziplm_deploy.stages.export import check_difference, export_checked
 from ziplm_deploy.stages.rank_linears import ranked_linears
 from ziplm_deploy.stages.recover import distillation, training_key
 
@@ -65,10 +66,18 @@ def quantize_file(run: Run, file: ModelFile) -> None:
         training=training_key(run, recipe.compress.train) if trains else None,
         ranking=run.file_hash(file.member.linear_ranking),
     )
-    checkpoints = run.folder.checkpoints(f"{file.label.replace(' ', '-')}-{key[:12]}")
+    training = file.label.replace(" ", "-")
+    checkpoints = run.folder.checkpoints(training, key)
     work = _Quantization(run, file, source, checkpoints, settings, sensitivities).make
-    # Manifests know this stage by the spelling that it began with.
-    run.folder.make(f"quantise {file.label}", key, [file.onnx, file.int8_record], work, together=trains)
+    stage = quantization_stage(file)
+    run.folder.make(stage, key, [file.onnx, file.int8_record], work, together=trains)
+    check_difference(run, stage)
+    run.folder.drop_checkpoints(training)
+
+
+def quantization_stage(file: ModelFile) -> str:
+    """Name of the stage; manifests know it by the spelling that it began with."""
+    return f"quantise {file.label}"
 
 
 def int8_record(file: ModelFile) -> Int8Record | None:
@@ -100,7 +109,7 @@ class _Quantization:
     def make(self) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
         model = load(self.source)
-        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="int8-", dir=scratch_root()) as scratch:
             made = Path(scratch) / "made.onnx"
             if not quantizable_linears(model):  # every module was dropped: the float32 file is nearly the INT8 file
                 if distributed.is_first():
@@ -119,7 +128,6 @@ class _Quantization:
             _publish(made, self.file.onnx)
             found = self._record(choice, training, has_rounded_embeddings(made), judge)
         found.save(self.file.int8_record)
-        shutil.rmtree(self.checkpoints.parent, ignore_errors=True)
 
     def _make(
         self, model: nn.Module, made: Path, scratch: Path, judge: BudgetJudge | None
@@ -131,7 +139,8 @@ class _Quantization:
         if self.config.method == "qat":
             ranges, training = self._train(model, batches)
             onnx = scratch / Variant.FP32.onnx_file
-            export_checked(run, model, onnx, f"{self.file.label}, trained")
+            difference = export_checked(run, model, onnx, f"{self.file.label}, trained")
+            run.folder.set_difference(quantization_stage(self.file), difference)
         choice: Fp32Choice | None = None
         if distributed.is_first():
             calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
@@ -200,7 +209,7 @@ class _Quantization:
     ) -> Fp32Choice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
-        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
+        with tempfile.TemporaryDirectory(prefix="int8-", dir=scratch_root()) as folder:
             made, candidate = Path(folder) / "model.onnx", Path(folder) / "candidate.onnx"
 
             def evaluate(judge: BudgetJudge, path: Path) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.models.member_files import load, replace_member
@@ -28,7 +26,7 @@ def recover(run: Run, generation: Generation) -> None:
 def recover_member(run: Run, member: Member) -> None:
     """Train the pruned model of a member and save it in the member's folder, with ``training.json``."""
     config, key = run.recipe.recover, recovery_key(run, member)
-    checkpoints = run.folder.checkpoints(f"{member.name}-{key[:12]}")
+    checkpoints = run.folder.checkpoints(member.name, key)
 
     def work() -> None:
         model = load(member.pruned_folder)
@@ -42,10 +40,10 @@ def recover_member(run: Run, member: Member) -> None:
             extra = {"member": member.name, "recovery": config.mode}
             replace_member(member.folder, model, run.dense.processor, run.recipe.model, extra)
             result.save(member.training_record)
-            shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
-    outputs = [member.weights, member.training_record]
+    outputs = [member.weights, member.training_record, member.folder]
     run.folder.make(f"recover {member.name}", key, outputs, work, together=True)
+    run.folder.drop_checkpoints(member.name)
 
 
 def distillation(run: Run) -> Distillation:

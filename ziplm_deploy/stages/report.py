@@ -63,6 +63,7 @@ def family_facts(run: Run) -> FamilyFacts:
         lengths=run.folder.lengths,
         short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
         stage_seconds=run.folder.stage_seconds,
+        stage_versions=run.folder.stage_versions,
         baselines=[_baseline_facts(run, files, record) for files in made_baselines(run)],
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ziplm_deploy.artifacts import atomic_path, content_key
+from ziplm_deploy.artifacts import atomic_folder, atomic_path, content_key
 from ziplm_deploy.compression.divergence import divergence_from
 from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
@@ -21,7 +21,7 @@ from ziplm_deploy.models.member_files import WEIGHTS_FILE, load, replace_member
 from ziplm_deploy.recipe import CompressConfig, SparsityConfig, Variant
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import export_checked, export_key
+from ziplm_deploy.stages.export import export_checked, export_key, make_checked
 from ziplm_deploy.stages.recover import distillation, training_key
 
 
@@ -70,7 +70,10 @@ def sparsify_member(run: Run, member: Member) -> None:
         training=training_key(run, config.train) if config.train.mode != "none" else None,
         mode=config.train.mode,
     )
-    stage, outputs = f"sparsify {member.name}", [member.sparse_folder / WEIGHTS_FILE, member.sparsity_record]
+    stage, outputs = (
+        f"sparsify {member.name}",
+        [member.sparse_folder / WEIGHTS_FILE, member.sparsity_record, member.sparse_folder],
+    )
     if not (run.folder.is_made(stage, key) and all(path.exists() for path in outputs)):
         made = member.folder
         for index, step_config in enumerate(sparsity_steps(config), start=1):
@@ -79,6 +82,7 @@ def sparsify_member(run: Run, member: Member) -> None:
             if config.train.mode != "none":
                 made = _train(step, made)
         run.folder.make(stage, key, outputs, lambda: _keep(member, made))
+    _drop_steps(member)
     _export(run, member)
 
 
@@ -111,7 +115,8 @@ def _train(step: _Step, source: Path) -> Path:
     """Folder of ``source`` trained with its zeros held."""
     run, member = step.run, step.member
     folder = step.folder("trained")
-    checkpoints = run.folder.checkpoints(f"{member.name}-sparse-{step.number}-{step.key[:12]}")
+    training_name = f"{member.name}-sparse-{step.number}"
+    checkpoints = run.folder.checkpoints(training_name, step.key)
 
     def work() -> None:
         model = load(source)
@@ -121,9 +126,10 @@ def _train(step: _Step, source: Path) -> Path:
             _replace(step, folder, model)
             training.save(folder / member.training_record.name)
             shutil.copyfile(source / member.sparsity_record.name, folder / member.sparsity_record.name)
-            shutil.rmtree(checkpoints.parent, ignore_errors=True)
 
-    return step.make(f"train {member.name} sparse", folder, work, together=True)
+    step.make(f"train {member.name} sparse", folder, work, together=True)
+    run.folder.drop_checkpoints(training_name)
+    return folder
 
 
 def _replace(step: _Step, folder: Path, model: nn.Module) -> None:
@@ -132,10 +138,17 @@ def _replace(step: _Step, folder: Path, model: nn.Module) -> None:
 
 
 def _keep(member: Member, made: Path) -> None:
-    """The last step becomes the sparse checkpoint; those before it go."""
-    shutil.copyfile(made / member.sparsity_record.name, member.sparsity_record)
-    shutil.rmtree(member.sparse_folder, ignore_errors=True)
-    made.rename(member.sparse_folder)
+    """The last step becomes the sparse checkpoint."""
+    with atomic_path(member.sparsity_record) as temporary:
+        shutil.copyfile(made / member.sparsity_record.name, temporary)
+    with atomic_folder(member.sparse_folder) as making:
+        shutil.copytree(made, making, dirs_exist_ok=True)
+
+
+def _drop_steps(member: Member) -> None:
+    """Remove the steps when what they lead to is recorded: a run that was killed before goes on from them."""
+    if not distributed.is_first():
+        return
     for pattern in ("zeroed-*", "trained-*"):
         for path in member.compressed_folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -145,17 +158,18 @@ def _export(run: Run, member: Member) -> None:
     folder = member.sparse_folder
     path = folder / Variant.FP32.onnx_file
 
-    def work() -> None:
+    def work() -> float:
         model = load(folder)
-        export_checked(run, model, path, f"{member.name} sparse")
+        difference = export_checked(run, model, path, f"{member.name} sparse")
         try:
             check_masks_in_onnx(path, model)
         except ParityError:
             path.unlink()
             raise
+        return difference
 
     key = export_key(run, run.file_hash(folder / WEIGHTS_FILE))
-    run.folder.make(f"export {member.name} sparse", key, [path], work)
+    make_checked(run, f"export {member.name} sparse", key, [path], work)
 
 
 def publish_sparse(run: Run, member: Member) -> None:

@@ -54,6 +54,9 @@ def try_files(run: Run) -> None:
         EngineError: it cannot run a file that a target is about.
     """
     recipe, stage = run.recipe, "try files"
+    if not recipe.compress.variants:
+        run.folder.set_note("refused files", None)
+        return
     files = {name: file for name, file in _all_files(run).items() if name != DENSE}
     refused = _tried(run, stage, run.folder.refused_files, files)
     for name in (file_label(member.name, recipe.compress.target) for member in run.pruned_members):

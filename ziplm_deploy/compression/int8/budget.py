@@ -54,7 +54,7 @@ def within_budget(
     Raises:
         UsageError: no ranking.  NumericalError: a score is not finite.
     """
-    with tempfile.TemporaryDirectory(prefix=".candidates-", dir=destination.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".candidates-", suffix=".tmp", dir=destination.parent) as folder:
         candidates: dict[tuple[str, ...], Path] = {}
 
         def evaluate(kept: tuple[str, ...]) -> float:

@@ -24,6 +24,7 @@ from ziplm_deploy.compression.int8.scales import ActivationRange
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import load_onnx
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
+from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR, quiet_environment
 from ziplm_deploy.machine.worker_process import WorkerGoneError, WorkerProcess
 
@@ -146,18 +147,15 @@ def _node_ranges(nodes: Mapping[str, str], ranges: Mapping[str, ActivationRange]
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """Where the worker runs; after its failure the request and its model stay there, to reproduce it."""
-    folder = Path(tempfile.mkdtemp(prefix="ziplm-neural-compressor-"))
-    try:
-        yield folder
-    except EngineError:
-        shutil.rmtree(folder / "workspace", ignore_errors=True)
-        for path in folder.glob("*.onnx"):
-            path.unlink()
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="neural-compressor-", dir=scratch_root()) as scratch:
+        folder = Path(scratch)
+        try:
+            yield folder
+        except EngineError as error:
+            kept = Path(tempfile.mkdtemp(prefix="ziplm-neural-compressor-"))
+            left_out = shutil.ignore_patterns("workspace", "*.onnx")
+            shutil.copytree(folder, kept, ignore=left_out, symlinks=True, dirs_exist_ok=True)
+            raise EngineError(str(error).replace(str(folder), str(kept))) from error
 
 
 class _Worker:

@@ -42,6 +42,7 @@ from ziplm_deploy.compression.int8.scales import (
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
+from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.recipe import Int8Config
 
 
@@ -115,7 +116,7 @@ def quantize(
         if settings.engine != "deepsparse":
             onnx.save(model, str(temporary))
             return
-        with tempfile.TemporaryDirectory(prefix="ziplm-int8-") as folder:
+        with tempfile.TemporaryDirectory(prefix="int8-", dir=scratch_root()) as folder:
             pairs = Path(folder) / "model.onnx"
             onnx.save(model, str(pairs))
             try:
