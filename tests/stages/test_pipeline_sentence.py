@@ -23,6 +23,7 @@ from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_training
+from ziplm_deploy.stages.profile import table_request
 
 MODEL = TinySentenceModel(
     {"pooling_mode": "max"},
@@ -123,7 +124,9 @@ def test_keys_of_plain_models_are_those_of_before(tmp_path: Path) -> None:
 
 
 def test_keys_hold_what_a_model_says(folder: Path, tmp_path: Path) -> None:
-    found = Run(recipe(folder, output_dir=str(tmp_path))).model_settings
+    run = Run(recipe(folder, output_dir=str(tmp_path)))
+    assert "Dense layers of 24 8" in table_request(run).graph
+    found = dict(run.model_settings)
     layers = found.pop("dense_layers")
     assert [layer["out_features"] for layer in layers] == [24, 8]
     assert found == {

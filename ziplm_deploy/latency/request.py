@@ -18,6 +18,7 @@ from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.deployed import FLOAT32, Treatment, export_settings
 from ziplm_deploy.models.modules import model_shape
+from ziplm_deploy.models.sentence_dense import layers_of_dense
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import EngineName, Environment, ExportConfig, ProfileConfig
 
@@ -71,6 +72,9 @@ class TableRequest:
         shared = architecture_of(config).shared_input
         if shared is not None:  # tables from before had a share of it in each cell
             parts.append(f"{shared} in the base")
+        layers = layers_of_dense(self.dense)
+        if layers:
+            parts.append(f"Dense layers of {' '.join(str(layer.out_features) for layer in layers)}")
         return ", ".join([*parts, f"outputs {' '.join(self.output_names)}"])
 
     @property
