@@ -168,6 +168,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected weights that fit config.json in {path}, found: {type(error).__name__}: {shortened(str(error))}; "
             "copy the checkpoint again"
         ) from error
+    check_layer_count(config, dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ()), path)  # of the hub
     missing = sorted(report["missing_keys"])
     if may_lack_head:
         inside = f"{model_class.base_model_prefix}."
