@@ -53,6 +53,7 @@ def make_corpus(folder: Path) -> None:
     model, processor = load_dense(settings)
     resized = resize(model, random_entries(model, {"0.attention": 0, "0.ffn": 24, "1.attention": 2}))
     save_member(folder / "member", resized, processor, settings, {})
+    _write_sentence_model(folder / "sentences", hidden_size=model.config.hidden_size)
     save_dense(folder / "images", "vit", "image-classification")
     levels = {"0.ffn": {size: random_level(model, prunable_modules(model)[1], size) for size in (0, 8)}}
     Database(levels, {"0.ffn": 0.01}).save(folder / "database.safetensors")
@@ -82,6 +83,38 @@ def make_corpus(folder: Path) -> None:
     (folder / "accuracy.json").write_text('{"accuracy": 0.5, "f1": 0.4}', encoding="utf-8")
     write_mlp(folder / "mlp.onnx", 8)
     write_int8(folder / "int8.onnx")
+
+
+SENTENCE_FILES = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "config_sentence_transformers.json",
+                  "sentence_bert_config.json", "2_Dense/model.safetensors")  # fmt: skip
+
+
+def _write_sentence_model(folder: Path, hidden_size: int) -> None:
+    """A model as sentence-transformers saves it: mean pooling, a Dense layer, normalization, a prompt."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tests.helpers.models import save_dense
+
+    save_dense(folder)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    for name in kinds:
+        (folder / name).mkdir(exist_ok=True)
+    activation = "torch.nn.modules.activation.Tanh"
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (path, kind) in enumerate(kinds.items())
+        ],
+        "1_Pooling/config.json": {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True},
+        "2_Dense/config.json": {"in_features": hidden_size, "out_features": 8, "activation_function": activation},
+        "config_sentence_transformers.json": {"prompts": {"q": "the "}, "default_prompt_name": "q"},
+        "sentence_bert_config.json": {"max_seq_length": 16, "do_lower_case": True},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    tensors = {"linear.weight": torch.zeros(8, hidden_size), "linear.bias": torch.zeros(8)}
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
 
 
 def _as_yaml(raw: dict[str, Any]) -> str:
@@ -215,7 +248,7 @@ def _damage_checkpoint(place: Path, name: str, rng: Random) -> None:
     if name.endswith(".safetensors"):
         path.write_bytes(mutated_safetensors(path.read_bytes(), rng))
         return
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 and name in ("config.json", "tokenizer_config.json"):
         auto_map = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
         fields = {**json.loads(path.read_text(encoding="utf-8")), "auto_map": auto_map}
         path.write_text(json.dumps(fields | ({"model_type": "evil"} if rng.random() < 0.5 else {})), encoding="utf-8")
@@ -229,6 +262,22 @@ def _ask(model: Any) -> None:
     ids = torch.tensor([[2, 5, 6, 3]])
     with torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def sentences(folder: Path, rng: Random) -> None:
+    """A model of sentence-transformers, and the member that would be saved of it."""
+    from ziplm_deploy.models.dense import load_dense
+    from ziplm_deploy.models.member_files import load, save_member
+    from ziplm_deploy.models.sentence_modules import with_own_settings
+    from ziplm_deploy.recipe import ModelConfig
+
+    place = folder / "sentences"
+    _damage_checkpoint(place, rng.choice(SENTENCE_FILES), rng)
+    settings = with_own_settings(ModelConfig.model_validate({"path": str(place), "task": "sentence-similarity"}))
+    model, processor = load_dense(settings)
+    processor("The Cat", max_length=8, truncation=True)
+    save_member(folder / "saved", model, processor, settings, {})
+    _ask(load(folder / "saved"))
 
 
 def images(folder: Path, rng: Random) -> None:
@@ -312,8 +361,8 @@ def onnx(folder: Path, rng: Random) -> None:
 
 # Reader: its share of the cases.
 READERS: dict[Reader, int] = {
-    recipe: 5, table: 4, plan: 2, records: 5, run_folder: 2, member: 6, dense: 4, inspect: 3, images: 2, database: 1,
-    rows: 3, onnx: 5,
+    recipe: 5, table: 4, plan: 2, records: 5, run_folder: 2, member: 6, dense: 4, inspect: 3, images: 2, sentences: 4,
+    database: 1, rows: 3, onnx: 5,
 }  # fmt: skip
 
 

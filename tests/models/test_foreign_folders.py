@@ -147,6 +147,8 @@ def test_inspect_of_a_billion_layers_ends(dense: Path) -> None:
         {"hidden_act": "no-such-function"},
         {"hidden_act": 3},
         {"id2label": 3},
+        {"label2id": 0.5},
+        {"id2label": {"0": "a", "1": "b", "2": None}, "label2id": {"a": 1e308}},
         {"dtype": "load"},
     ],
 )

@@ -85,7 +85,17 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         _check_widths(model, settings, own)
         load_layers(model, own.dense, root, own.dense_folders, settings.revision)
         _prepare_texts(processor, settings, own)
+    _check_finite(model, path)
     return model, processor
+
+
+def _check_finite(model: nn.Module, path: str) -> None:
+    damaged = first_not_finite(model)
+    if damaged is not None:
+        raise CorruptArtifactError(
+            f"expected finite weights in {path}, found NaN or infinity in {damaged}; copy the checkpoint again, or "
+            "train it with a lower learning rate"
+        )
 
 
 def _check_widths(model: nn.Module, settings: ModelConfig, own: SentenceModules) -> None:
@@ -179,12 +189,6 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
     dense: nn.Module = model.eval()
-    damaged = first_not_finite(dense)
-    if damaged is not None:
-        raise CorruptArtifactError(
-            f"expected finite weights in {path}, found NaN or infinity in {damaged}; copy the checkpoint again, or "
-            "train it with a lower learning rate"
-        )
     return dense
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ziplm_deploy.documents import shortened, shown
 from ziplm_deploy.errors import UnsupportedModelError
 
 _DEFAULT_NAME = re.compile(r"LABEL_\d+")  # what transformers calls classes without names
@@ -50,13 +51,12 @@ def _entries(raw: Mapping[str, Any], field: str, path: str, *, key_is_number: bo
     entries = raw.get(field) or {}
     try:
         pairs = [(int(key), name) if key_is_number else (int(name), key) for key, name in dict(entries).items()]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pairs = []
-    if sorted(number for number, _ in pairs) != list(range(len(entries))):
+    if not isinstance(entries, dict) or sorted(number for number, _ in pairs) != list(range(len(entries))):
         raise UnsupportedModelError(
             f"expected classes 0 to n - 1 in {field} of config.json in {path}, one for each output of the head, found "
-            f"{dict(list(entries.items())[:_SHOWN]) if isinstance(entries, dict) else entries!r:.80}; number them as "
-            "the head does"
+            f"{shown(entries)}; number them as the head does"
         )
     return {number: str(name) for number, name in pairs}
 
@@ -67,4 +67,4 @@ def _says_nothing(names: Mapping[int, str]) -> bool:
 
 def _shown(names: Mapping[int, str]) -> str:
     listed = ", ".join(f"{number}: {names[number]}" for number in sorted(names)[:_SHOWN])
-    return "{" + listed + (", …" if len(names) > _SHOWN else "") + "}"
+    return "{" + shortened(listed) + (", …" if len(names) > _SHOWN else "") + "}"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ziplm_deploy.documents import read_json, shortened
+from ziplm_deploy.documents import read_json, shortened, shown
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
 from ziplm_deploy.models.location import find_file, resolve_model_path
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
@@ -227,7 +227,7 @@ def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
     if kinds not in (usual, [*usual, "Normalize"]):
         raise UnsupportedModelError(
             f"expected Transformer, Pooling, then any Dense layers and at most one Normalize in {where}, found "
-            f"{', '.join(kinds) or 'no modules'}; choose another model"
+            f"{shortened(', '.join(kinds)) or 'no modules'}; choose another model"
         )
     found = SentenceModules(files.path, normalize="Normalize" in kinds, transformer=modules[0].path)
     found = _with_prompt(_with_texts(found, files), files)
@@ -251,8 +251,8 @@ def _kind(module: _Module, where: str) -> str:
     known = ("Transformer", "Pooling", "Dense", "Normalize")
     if not module.type.startswith("sentence_transformers.") or kind not in known:
         raise UnsupportedModelError(
-            f"expected modules of sentence-transformers among {', '.join(known)} in {where}, found {module.type}; "
-            "choose a model without it"
+            f"expected modules of sentence-transformers among {', '.join(known)} in {where}, found "
+            f"{shown(module.type)}; choose a model without it"
         )
     return kind
 
@@ -295,7 +295,8 @@ def _with_pooling(found: SentenceModules, name: str, fields: Any) -> SentenceMod
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in _POOLINGS:
         raise UnsupportedModelError(
-            f"expected exactly one pooling of {', '.join(_POOLINGS)} in {where}, found {' + '.join(modes) or 'none'}; "
+            f"expected exactly one pooling of {', '.join(_POOLINGS)} in {where}, found "
+            f"{shortened(' + '.join(modes)) or 'none'}; "
             "choose another model"
         )
     return replace(
@@ -312,7 +313,7 @@ def _dense_layer(fields: dict[str, Any], where: str) -> DenseLayer:
     if not module.startswith("torch.nn") or activation not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"expected an activation_function of torch.nn among {', '.join(ACTIVATIONS)} in {where}, found "
-            f"{settings.activation_function!r}; choose another model"
+            f"{shown(settings.activation_function)}; choose another model"
         )
     sizes = settings.model_dump(include={"in_features", "out_features", "bias"})
     try:
@@ -325,9 +326,9 @@ def _check_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], 
     """Refuse settings that change answers in a way that is not known here."""
     for name, values in neutral.items():
         if fields.get(name) is not None and fields[name] not in values:
+            found = shortened(json.dumps(fields[name]))
             raise UnsupportedModelError(
-                f"expected {where} without {name}: {json.dumps(fields[name])}, which is not supported; choose another "
-                "model"
+                f"expected {where} without {name}: {found}, which is not supported; choose another model"
             )
 
 
