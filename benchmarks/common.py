@@ -28,22 +28,31 @@ PACKAGES = ("torch", "onnxruntime", "transformers", "onnx", "numpy")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that an issue asks for: value, unit, goal such as ``<= 5``, sample count and spread (low, high)."""
+    """A number that an issue asks for: value, unit, goal such as ``<= 5``, sample count and spread (low, high).
+
+    ``interval``: where the value is known to lie with 95 % confidence; the goal is then decided by all of it.
+    """
 
     value: float
     unit: str
     goal: str
     n: int
     spread: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        return verdict_of(self.as_json())
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal holds; None where the goal is no comparison with a number."""
+        """Whether the goal holds for the value; None where the goal is no comparison with a number."""
         return goal_met(self.value, self.goal)
 
     def as_json(self) -> dict[str, Any]:
         spread = None if self.spread is None else list(self.spread)
-        return {"value": self.value, "unit": self.unit, "goal": self.goal, "n": self.n, "spread": spread}
+        interval = {} if self.interval is None else {"interval": list(self.interval)}
+        return {"value": self.value, "unit": self.unit, "goal": self.goal, "n": self.n, "spread": spread, **interval}
 
 
 def goal_met(value: float, goal: str) -> bool | None:
@@ -79,7 +88,7 @@ def write_result(
     write_text(path, json.dumps(result, indent=1) + "\n")
     for key, figure in figures.items():
         goal = f" (goal {figure.goal})" if figure.goal else ""
-        print(f"{key}: {figure.value:.4g} {figure.unit}{goal} {verdict(figure.met)}")
+        print(f"{key}: {figure.value:.4g} {figure.unit}{goal} {figure.verdict}")
     print(f"wrote {_relative(path)}")
     return path
 
@@ -102,8 +111,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def verdict(met: bool | None) -> str:
-    return {True: "met", False: "MISSED", None: ""}[met]
+def verdict_of(figure: Mapping[str, Any]) -> str:
+    """``met``, ``MISSED`` or, where the interval holds the goal's limit, ``undecided``; empty without a goal."""
+    bounds = figure.get("interval") or [figure["value"]]
+    met = {goal_met(bound, figure["goal"]) for bound in bounds}
+    return "undecided" if len(met) > 1 else {True: "met", False: "MISSED", None: ""}[met.pop()]
 
 
 def commit() -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accuracy import file_row, percent_figure
 from common import RESULTS, ROOT, Figure, load_average, provenance, write_result
 
 from ziplm_deploy.api import run_recipe
@@ -149,6 +150,7 @@ def rows_of(name: str, report: FamilyReport) -> list[dict[str, Any]]:
                 "dense_score": best,
                 "score": score,
                 "percent_of_dense": 100 * score / best,
+                **file_row(served, report.metric),
                 "score_before_training": member.accuracy_before_training.get(report.metric),
                 "fidelity": {k: v for k, v in served.accuracy.items() if k in ("mean_cosine", "neighbour_overlap")},
                 "parameters": member.parameters,
@@ -191,7 +193,7 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, Figure]:
         goals = EMBEDDING_GOALS if row["task"] == "stsb" else GOALS
         goal = f">= {goals[row['target']]:g}" if row["target"] in goals else ""
         name = f"{row['task'].replace('-', '_')}_recovery_percent_{row['target']:g}x"
-        figures[name] = Figure(row["percent_of_dense"], "%", goal, 1)
+        figures[name] = percent_figure(row, goal)
     return figures
 
 

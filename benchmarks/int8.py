@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accuracy import beside_dense
 from common import ROOT, Figure, load_average, write_result
 from family import CASES, TOWARDS_LOGITS, training_file
 
@@ -27,9 +28,10 @@ from ziplm_deploy.latency.benchmark import TimedFile, compare
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment, Recipe, Variant, parse_recipe
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.evaluate import outcomes_on
 from ziplm_deploy.stages.export import export_member
 from ziplm_deploy.stages.quantize import quantize_file
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 SETTINGS: dict[str, tuple[EngineName, dict[str, Any]]] = {
     "dynamic": ("onnxruntime", {"method": "dynamic"}),
@@ -75,8 +77,8 @@ def float_file(options: argparse.Namespace, source: Path, folder: Path) -> tuple
     return run, member.file(Variant.FP32).onnx
 
 
-def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) -> tuple[Path, float, dict[str, Any]]:
-    """File, score and facts of one of our settings."""
+def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) -> tuple[Path, Outcomes, dict[str, Any]]:
+    """File, outcomes and facts of one of our settings."""
     engine, int8 = SETTINGS[title]
     name = title.replace(" ", "-").replace(",", "")
     run = Run(recipe_of(name, engine, int8, options, folder), ConsoleProgress())
@@ -86,7 +88,7 @@ def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) ->
     record = Int8Record.load(file.int8_record)
     facts = {"fp32_linears": len(record.fp32_linears), "within_budget": record.within_budget, "tried": record.scores}
     facts["n_choosing"] = record.n_choosing
-    return file.onnx, score_of(run, file.onnx, Variant.INT8), {"engine": engine, **facts}
+    return file.onnx, outcomes_on(run, file.onnx, Variant.INT8), {"engine": engine, **facts}
 
 
 def by_optimum(source: Path, folder: Path) -> Path:
@@ -118,34 +120,35 @@ def by_nncf(run: Run, source: Path, folder: Path) -> Path:
 def measure(title: str, source: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of one model in every form."""
     run, plain = float_file(options, source, folder)
-    found: dict[str, tuple[Path, EngineName, float, dict[str, Any]]] = {
-        FLOAT: (plain, "onnxruntime", score_of(run, plain, Variant.FP32), {})
-    }
+    dense = outcomes_on(run, plain, Variant.FP32)
+    found: dict[str, tuple[Path, EngineName, Outcomes, dict[str, Any]]] = {FLOAT: (plain, "onnxruntime", dense, {})}
     for setting in options.settings:
-        path, score, facts = ours(setting, options, plain.parent, folder)
-        found[setting] = (path, facts.pop("engine"), score, facts)
+        path, outcomes, facts = ours(setting, options, plain.parent, folder)
+        found[setting] = (path, facts.pop("engine"), outcomes, facts)
     rivals: dict[str, tuple[EngineName, Callable[[], Path]]] = {
         OPTIMUM: ("onnxruntime", lambda: by_optimum(plain.parent, folder)),
         NNCF: ("openvino", lambda: by_nncf(run, plain, folder)),
     }
     for name, (engine, make) in rivals.items():
         path = make()
-        found[name] = (path, engine, score_of(run, path, Variant.INT8, engine=engine), {})
+        found[name] = (path, engine, outcomes_on(run, path, Variant.INT8, engine=engine), {})
     subjects = {name: TimedFile(path, engine) for name, (path, engine, *_) in found.items()}
     config = BenchmarkConfig(rounds=options.rounds, max_seconds=300)
     progress = ConsoleProgress()
     progress.stage(f"benchmark: all forms of {title}, interleaved", 1, 1)
     record = compare(subjects, Environment(), config, FLOAT, progress.step)
     rows = []
-    for name, (path, engine, score, facts) in found.items():
-        result = record.variant(name)
+    for name, (path, engine, outcomes, facts) in found.items():
+        result, score = record.variant(name), run.task.scores(outcomes)[run.task.metric_name]
+        compared = {} if name == FLOAT else beside_dense(run.task, outcomes, dense)
         rows.append(
             {
                 "model": title,
                 "form": name,
                 "engine": engine,
                 "score": score,
-                "lost_points": 100 * (found[FLOAT][2] - score),
+                **compared,
+                "lost_points": -100 * compared.get("difference", 0.0),
                 "speedup": result.speedup,
                 "low": result.speedup_low,
                 "high": result.speedup_high,
@@ -179,7 +182,8 @@ def main() -> None:
     for row in rows:
         if row["form"] != FLOAT:
             name = f"{row['model']}_{row['form']}".replace(" ", "_").replace(",", "").replace("-", "_").lower()
-            figures[f"{name}_lost_points"] = Figure(row["lost_points"], "points", "report", 1)
+            lost = (-100 * row["difference_high"], -100 * row["difference_low"])
+            figures[f"{name}_lost_points"] = Figure(row["lost_points"], "points", "report", 1, interval=lost)
             figures[f"{name}_speedup"] = Figure(row["speedup"], "x", "report", row["n"], (row["low"], row["high"]))
     packages = {name: importlib.metadata.version(name) for name in ("nncf", "optimum", "openvino")}
     settings = {"task": "sst2", "packages": packages, "load_average_before": load_before, "steps": options.steps}

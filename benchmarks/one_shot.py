@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accuracy import beside_dense
 from common import ROOT, Figure, commit, write_result
 from torch import nn
 
@@ -36,6 +37,7 @@ from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.recipe import DataConfig, MethodName, ModelConfig, PruneConfig
 from ziplm_deploy.tasks import EvaluationSet, Task, get_task, torch_function
 from ziplm_deploy.tasks.evaluation_set import cache_embeddings
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
 SEEDS = (0, 1, 2)
@@ -64,12 +66,15 @@ class Bench:
             self.task.check_labels(rows, self.dense.config), self.processor, SEQ_LEN, batch_size=64
         )
         self._dense_run = cache_embeddings(torch_function(self.task, self.dense))
-        self.dense_score = self.score(self.dense)[self.metric]
+        self._dense_outcomes = self.task.outcomes(self._dense_run, self.evaluation)
+        self.dense_score = self.task.scores(self._dense_outcomes)[self.metric]
 
-    def score(self, model: nn.Module) -> dict[str, float]:
-        run = self._dense_run if model is self.dense else cache_embeddings(torch_function(self.task, model))
-        scores = self.task.evaluate(run, self.evaluation)
-        return scores if model is self.dense else scores | self.task.fidelity(run, self._dense_run, self.evaluation)
+    def score(self, model: nn.Module) -> tuple[Outcomes, dict[str, float]]:
+        """What a model did on every example, and its scores, those of fidelity to dense among them."""
+        run = cache_embeddings(torch_function(self.task, model))
+        outcomes = self.task.outcomes(run, self.evaluation)
+        fidelity = self.task.fidelity(run, self._dense_run, self.evaluation)
+        return outcomes, self.task.scores(outcomes) | fidelity
 
     def calibration(self, size: int, seed: int) -> Calibration:
         data = DataConfig(calibration=str(self.folder / "train.jsonl.gz"), n_calibration=size)
@@ -140,11 +145,10 @@ class Bench:
 
     def _result(self, planner: Planner, plan: PruningPlan) -> dict[str, Any]:
         began = time.monotonic()
-        scores = self.score(planner.build(plan)[0])
-        percent = 100 * scores[self.metric] / self.dense_score
+        outcomes, scores = self.score(planner.build(plan)[0])
         return {
             "score": scores[self.metric],
-            "percent_of_dense": percent,
+            **beside_dense(self.task, outcomes, self._dense_outcomes),
             "search_loss": plan.search_loss,
             "sizes": list(plan.sizes.values()),
             **{key: scores[key] for key in ("mean_cosine", "neighbour_overlap") if key in scores},

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from accuracy import beside_dense
 from common import RESULTS, Figure, commit, write_result
 from family import MODEL, one_task_parser, recipe_of, rows_of
 from pareto_picture import OURS, draw
@@ -36,7 +37,7 @@ from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.evaluate import score_of
+from ziplm_deploy.stages.evaluate import outcomes_on
 from ziplm_deploy.stages.export import export_checked
 
 LAYER_DROP = "layer-drop"
@@ -132,7 +133,8 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
         for each, (name, path) in zip((dense, model.cpu().requires_grad_(True)), files.items(), strict=True):
             export_checked(run, each.eval(), path, name)
         timing = compare(files, recipe.environment, recipe.benchmark, "dense").variant(FRESH)
-        scores = {name: score_of(run, path, Variant.FP32) for name, path in files.items()}
+        outcomes = {name: outcomes_on(run, path, Variant.FP32) for name, path in files.items()}
+        scores = {name: task.scores(each)[task.metric_name] for name, each in outcomes.items()}
     return [
         {
             "method": FRESH,
@@ -144,7 +146,7 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
             "measured_high": timing.speedup_high,
             "dense_score": scores["dense"],
             "score": scores[FRESH],
-            "percent_of_dense": 100 * scores[FRESH] / scores["dense"],
+            **beside_dense(task, outcomes[FRESH], outcomes["dense"]),
             "training": record.model_dump(mode="json"),
         }
     ]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, goal_met, verdict
+from common import RESULTS, verdict_of
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -34,12 +34,13 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown table: program, figure, value, spread, goal, verdict, n, commit."""
+    """Markdown table: program, figure, value, spread or 95 % interval, goal, verdict, n, commit."""
     lines = ["| program | figure | value | spread | goal | | n | commit |", "|---|---|---|---|---|---|---|---|"]
     for result in results:
         for name, figure in result["figures"].items():
-            spread = " to ".join(f"{bound:.4g}" for bound in figure["spread"]) if figure.get("spread") else ""
-            met = verdict(goal_met(figure["value"], figure["goal"]))
+            bounds = figure.get("interval") or figure.get("spread") or []
+            spread = " to ".join(f"{bound:.4g}" for bound in bounds)
+            met = verdict_of(figure)
             value = f"{figure['value']:.4g} {figure['unit']}".strip()
             row = [result["name"], f"`{name}`", value, spread, figure["goal"], met, figure["n"], result["commit"][:10]]
             lines.append("| " + " | ".join(map(str, row)) + " |")
@@ -57,7 +58,7 @@ def main() -> int:
         return 1
     print(table(results))
     figures = [figure for result in results for figure in result["figures"].values()]
-    return 1 if any(goal_met(figure["value"], figure["goal"]) is False for figure in figures) else 0
+    return 1 if any(verdict_of(figure) == "MISSED" for figure in figures) else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from accuracy import percent_of_dense_text, percent_text, points_lost_text
 from common import RESULTS, ROOT, goal_met
 from summary import read_results
 from summary import table as figures_table
@@ -103,9 +104,9 @@ def headline(result: dict[str, Any]) -> str:
     machine, recovery = result["machine"], about["recover"]
     speedup = _interval(own["measured_speedup"], own["measured_low"], own["measured_high"])
     what = (
-        f"**{speedup} as fast, with {_percent(own['percent_of_dense'])} of the dense score** "
+        f"**{speedup} as fast, with {percent_of_dense_text(own)} of the dense score** "
         f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); the next "
-        f"method at that target, `{rival['method']}`, keeps {_percent(rival['percent_of_dense'])}."
+        f"method at that target, `{rival['method']}`, keeps {percent_of_dense_text(rival)}."
     )
     how = (
         f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for {recovery['max_steps']} "
@@ -133,7 +134,8 @@ def zeros_and_integers(result: dict[str, Any]) -> str:
     def figure(variant: str, engine: str) -> str:
         row = found["4x", variant, engine]
         speedup = _interval(row["speedup"], row["low"], row["high"])
-        return f"{speedup} at {_percent(100 * row['score'] / dense)} ({engine}, {row['onnx_bytes'] / 1e6:.1f} MB)"
+        kept = percent_of_dense_text({"percent_of_dense": 100 * row["score"] / dense, **row})
+        return f"{speedup} at {kept} ({engine}, {row['onnx_bytes'] / 1e6:.1f} MB)"
 
     return (
         f"A banking77 classifier pruned to 4x: {figure('fp32', 'onnxruntime')}; INT8 on top: "
@@ -165,7 +167,7 @@ def family_table(result: dict[str, Any]) -> str:
             f"{row['dense_score']:.4f}",
             f"{row['score_before_training']:.4f}",
             f"{row['score']:.4f}",
-            _percent(row["percent_of_dense"]),
+            percent_of_dense_text(row),
             str(row["training"]["steps"]),
             f"{row['training']['seconds']:.0f}",
         ]
@@ -188,7 +190,7 @@ def ablation_table(result: dict[str, Any]) -> str:
     targets = sorted({row["target"] for row in result["rows"]})
     found = {(row["task"], row["variant"], row["target"]): row["percent_of_dense"] for row in result["rows"]}
     cells = [
-        [task, variant, *(_percent(found.get((task, variant, target))) for target in targets)]
+        [task, variant, *(percent_text(found.get((task, variant, target))) for target in targets)]
         for task, variant in dict.fromkeys(key[:2] for key in found)
     ]
     return "\n".join(markdown_table(["task", "training", *(f"{target:g}x" for target in targets)], cells))
@@ -203,15 +205,11 @@ def pareto_table(result: dict[str, Any]) -> str:
             row["method"],
             _interval(row["measured_speedup"], row["measured_low"], row["measured_high"]),
             f"{row['score']:.4f}",
-            _percent(row["percent_of_dense"]),
+            percent_of_dense_text(row),
         ]
         for row in sorted(result["rows"], key=lambda row: (row["task"], row["target"]))
     ]
     return "\n".join(markdown_table(["task", "method", "measured [95 %]", "score", "of dense"], cells))
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f} %"
 
 
 def _interval(speedup: float, low: float, high: float) -> str:
@@ -246,7 +244,10 @@ def _speedup_and_score(row: dict[str, Any]) -> str:
     if row.get("refused"):
         return "not run by it"
     speedup = f"{row['speedup']:.2f}x"
-    return f"{speedup}, {row['score']:.4f}" if "score" in row else speedup
+    if "score" not in row:
+        return speedup
+    kept = f" ({percent_of_dense_text(row)})" if row.get("percent_low") is not None else ""
+    return f"{speedup}, {row['score']:.4f}{kept}"
 
 
 @_of("int8")
@@ -258,7 +259,7 @@ def int8_table(result: dict[str, Any]) -> str:
             row["form"],
             row["engine"],
             f"{row['score']:.4f}",
-            f"{row['lost_points']:+.2f}",
+            points_lost_text(row),
             _interval(row["speedup"], row["low"], row["high"]),
             f"{row['onnx_bytes'] / 1e6:.1f}",
         ]
@@ -303,7 +304,7 @@ def sparsity_accuracy_table(result: dict[str, Any]) -> str:
             str(row["passes"]),
             str(row["trained_steps"] or MISSING),
             f"{row['score']:.4f}",
-            _percent(100 * row["score"] / result["settings"]["dense_score"]),
+            percent_text(100 * row["score"] / result["settings"]["dense_score"]),
         ]
         for row in result["rows"]
     ]

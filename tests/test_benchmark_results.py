@@ -6,13 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from accuracy import beside_dense, percent_figure, percent_of_dense_text  # noqa: E402
 from common import Figure, goal_met, write_result  # noqa: E402
+from compound import best  # noqa: E402
+
+from ziplm_deploy.tasks import get_task  # noqa: E402
+from ziplm_deploy.tasks.outcomes import Outcomes, halves  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -57,3 +64,52 @@ def test_summary_fails_on_a_missed_goal_and_on_a_damaged_file(tmp_path: Path) ->
     assert "cost.json" in damaged.stderr
     (tmp_path / "cost.json").write_text("{}")
     assert "expected name, figures" in summary(tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((98.2, 99.9), "undecided"), ((99.0, 99.9), "met"), ((97.0, 98.9), "MISSED"), (None, "met")],
+)
+def test_a_goal_is_decided_by_the_whole_interval(
+    tmp_path: Path, interval: tuple[float, float] | None, expected: str
+) -> None:
+    figure = Figure(99.1, "%", ">= 99", 1, interval=interval)
+    assert figure.verdict == expected
+    write_result("family", {"kept": figure}, [], {}, tmp_path / "family.json")
+    shown = summary(tmp_path)
+    assert f"| {expected} |" in shown.stdout
+    assert shown.returncode == int(expected == "MISSED")
+
+
+def answers(right: list[int], n: int = 200) -> Outcomes:
+    """Answers to ``n`` questions, of which those numbered are right."""
+    predicted = np.ones(n, dtype=int)
+    predicted[right] = 0
+    return Outcomes({"label": np.zeros(n, dtype=int), "predicted": predicted})
+
+
+def test_a_choice_by_luck_is_reported_on_the_other_half() -> None:
+    """A file that lost all its wrong answers on the half that reports looks perfect on the half that chooses."""
+    task, (chooses, reports) = get_task("text-classification"), halves(200, 0)
+    dense, lucky = answers(list(range(200))), answers([*chooses, *reports[:70]])
+    row = beside_dense(task, lucky, dense)
+    assert row["percent_on_choosing_half"] == 100
+    assert row["on_reporting_half"]["percent_of_dense"] == pytest.approx(70)
+    assert row["percent_of_dense"] == pytest.approx(85)
+    assert row["percent_low"] < 85 < row["percent_high"] < 92
+    assert percent_of_dense_text(row).startswith("85.0 % [")
+    assert percent_figure(row["on_reporting_half"], ">= 99").verdict == "MISSED"
+
+
+def test_the_best_file_is_the_fastest_of_those_that_one_half_accepts() -> None:
+    def row(speedup: float, chosen_by: float, reported: float) -> dict[str, Any]:
+        half = {"percent_of_dense": reported, "percent_low": reported - 2, "percent_high": reported + 2}
+        timing = {"speedup": speedup, "low": speedup - 0.1, "high": speedup + 0.1, "n": 40}
+        scored = {"score": 0.9, "percent_on_choosing_half": chosen_by, "on_reporting_half": {**half, "n_examples": 100}}
+        return {"task": "a", **timing, **scored}
+
+    rows = [row(9.0, 99.1, 97.5), row(12.0, 98.9, 100.0), row(3.0, 99.9, 99.9), {"task": "a", "refused": True}]
+    figures = best(rows, 99.0)
+    speedup, keeps = (figures[f"best_speedup_at_99_percent{end}"] for end in ("", "_keeps"))
+    assert (speedup.value, speedup.verdict, speedup.interval) == (9.0, "met", (8.9, 9.1))
+    assert (keeps.value, keeps.verdict, keeps.n) == (97.5, "undecided", 100)

@@ -141,6 +141,7 @@ def member(name: str, **changes: Any) -> MemberReport:
     }
     if target is None:
         served["accuracy"].pop("mean_cosine")
+    served |= {key: changes.pop(key) for key in ("accuracy_intervals", "of_dense") if key in changes}
     served |= {key: changes.pop(key) for key in list(changes) if key in served}
     fields: dict[str, Any] = {
         "name": name,

@@ -40,6 +40,7 @@ from ziplm_deploy.reporting.schema import ARTIFACTS, json_schema
 from ziplm_deploy.reporting.table import aa_line, header, markdown_table, rows, shows_no_speedup
 from ziplm_deploy.run.manifest import Correction
 from ziplm_deploy.stages import report as report_stage
+from ziplm_deploy.tasks.resampling import Comparison
 
 SETTINGS = BenchmarkConfig()  # tolerance 2 %, overshoot 10 %, 3 corrections
 QUIET = Ratio(1.0, 0.997, 1.004)  # the baseline over itself
@@ -92,12 +93,28 @@ def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the
 
 
 def test_a_member_that_training_made_worse_is_named() -> None:
-    worse = member("2x", accuracy={"spearman": 0.8}, accuracy_before_training={"spearman": 0.85})
-    better = member("3x", accuracy={"spearman": 0.86}, accuracy_before_training={"spearman": 0.85})
-    same = member("1.5x", accuracy={"spearman": 0.85001}, accuracy_before_training={"spearman": 0.85002})
-    assert harmed_by_training([worse, better, same, member("4x", accuracy={})], "spearman") == [
-        "2x: training lowered spearman from 0.8500 to 0.8000; try a smaller recover.learning_rate, or more steps"
+    before = {"spearman": 0.85}
+    worse = member("2x", accuracy={"spearman": 0.8}, accuracy_before_training=before, training_effect=effect(-0.05))
+    better = member("3x", accuracy={"spearman": 0.86}, accuracy_before_training=before, training_effect=effect(0.01))
+    same = member("1.5x", accuracy={"spearman": 0.85}, accuracy_before_training=before, training_effect=effect(-0.0))
+    older = member("5x", accuracy={"spearman": 0.8}, accuracy_before_training=before)  # no outcomes were kept
+    assert harmed_by_training([worse, better, same, older, member("4x", accuracy={})], "spearman") == [
+        "2x: training lowered spearman from 0.8500 to 0.8000 (-0.0500 [-0.0600, -0.0400]); try a smaller "
+        "recover.learning_rate, or more steps"
     ]
+
+
+def effect(difference: float) -> Comparison:
+    """What training did to a score, give or take 0.01."""
+    return Comparison(
+        difference=difference,
+        low=difference - 0.01,
+        high=difference + 0.01,
+        percent=None,
+        percent_low=None,
+        percent_high=None,
+        n_examples=99,
+    )
 
 
 def test_what_training_did_is_judged_by_one_file() -> None:
@@ -106,9 +123,18 @@ def test_what_training_did_is_judged_by_one_file() -> None:
     better = member("2x", variant="int8", files=files, accuracy={"spearman": 0.7}, accuracy_before_training=before)
     assert harmed_by_training([better], "spearman") == []
     files = [file(Variant("fp32"), accuracy={"spearman": 0.8}), file(Variant("int8"), accuracy={"spearman": 0.9})]
-    worse = member("2x", variant="int8", files=files, accuracy={"spearman": 0.9}, accuracy_before_training=before)
+    worse = member(
+        "2x",
+        variant="int8",
+        files=files,
+        accuracy={"spearman": 0.9},
+        accuracy_before_training=before,
+        training_effect=effect(-0.05),
+    )
     assert "from 0.8500 to 0.8000" in harmed_by_training([worse], "spearman")[0]
-    only_int8 = member("2x", variant="int8", files=files[1:], accuracy_before_training=before)
+    only_int8 = member(
+        "2x", variant="int8", files=files[1:], accuracy_before_training=before, training_effect=effect(-0.05)
+    )
     assert harmed_by_training([only_int8], "spearman") == []
 
 

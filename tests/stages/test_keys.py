@@ -114,10 +114,10 @@ def repeated(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
 
 # field: another value ("@" stands for the folder of the data), and the stages that it repeats
 TABLE: dict[str, tuple[Any, set[str]]] = {
-    "seed": (7, DENSE | SCORED | INT8),
+    "seed": (7, DENSE | SCORED | INT8 | {"uncertainty"}),
     "model.path": ("@other-model", DENSE),
     "model.revision": ("abc", DENSE),
-    "model.metric": ("matthews", SCORED | {"quantise"}),
+    "model.metric": ("matthews", SCORED | {"quantise", "uncertainty"}),
     "model.pooling": ("cls", DENSE | FILES | SCORED | INT8),
     "model.prompt": ("the ", DENSE | FILES | SCORED | INT8),
     "model.similarity": ("dot", DENSE | FILES | SCORED | INT8),
@@ -162,7 +162,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "export.shapes": ("static", FILES | SCORED | {"profile"}),
     "export.opset": (18, FILES | {"profile"}),
     "export.embed_in_graph": (False, FILES),
-    "compress.variants": (["int8", "sparse"], {"benchmark"}),
+    "compress.variants": (["int8", "sparse"], {"benchmark", "uncertainty"}),
     "compress.target": ("int8", {"benchmark of", "profile", "stand-in"}),
     "compress.sparsity.sparsity": (0.7, {"sparsify"}),
     "compress.sparsity.pattern": ("block4", {"sparsify"}),

@@ -22,6 +22,7 @@ import ziplm_deploy
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy import api
+from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import (
     CorruptArtifactError,
@@ -40,6 +41,7 @@ from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.tasks import get_task
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.record import Scores
+from ziplm_deploy.tasks.resampling import ResampledScores
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,22 @@ def test_scores_can_be_computed_again_from_the_outcomes_beside_them(made: Path) 
         outcomes = Outcomes.load(run_dir / name / "outcomes.json", scores.outcomes_hash)
         assert len(outcomes) == scores.n_rows
         assert task.scores(outcomes) == scores.scores
+
+
+def test_the_report_says_how_sure_the_scores_are(made: Path) -> None:
+    run_dir, task = made / "runs" / "tiny", get_task("text-classification")
+    members = FamilyReport.load(run_dir / "report.json").members
+    found = [
+        ResampledScores(task, Outcomes.load(path, file_hash(path)))
+        for path in (run_dir / member.name / "outcomes.json" for member in members)
+    ]
+    assert members[0].served.of_dense == {}
+    for member, resampled in zip(members, found, strict=True):
+        assert member.served.accuracy_intervals == {name: resampled.interval(name) for name in task.metrics}
+        low, high = member.served.accuracy_intervals["accuracy"]
+        assert low <= member.served.accuracy["accuracy"] <= high
+        if member is not members[0]:
+            assert member.served.of_dense == {name: resampled.beside(found[0], name) for name in task.metrics}
 
 
 def test_members_load_and_answer_like_their_onnx_file(made: Path) -> None:

@@ -16,7 +16,7 @@ from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.table import aa_line, ratio_text
 
-WIDE = 160  # columns of a stream that is no terminal: tables are not folded in files and pipes
+WIDE = 200  # columns of a stream that is no terminal: tables are not folded in files and pipes
 
 
 def print_json(value: Any) -> None:

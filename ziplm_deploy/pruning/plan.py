@@ -22,7 +22,7 @@ class PruningPlan(Artifact):
     sizes: dict[str, Annotated[int, Field(ge=0)]]
     predicted_ms: Milliseconds
     predicted_speedup: float = Field(gt=0, allow_inf_nan=False)
-    search_loss: float | None = None  # distance to the dense model on the re-ranking examples; None: not searched
+    search_loss: float | None = None  # distance to the parent on the re-ranking examples; None: not searched
     seed_losses: dict[str, float] = Field(default_factory=dict)  # plan without search, uniform, … same examples
     evaluations: int = 0
 

@@ -9,7 +9,16 @@ from ziplm_deploy.models.location import is_hub_id, public_name
 from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
-from ziplm_deploy.reporting.table import baseline_of, file_header, file_rows, markdown_table, shows_no_speedup
+from ziplm_deploy.reporting.table import (
+    baseline_of,
+    difference_text,
+    file_header,
+    file_rows,
+    markdown_table,
+    percent_text,
+    score_text,
+    shows_no_speedup,
+)
 
 
 def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
@@ -82,9 +91,10 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
         ],
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
         [f"{member.served.variant.onnx_file} bytes", f"{member.served.onnx_bytes:,}", f"{dense.served.onnx_bytes:,}"],
+        *([key, score_text(member.served, key), score_text(dense.served, key)] for key in member.served.accuracy),
         *(
-            [key, f"{value:.4f}", figure(dense.served.accuracy.get(key), "{:.4f}")]
-            for key, value in member.served.accuracy.items()
+            [f"{key}, of dense", f"{percent_text(found)}; {difference_text(found)}", "–"]
+            for key, found in member.served.of_dense.items()
         ),
         *(
             [f"{key}, {_before_training(member)}", f"{value:.4f}", "–"]

@@ -16,7 +16,15 @@ from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.baselines import baseline_report, over_torch
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
-from ziplm_deploy.reporting.judge import harmed_by_training, judge, too_noisy, was_fast_enough, why_not_recommended
+from ziplm_deploy.reporting.judge import (
+    budget_decision,
+    harmed_by_training,
+    judge,
+    too_noisy,
+    undecided_budget,
+    was_fast_enough,
+    why_not_recommended,
+)
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
 
 
@@ -53,6 +61,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
             *facts.notes,
             *harmed_by_training(members, facts.metric),
             *_int8_notes(facts),
+            *undecided_budget(members, recipe.compress.int8.max_loss),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
         ],
         stage_seconds=facts.stage_seconds,
@@ -120,6 +129,7 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
             "files": files,
             "accuracy_before_training": member.scores_before_training,
             "training": member.training,
+            "training_effect": member.training_effect,
             "sizes": member.sizes,
             "corrections": member.corrections,
             "verdict": verdict,
@@ -164,6 +174,10 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
         over_torch=over_torch(family.record, timing.name),
         accuracy=file.scores,
         by_label=file.by_label,
+        accuracy_intervals=file.uncertainty.intervals if file.uncertainty else {},
+        of_dense=file.uncertainty.of_dense if file.uncertainty else {},
+        budget=budget_decision(file, max_loss),
+        of_source=file.uncertainty.of_source if file.uncertainty else None,
         facts=facts_of(file.sparsity, file.int8),
         recommended=not reason,
         reason=reason,

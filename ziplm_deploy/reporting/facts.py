@@ -14,6 +14,8 @@ from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Recipe, Variant, file_label
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.tasks.lengths import TokenLengths
+from ziplm_deploy.tasks.resampling import Comparison
+from ziplm_deploy.tasks.uncertainty import FileUncertainty
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class FileFacts:
     by_label: dict[str, float] = field(default_factory=dict)  # F1 of every class, or type of entity
     sparsity: SparsityRecord | None = None
     int8: Int8Record | None = None
+    uncertainty: FileUncertainty | None = None  # of the scores; None: of files from before outcomes were kept
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class MemberFacts:
     files: list[FileFacts]  # the exported one first, each after those it is made from
     scores_before_training: dict[str, float] = field(default_factory=dict)
     training: TrainingRecord | None = None
+    training_effect: Comparison | None = None  # on the primary metric of model.onnx
     corrections: int = 0  # how often the closed loop solved the target again
     refused_plans: int = 0  # how often it had to, because the engine could not run the file
     speedup_in_loop: float | None = None  # as the closed loop measured it last

@@ -10,6 +10,8 @@ from ziplm_deploy.latency.verdict import Outcome, outcome
 from ziplm_deploy.recipe import BenchmarkConfig
 from ziplm_deploy.reporting.facts import FileFacts
 from ziplm_deploy.reporting.records import FileReport, MemberReport
+from ziplm_deploy.reporting.table import MISSING, percent_text
+from ziplm_deploy.tasks.resampling import Comparison, Decision
 
 AGAIN = "measure again on a quiet machine with ziplm-deploy benchmark RECIPE --again"
 
@@ -86,8 +88,45 @@ def why_not_recommended(
     """
     if noise and before:
         return noise
-    reasons = [outside_budget(file.int8, served_score, max_loss), *_not_faster(file, before)]
-    return next(filter(None, reasons), "")
+    decision = budget_decision(file, max_loss)
+    # Where the interval tells, the score alone is not asked.
+    budget = outside_budget(file.int8, None if decision == "met" else served_score, max_loss)
+    if decision == "missed":
+        budget = f"outside the accuracy budget: {_kept(_of_source(file), max_loss)}"
+    return next(filter(None, [budget, *_not_faster(file, before)]), "")
+
+
+def budget_decision(file: FileFacts, max_loss: float) -> Decision | None:
+    """Whether an INT8 file keeps its share of the float32 score; None for other files, or where nothing tells.
+
+    Decided on the examples that its linears in float32 were not chosen by.
+    """
+    found = _of_source(file)
+    return None if file.int8 is None or found is None else found.keeps(100 * (1 - max_loss))
+
+
+def _of_source(file: FileFacts) -> Comparison | None:
+    return None if file.uncertainty is None else file.uncertainty.of_source
+
+
+def undecided_budget(members: Sequence[MemberReport], max_loss: float) -> list[str]:
+    """A note for every INT8 file of which too few examples were evaluated to say whether it holds its budget."""
+    return [
+        f"{member.name} {file.variant}: whether it holds the accuracy budget is undecided: "
+        f"{_kept(file.of_source, max_loss)}; more evaluation examples decide it"
+        for member in members
+        for file in member.files
+        if file.budget == "undecided"
+    ]
+
+
+def _kept(comparison: Comparison | None, max_loss: float) -> str:
+    if comparison is None:
+        return MISSING
+    return (
+        f"{percent_text(comparison)} of the float32 score on {comparison.n_examples} examples, where "
+        f"{100 * (1 - max_loss):g} % is asked"
+    )
 
 
 def _not_faster(file: FileFacts, before: Sequence[FileReport]) -> list[str]:
@@ -111,13 +150,15 @@ def _why_not_faster(file: FileFacts, other: FileReport) -> str:
 
 
 def harmed_by_training(members: Sequence[MemberReport], metric: str) -> list[str]:
-    """A note for every member whose ``model.onnx`` scored higher, in the digits shown, before it was trained."""
+    """A note for every member whose ``model.onnx`` scored higher, beyond noise, before it was trained."""
     notes = []
     for member in members:
         before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
-        if before is not None and after is not None and round(after, 4) < round(before, 4):
+        effect = member.training_effect
+        if before is not None and after is not None and effect is not None and effect.high < 0:
             notes.append(
-                f"{member.name}: training lowered {metric} from {before:.4f} to {after:.4f}; try a smaller "
+                f"{member.name}: training lowered {metric} from {before:.4f} to {after:.4f} "
+                f"({effect.difference:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]); try a smaller "
                 "recover.learning_rate, or more steps"
             )
     return notes

@@ -9,6 +9,7 @@ from ziplm_deploy.reporting.table import (
     aa_line,
     baseline_of,
     baseline_rows,
+    difference_text,
     file_header,
     file_rows,
     has_other_baseline,
@@ -16,6 +17,7 @@ from ziplm_deploy.reporting.table import (
     markdown_table,
     ratio_text,
     rows,
+    score_text,
     shows_no_speedup,
 )
 
@@ -150,7 +152,7 @@ def _sizes(report: FamilyReport) -> list[str]:
 
 
 def _search(report: FamilyReport) -> list[list[str]]:
-    """Distance to the dense model of the chosen plans and of those the search started from."""
+    """Distance of the chosen plans, and of those the search started from, to the model that they prune."""
     searched = [member for member in report.members if member.search_loss is not None]
     if not searched:
         return []
@@ -163,8 +165,11 @@ def _search(report: FamilyReport) -> list[list[str]]:
         ]
         for member in searched
     ]
+    origin = "the dense model"
+    if report.recovery == "gradual":
+        origin = "the model that is pruned (dense for the first member, the trained one before it for the others)"
     text = (
-        "Distance to the dense model on calibration examples, smaller is better: the chosen plan beside the "
+        f"Distance to {origin} on calibration examples, smaller is better: the chosen plan beside the "
         "plans that the search started from, all within the same latency budget. `uniform` prunes every layer alike; "
         "`relative error` is the plan without search."
     )
@@ -178,11 +183,27 @@ def _scores(report: FamilyReport) -> list[list[str]]:
     cells = [
         [
             member.name,
-            *(f"{member.served.accuracy[key]:.4f}" if key in member.served.accuracy else MISSING for key in keys),
+            *(score_text(member.served, key) for key in keys),
         ]
         for member in report.members
     ]
-    return [["## Scores", "", *markdown_table(["model", *keys], cells)]]
+    return [["## Scores", "", *markdown_table(["model", *keys], cells), *_differences(report, keys)]]
+
+
+def _differences(report: FamilyReport, keys: list[str]) -> list[str]:
+    """Every score less that of dense; nothing in files from before intervals were computed."""
+    compared = [member for member in report.members if member.served.of_dense]
+    if not compared:
+        return []
+    known = [key for key in keys if any(key in member.served.of_dense for member in compared)]
+    cells = [[m.name, *(difference_text(m.served.of_dense.get(key)) for key in known)] for m in compared]
+    n_examples = next(iter(compared[0].served.of_dense.values())).n_examples
+    text = (
+        f"Scores are on {n_examples} examples, with the interval of 95 % that other examples would have left them in "
+        "(bootstrap). Both models answer the same examples, so that the difference to dense is surer than either "
+        "score; one whose interval includes 0 is within noise:"
+    )
+    return ["", text, "", *markdown_table(["model", *known], cells)]
 
 
 def _by_label(report: FamilyReport) -> list[list[str]]:
@@ -229,7 +250,10 @@ def _training(report: FamilyReport) -> list[list[str]]:
 def _change(member: MemberReport, metric: str) -> str:
     """What training did to the score of one file, whichever file the target is about."""
     before, after = (scores.get(metric) for scores in (member.accuracy_before_training, member.exported_accuracy))
-    return MISSING if before is None or after is None else f"{before:.4f} to {after:.4f}"
+    if before is None or after is None:
+        return MISSING
+    effect = "" if member.training_effect is None else f" ({difference_text(member.training_effect)})"
+    return f"{before:.4f} to {after:.4f}{effect}"
 
 
 def _lengths(report: FamilyReport) -> list[list[str]]:

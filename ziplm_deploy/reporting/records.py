@@ -14,6 +14,7 @@ from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.tasks.lengths import TokenLengths
+from ziplm_deploy.tasks.resampling import Comparison, Decision
 
 
 class FileReport(BaseModel):
@@ -36,6 +37,10 @@ class FileReport(BaseModel):
     beaten_by: list[str] = Field(default_factory=list)  # baselines that are faster and score higher, beyond intervals
     undecided_against: list[str] = Field(default_factory=list)  # baselines that it is neither behind nor ahead of
     by_label: dict[str, float] = Field(default_factory=dict)  # F1 of every class, or type of entity
+    accuracy_intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)  # 95 %, by metric
+    of_dense: dict[str, Comparison] = Field(default_factory=dict)  # by metric; empty: dense, or of older files
+    budget: Decision | None = None  # does it keep what compress.int8.max_loss asks of an INT8 file?
+    of_source: Comparison | None = None  # of an INT8 file, on the examples that its accuracy was not tuned on
     facts: dict[str, str] = Field(default_factory=dict)  # how it was made: sparsity, INT8 method, what stayed float32
     recommended: bool
     reason: str = ""  # why it is not recommended
@@ -62,6 +67,7 @@ class MemberReport(BaseModel):
     accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
     short_speedup: Interval | None = None  # on requests of ``FamilyReport.short_tokens``
     training: TrainingRecord | None = None
+    training_effect: Comparison | None = None  # on the primary metric of model.onnx
     sizes: dict[str, int]  # heads or columns per module
     search_loss: float | None = None
     seed_losses: dict[str, float] = Field(default_factory=dict)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, MemberReport
+from ziplm_deploy.tasks.resampling import Comparison
 
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
@@ -34,18 +36,32 @@ def header(members: Sequence[MemberReport], metric: str) -> list[str]:
     fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", "ONNX MB", "p50 / p99 ms"]
     fixed[4:4] = ["over torch"] if _over_torch(members) else []
     before = ["before training"] if _trained(members) else []
-    return [*fixed, *before, *metric_columns(members, metric).values(), "verdict"]
+    return [*fixed, *before, *_score_columns(members, metric), "verdict"]
 
 
 def rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
     """One row a member, as long as :func:`header`."""
-    scores, trained, torch = list(metric_columns(members, metric)), _trained(members), _over_torch(members)
-    return [_row(member, scores, metric if trained else None, torch) for member in members]
+    scores, trained, torch = _score_columns(members, metric), _trained(members), _over_torch(members)
+    return [_row(member, [*scores.values()], metric if trained else None, torch) for member in members]
 
 
 def _over_torch(members: Sequence[MemberReport]) -> bool:
     """Whether there are speedups over the dense model in torch to show."""
     return any(member.served.over_torch is not None for member in members)
+
+
+def _score_columns(members: Sequence[MemberReport], metric: str) -> dict[str, Callable[[FileReport], str]]:
+    """Titles and cells of a file's scores; beside the primary one its percent of dense, where that was compared."""
+    columns: dict[str, Callable[[FileReport], str]] = {}
+    for key, title in metric_columns(members, metric).items():
+        columns[title] = functools.partial(_score, metric=key)
+        if key == metric and any(member.served.of_dense for member in members):
+            columns["of dense [95 %]"] = lambda file: percent_text(file.of_dense.get(metric))
+    return columns
+
+
+def _score(file: FileReport, metric: str) -> str:
+    return f"{file.accuracy[metric]:.4f}" if metric in file.accuracy else MISSING
 
 
 def _trained(members: Sequence[MemberReport]) -> bool:
@@ -80,7 +96,31 @@ def beside_baselines(file: FileReport) -> str:
     return "; ".join(filter(None, (beaten, undecided)))
 
 
-def _row(member: MemberReport, scores: list[str], metric_before: str | None, torch: bool) -> list[str]:
+def score_text(file: FileReport, metric: str) -> str:
+    """A score with its interval, where one is known."""
+    if metric not in file.accuracy_intervals:
+        return _score(file, metric)
+    low, high = file.accuracy_intervals[metric]
+    return f"{_score(file, metric)} [{low:.4f}, {high:.4f}]"
+
+
+def percent_text(comparison: Comparison | None) -> str:
+    """A score in percent of another, with its interval; a dash where none is defined."""
+    if comparison is None or comparison.percent is None:
+        return MISSING
+    return f"{comparison.percent:.1f} % [{comparison.percent_low:.1f}, {comparison.percent_high:.1f}]"
+
+
+def difference_text(comparison: Comparison | None) -> str:
+    """A score less another, with its interval."""
+    if comparison is None:
+        return MISSING
+    return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"
+
+
+def _row(
+    member: MemberReport, scores: list[Callable[[FileReport], str]], metric_before: str | None, torch: bool
+) -> list[str]:
     before = [] if metric_before is None else [_before_training(member).get(metric_before)]
     dense = member.speedup_target is None
     return [
@@ -93,7 +133,7 @@ def _row(member: MemberReport, scores: list[str], metric_before: str | None, tor
         f"{member.served.onnx_bytes / 1e6:.1f}",
         f"{member.served.p50_ms:.2f} / {member.served.p99_ms:.2f}",
         *(MISSING if score is None else f"{score:.4f}" for score in before),
-        *(f"{member.served.accuracy[key]:.4f}" if key in member.served.accuracy else MISSING for key in scores),
+        *(score(member.served) for score in scores),
         verdict(member),
     ]
 
@@ -134,12 +174,12 @@ FILE_TITLES = ["model", "file", "measured [95 %]", "p50 ms", "MB", "gzip MB"]
 def file_header(members: Sequence[MemberReport], metric: str) -> list[str]:
     """Column titles of :func:`file_rows`."""
     engine = ["engine"] if _on_several_engines(members) else []
-    return [*FILE_TITLES[:2], *engine, *FILE_TITLES[2:], *metric_columns(members, metric).values(), "how", "verdict"]
+    return [*FILE_TITLES[:2], *engine, *FILE_TITLES[2:], *_score_columns(members, metric), "how", "verdict"]
 
 
 def file_rows(members: Sequence[MemberReport], metric: str) -> list[list[str]]:
     """One row a file of every member."""
-    scores, engines = list(metric_columns(members, metric)), _on_several_engines(members)
+    scores, engines = [*_score_columns(members, metric).values()], _on_several_engines(members)
     return [_file_row(member, file, scores, engines) for member in members for file in member.files]
 
 
@@ -148,7 +188,9 @@ def _on_several_engines(members: Sequence[MemberReport]) -> bool:
     return len({file.engine for member in members for file in member.files}) > 1
 
 
-def _file_row(member: MemberReport, file: FileReport, scores: list[str], engines: bool) -> list[str]:
+def _file_row(
+    member: MemberReport, file: FileReport, scores: list[Callable[[FileReport], str]], engines: bool
+) -> list[str]:
     baseline = member.speedup_target is None and file is member.files[0]  # model.onnx may follow on another engine
     return [
         member.name,
@@ -158,7 +200,7 @@ def _file_row(member: MemberReport, file: FileReport, scores: list[str], engines
         f"{file.p50_ms:.2f}",
         f"{file.onnx_bytes / 1e6:.1f}",
         f"{file.gzip_bytes / 1e6:.1f}",
-        *(f"{file.accuracy[key]:.4f}" if key in file.accuracy else MISSING for key in scores),
+        *(score(file) for score in scores),
         "; ".join(f"{name} {value}" for name, value in file.facts.items()) or "as exported",
         "recommended" if file.recommended else f"not recommended: {file.reason}",
     ]

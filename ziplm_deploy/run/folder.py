@@ -48,6 +48,7 @@ class RunFolder:
     benchmark = property(lambda self: self.path / "benchmark.json")
     short_benchmark = property(lambda self: self.path / "benchmark-of-short-requests.json")
     dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
+    uncertainty = property(lambda self: self.path / "uncertainty.json")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")
 
     @property

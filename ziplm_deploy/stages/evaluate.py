@@ -15,6 +15,7 @@ from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
+from ziplm_deploy.stages.uncertainty import estimate_uncertainty
 from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.record import Scores
@@ -37,6 +38,7 @@ def evaluate(run: Run) -> None:
         for each in made_baselines(run):
             if not each.page.answers_as_dense:
                 evaluate_baseline(run, each, dense)
+    estimate_uncertainty(run, files)
 
 
 def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
@@ -111,11 +113,16 @@ def _save(
 
 def score_of(run: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> float:
     """The task's primary metric of an ONNX file of this form; ``engine``: another one than that of the environment."""
+    return run.task.scores(outcomes_on(run, path, variant, engine))[run.task.metric_name]
+
+
+def outcomes_on(run: Run, path: Path, variant: Variant, engine: EngineName | None = None) -> Outcomes:
+    """What an ONNX file does on every evaluation example; arguments as for :func:`score_of`."""
     environment = run.recipe.environment
     if engine is not None:
         environment = environment.model_copy(update={"engine": engine})
     with open_runner(environment, path) as runner:
-        return run.task.evaluate(runner, run.data.evaluation_set(variant))[run.task.metric_name]
+        return run.task.outcomes(runner, run.data.evaluation_set(variant))
 
 
 def scored_as(run: Run, baseline: BaselineFiles) -> ModelFile | BaselineFiles:

@@ -30,6 +30,7 @@ from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import dense_as_served, refused_files
+from ziplm_deploy.stages.uncertainty import uncertainty_of, uncertainty_of_file
 
 
 def write_report(run: Run) -> FamilyReport:
@@ -80,6 +81,7 @@ def _baseline_facts(run: Run, files: BaselineFiles, record: BenchmarkRecord) -> 
 
 
 def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFacts:
+    uncertainty = uncertainty_of(run)
     files, parameters = _files(run, member, record), parameter_count(member.weights)
     if not isinstance(member, PrunedMember):
         return MemberFacts(member.name, None, None, full_sizes(run.table), parameters, files)
@@ -96,6 +98,7 @@ def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFa
         files,
         scores_before_training=scores_of(run, member.as_pruned) if run.trains else {},
         training=TrainingRecord.load(member.training_record) if run.trains else None,
+        training_effect=uncertainty.training.get(member.name) if run.trains and uncertainty else None,
         corrections=correction.corrections + correction.float32_restarts if correction else 0,
         refused_plans=correction.refused_plans if correction else 0,
         speedup_in_loop=in_loop,
@@ -126,6 +129,7 @@ def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecor
         by_label={} if only_timed else label_scores_of(run, file),
         sparsity=SparsityRecord.load(file.member.sparsity_record) if file.variant.is_sparse else None,
         int8=int8_record(file),
+        uncertainty=None if only_timed else uncertainty_of_file(run, file),
     )
 
 

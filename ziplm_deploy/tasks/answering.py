@@ -148,6 +148,9 @@ class QuestionAnswering(Task):
         scores = [_answer_scores(best[index][1], row["answers"]) for index, row in enumerate(data.rows)]
         return Outcomes({name: np.array([each[name] for each in scores]) for name in self.metrics})
 
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
+        return Outcomes({name: np.array([1.0, 0.0]) for name in outcomes.arrays})
+
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Start and end logits [2, batch, length], padding at -10⁴ so that it takes no probability."""
         logits = torch.stack([outputs["start_logits"], outputs["end_logits"]])

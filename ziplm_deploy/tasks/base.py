@@ -182,6 +182,14 @@ class Task(ABC):
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         """What the model did on each labelled row, in the rows' order: what :attr:`metrics` are computed from."""
 
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes | None:
+        """Two made-up examples beside these, one answered rightly and one wrongly, that change a score the least.
+
+        Intervals take them in, see :mod:`ziplm_deploy.tasks.resampling`; None where answers are numbers, which are no
+        more right or wrong.
+        """
+        return None
+
     def scores(self, outcomes: Outcomes) -> dict[str, float]:
         """All metrics of these examples, 1 is best; the primary one first."""
         return {name: score(self.metrics[name], outcomes) for name in dict.fromkeys((self.metric_name, *self.metrics))}

@@ -117,6 +117,9 @@ class TextClassification(TextTask):
     def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
         return class_label_scores(outcomes, config)
 
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
+        return right_and_wrong_class(outcomes)
+
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)
         return class_outcomes(self.predict(function, data), labels)
@@ -134,6 +137,13 @@ def check_metric(metric: str, config: Any) -> None:
 def class_label_scores(outcomes: Outcomes, config: Any) -> dict[str, float]:
     """F1 of the classes that are label or prediction of an example, by name."""
     return {str(config.id2label[number]): score for number, score in class_f1(outcomes).items()}
+
+
+def right_and_wrong_class(outcomes: Outcomes) -> Outcomes:
+    """Two examples of the most frequent class, one of them taken for the next most frequent."""
+    classes, times = np.unique(outcomes["label"], return_counts=True)
+    first, *others = (int(label) for label in classes[np.argsort(-times, kind="stable")])
+    return Outcomes({"label": np.array([first, first]), "predicted": np.array([first, others[0] if others else -1])})
 
 
 def class_outcomes(logits: np.ndarray, labels: list[int]) -> Outcomes:

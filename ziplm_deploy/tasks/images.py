@@ -23,6 +23,7 @@ from ziplm_deploy.tasks.classification import (
     check_metric,
     class_label_scores,
     class_outcomes,
+    right_and_wrong_class,
 )
 from ziplm_deploy.tasks.data import Row, cell, read_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
@@ -113,6 +114,9 @@ class ImageClassification(Task):
 
     def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
         return class_label_scores(outcomes, config)
+
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
+        return right_and_wrong_class(outcomes)
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)

@@ -97,6 +97,12 @@ class FillMask(Task):
             )
         return Outcomes({"masked": masked_tokens, "right": right, "log_likelihood": log_likelihood})
 
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
+        """Texts with one token masked, of the mean likelihood both."""
+        likelihood = outcomes["log_likelihood"].sum() / outcomes["masked"].sum()
+        one = np.array([1, 1])
+        return Outcomes({"masked": one, "right": np.array([1, 0]), "log_likelihood": np.full(2, likelihood)})
+
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [positions, vocabulary] at the first masked positions of each sequence."""
         masked = batch["input_ids"].eq(self._require_mask_id())  # [batch, length]

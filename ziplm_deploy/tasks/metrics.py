@@ -140,6 +140,14 @@ def _correlation(one: Floats, other: Floats, counts: Floats) -> Floats:
 # [examples, types].
 
 
+def right_and_wrong_entity(outcomes: Outcomes) -> dict[str, npt.NDArray[np.int64]]:
+    """Arrays of two examples with one entity of the most frequent type, which is found in the first of them only."""
+    frequency = outcomes["expected"].sum(0)  # [types]
+    entity = (np.arange(len(frequency)) == int(frequency.argmax() if len(frequency) else 0)).astype(np.int64)
+    expected, found = np.stack([entity, entity]), np.stack([entity, 0 * entity])
+    return {"right": found, "found": found, "expected": expected}
+
+
 def entity_precision(outcomes: Outcomes, counts: Floats) -> Floats:
     """Share of the entities found that are right."""
     return _divide(counts @ outcomes["right"].sum(1), counts @ outcomes["found"].sum(1))

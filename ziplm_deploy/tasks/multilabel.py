@@ -17,7 +17,14 @@ from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import MULTI_LABEL, class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import bernoulli_divergence, binary_cross_entropy
-from ziplm_deploy.tasks.metrics import Metric, entity_f1, macro_entity_f1, ratio_of_sums, type_f1
+from ziplm_deploy.tasks.metrics import (
+    Metric,
+    entity_f1,
+    macro_entity_f1,
+    ratio_of_sums,
+    right_and_wrong_entity,
+    type_f1,
+)
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 
@@ -96,6 +103,10 @@ class MultiLabelClassification(TextTask):
             },
             names=tuple(data.rows[0]["label_names"]),
         )
+
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
+        """Texts of the most frequent class alone, found in one of them."""
+        return Outcomes({**right_and_wrong_entity(outcomes), "exact": np.array([1, 0])})
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """KL between the decisions on every class, which sees a shift of all logits as softmax does not."""

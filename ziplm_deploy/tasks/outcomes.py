@@ -45,6 +45,12 @@ class Outcomes:
         """The outcomes of some examples, given by their indices."""
         return dataclasses.replace(self, arrays={name: values[examples] for name, values in self.arrays.items()})
 
+    def followed_by(self, others: Outcomes, *, reverse: bool = False) -> Outcomes:
+        """These examples and then others, of the same arrays, perhaps in the reverse order."""
+        step = -1 if reverse else 1
+        arrays = {name: np.concatenate([values, others[name][::step]]) for name, values in self.arrays.items()}
+        return dataclasses.replace(self, arrays=arrays)
+
     def save(self, path: Path) -> str:
         """Write them as JSON, atomically, and return the file's hash; raises :class:`StorageError`."""
         arrays = {name: values.tolist() for name, values in self.arrays.items()}

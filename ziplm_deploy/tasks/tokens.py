@@ -28,7 +28,15 @@ from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
-from ziplm_deploy.tasks.metrics import Metric, entity_f1, entity_precision, entity_recall, ratio_of_sums, type_f1
+from ziplm_deploy.tasks.metrics import (
+    Metric,
+    entity_f1,
+    entity_precision,
+    entity_recall,
+    ratio_of_sums,
+    right_and_wrong_entity,
+    type_f1,
+)
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 
@@ -128,6 +136,11 @@ class TokenClassification(Task):
                     predicted[index][word] = names[int(tokens[token])]
         truth = [[names[tag] for tag in row["label"]] for row in data.rows]
         return _entity_outcomes(truth, predicted, TagScheme.of(names))
+
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
+        """Texts of one word that is an entity of the most frequent type, found in one of them."""
+        words = {"right_words": np.array([1, 0]), "words": np.array([1, 1])}
+        return Outcomes({**right_and_wrong_entity(outcomes), **words})
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [tokens, classes] of every token that is no padding."""

@@ -1,0 +1,104 @@
+"""Intervals of all scores, from what the files did on every evaluation example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.recipe import Variant
+from ziplm_deploy.run.member import ModelFile
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.tasks.outcomes import Outcomes, halves
+from ziplm_deploy.tasks.record import Scores
+from ziplm_deploy.tasks.resampling import N_RESAMPLES, Comparison, ResampledScores
+from ziplm_deploy.tasks.uncertainty import FileUncertainty, Uncertainty
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A file that was evaluated on the examples of this run."""
+
+    file: ModelFile
+    outcomes_hash: str
+    outcomes: Outcomes
+    resampled: ResampledScores
+
+
+def estimate_uncertainty(run: Run, files: list[ModelFile]) -> None:
+    """Write the intervals of these files' scores, and how the scores compare with each other."""
+    path, task = run.folder.uncertainty, run.task
+    hashes = {str(file.onnx.relative_to(run.folder.path)): Scores.load(file.scores).outcomes_hash for file in files}
+    key = content_key(outcomes=hashes, metrics=list(task.metrics), primary=task.metric_name, seed=run.recipe.seed)
+    run.folder.make("uncertainty", key, [path], lambda: _estimate(run, files).save(path))
+
+
+def uncertainty_of(run: Run) -> Uncertainty | None:
+    """What the last evaluation left; None before there was one that kept outcomes."""
+    if run.recipe.data.evaluation is None or not run.folder.uncertainty.exists():
+        return None
+    return Uncertainty.load(run.folder.uncertainty)
+
+
+def uncertainty_of_file(run: Run, file: ModelFile) -> FileUncertainty | None:
+    """Intervals of a file's scores as they are now; None where they are of others, or of none."""
+    found = None if (known := uncertainty_of(run)) is None else known.files.get(file.label)
+    if found is None or not file.scores.exists():
+        return None
+    return found if found.outcomes_hash == Scores.load(file.scores).outcomes_hash else None
+
+
+def _estimate(run: Run, files: list[ModelFile]) -> Uncertainty:
+    scored = {file: found for file in files if (found := _scored(run, file)) is not None}
+    dense = scored.get(run.dense_member.file(Variant.FP32))
+    return Uncertainty(
+        n_resamples=N_RESAMPLES,
+        files={
+            file.label: _of_file(run, found, dense, scored.get(_source(file)))
+            for file, found in scored.items()
+            if not file.is_before_training
+        },
+        training=_of_training(run, scored),
+    )
+
+
+def _scored(run: Run, file: ModelFile) -> _Scored | None:
+    scores = Scores.load(file.scores)
+    if scores.outcomes_hash is None or scores.examples != run.data.evaluation_rows_key:
+        return None
+    outcomes = Outcomes.load(file.outcomes, scores.outcomes_hash)
+    return _Scored(file, scores.outcomes_hash, outcomes, ResampledScores(run.task, outcomes, run.recipe.seed))
+
+
+def _of_file(run: Run, found: _Scored, dense: _Scored | None, source: _Scored | None) -> FileUncertainty:
+    metrics, of_dense = run.task.metrics, {}
+    if dense is not None and dense is not found:
+        of_dense = {metric: found.resampled.beside(dense.resampled, metric) for metric in metrics}
+    return FileUncertainty(
+        outcomes_hash=found.outcomes_hash,
+        intervals={metric: found.resampled.interval(metric) for metric in metrics},
+        of_dense=of_dense,
+        of_source=None if source is None else _on_reported_half(run, found, source),
+    )
+
+
+def _source(file: ModelFile) -> ModelFile:
+    """The float32 file that an INT8 file was made from; others are their own."""
+    return file.member.file(Variant.SPARSE if file.variant.is_sparse else Variant.FP32)
+
+
+def _on_reported_half(run: Run, found: _Scored, source: _Scored) -> Comparison | None:
+    """An INT8 file beside its source, on the examples that its linears in float32 were not chosen by."""
+    if not found.file.variant.is_int8:
+        return None
+    _, reported = halves(len(found.outcomes), run.recipe.seed)
+    own, other = (ResampledScores(run.task, each.outcomes.take(reported), run.recipe.seed) for each in (found, source))
+    return own.beside(other, run.task.metric_name)
+
+
+def _of_training(run: Run, scored: dict[ModelFile, _Scored]) -> dict[str, Comparison]:
+    pairs = {file.member.name: (file.member.file(Variant.FP32), file) for file in scored if file.is_before_training}
+    return {
+        name: scored[trained].resampled.beside(scored[pruned].resampled, run.task.metric_name)
+        for name, (trained, pruned) in pairs.items()
+        if trained in scored
+    }
