@@ -16,9 +16,9 @@ from tests.helpers.reports import (
     int8_record,
     member,
 )
-from ziplm_deploy.recipe import Variant
+from ziplm_deploy.recipe import RecoverConfig, Variant
 from ziplm_deploy.reporting.card import model_card
-from ziplm_deploy.reporting.judge import harmed_by_training
+from ziplm_deploy.reporting.judge import harmed_by_training, taught_more_than_dense
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.table import file_header, file_rows, header, rows
@@ -110,6 +110,25 @@ def test_training_harmed_a_member_only_beyond_noise(half_width: float, named: bo
         training_effect=comparison(-0.05, half_width),
     )
     assert bool(harmed_by_training([worse], "spearman")) == named
+
+
+@pytest.mark.parametrize(
+    ("recover", "named"),
+    [
+        ({}, []),
+        ({"mode": "gradual"}, []),
+        ({"task_weight": 0.5}, []),  # but nothing is trained
+        ({"mode": "one-shot", "task_weight": 0.5}, ["labels (recover.task_weight), the dense"]),
+        (
+            {"mode": "gradual", "teacher": "a/b", "task_weight": 1.0},
+            ["labels (recover.task_weight) and another teacher"],
+        ),
+    ],
+)
+def test_members_that_learned_more_than_the_dense_model_are_noted(recover: dict[str, Any], named: list[str]) -> None:
+    notes = taught_more_than_dense(RecoverConfig.model_validate(recover))
+    assert [any(name in note for note in notes) for name in named] == [True] * len(notes)
+    assert len(notes) == len(named)
 
 
 def int8_run(tmp_path: Path, percent_low: float, percent_high: float, **settings: Any) -> FinishedRun:

@@ -20,6 +20,7 @@ from ziplm_deploy.reporting.judge import (
     budget_decision,
     harmed_by_training,
     judge,
+    taught_more_than_dense,
     too_noisy,
     undecided_budget,
     was_fast_enough,
@@ -60,6 +61,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         notes=[
             *facts.notes,
             *harmed_by_training(members, facts.metric),
+            *taught_more_than_dense(recipe.recover),
             *_int8_notes(facts),
             *undecided_budget(members, recipe.compress.int8.max_loss),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),

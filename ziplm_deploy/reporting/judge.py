@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ziplm_deploy.compression.records import outside_budget
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.latency.verdict import Outcome, outcome
-from ziplm_deploy.recipe import BenchmarkConfig
+from ziplm_deploy.recipe import BenchmarkConfig, RecoverConfig
 from ziplm_deploy.reporting.facts import FileFacts
 from ziplm_deploy.reporting.records import FileReport, MemberReport
 from ziplm_deploy.reporting.table import MISSING, percent_text
@@ -147,6 +147,25 @@ def _why_not_faster(file: FileFacts, other: FileReport) -> str:
         return ""
     how = "slower" if timing.speedup < other.measured_low else "not faster beyond noise"
     return f"{how} than {other.file} on {timing.engine} ({timing.speedup:.2f}x against {other.measured_speedup:.2f}x)"
+
+
+def taught_more_than_dense(recover: RecoverConfig) -> list[str]:
+    """A note where members learn what the dense model beside them did not in as many steps.
+
+    Without labels, and with the dense model as their teacher, they do not: that model trained on so would have no loss
+    and no gradient, and would stay as it is.
+    """
+    sources = [
+        *(["labels (recover.task_weight)"] if recover.task_weight else []),
+        *(["another teacher (recover.teacher)"] if recover.teacher is not None else []),
+    ]
+    if recover.mode == "none" or not sources:
+        return []
+    return [
+        f"members learned from {' and '.join(sources)}, the dense model beside them did not for as many steps: of what "
+        "they score in percent of dense, that share is not pruning's; train the dense model as long, too "
+        "(dense.train, or on your own), for a fair comparison"
+    ]
 
 
 def harmed_by_training(members: Sequence[MemberReport], metric: str) -> list[str]:
