@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ziplm_deploy.cli.commands import app
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, RecipeError, StorageError
 from ziplm_deploy.machine import side_environments
+from ziplm_deploy.machine.locks import FileLock
 from ziplm_deploy.machine.side_environments import (
     ENVIRONMENTS,
     MARKER,
@@ -121,8 +123,32 @@ def test_an_environment_is_made_and_marked_only_when_the_package_can_be_imported
     assert (good.folder / MARKER).is_file()
     with pytest.raises(EngineError, match="No module named 'no_such_engine'"):
         bad.create()
-    with pytest.raises(EngineError, match="set-up was interrupted"):
+    with pytest.raises(EngineError, match="found it not set up"):
         bad.interpreter()
+    assert sorted(path.name for path in good.folder.parent.iterdir() if path.is_dir()) == ["json"]
+
+
+def test_an_environment_that_works_stays_until_the_new_one_does() -> None:
+    works = environment("json", "pip")
+    works.create()
+    before = (works.folder / MARKER).stat().st_mtime_ns
+    with pytest.raises(EngineError, match="expected to set up json"):
+        environment("json", "./no-such-package").create()
+    assert (works.folder / MARKER).stat().st_mtime_ns == before
+    assert subprocess.run([works.interpreter(), "-c", "import json, pip"], check=True).returncode == 0
+    works.create()
+    assert (works.folder / MARKER).stat().st_mtime_ns > before
+
+
+def test_two_set_ups_at_once_are_refused() -> None:
+    made = environment("json", "pip")
+    made.folder.parent.mkdir(parents=True)
+    other = FileLock(made.folder.with_name(".json.lock"))
+    assert other.acquire()
+    with pytest.raises(EngineError, match=r"found another set-up of it at work \(process \d+"):
+        made.create()
+    other.release()
+    made.create()
 
 
 def test_packages_that_cannot_be_installed_are_an_error() -> None:

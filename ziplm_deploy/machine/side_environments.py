@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, StorageError
+from ziplm_deploy.machine.locks import FileLock
 
 MARKER = "ziplm-environment.json"
 VERSION_SECONDS = 60.0  # an interpreter starts within one, on a cold and busy machine within a few
@@ -101,30 +102,53 @@ class SideEnvironment:
         return next(package.removeprefix(start) for package in self.packages if package.startswith(start))
 
     def create(self, python: str | None = None) -> str:
-        """Make the environment anew and return its interpreter.
+        """Make the environment anew and return its interpreter; one that is there stays until the new one works.
 
         Raises:
             EnvironmentMismatchError: no interpreter of a version that the package supports.
-            EngineError: installing failed, or the package cannot be imported.
+            EngineError: installing failed, the package cannot be imported, or another process is at it.
             StorageError: the cache folder cannot be written.
         """
         base = python or self._base_python()
         self._check_version(base)
         _installed_version.cache_clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
                 f"expected to make an environment in {self.folder}, found: {error}; let XDG_CACHE_HOME name a folder "
                 "that can be written"
             ) from error
-        own = str(self.folder / "bin" / "python")
-        self._run([base, "-m", "venv", str(self.folder)])
-        self._run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.packages])
-        self._run([own, "-c", f"import {self._module}"])
-        (self.folder / MARKER).write_text(json.dumps({"packages": self.packages}) + "\n", encoding="utf-8")
-        return own
+        lock = FileLock(self.folder.with_name(f".{self.name}.lock"))
+        if not lock.acquire():
+            raise EngineError(
+                f"expected to set up {self.name} alone, found another set-up of it at work ({lock.holder}); wait until "
+                "it has ended"
+            )
+        try:
+            self._install(base)
+        finally:
+            lock.release()
+        return str(self.folder / "bin" / "python")
+
+    def _install(self, base: str) -> None:
+        """Install into a new folder, which takes the place of the one that works only when it works too."""
+        making, old = (self.folder.with_name(f".{self.name}.{what}") for what in ("new", "old"))
+        for left in (making, old):  # by a set-up that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        own = str(making / "bin" / "python")
+        try:
+            making.mkdir()
+            self._run([base, "-m", "venv", str(making)])
+            self._run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.packages])
+            self._run([own, "-c", f"import {self._module}"])
+            (making / MARKER).write_text(json.dumps({"packages": self.packages}) + "\n", encoding="utf-8")
+            if self.folder.exists():
+                self.folder.rename(old)
+            making.rename(self.folder)  # its python finds its packages from where it lies; scripts beside it would not
+        finally:
+            for left in (making, old):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _base_python(self) -> str:
         if sys.version_info[:2] in self.pythons:
