@@ -81,6 +81,7 @@ def as_schema_1(path: Path) -> dict[str, Any]:
     """A saved file rewritten as the version before had it: batch size and tokens flat in ``environment``."""
     saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     environment = saved["environment"]
+    del environment["huge_pages"]  # no file of that version has it
     flat = {**environment.pop("workload"), **environment}
     old = {**saved, "schema_version": 1, "environment": flat}
     path.write_text(json.dumps(old), encoding="utf-8")

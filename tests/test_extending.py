@@ -113,7 +113,7 @@ def test_a_method_a_task_an_engine_and_a_stage_more(copied: Path, tmp_path: Path
         "--rounds",
         "5",
         "--processes",
-        "1",
+        "2",
         "--engine",
         "onnxruntime",
         "--engine",

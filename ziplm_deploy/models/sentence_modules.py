@@ -154,7 +154,7 @@ def with_own_settings(model: ModelConfig) -> ModelConfig:
 
 
 def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
-    """As :func:`with_own_settings`, for a model that was read before."""
+    """Settings of :func:`with_own_settings`, for a model that was read before."""
     found: dict[str, Any] = {}
     for name in ("pooling", "normalize", "similarity"):
         asked, says = getattr(model, name), getattr(own, name)
