@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ziplm_deploy.artifacts import file_hash
+from ziplm_deploy.baselines import BaselineScores
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.latency.statistics import Timing
@@ -244,7 +245,7 @@ class FinishedRun(SimpleNamespace):
     def files(self, name: str) -> list[FileReport]:
         """Reports of a member's files; others need not have been timed."""
         member, record = self.member(name), BenchmarkRecord.load(self.folder.benchmark)
-        facts = report._files(self, member, record)  # type: ignore[arg-type]
+        facts = report._files(self, member, record, BaselineScores(baselines={}, gains={}))  # type: ignore[arg-type]
         family = FamilyFacts(self.recipe, "spearman", record, self.table, [], [], {})
         reports: list[FileReport] = []
         for each in facts:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from tests.helpers.reports import benchmark_record, family_report, member, variant
+from tests.helpers.reports import FinishedRun, benchmark_record, family_report, finished_run, member, variant
+from ziplm_deploy.baselines import BaselineRecord
 from ziplm_deploy.cli import console
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.statistics import Ratio
+from ziplm_deploy.reporting import collect
+from ziplm_deploy.reporting.baselines import standing
 from ziplm_deploy.reporting.card import model_card
+from ziplm_deploy.reporting.facts import BaselineFacts, FamilyFacts
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport
-from ziplm_deploy.reporting.table import baseline_rows, header, rows
+from ziplm_deploy.reporting.table import baseline_rows, header, rows, verdict
+from ziplm_deploy.stages import report as report_stage
+from ziplm_deploy.tasks.resampling import Comparison
 
 
 def baseline(name: str, **changes: Any) -> BaselineReport:
@@ -49,11 +57,14 @@ def with_torch(*baselines: BaselineReport) -> FamilyReport:
 
 def test_rows_are_as_long_as_the_titles() -> None:
     plain = family_report(baselines=[baseline("int8")])
-    for report in (plain, with_torch(baseline("int8", over_torch=Ratio(3.7, 3.6, 3.8)), baseline("torch"))):
+    compared = family_report(baselines=[baseline("int8", of_dense={"spearman": comparison(-0.02, -0.01)})])
+    compared.members[1].served.of_dense = {"spearman": comparison(-0.03, -0.01)}
+    assert "101.0 % [100.5, 101.5]" in baseline_rows(compared)[0]
+    for report in (plain, compared, with_torch(baseline("int8", over_torch=Ratio(3.7, 3.6, 3.8)), baseline("torch"))):
         titles = header(report.members, report.metric)
         everything = [*rows(report.members, report.metric), *baseline_rows(report)]
         assert {len(row) for row in everything} == {len(titles)}
-        assert ("over torch" in titles) == (report is not plain)
+        assert ("over torch" in titles) == (report not in (plain, compared))
 
 
 def test_speedups_over_torch_stand_beside_those_over_dense() -> None:
@@ -116,3 +127,97 @@ def test_samples_of_unknown_rounds_are_refused(rounds: list[int]) -> None:
         record.ratio_between("fast", "slow")
     with pytest.raises(CorruptArtifactError, match="expected samples of fast and none"):
         timed([6, 6], fast=np.ones((12, 3))).ratio_between("fast", "none")
+
+
+NARROW = 0.05
+
+
+@pytest.mark.parametrize(
+    ("baseline_speedup", "gain", "expected"),
+    [
+        (2.5, (0.001, 0.01), "beaten"),
+        (1.5, (0.001, 0.01), "ahead"),  # slower
+        (2.5, (-0.01, -0.001), "ahead"),  # scores lower
+        (2.5, (-0.001, 0.01), "undecided"),  # scores are not told apart
+        (2.05, (0.001, 0.01), "undecided"),  # latencies are not told apart
+        (2.05, (-0.001, 0.001), "undecided"),
+        (2.05, (-0.01, -0.001), "ahead"),
+    ],
+)
+def test_a_file_is_beaten_only_beyond_both_intervals(
+    baseline_speedup: float, gain: tuple[float, float], expected: str
+) -> None:
+    own = Ratio(2.0, 2.0 - NARROW, 2.0 + NARROW)
+    other = Ratio(baseline_speedup, baseline_speedup - NARROW, baseline_speedup + NARROW)
+    assert standing(own, other, comparison(*gain)) == expected
+    assert standing(own, other, comparison(*gain), noise="the machine was busy") == "undecided"
+
+
+def comparison(low: float, high: float) -> Comparison:
+    """The baseline's score less another's."""
+    return Comparison(
+        difference=(low + high) / 2,
+        low=low,
+        high=high,
+        percent=101.0,
+        percent_low=100.5,
+        percent_high=101.5,
+        n_examples=9,
+    )
+
+
+def judged(tmp_path: Path, gain: tuple[float, float] | None, aa_high: float = 1.006) -> FamilyReport:
+    """A run of 2x and 4x beside a baseline of 3x; ``gain``: of the baseline over every member."""
+    record = benchmark_record(**{"2x": 2.01, "4x": 4.01, "int8": 3.0}).model_copy(update={"aa_high": aa_high})
+    run = finished_run(tmp_path, record, {"dense": 0.87, "2x": 0.86, "4x": 0.8})
+    facts = family_facts_of(run)
+    made_by = BaselineRecord(tool="a tool 1.0", settings="its defaults")
+    rival = BaselineFacts("int8", "stock INT8", made_by, 100, record.variant("int8"), {"spearman": 0.865})
+    gains = {} if gain is None else {"int8": comparison(*gain)}
+    members = [
+        replace(each, files=[replace(file, baseline_gains=gains if each.target else {}) for file in each.files])
+        for each in facts.members
+    ]
+    return collect.family_report(replace(facts, members=members, baselines=[rival]))
+
+
+def family_facts_of(run: FinishedRun) -> FamilyFacts:
+    with mock.patch.object(report_stage, "member_key", return_value="key"):
+        return report_stage.family_facts(run)  # type: ignore[arg-type]
+
+
+def test_a_member_that_is_beaten_is_said_to_be_and_not_recommended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = judged(tmp_path, (0.001, 0.01))
+    dense, slow, fast = report.members
+    assert (slow.served.beaten_by, slow.served.undecided_against) == (["int8"], [])
+    assert (slow.served.recommended, slow.served.reason) == (False, "beaten by int8")
+    assert fast.served.recommended  # four times as fast: nobody else is
+    assert dense.served.recommended
+    assert verdict(slow) == "reached; beaten by int8"
+    assert verdict(fast) == "reached"
+    line = "2x: int8 is faster and scores higher, both beyond the intervals: use it instead (3.00x ["
+    console.print_family(report, Path("runs/demo"))
+    assert line in capsys.readouterr().out
+    assert f"- {line}" in family_markdown(report)
+    assert "This model is beaten by int8" in model_card(report, slow, "ORTModelForFeatureExtraction")
+    assert "This model is" not in model_card(report, fast, "ORTModelForFeatureExtraction")
+
+
+def test_what_is_not_told_apart_is_undecided_and_not_recommended(tmp_path: Path) -> None:
+    slow = judged(tmp_path, (-0.001, 0.01)).members[1]
+    assert (slow.served.beaten_by, slow.served.undecided_against) == ([], ["int8"])
+    assert (slow.served.recommended, slow.served.reason) == (False, "undecided against int8")
+
+
+def test_a_noisy_benchmark_decides_nothing(tmp_path: Path) -> None:
+    report = judged(tmp_path, (0.001, 0.01), aa_high=1.5)
+    assert [member.served.undecided_against for member in report.members] == [[], ["int8"], ["int8"]]
+    assert not any(member.served.beaten_by for member in report.members)
+
+
+def test_without_scores_nothing_is_said(tmp_path: Path) -> None:
+    for member_report in judged(tmp_path, None).members:
+        assert (member_report.served.beaten_by, member_report.served.undecided_against) == ([], [])
+        assert member_report.served.recommended

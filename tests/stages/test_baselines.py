@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
-from ziplm_deploy.baselines import DenseSource, get_baseline, onnxruntime_int8
+from ziplm_deploy.baselines import BaselineScores, DenseSource, get_baseline, onnxruntime_int8
 from ziplm_deploy.errors import EngineError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.pipeline import run_pipeline
@@ -73,6 +73,14 @@ def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
     assert {"dense", "1.5x", INT8, "torch"} == set(timed)
     assert len(timed["torch"].samples_ms) == len(timed["dense"].samples_ms)  # of the same rounds
     assert (run_dir / "baselines" / INT8 / "model.onnx").is_file()
+    assert set(int8.accuracy_intervals) == set(int8.of_dense) == {"accuracy", "macro_f1"}
+    gains = BaselineScores.load(run_dir / "baselines" / "scores.json").gains
+    assert {label: set(found) for label, found in gains.items()} == {"1.5x": {INT8, "torch"}}
+    pruned = report.members[1].served
+    assert pruned.recommended == (not pruned.beaten_by and not pruned.undecided_against)
+    assert pruned.over_torch is not None
+    assert dense.over_torch is not None
+    assert dense.over_torch.low > 1
     assert not list(run_dir.rglob("*.tmp"))
 
 

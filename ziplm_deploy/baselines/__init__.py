@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 
-from ziplm_deploy.baselines.base import Baseline, BaselineRecord, DenseSource
+from ziplm_deploy.baselines.base import Baseline, BaselineRecord, BaselineScores, DenseSource
 from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.recipe.choices import page_names
 
-__all__ = ["BASELINES", "Baseline", "BaselineRecord", "DenseSource", "get_baseline"]
+__all__ = ["BASELINES", "Baseline", "BaselineRecord", "BaselineScores", "DenseSource", "get_baseline"]
 
 BASELINES: tuple[str, ...] = page_names("baselines")
 

@@ -15,6 +15,8 @@ from torch import nn
 from ziplm_deploy.artifacts import Artifact
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.tasks.resampling import Comparison
+from ziplm_deploy.tasks.uncertainty import FileUncertainty
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class BaselineRecord(Artifact):
     tool: str  # that made it, with its version
     settings: str
     refused: str = ""  # what tool or engine said; then there is no file
+
+
+class BaselineScores(Artifact):
+    """How sure the scores of baselines are, and how they compare with those of the family's files."""
+
+    KIND: ClassVar[str] = "baseline_scores"
+
+    baselines: dict[str, FileUncertainty]  # by name
+    gains: dict[str, dict[str, Comparison]]  # by a file's label, then by name: primary score less the file's
 
 
 class Baseline(ABC):

@@ -41,6 +41,8 @@ def print_family(report: FamilyReport, folder: Path) -> None:
     for member in report.members:
         if member.reason:
             line(console, f"{member.name}: {member.reason}")
+    for text in members.baseline_lines(report):
+        line(console, text)
     for note in report.notes:
         line(console, f"note: {note}")
     line(console, f"models: {', '.join(str(folder / member.folder) for member in report.members)}")

@@ -15,6 +15,7 @@ from ziplm_deploy.reporting.table import (
     file_header,
     file_rows,
     markdown_table,
+    not_ahead,
     percent_text,
     score_text,
     shows_no_speedup,
@@ -29,7 +30,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
         f"---\n{yaml.safe_dump(_front_matter(report, member), sort_keys=False, allow_unicode=True)}---",
         f"# {title}\n\n{_summary(report, member)}",
         "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
-        *(["\n".join(["## Without pruning", "", *_baselines(report)])] if report.baselines else []),
+        *(["\n".join(["## Without pruning", "", *_baselines(report, member)])] if report.baselines else []),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
         _usage(report, member, ort_class),
@@ -105,7 +106,7 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
     return markdown_table(["", member.name, baseline], cells)
 
 
-def _baselines(report: FamilyReport) -> list[str]:
+def _baselines(report: FamilyReport, member: MemberReport) -> list[str]:
     """What the dense model gives by the usual tools, timed and scored with this member."""
     cells = [
         [
@@ -117,7 +118,9 @@ def _baselines(report: FamilyReport) -> list[str]:
         ]
         for baseline in report.baselines
     ]
-    return markdown_table(["same run", "speedup, measured", "95 % interval", report.metric, "made by"], cells)
+    titles = ["same run", "speedup, measured", "95 % interval", report.metric, "made by"]
+    verdict = not_ahead(member.served.beaten_by, member.served.undecided_against)
+    return [*markdown_table(titles, cells), *(["", f"This model is {verdict}: see report.md."] if verdict else [])]
 
 
 def _before_training(member: MemberReport) -> str:

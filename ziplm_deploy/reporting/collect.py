@@ -14,7 +14,7 @@ from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
-from ziplm_deploy.reporting.baselines import baseline_report, over_torch
+from ziplm_deploy.reporting.baselines import baseline_report, beside_baselines, over_torch
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.judge import (
     budget_decision,
@@ -27,6 +27,7 @@ from ziplm_deploy.reporting.judge import (
     why_not_recommended,
 )
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
+from ziplm_deploy.reporting.table import not_ahead
 
 
 def family_report(facts: FamilyFacts) -> FamilyReport:
@@ -159,7 +160,9 @@ def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Var
 def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport]) -> FileReport:
     timing, max_loss = file.timing, family.recipe.compress.int8.max_loss
     noise = too_noisy(family.record.itself, family.recipe.benchmark)
-    reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before, noise)
+    beside = beside_baselines(file, family.baselines, noise)
+    rivals = not_ahead(beside["beaten"], beside["undecided"])
+    reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before, noise) or rivals
     return FileReport(
         variant=file.variant,
         file=file.path.name,
@@ -174,6 +177,8 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
         onnx_bytes=file.onnx_bytes,
         gzip_bytes=file.gzip_bytes,
         over_torch=over_torch(family.record, timing.name),
+        beaten_by=beside["beaten"],
+        undecided_against=beside["undecided"],
         accuracy=file.scores,
         by_label=file.by_label,
         accuracy_intervals=file.uncertainty.intervals if file.uncertainty else {},

@@ -32,6 +32,7 @@ class FileFacts:
     sparsity: SparsityRecord | None = None
     int8: Int8Record | None = None
     uncertainty: FileUncertainty | None = None  # of the scores; None: of files from before outcomes were kept
+    baseline_gains: dict[str, Comparison] = field(default_factory=dict)  # primary score of a baseline less this file's
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class BaselineFacts:
     size_bytes: int
     timing: FileTiming
     scores: dict[str, float]  # the dense model's where it answers as that does
+    uncertainty: FileUncertainty | None = None
 
 
 @dataclass(frozen=True)

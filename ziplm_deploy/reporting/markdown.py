@@ -7,6 +7,7 @@ from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
     aa_line,
+    baseline_lines,
     baseline_of,
     baseline_rows,
     difference_text,
@@ -89,7 +90,7 @@ def _explanations(report: FamilyReport) -> list[str]:
             lines.append(f"- {member.name} ({member.verdict}): {member.reason}")
         if shows_no_speedup(member):
             lines.append(f"- {member.name}: the interval includes 1, so no speedup is shown")
-    return lines
+    return lines + [f"- {line}" for line in baseline_lines(report)]
 
 
 def _baseline(report: FamilyReport) -> list[str]:

@@ -117,6 +117,8 @@ class BaselineReport(BaseModel):
     size_bytes: int
     over_torch: Ratio | None = None  # speedup over the dense model in torch, where that was measured
     accuracy: dict[str, float]  # empty: not evaluated
+    accuracy_intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)  # 95 %, by metric
+    of_dense: dict[str, Comparison] = Field(default_factory=dict)  # by metric; empty where it answers as dense does
 
 
 class FamilyReport(Artifact):

@@ -10,6 +10,7 @@ from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, MemberReport
 from ziplm_deploy.tasks.resampling import Comparison
 
+Cell = Callable[[FileReport | BaselineReport], str]
 FIDELITY = {"mean_cosine": "cosine to dense", "neighbour_overlap": "10-NN overlap"}
 MISSING = "–"
 
@@ -50,9 +51,9 @@ def _over_torch(members: Sequence[MemberReport]) -> bool:
     return any(member.served.over_torch is not None for member in members)
 
 
-def _score_columns(members: Sequence[MemberReport], metric: str) -> dict[str, Callable[[FileReport], str]]:
+def _score_columns(members: Sequence[MemberReport], metric: str) -> dict[str, Cell]:
     """Titles and cells of a file's scores; beside the primary one its percent of dense, where that was compared."""
-    columns: dict[str, Callable[[FileReport], str]] = {}
+    columns: dict[str, Cell] = {}
     for key, title in metric_columns(members, metric).items():
         columns[title] = functools.partial(_score, metric=key)
         if key == metric and any(member.served.of_dense for member in members):
@@ -60,7 +61,7 @@ def _score_columns(members: Sequence[MemberReport], metric: str) -> dict[str, Ca
     return columns
 
 
-def _score(file: FileReport, metric: str) -> str:
+def _score(file: FileReport | BaselineReport, metric: str) -> str:
     return f"{file.accuracy[metric]:.4f}" if metric in file.accuracy else MISSING
 
 
@@ -84,19 +85,19 @@ def verdict(member: MemberReport) -> str:
     parts = [
         member.verdict,
         "not faster beyond noise" if shows_no_speedup(member) else "",
-        beside_baselines(member.served),
+        not_ahead(member.served.beaten_by, member.served.undecided_against),
     ]
     return "; ".join(filter(None, parts))
 
 
-def beside_baselines(file: FileReport) -> str:
+def not_ahead(beaten_by: Sequence[str], undecided_against: Sequence[str]) -> str:
     """Baselines that beat a file, or of which that is not decided; empty if it is ahead of all."""
-    beaten = f"beaten by {', '.join(file.beaten_by)}" if file.beaten_by else ""
-    undecided = f"undecided against {', '.join(file.undecided_against)}" if file.undecided_against else ""
+    beaten = f"beaten by {', '.join(beaten_by)}" if beaten_by else ""
+    undecided = f"undecided against {', '.join(undecided_against)}" if undecided_against else ""
     return "; ".join(filter(None, (beaten, undecided)))
 
 
-def score_text(file: FileReport, metric: str) -> str:
+def score_text(file: FileReport | BaselineReport, metric: str) -> str:
     """A score with its interval, where one is known."""
     if metric not in file.accuracy_intervals:
         return _score(file, metric)
@@ -119,7 +120,10 @@ def difference_text(comparison: Comparison | None) -> str:
 
 
 def _row(
-    member: MemberReport, scores: list[Callable[[FileReport], str]], metric_before: str | None, torch: bool
+    member: MemberReport,
+    scores: list[Cell],
+    metric_before: str | None,
+    torch: bool,
 ) -> list[str]:
     before = [] if metric_before is None else [_before_training(member).get(metric_before)]
     dense = member.speedup_target is None
@@ -140,7 +144,7 @@ def _row(
 
 def baseline_rows(report: FamilyReport) -> list[list[str]]:
     """One row a baseline, under those of the members."""
-    scores, trained = list(metric_columns(report.members, report.metric)), _trained(report.members)
+    scores, trained = _score_columns(report.members, report.metric).values(), _trained(report.members)
     torch = _over_torch(report.members)
     return [
         [
@@ -153,7 +157,7 @@ def baseline_rows(report: FamilyReport) -> list[list[str]]:
             f"{baseline.size_bytes / 1e6:.1f}",
             f"{baseline.p50_ms:.2f} / {baseline.p99_ms:.2f}",
             *([MISSING] if trained else []),
-            *(f"{baseline.accuracy[key]:.4f}" if key in baseline.accuracy else MISSING for key in scores),
+            *(score(baseline) for score in scores),
             baseline.title,
         ]
         for baseline in report.baselines
@@ -188,9 +192,7 @@ def _on_several_engines(members: Sequence[MemberReport]) -> bool:
     return len({file.engine for member in members for file in member.files}) > 1
 
 
-def _file_row(
-    member: MemberReport, file: FileReport, scores: list[Callable[[FileReport], str]], engines: bool
-) -> list[str]:
+def _file_row(member: MemberReport, file: FileReport, scores: list[Cell], engines: bool) -> list[str]:
     baseline = member.speedup_target is None and file is member.files[0]  # model.onnx may follow on another engine
     return [
         member.name,
@@ -204,6 +206,27 @@ def _file_row(
         "; ".join(f"{name} {value}" for name, value in file.facts.items()) or "as exported",
         "recommended" if file.recommended else f"not recommended: {file.reason}",
     ]
+
+
+def baseline_lines(report: FamilyReport) -> list[str]:
+    """A line for every member that a baseline beats, or that is not surely ahead of one."""
+    known = {baseline.name: baseline for baseline in report.baselines}
+    lines = []
+    for member in report.members:
+        file = member.served
+        for name in (*file.beaten_by, *file.undecided_against):
+            figures = f"{_with_score(known[name], report.metric)} against {_with_score(file, report.metric)}"
+            how = (
+                "is faster and scores higher, both beyond the intervals: use it instead"
+                if name in file.beaten_by
+                else "is not surely slower, nor are its scores surely lower, so pruning is not recommended over it"
+            )
+            lines.append(f"{member.name}: {name} {how} ({figures})")
+    return lines
+
+
+def _with_score(file: FileReport | BaselineReport, metric: str) -> str:
+    return f"{_measured(file)} at {score_text(file, metric)}"
 
 
 def markdown_table(titles: list[str], cells: list[list[str]]) -> list[str]:

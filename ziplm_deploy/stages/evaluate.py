@@ -13,6 +13,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.gains import compare_with_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
 from ziplm_deploy.stages.uncertainty import estimate_uncertainty
@@ -39,6 +40,7 @@ def evaluate(run: Run) -> None:
             if not each.page.answers_as_dense:
                 evaluate_baseline(run, each, dense)
     estimate_uncertainty(run, files)
+    compare_with_baselines(run, files)
 
 
 def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
@@ -123,11 +125,6 @@ def outcomes_on(run: Run, path: Path, variant: Variant, engine: EngineName | Non
         environment = environment.model_copy(update={"engine": engine})
     with open_runner(environment, path) as runner:
         return run.task.outcomes(runner, run.data.evaluation_set(variant))
-
-
-def scored_as(run: Run, baseline: BaselineFiles) -> ModelFile | BaselineFiles:
-    """Whose scores a baseline has: the dense model's where it answers as that does."""
-    return run.dense_member.file(Variant.FP32) if baseline.page.answers_as_dense else baseline
 
 
 def scores_of(run: Run, file: ModelFile | BaselineFiles) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ziplm_deploy.artifacts import write_text
-from ziplm_deploy.baselines import BaselineRecord
+from ziplm_deploy.baselines import BaselineRecord, BaselineScores
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
@@ -25,7 +25,8 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
-from ziplm_deploy.stages.evaluate import label_scores_of, scored_as, scores_of
+from ziplm_deploy.stages.evaluate import label_scores_of, scores_of
+from ziplm_deploy.stages.gains import baseline_scores, scored_as
 from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.stages.stage import Stage
@@ -53,23 +54,23 @@ def write_report(run: Run) -> FamilyReport:
 
 def family_facts(run: Run) -> FamilyFacts:
     """Everything that is known about the members."""
-    record = BenchmarkRecord.load(run.folder.benchmark)
+    record, beside = BenchmarkRecord.load(run.folder.benchmark), baseline_scores(run)
     return FamilyFacts(
         recipe=run.recipe,
         metric=run.task.metric_name,
         record=record,
         table=run.table,
-        members=[_member_facts(run, member, record) for member in run.members],
+        members=[_member_facts(run, member, record, beside) for member in run.members],
         notes=run.folder.notes,
         lengths=run.folder.lengths,
         short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
         stage_seconds=run.folder.stage_seconds,
         stage_versions=run.folder.stage_versions,
-        baselines=[_baseline_facts(run, files, record) for files in made_baselines(run)],
+        baselines=[_baseline_facts(run, files, record, beside) for files in made_baselines(run)],
     )
 
 
-def _baseline_facts(run: Run, files: BaselineFiles, record: BenchmarkRecord) -> BaselineFacts:
+def _baseline_facts(run: Run, files: BaselineFiles, record: BenchmarkRecord, beside: BaselineScores) -> BaselineFacts:
     return BaselineFacts(
         files.name,
         files.page.title,
@@ -77,12 +78,13 @@ def _baseline_facts(run: Run, files: BaselineFiles, record: BenchmarkRecord) -> 
         sum(path.stat().st_size for path in files.paths),
         timing_of(record, files.name),
         scores_of(run, scored_as(run, files)),
+        beside.baselines.get(files.name),
     )
 
 
-def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFacts:
+def _member_facts(run: Run, member: Member, record: BenchmarkRecord, beside: BaselineScores) -> MemberFacts:
     uncertainty = uncertainty_of(run)
-    files, parameters = _files(run, member, record), parameter_count(member.weights)
+    files, parameters = _files(run, member, record, beside), parameter_count(member.weights)
     if not isinstance(member, PrunedMember):
         return MemberFacts(member.name, None, None, full_sizes(run.table), parameters, files)
     plan = PruningPlan.load(member.plan)
@@ -105,16 +107,16 @@ def _member_facts(run: Run, member: Member, record: BenchmarkRecord) -> MemberFa
     )
 
 
-def _files(run: Run, member: Member, record: BenchmarkRecord) -> list[FileFacts]:
+def _files(run: Run, member: Member, record: BenchmarkRecord, beside: BaselineScores) -> list[FileFacts]:
     """Files of a member that its engine runs; ``model.onnx`` of dense twice if it was timed on two engines."""
     recipe, refused = run.recipe, refused_files(run)
     timed = [(member.file(variant), member.file(variant).label) for variant in Variant if variant in recipe.variants]
     if member.is_dense and recipe.baseline_engine != recipe.environment.engine:
         timed.insert(1, (member.file(Variant.FP32), dense_as_served(run)))
-    return [_file_facts(run, file, name, record) for file, name in timed if name not in refused]
+    return [_file_facts(run, file, name, record, beside) for file, name in timed if name not in refused]
 
 
-def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecord) -> FileFacts:
+def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecord, beside: BaselineScores) -> FileFacts:
     path = file.onnx
     if not path.exists():
         raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
@@ -130,6 +132,7 @@ def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecor
         sparsity=SparsityRecord.load(file.member.sparsity_record) if file.variant.is_sparse else None,
         int8=int8_record(file),
         uncertainty=None if only_timed else uncertainty_of_file(run, file),
+        baseline_gains=beside.gains.get(timed_as, {}),
     )
 
 
