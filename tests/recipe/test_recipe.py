@@ -47,7 +47,10 @@ def test_a_recipe_survives_its_own_dump() -> None:
     ("change", "named"),
     [
         ({"speedup": [2]}, "speedup: unknown field; valid here: benchmark, compress, data"),
-        ({"environment": {"thread": 2}}, "environment.thread: unknown field; valid here: engine, huge_pages, threads, workload"),
+        (
+            {"environment": {"thread": 2}},
+            "environment.thread: unknown field; valid here: engine, huge_pages, threads, workload",
+        ),
         ({"environment": {"batch_size": 2}}, "environment.batch_size: renamed, write environment.workload.batch_size"),
         ({"environment": {"seq_len": 64}}, "environment.seq_len: renamed, write environment.workload.seq_len"),
         ({"prune": {"search": {"steps": 1}}}, "prune.search.steps: unknown field; valid here: coefficient_steps"),
