@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from tokenizers import normalizers  # type: ignore[import-untyped]
+from tokenizers import normalizers  # type: ignore[import-untyped, unused-ignore]
 from torch import nn
 
 from ziplm_deploy.documents import shortened
