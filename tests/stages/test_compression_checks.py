@@ -154,14 +154,15 @@ def test_a_stand_in_is_made_again_for_another_pooling(tmp_path: Path, checkpoint
     settings: list[dict[str, Any]] = [{}, {"pooling": "cls"}, {"pooling": "cls", "normalize": False}]
     files = []
     for model in settings:
-        run = run_of(checkpoint, tmp_path, model=model, environment={"workload": {"seq_len": 16}}, compress=SPARSE)
-        [member] = run.pruned_members
-        if not files:
-            replace_member(member.pruned_folder, run.dense.model, run.dense.processor, run.recipe.model, {})
-        export_stand_in(run, member)
-        made = member.stand_in(Variant.SPARSE)
-        files.append(made.read_bytes())
-        written = made.stat().st_mtime_ns
-        export_stand_in(run, member)  # nothing has changed
-        assert made.stat().st_mtime_ns == written
+        asked = {"model": model, "environment": {"workload": {"seq_len": 16}}, "compress": SPARSE}
+        with run_of(checkpoint, tmp_path, **asked) as run:
+            [member] = run.pruned_members
+            if not files:
+                replace_member(member.pruned_folder, run.dense.model, run.dense.processor, run.recipe.model, {})
+            export_stand_in(run, member)
+            made = member.stand_in(Variant.SPARSE)
+            files.append(made.read_bytes())
+            written = made.stat().st_mtime_ns
+            export_stand_in(run, member)  # nothing has changed
+            assert made.stat().st_mtime_ns == written
     assert len(set(files)) == 3

@@ -35,8 +35,8 @@ def checked(folder: Path, train: Rows, test: Rows, **changes: Any) -> Run:
     for name, part in (("train", train), ("test", test)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     data = {"n_calibration": min(len(train), 16), **changes.pop("data", {})}
-    run = pipeline.begin(recipe(folder, data=data, **changes))
-    check_data(run)
+    with pipeline.begin(recipe(folder, data=data, **changes)) as run:
+        check_data(run)
     return run
 
 

@@ -22,7 +22,7 @@ from ziplm_deploy.machine import info
 from ziplm_deploy.machine.side_environments import SideEnvironment
 from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.run.folder import RunFolder
-from ziplm_deploy.stages import benchmark, closed_loop, evaluate
+from ziplm_deploy.stages import benchmark, closed_loop, evaluate, settle
 
 BASE: dict[str, Any] = {
     "dense": {"train": True, "max_steps": 1, "batch_size": 8},
@@ -81,7 +81,13 @@ def plain(stage: str) -> str:
     name = " ".join(kept)
     if name.startswith("evaluate baseline "):
         return "evaluate"
-    return {"zero": "sparsify", "train sparse": "sparsify", "evaluate sparse": "evaluate"}.get(name, name)
+    same = {
+        "zero": "sparsify",
+        "train sparse": "sparsify",
+        "evaluate sparse": "evaluate",
+        "compare with baselines": "uncertainty",
+    }
+    return same.get(name, name)
 
 
 def repeated(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, value: Any) -> set[str]:
@@ -100,6 +106,7 @@ def repeated(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
 
     monkeypatch.setattr(RunFolder, "make", ask)
     monkeypatch.setattr(closed_loop, "correct", lambda run, member, record: False)
+    monkeypatch.setattr(settle, "settles", lambda recipe: False)  # a loop's aims, settled or corrected, stay its own
     monkeypatch.setattr(info, "usable_cores", lambda: 64)
     monkeypatch.setattr(SideEnvironment, "check", lambda self: None)
     shutil.copytree(finished / "runs", tmp_path / "runs")
@@ -138,7 +145,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "environment.engine": ("openvino", SCORED | TIMED | {"profile", "quantise"}),
     "environment.threads": (2, TIMED | {"profile", "quantise"}),
     "environment.huge_pages": (True, TIMED | {"profile", "quantise"}),
-    "environment.workload.batch_size": (2, FILES | TIMED | {"profile", "quantise"}),
+    "environment.workload.batch_size": (2, FILES | TIMED | {"evaluate", "profile", "quantise"}),
     "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | INT8 | {"profile"}),
     "profile.table": ("@table.json", {"profile"}),
     "profile.allow_foreign_table": (True, set()),

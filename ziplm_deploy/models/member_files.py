@@ -31,6 +31,7 @@ from ziplm_deploy.models.config_file import (
     first_not_finite,
     stored_shapes,
 )
+from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
@@ -179,7 +180,9 @@ def _dense_config(folder: Path) -> Any:
     """The dense model's configuration: without what differs by layer, which newer transformers would apply."""
     fields = read_json(folder / "config.json", finite=True)
     fields.pop("per_layer_config", None)
-    return config_of(fields, str(folder))
+    config = config_of(fields, str(folder))
+    settle_class_names(config, fields, str(folder))
+    return config
 
 
 def _build(config: Any, member: MemberConfig, weights: Path) -> nn.Module:
