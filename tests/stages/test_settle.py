@@ -86,6 +86,20 @@ def test_a_search_gets_the_budget_that_reaches_the_target(monkeypatch: pytest.Mo
     assert (machine.corrections, machine.drafted) == (before, {})
 
 
+def test_a_later_generation_goes_by_what_the_one_before_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (2.0,), bias=0.8)
+    first = Generation(Member(DENSE, Path("run"), trained=False), (member_of(1.5),))
+    machine.generations = [first, machine.generation]
+    plan = SimpleNamespace(load=lambda path: SimpleNamespace(predicted_speedup=1.5))
+    monkeypatch.setattr(prune, "PruningPlan", plan)
+    record = SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=1.5 * 0.8))
+    monkeypatch.setattr(prune, "BenchmarkRecord", SimpleNamespace(load=lambda path: record))
+    machine.folder.generation_benchmark = lambda parent: parent
+    machine.run()
+    assert machine.drafted == {}
+    assert machine.corrections["2x"].predicted_target == pytest.approx(2.0 / 0.8)
+
+
 def test_noise_and_targets_out_of_reach_leave_the_aim_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     noisy = Machine(monkeypatch, (2.0,), bias=0.8, noise=0.05)
     noisy.run()

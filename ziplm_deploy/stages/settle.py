@@ -32,9 +32,12 @@ def settles(recipe: Recipe) -> bool:
 
 
 def settle(run: Run, generation: Generation) -> None:
-    """Set what the table must promise for every target of a generation, unless it was settled or corrected before."""
+    """Set what the table must promise for every target of a generation, unless it was settled or corrected before.
+
+    A later generation of a gradual run goes by what the one before it has measured, and needs no draft.
+    """
     start_from_last_bias(run, generation)
-    if not settles(run.recipe):
+    if not settles(run.recipe) or run.generations.index(generation) > 0:
         return
     members = [member for member in generation.members if _is_open(run, member)]
     if not members:
