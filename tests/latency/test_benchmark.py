@@ -199,7 +199,9 @@ def test_a_process_that_was_slow_widens_the_interval_and_asks_for_more(staged: d
     seen: list[tuple[int, int]] = []
     config = BenchmarkConfig(rounds=30, processes=3, max_processes=6)
     record = compare(staged, ENVIRONMENT, config, "dense", lambda done, total: seen.append((done, total)))
-    assert StagedWorker.started == ["dense", "2x", "dense"] * 6  # the last is the baseline again
+    parts = [StagedWorker.started[start : start + 3] for start in range(0, 18, 3)]
+    assert [sorted(part) for part in parts] == [["2x", "dense", "dense"]] * 6  # the baseline twice
+    assert len({tuple(part) for part in parts}) > 1  # nobody is always the first
     found = record.variant("2x")
     assert found.speedup == pytest.approx(2.0 * 0.75 ** (1 / 6))
     assert found.speedup_low < 1.7 < 2.0 < found.speedup_high
@@ -271,7 +273,7 @@ def test_rejected_model_is_named_and_no_worker_is_left(
     models["3x"].write_bytes(b"broken")
     with pytest.raises(EngineError, match=r"3x\.onnx"):
         compare(models, ENVIRONMENT, QUICK, "dense")
-    assert len(pids) == 2
+    assert pids
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
