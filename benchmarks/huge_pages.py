@@ -1,8 +1,8 @@
 """What huge pages do to latency, and to its spread between processes, on every engine that is installed.
 
-Pairs of processes, one with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` and one without, take turns on one file; then the
-next pair. A speedup is over processes without; a spread is the standard deviation of the logarithm of a process's
-median, in percent. Where both share what the machine does to them, that of their ratio is less than of each.
+Two processes with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` and two without take turns on one file; then the next four.
+A speedup is over processes without. A spread is the standard deviation of the log ratio of two like processes, divided
+by √2: what one process differs from another by, in percent, while the machine's drift cancels.
 
 Figures ``worst_spread_with_percent``, ``worst_spread_without_percent`` and ``least_speedup`` over engines and shapes.
 """
@@ -10,6 +10,7 @@ Figures ``worst_spread_with_percent``, ``worst_spread_without_percent`` and ``le
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,28 +30,34 @@ from ziplm_deploy.recipe import Environment, ExportConfig, Workload
 ENGINES = ("onnxruntime", "openvino", "deepsparse")
 
 
-def measure(file: TimedFile, environment: Environment, processes: int, rounds: int) -> dict[bool, list[float]]:
-    """Milliseconds of every round (median of three runs), with and without, one process after the other."""
+Place = tuple[bool, int]  # with huge pages or without; which of the two processes
+PLACES: tuple[Place, ...] = tuple((huge, index) for huge in (False, True) for index in range(2))
+
+
+def measure(file: TimedFile, environment: Environment, processes: int, rounds: int) -> dict[Place, list[float]]:
+    """Milliseconds of every round (median of three runs) at every place, one set of processes after the other."""
     generator = np.random.default_rng(0)
-    samples_ms: dict[bool, list[float]] = {False: [], True: []}
+    samples_ms: dict[Place, list[float]] = {place: [] for place in PLACES}
     for _ in range(processes):
-        asked = {huge: environment.model_copy(update={"huge_pages": huge}) for huge in samples_ms}
-        with start_worker(file, asked[False]) as plain, start_worker(file, asked[True]) as huge:
-            workers = {False: plain, True: huge}
-            for worker in workers.values():
+        with contextlib.ExitStack() as stack:
+            workers = {}
+            for number in generator.permutation(len(PLACES)):
+                huge, _ = PLACES[number]
+                asked = environment.model_copy(update={"huge_pages": huge})
+                worker = workers[PLACES[number]] = stack.enter_context(start_worker(file, asked))
                 worker.load(MODEL, file.path)
                 warm_up(worker)
             for _ in range(rounds):
-                for which in generator.permutation(2):
-                    ms = workers[bool(which)].time(MODEL, n=3, warmup_ms=TURN_WARMUP_MS)
-                    samples_ms[bool(which)].append(float(np.median(ms)))
+                for number in generator.permutation(len(PLACES)):
+                    ms = workers[PLACES[number]].time(MODEL, n=3, warmup_ms=TURN_WARMUP_MS)
+                    samples_ms[PLACES[number]].append(float(np.median(ms)))
     return samples_ms
 
 
-def spread_percent(samples_ms: list[float], processes: int) -> float:
-    """Standard deviation between processes of the logarithm of their medians, in percent."""
-    medians = np.median(np.reshape(samples_ms, (processes, -1)), axis=1)
-    return 100 * float(np.log(medians).std(ddof=1))
+def spread_percent(first_ms: list[float], second_ms: list[float], processes: int) -> float:
+    """What one process differs from another by: standard deviation in percent, from pairs in the same rounds."""
+    logs = np.log(np.asarray(first_ms) / np.asarray(second_ms)).reshape(processes, -1)  # [processes, rounds]
+    return 100 * float(np.median(logs, axis=1).std(ddof=1)) / float(np.sqrt(2))
 
 
 def row(engine: str, shape: str, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -65,14 +72,18 @@ def row(engine: str, shape: str, folder: Path, options: argparse.Namespace) -> d
     path = export(dense_model(SHAPES[shape]), folder / f"{shape}.onnx", settings)
     samples_ms = measure(TimedFile(path, engine), environment, options.processes, options.rounds)
     where = [index for index in range(options.processes) for _ in range(options.rounds)]
-    ratio = process_ratio(samples_ms[False], samples_ms[True], where)
+    mean_ms = {huge: np.mean([samples_ms[huge, 0], samples_ms[huge, 1]], axis=0) for huge in (False, True)}
+    ratio = process_ratio(mean_ms[False].tolist(), mean_ms[True].tolist(), where)
+    spreads = {
+        huge: spread_percent(samples_ms[huge, 0], samples_ms[huge, 1], options.processes) for huge in (False, True)
+    }
     found = {
         "engine": engine,
         "shape": shape,
         "speedup": [ratio.value, ratio.low, ratio.high],
-        "median_ms": {str(huge): float(np.median(ms)) for huge, ms in samples_ms.items()},
-        "spread_without_percent": spread_percent(samples_ms[False], options.processes),
-        "spread_with_percent": spread_percent(samples_ms[True], options.processes),
+        "median_ms": {"without": float(np.median(mean_ms[False])), "with": float(np.median(mean_ms[True]))},
+        "spread_without_percent": spreads[False],
+        "spread_with_percent": spreads[True],
         "load_average": load_average(),
     }
     print(found)
