@@ -11,6 +11,7 @@ from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EnvironmentMismatchError
 from ziplm_deploy.machine import huge_pages
 from ziplm_deploy.machine.huge_pages import ASSIGNMENT, check_huge_pages, why_no_huge_pages, with_huge_pages
+from ziplm_deploy.recipe import Environment, workload
 
 
 def setting(folder: Path, text: str) -> Path:
@@ -51,6 +52,16 @@ def test_other_tunables_are_kept() -> None:
     assert with_huge_pages({variable: "glibc.malloc.check=3:glibc.malloc.hugetlb=2"}) == {
         variable: f"glibc.malloc.check=3:{value}"
     }
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_auto_means_where_they_are_granted(monkeypatch: pytest.MonkeyPatch, granted: bool) -> None:
+    monkeypatch.setattr(workload, "why_no_huge_pages", lambda: "" if granted else "no kernel")
+    environment = Environment(huge_pages="auto")  # type: ignore[arg-type]
+    assert environment.huge_pages is granted
+    assert ("huge pages" in environment.describe()) is granted
+    assert Environment().huge_pages is False
+    assert Environment().fingerprint == {name: v for name, v in environment.fingerprint.items() if name != "huge_pages"}
 
 
 @pytest.mark.skipif(bool(why_no_huge_pages()), reason=f"no huge pages here: {why_no_huge_pages()}")

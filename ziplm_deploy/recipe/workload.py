@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ziplm_deploy.machine.huge_pages import why_no_huge_pages
 from ziplm_deploy.recipe.base import Frozen
 from ziplm_deploy.recipe.choices import page_names
 
@@ -40,9 +41,14 @@ class Environment(Frozen):
     huge_pages: bool = Field(
         False,
         description="Serve from huge pages: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` for every process that is timed, "
-        "and for yours.",
+        "and for yours; `auto`: where this system grants them.",
     )
     workload: Workload = Field(default_factory=Workload, description="The calls that it will answer.")
+
+    @field_validator("huge_pages", mode="before")
+    @classmethod
+    def _where_granted(cls, value: object) -> object:
+        return not why_no_huge_pages() if value == "auto" else value
 
     def describe(self) -> str:
         """In words, as reports and error messages show it."""
