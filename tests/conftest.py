@@ -15,6 +15,14 @@ import torch
 
 torch.set_num_threads(1)
 
+from ziplm_deploy.run import run  # noqa: E402 (after the threads of torch are set)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Runs keep to one torch thread, too: on models this small several only wait for each other."""
+    run.usable_cores = lambda: 1
+
 
 @pytest.fixture(autouse=True, scope="session")
 def runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
