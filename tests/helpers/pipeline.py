@@ -13,6 +13,16 @@ from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import Recipe, parse_recipe
 
 WORDS = VOCABULARY[5:]
+QUICK_BENCHMARK: dict[str, Any] = {
+    "rounds": 5,
+    "processes": 2,
+    "max_processes": 2,
+    "runs_per_round": 1,
+    "max_seconds": 10,
+    "max_corrections": 0,
+    "median_length": False,
+    "baselines": [],  # what users get without pruning: test_baselines
+}
 
 
 def write_rows(path: Path, n: int, seed: int) -> str:
@@ -39,16 +49,7 @@ def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
         "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "coefficient_steps": 3, "swap_evaluations": 6}},
         # these models take microseconds: the loop's job is tested in test_closed_loop, here it may miss
-        "benchmark": {
-            "rounds": 5,
-            "processes": 2,
-            "max_processes": 2,
-            "runs_per_round": 1,
-            "max_seconds": 10,
-            "max_corrections": 0,
-            "median_length": False,
-            "baselines": [],  # what users get without pruning: test_baselines
-        },
+        "benchmark": dict(QUICK_BENCHMARK),
     }
     for section, fields in changes.items():
         raw[section] = {**raw.get(section, {}), **fields} if isinstance(fields, dict) else fields

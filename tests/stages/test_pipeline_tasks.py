@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.models import VOCABULARY, save_dense
+from tests.helpers.pipeline import QUICK_BENCHMARK
 from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
@@ -93,7 +94,7 @@ def test_a_family_is_made_and_stock_optimum_serves_it(model_type: str, task: str
                 "profile": {"stack_depth": 2, "width_ratio": 0.5, "min_rounds": 3, "max_rounds": 4, "max_seconds": 5},
                 "prune": {"search": {"n_sequences": 16, "n_rerank": 16, "swap_evaluations": 6}},
                 "export": {"shapes": shapes},
-                "benchmark": {"rounds": 5, "runs_per_round": 1, "max_corrections": 0},
+                "benchmark": dict(QUICK_BENCHMARK),
             }
         )
     )
