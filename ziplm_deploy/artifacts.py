@@ -23,19 +23,24 @@ from ziplm_deploy.errors import CorruptArtifactError, StorageError
 
 
 @contextlib.contextmanager
+def _said_in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it, on any failure remove it.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    try:
-        with files.atomic_path(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise StorageError(
-            f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"
-        ) from error
+    with _said_in_words(path), files.atomic_path(path) as temporary:
+        yield temporary
 
 
 def check_writable(path: Path) -> None:
@@ -60,14 +65,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    try:
-        with files.atomic_folder(folder) as making:
-            yield making
-    except OSError as error:
-        raise StorageError(
-            f"expected to write {folder}, found: {error.strerror or error}; free disk space or choose another "
-            "output_dir"
-        ) from error
+    with _said_in_words(folder), files.atomic_folder(folder) as making:
+        yield making
 
 
 def write_text(path: Path, text: str) -> None:

@@ -113,8 +113,7 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
         verdict, reason = _judge(family, member, member.target, variant)
     facts: dict[str, Any] = {}
     if family.short is not None and member.target is not None:
-        ratio = timing_of(family.short, member.label(variant)).ratio
-        facts["short_speedup"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
+        facts["short_speedup"] = timing_of(family.short, member.label(variant)).ratio
     if member.plan is not None:
         plan = member.plan
         facts |= {

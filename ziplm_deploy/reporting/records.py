@@ -46,14 +46,6 @@ class FileReport(BaseModel):
     reason: str = ""  # why it is not recommended
 
 
-class Interval(BaseModel):
-    """A measured figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class MemberReport(BaseModel):
     """One model of the family: what was asked, predicted and measured, and what it cost."""
 
@@ -65,7 +57,7 @@ class MemberReport(BaseModel):
     served: FileReport  # the file that the target is about
     files: list[FileReport] = Field(default_factory=list)  # every file, this one too
     accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
-    short_speedup: Interval | None = None  # on requests of ``FamilyReport.short_tokens``
+    short_speedup: Ratio | None = None  # on requests of ``FamilyReport.short_tokens``
     training: TrainingRecord | None = None
     training_effect: Comparison | None = None  # on the primary metric of model.onnx
     sizes: dict[str, int]  # heads or columns per module
