@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from ziplm_deploy.artifacts import Artifact, Fields
-from ziplm_deploy.latency.record import from_schema_1
+from ziplm_deploy.latency.record import FileTiming, from_schema_1
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, Variant
@@ -17,11 +17,9 @@ from ziplm_deploy.tasks.lengths import TokenLengths
 from ziplm_deploy.tasks.resampling import Comparison, Decision
 
 
-class FileReport(BaseModel):
-    """One ONNX file of a member, as measured and evaluated on the engine that runs it."""
+class Timed(BaseModel):
+    """Figures of one file in the benchmark, on its engine."""
 
-    variant: Variant
-    file: str  # in the member's folder
     engine: str
     measured_speedup: float  # over the dense float32 model of the same run
     measured_low: float  # 95 % interval
@@ -30,6 +28,27 @@ class FileReport(BaseModel):
     p99_ms: float
     throughput_per_second: float
     peak_memory_bytes: int
+
+    @staticmethod
+    def figures(timing: FileTiming) -> dict[str, Any]:
+        """Fields of this class from a file's timing."""
+        return {
+            "engine": timing.engine,
+            "measured_speedup": timing.speedup,
+            "measured_low": timing.speedup_low,
+            "measured_high": timing.speedup_high,
+            "p50_ms": timing.p50_ms,
+            "p99_ms": timing.latency.p99_ms,
+            "throughput_per_second": timing.throughput_per_second,
+            "peak_memory_bytes": timing.peak_memory_bytes,
+        }
+
+
+class FileReport(Timed):
+    """One ONNX file of a member, as measured and evaluated on the engine that runs it."""
+
+    variant: Variant
+    file: str  # in the member's folder
     onnx_bytes: int
     gzip_bytes: int  # what a download weighs
     accuracy: dict[str, float]  # empty: not evaluated, or not on this engine
@@ -90,22 +109,14 @@ class MemberReport(BaseModel):
         return next((file.accuracy for file in self.files if file.variant is Variant.FP32), {})
 
 
-class BaselineReport(BaseModel):
+class BaselineReport(Timed):
     """What users get from the dense model without pruning, timed in the same run and scored on the same rows."""
 
     name: str  # in the recipe
     title: str
     tool: str  # that made it, with its version
     settings: str
-    engine: str
     engine_version: str
-    measured_speedup: float  # over the dense float32 model of the same run
-    measured_low: float  # 95 % interval
-    measured_high: float
-    p50_ms: float
-    p99_ms: float
-    throughput_per_second: float
-    peak_memory_bytes: int
     size_bytes: int
     over_torch: Ratio | None = None  # speedup over the dense model in torch, where that was measured
     accuracy: dict[str, float]  # empty: not evaluated
