@@ -41,7 +41,7 @@ def recipe_of(name: str, target: str, speedups: list[float], options: argparse.N
             "environment": {"engine": "deepsparse"},
             "speedups": speedups,
             "export": {"shapes": "static", "opset": 16},
-            "benchmark": {"baseline_engine": "onnxruntime", "rounds": 40},
+            "benchmark": {"baseline_engine": "onnxruntime"},
             "compress": {"variants": ["sparse-int8"], "target": target, "int8": {"method": "static", "max_loss": 0.99}},
         }
     )

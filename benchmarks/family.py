@@ -115,7 +115,6 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
             "precision": options.precision,
             **case.recover,
         },
-        "benchmark": {"rounds": 40},
     }
     return parse_recipe(raw, source=f"family {name}")
 

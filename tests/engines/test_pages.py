@@ -125,6 +125,7 @@ def test_a_worker_needs_no_package_around_it(
     assert len(json.loads(done.stdout.splitlines()[1])["ms"]) == 5
     monkeypatch.setattr(base, "WORKER", copied_worker)
     with WorkerHandle("quick-one", sys.executable, WorkerOptions()) as worker:
+        worker.wait_until_ready()
         assert worker.version == "1.0"
 
 

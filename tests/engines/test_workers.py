@@ -228,8 +228,11 @@ def test_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'no module named engine' >&2\nexit 3\n")
     fake.chmod(0o755)
-    with pytest.raises(EngineError, match=r"(?s)exit code 3.*no module named engine"):
-        WorkerHandle("onnxruntime", str(fake), TINY)
+    said = r"(?s)exit code 3.*no module named engine"
+    with pytest.raises(EngineError, match=said):
+        WorkerHandle("onnxruntime", str(fake), TINY).wait_until_ready()
+    with pytest.raises(EngineError, match=said):
+        WorkerHandle("onnxruntime", str(fake), TINY).load("a", write_mlp(tmp_path / "a.onnx", 8))
 
 
 def test_missing_interpreter_is_an_engine_error(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class StagedWorker(contextlib.nullcontext["StagedWorker"]):
     version = "1.0"
     started: ClassVar[list[str]] = []
 
-    def __init__(self, subject: TimedFile, environment: Environment) -> None:
+    def __init__(self, subject: TimedFile, environment: Environment, *, wait: bool) -> None:
         super().__init__(self)
         self.name = subject.path.stem
         self.started.append(self.name)
@@ -224,6 +224,25 @@ def test_processes_end_as_soon_as_the_question_is_decided(staged: dict[str, Path
     record = compare(staged, ENVIRONMENT, config, "dense", decided=after_four)
     assert asked == [{AA, "2x"}] * 2
     assert len(record.rounds_of_processes) == 4
+
+
+def test_files_aside_have_the_first_processes_only(staged: dict[str, Path]) -> None:
+    config = BenchmarkConfig(rounds=30, processes=3, max_processes=6)
+    files = {"2x": staged["2x"], "dense": staged["dense"], "copy": staged["2x"]}
+    asked: list[set[str]] = []
+
+    def never(ratios: Mapping[str, Ratio]) -> bool:
+        asked.append(set(ratios))
+        return False
+
+    record = compare(files, ENVIRONMENT, config, "dense", decided=never, aside={"copy"})
+    assert asked == [{AA, "2x"}] * 3
+    assert record.rounds_of_processes == [10] * 6
+    assert {timing.name: timing.latency.n for timing in record.variants} == {"dense": 60, "2x": 60, "copy": 30}
+    assert StagedWorker.started.count("2x") == 6 + 3
+    ordinary = {name for name in ("2x", "copy") if record.variant(name).speedup == pytest.approx(2.0)}
+    assert len(ordinary) == 1  # one of the two had the slow process
+    assert record.ratio_between("2x", "copy").value != pytest.approx(1.0)
 
 
 def test_no_process_is_started_after_the_time_limit(staged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

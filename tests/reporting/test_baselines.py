@@ -98,6 +98,7 @@ def timed(rounds: list[int], **latencies: np.ndarray) -> BenchmarkRecord:
     """A record with these latencies [rounds, runs] of each file."""
     record = benchmark_record()
     record.rounds_of_processes = rounds
+    record.baseline = next(iter(latencies))
     record.variants = [
         variant(name, 1.0).model_copy(update={"samples_ms": ms.ravel().tolist()}) for name, ms in latencies.items()
     ]
@@ -118,6 +119,14 @@ def test_a_ratio_of_two_files_is_that_of_their_rounds() -> None:
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx(
         (1.1, 1.1 * np.exp(-half), 1.1 * np.exp(half)), rel=1e-5
     )
+
+
+def test_a_file_with_fewer_processes_is_compared_within_those() -> None:
+    slow = np.repeat([2.0, 2.0, 9.0], 4)[:, None] * np.ones((12, 3))
+    record = timed([4, 4, 4], fast=np.ones((12, 3)), slow=slow, brief=4.0 * np.ones((8, 3)))
+    ratio = record.ratio_between("slow", "brief")
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert record.ratio_between("brief", "slow").value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("rounds", [[], [4, 4], [5, 5, 5]])

@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
 
 def test_plain_text_gives_a_row_a_line_without_blank_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b" one \n\n \ntwo\n"))
+    path.write_bytes(gzip.compress(b" one \n\n \ntwo\n", mtime=0))
     assert read_rows(str(path), split="train") == [{"text": "one"}, {"text": "two"}]
 
 
@@ -66,7 +66,7 @@ def test_plain_text_gives_a_row_a_line_without_blank_ones(tmp_path: Path) -> Non
         ("a.csv", b"text,label\na,b,1\n", "header .* line 2"),
         ("a.csv", b'text,label\n"a" b,1\n', "line 2"),
         ("a.jsonl", b'{"text": "\xff"}', "readable .jsonl file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-20], "readable .jsonl file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], "readable .jsonl file"),
         ("a.jsonl.gz", b"not gzip", "readable .jsonl file"),
         ("a.parquet", b"PAR1 not parquet", "readable .parquet file"),
         ("a.xlsx", b"PK", r"type \.csv, .*found a.xlsx"),

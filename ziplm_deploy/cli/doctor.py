@@ -21,7 +21,7 @@ from ziplm_deploy.progress import Note
 from ziplm_deploy.recipe import BenchmarkConfig, Environment
 
 TOOLS = (NEURAL_COMPRESSOR,)
-ROUNDS = 40
+ROUNDS = 100
 LAYERS, SHAPE, WIDTH = 4, (1, 128, 384), 384  # a few milliseconds, like the models that are served
 NOISY = 0.02  # above the default tolerance of a target, timings cannot decide whether it was reached
 

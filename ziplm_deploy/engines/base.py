@@ -113,8 +113,10 @@ class Engine:
         """Python that has the engine."""
         return sys.executable if self._environment is None else self._environment.interpreter()
 
-    def start_worker(self, options: WorkerOptions) -> WorkerHandle:
+    def start_worker(self, options: WorkerOptions, *, wait: bool = True) -> WorkerHandle:
         """Start a worker process.
+
+        Without ``wait`` it imports its engine while others do; the first request finds out whether it came up.
 
         Raises:
             EnvironmentMismatchError: more threads than granted, or no huge pages where they are asked for.
@@ -124,7 +126,10 @@ class Engine:
         if options.huge_pages:
             check_huge_pages()
         self.version()
-        return WorkerHandle(self.name, self.interpreter(), options)
+        handle = WorkerHandle(self.name, self.interpreter(), options)
+        if wait:
+            handle.wait_until_ready()
+        return handle
 
 
 class WorkerHandle:
@@ -144,9 +149,20 @@ class WorkerHandle:
         self._paths: dict[str, Path] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="worker-", dir=scratch_root())
         self._process = self._spawn()
+        self.version = ""  # of the engine, once the process has come up
         _LIVE.add(self)
+        self._process.send({"do": "hello"})
+
+    def wait_until_ready(self) -> None:
+        """Wait until the engine is imported.
+
+        Raises:
+            EngineError: the process died or hangs; it is ended.
+        """
+        if self.version:
+            return
         try:
-            self.version: str = self._request("hello")["version"]
+            self.version = self._receive("hello")["version"]
         except BaseException:
             self.close()
             raise
@@ -218,8 +234,11 @@ class WorkerHandle:
         self.close()
 
     def _request(self, do: str, **fields: Any) -> dict[str, Any]:
-        model_id = fields.get("id")
+        self.wait_until_ready()
         self._process.send({"do": do, **fields})
+        return self._receive(do, fields.get("id"))
+
+    def _receive(self, do: str, model_id: str | None = None) -> dict[str, Any]:
         try:
             reply = self._process.receive(self.options.timeout_seconds, sign_of_life=self._turn)
         except WorkerGoneError as error:

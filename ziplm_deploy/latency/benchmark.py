@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class _Timings:
 
     rounds: dict[str, list[list[float]]]  # milliseconds: name -> round -> run
     baseline: str
-    processes: list[int] = field(default_factory=list)  # number of the part of each round, which had its own processes
+    processes: list[int] = field(default_factory=list)  # of each round of the baseline; other files may have fewer
     facts: dict[str, _Facts] = field(default_factory=dict)  # of each file
 
     def peak_memory_bytes(self, name: str) -> int:
@@ -71,8 +71,9 @@ class _Timings:
         """Speedup of a file; of the baseline, that of one of its processes over the other."""
         if name == self.baseline:
             return process_ratio(self.per_round(name), self.per_round(AA), self.processes)
+        own = self.per_round(name)
         pairs = zip(self.per_round(self.baseline), self.per_round(AA), strict=True)
-        return process_ratio([sum(pair) / 2 for pair in pairs], self.per_round(name), self.processes)
+        return process_ratio([sum(pair) / 2 for pair in pairs][: len(own)], own, self.processes[: len(own)])
 
     def per_round(self, name: str) -> list[float]:
         """Median milliseconds of every round."""
@@ -98,6 +99,7 @@ def compare(
     *,
     seed: int = 0,
     decided: Decided | None = None,
+    aside: Collection[str] = (),
     note: Note | None = None,
 ) -> BenchmarkRecord:
     """Time ``files`` (name → :class:`TimedFile`, or just an ONNX file) against ``baseline``, one of their names.
@@ -108,8 +110,9 @@ def compare(
     take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is
     over the mean of the baseline's two processes, with its interval as of :func:`process_ratio`. While ``decided`` is
     not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default: every interval
-    within the tolerance. Threads, batch size and tokens are those of ``environment`` on every engine. Another
-    measurement of this user on this machine is waited for; ``note`` is told so.
+    within the tolerance. Files ``aside`` take no part in that: they have the first processes only. Threads, batch size
+    and tokens are those of ``environment`` on every engine. Another measurement of this user on this machine is waited
+    for; ``note`` is told so.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -125,7 +128,7 @@ def compare(
     engine_version = get_engine(environment.engine).version()
     decided = decided or precise_within(config.tolerance)
     with timing_alone(note):
-        timed = _time_files(entries, environment, config, baseline, progress, seed, decided)
+        timed = _time_files(entries, environment, config, baseline, progress, seed, decided, aside)
     itself = timed.ratio(baseline)
     return BenchmarkRecord(
         machine=machine_info(),
@@ -152,12 +155,15 @@ def _time_files(
     progress: StepProgress | None,
     seed: int,
     decided: Decided,
+    aside: Collection[str],
 ) -> _Timings:
     """Rounds of every part of a benchmark, each part with new processes."""
     timed = _Timings({name: [] for name in [*entries, AA]}, baseline)
     part, started, limit_s = _part(config), time.monotonic(), _time_limit_s(config, len(entries))
     for index in range(max(config.processes, config.max_processes)):
-        if index >= config.processes and (time.monotonic() - started > limit_s or decided(_ratios(timed))):
+        if index == config.processes:
+            entries = {name: entry for name, entry in entries.items() if name not in aside}
+        if index >= config.processes and (time.monotonic() - started > limit_s or decided(_ratios(timed, entries))):
             break
         report = _shifted(progress, index * part.rounds, max(config.processes, index + 1) * part.rounds)
         with _workers(entries, environment, baseline, seed + index) as workers:
@@ -174,8 +180,8 @@ def _time_files(
     return timed
 
 
-def _ratios(timed: _Timings) -> dict[str, Ratio]:
-    others = {name: timed.ratio(name) for name in timed.rounds if name not in (AA, timed.baseline)}
+def _ratios(timed: _Timings, names: Iterable[str]) -> dict[str, Ratio]:
+    others = {name: timed.ratio(name) for name in names if name != timed.baseline}
     return {AA: timed.ratio(timed.baseline), **others}
 
 
@@ -185,15 +191,15 @@ def _workers(
 ) -> Iterator[_Workers]:
     """A warm worker for every file, and one for the baseline again.
 
-    They start in random order: a place in the order shifts a latency, by 1.5 % from the first to the last of six.
+    They come up together and load in random order: a place in it shifts a latency, by 1.5 % from the first to the last
+    of six.
     """
-    files = [*entries.items(), (AA, entries[baseline])]
+    files = {**entries, AA: entries[baseline]}
+    names = [list(files)[index] for index in np.random.default_rng(seed).permutation(len(files))]
     with contextlib.ExitStack() as stack:
-        workers: _Workers = {}
-        for index in np.random.default_rng(seed).permutation(len(files)):
-            name, entry = files[index]
-            workers[name] = stack.enter_context(start_worker(entry, environment))
-            workers[name].load(MODEL, Path(entry.path))
+        workers = {name: stack.enter_context(start_worker(files[name], environment, wait=False)) for name in names}
+        for name, worker in workers.items():
+            worker.load(MODEL, Path(files[name].path))
         for worker in workers.values():
             warm_up(worker)
         yield workers
@@ -219,11 +225,11 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
     return samples_ms
 
 
-def start_worker(file: TimedFile, environment: Environment) -> WorkerHandle:
-    """Start a worker of a file's engine, with nothing loaded."""
+def start_worker(file: TimedFile, environment: Environment, *, wait: bool = True) -> WorkerHandle:
+    """Start a worker of a file's engine, with nothing loaded; see :meth:`Engine.start_worker`."""
     engine = get_engine(file.engine or environment.engine)
     options = WorkerOptions.from_environment(environment)
-    return engine.start_worker(replace(options, memory_limit_bytes=file.memory_limit_bytes))
+    return engine.start_worker(replace(options, memory_limit_bytes=file.memory_limit_bytes), wait=wait)
 
 
 def _interleave(
@@ -254,7 +260,7 @@ def _result(timed: _Timings, name: str, batch_size: int) -> FileTiming:
     """Figures of one file."""
     rounds = timed.rounds[name]
     samples_ms = [sample for round_ms in rounds for sample in round_ms]
-    process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=True) for _ in round_ms]
+    process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=False) for _ in round_ms]
     timing = summarize(samples_ms, processes=process_of)
     speedup = Ratio(1.0, 1.0, 1.0) if name == timed.baseline else timed.ratio(name)  # a baseline's own is 1
     return FileTiming(

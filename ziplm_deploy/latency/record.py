@@ -88,16 +88,18 @@ class BenchmarkRecord(Artifact):
         Raises:
             CorruptArtifactError: one of them is missing, or it is not known which process a sample is of.
         """
-        timings = {timing.name: timing.samples_ms for timing in self.variants if timing.name in (name, other)}
-        n_rounds = sum(self.rounds_of_processes)
-        if {name, other} - timings.keys() or not n_rounds or any(len(ms) % n_rounds for ms in timings.values()):
+        timings = {timing.name: timing.samples_ms for timing in self.variants}
+        processes = np.repeat(np.arange(len(self.rounds_of_processes)), self.rounds_of_processes)
+        runs, odd = divmod(len(timings[self.baseline]), max(1, processes.size)) if self.baseline in timings else (0, 0)
+        found = [timings.get(each, []) for each in (other, name)]
+        n_rounds = min(map(len, found)) // max(1, runs)
+        if odd or not runs or not n_rounds or any(len(samples_ms) % runs for samples_ms in found):
             raise CorruptArtifactError(
-                f"expected samples of {name} and {other} in all {n_rounds} rounds of the benchmark, found others; run "
-                "ziplm-deploy benchmark again"
+                f"expected samples of {name} and {other} in rounds of the benchmark, of which it has {processes.size}, "
+                "found others; run ziplm-deploy benchmark again"
             )
-        per_round = {key: np.median(np.reshape(ms, (n_rounds, -1)), axis=1).tolist() for key, ms in timings.items()}
-        processes = np.repeat(np.arange(len(self.rounds_of_processes)), self.rounds_of_processes).tolist()
-        return process_ratio(per_round[other], per_round[name], processes)
+        others, own = (np.median(np.reshape(ms[: n_rounds * runs], (n_rounds, runs)), axis=1).tolist() for ms in found)
+        return process_ratio(others, own, processes[:n_rounds].tolist())
 
     def variant(self, name: str) -> FileTiming:
         return next(result for result in self.variants if result.name == name)

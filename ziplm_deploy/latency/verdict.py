@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from ziplm_deploy.latency.benchmark import Decided, precise_within, quiet
@@ -31,11 +31,6 @@ def decided_for(targets: Mapping[str, float], settings: BenchmarkConfig) -> Deci
         return precise(ratios) and "undecided" not in outcomes
 
     return decided
-
-
-def leaving_out(names: Collection[str], decided: Decided) -> Decided:
-    """Ask no more of the ratios of some files than that there are any."""
-    return lambda ratios: decided({name: ratio for name, ratio in ratios.items() if name not in names})
 
 
 def settled_for(targets: Mapping[str, float], settings: BenchmarkConfig) -> Decided:

@@ -17,7 +17,7 @@ else:
 
 
 class BenchmarkConfig(Frozen):
-    rounds: int = Field(60, ge=5, description="Interleaved rounds (A B C A B C …) of the first processes together.")
+    rounds: int = Field(100, ge=5, description="Interleaved rounds (A B C A B C …) of the first processes together.")
     processes: int = Field(
         5,
         ge=2,
@@ -28,7 +28,12 @@ class BenchmarkConfig(Frozen):
         ge=2,
         description="Up to so many processes a file while an interval leaves a verdict open or exceeds `tolerance`.",
     )
-    runs_per_round: int = Field(3, ge=1, description="Timed runs of a variant a round, after 10 ms of untimed ones.")
+    runs_per_round: int = Field(
+        1,
+        ge=1,
+        description="Timed runs of a variant a round, after 10 ms of untimed ones. More rounds of one run each beat "
+        "fewer of several: what disturbs a machine for a second then meets all variants alike.",
+    )
     max_seconds: float = Field(
         180.0,
         gt=0,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.latency.benchmark import Decided, TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
-from ziplm_deploy.latency.verdict import decided_for, leaving_out
+from ziplm_deploy.latency.verdict import decided_for
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.recipe import Environment, file_label
 from ziplm_deploy.run.member import DENSE
@@ -32,8 +32,9 @@ def benchmark(run: Run) -> BenchmarkRecord:
     """
     served = {file_label(member.name, run.recipe.compress.target): member.target for member in run.pruned_members}
     baselines = {made.name for made in made_baselines(run)}
-    decided = leaving_out(baselines, decided_for(served, run.recipe.benchmark))
-    record = measure(run, "benchmark", run.folder.benchmark, files_of_family(run), decided, seed=FINAL_SEED)
+    decided = decided_for(served, run.recipe.benchmark)
+    files = files_of_family(run)
+    record = measure(run, "benchmark", run.folder.benchmark, files, decided, aside=baselines, seed=FINAL_SEED)
     measure_short_requests(run)
     for file in runnable_files(run):
         path = file.onnx
@@ -77,9 +78,16 @@ def measure_short_requests(run: Run) -> None:
 
 
 def measure(
-    run: Run, stage: str, path: Path, files: Mapping[str, TimedFile], decided: Decided, *, seed: int = 0
+    run: Run,
+    stage: str,
+    path: Path,
+    files: Mapping[str, TimedFile],
+    decided: Decided,
+    *,
+    aside: Collection[str] = (),
+    seed: int = 0,
 ) -> BenchmarkRecord:
-    """Time files against the dense model until ``decided``; a stage, which writes ``path``."""
+    """Time files against the dense model until ``decided``; a stage, which writes ``path``; see :func:`compare`."""
     recipe = run.recipe
 
     def work() -> None:
@@ -92,6 +100,7 @@ def measure(
             progress.step,
             seed=seed,
             decided=decided,
+            aside=aside,
             note=progress.note,
         )
         record.save(path)

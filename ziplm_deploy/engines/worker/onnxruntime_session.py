@@ -7,7 +7,7 @@ from typing import Any
 
 from .facts import EngineFacts
 
-FACTS = EngineFacts("onnxruntime", install="pip install onnxruntime")
+FACTS = EngineFacts("onnxruntime", install="pip install onnxruntime", imports=("onnxruntime",))
 
 
 class Sessions:

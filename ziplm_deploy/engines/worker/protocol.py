@@ -35,7 +35,12 @@ class Worker:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.engine = importlib.import_module(f".{page_of(options.engine)}", __package__).Sessions(options)
+        page = importlib.import_module(f".{page_of(options.engine)}", __package__)
+        for name in page.FACTS.imports:
+            importlib.import_module(name)
+        if options.cpus and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
+        self.engine = page.Sessions(options)
         self.sessions: dict[str, Any] = {}
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
         self.announced = 0.0
@@ -152,8 +157,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Answer requests until there are no more; with ``--probe`` time one file and end."""
     options = parse(arguments)
-    if options.cpus and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
     if options.memory_limit_bytes:
         import resource
 

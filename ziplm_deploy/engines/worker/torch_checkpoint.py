@@ -16,14 +16,14 @@ import numpy as np
 from .facts import EngineFacts
 from .inputs import make_inputs
 
-FACTS = EngineFacts("torch", install="pip install torch")
+FACTS = EngineFacts("torch", install="pip install torch", imports=("torch", "transformers"))
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 
 class Sessions:
     """Models of one process, float32."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
         import importlib.metadata
 
         import torch
