@@ -126,7 +126,8 @@ def test_training_harmed_a_member_only_beyond_noise(half_width: float, named: bo
     ],
 )
 def test_members_that_learned_more_than_the_dense_model_are_noted(recover: dict[str, Any], named: list[str]) -> None:
-    notes = taught_more_than_dense(RecoverConfig.model_validate(recover))
+    notes = taught_more_than_dense(RecoverConfig.model_validate(recover), has_control=False)
+    assert all(note.endswith("for a fair comparison add dense-trained-on to benchmark.baselines") for note in notes)
     assert [any(name in note for note in notes) for name in named] == [True] * len(notes)
     assert len(notes) == len(named)
 

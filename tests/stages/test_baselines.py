@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.baselines import BaselineScores, DenseSource, get_baseline, onnxruntime_int8
 from ziplm_deploy.errors import EngineError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.models.member_files import WEIGHTS_FILE
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import parse_recipe
+from ziplm_deploy.recovery.distillation import Distillation
+from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 
 INT8 = "onnxruntime-int8"
+CONTROL = "dense-trained-on"
 
 
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -58,17 +64,17 @@ def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
     report = FamilyReport.load(run_dir / "report.json")
     assert [each.name for each in report.baselines] == [INT8, "torch"]
     assert report.notes[-1].startswith("baseline openvino-int8 was not measured: expected the tool of openvino-int8")
-    int8, torch = report.baselines
-    assert (int8.engine, torch.engine) == ("onnxruntime", "torch")
+    int8, eager = report.baselines
+    assert (int8.engine, eager.engine) == ("onnxruntime", "torch")
     dense = report.members[0].served
-    assert torch.accuracy == dense.accuracy  # the ONNX file was checked against it
+    assert eager.accuracy == dense.accuracy  # the ONNX file was checked against it
     assert set(int8.accuracy) == set(dense.accuracy)
-    assert torch.size_bytes > 0
+    assert eager.size_bytes > 0
     for each in report.baselines:
         assert each.measured_low <= each.measured_speedup <= each.measured_high
         assert each.tool
         assert each.settings
-    assert torch.measured_speedup < 1
+    assert eager.measured_speedup < 1
     timed = {timing.name: timing for timing in BenchmarkRecord.load(run_dir / "benchmark.json").variants}
     assert {"dense", "1.5x", INT8, "torch"} == set(timed)
     assert len(timed["torch"].samples_ms) <= len(timed["dense"].samples_ms)  # none of later processes
@@ -164,10 +170,47 @@ def test_damaged_weights_beside_a_file_are_measured_again(copied: Path, monkeypa
     assert "benchmark.json" in written_again(copied, recipe(copied, benchmark={"baselines": None}))
 
 
+def test_where_members_learn_from_labels_so_does_a_dense_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = copied / "runs" / "tiny"
+    labelled = {"mode": "gradual", "max_steps": 3, "batch_size": 16, "learning_rate": 0.01, "task_weight": 1.0}
+    report = run_pipeline(recipe(copied, benchmark={"baselines": [CONTROL]}, recover=labelled, speedups=[1.3, 1.5]))
+    (control,) = report.baselines
+    dense, *members = (member.served for member in report.members)
+    assert control.of_dense.keys() == dense.accuracy.keys()
+    assert any(note.startswith("members learned from labels") and CONTROL in note for note in report.notes)
+    record = TrainingRecord.load(run_dir / "recovery" / CONTROL / "training.json")
+    assert record.steps == 3
+    trained, before = (
+        load_file(path)
+        for path in (run_dir / "recovery" / CONTROL / WEIGHTS_FILE, copied / "model" / "model.safetensors")
+    )
+    assert any(not torch.equal(trained[name], before[name]) for name in trained.keys() & before.keys())
+    gains = BaselineScores.load(run_dir / "baselines" / "scores.json").gains
+    assert set(gains) == {"1.3x", "1.5x"}
+    assert len(members) == 2
+
+    def fail(self: object, *arguments: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Distillation, "train", fail)
+    again = recipe(copied, benchmark={"baselines": [CONTROL]}, recover=labelled, speedups=[1.3, 1.5])
+    assert not {name for name in written_again(copied, again) if CONTROL in name}
+
+
+def test_a_dense_model_that_would_learn_nothing_is_not_trained_on(copied: Path) -> None:
+    label_free = {"mode": "one-shot", "max_steps": 3, "batch_size": 16}
+    with pytest.raises(RecipeError, match=rf"for the baseline {CONTROL}, found recover\.mode: one-shot without labels"):
+        run_pipeline(with_baselines(copied, CONTROL, recover=label_free))
+    with pytest.raises(RecipeError, match=r"found recover\.mode: none"):
+        run_pipeline(with_baselines(copied, CONTROL))
+    assert not (copied / "runs" / "tiny" / "recovery").exists()
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"benchmark.baselines.0.*onnxruntime-int8"):
         parse_recipe(raw_recipe(tmp_path, benchmark={"baselines": ["tensorrt"]}))
     with pytest.raises(
-        RecipeError, match="expected a baseline of onnxruntime-int8, openvino-int8, torch, found 'mine'"
+        RecipeError,
+        match="expected a baseline of dense-trained-on, onnxruntime-int8, openvino-int8, torch, found 'mine'",
     ):
         get_baseline("mine")

@@ -28,12 +28,14 @@ class DenseSource:
         model: gives the transformers model.
         batches: gives calibration inputs by name, of the shape that the file serves, padded to its tokens.
         machine: where it will run.
+        export_trained_on: writes the ONNX file of the dense model after the training that the members had.
     """
 
     onnx: Path
     model: Callable[[], nn.Module]
     batches: Callable[[], Sequence[Mapping[str, np.ndarray]]]
     machine: MachineInfo
+    export_trained_on: Callable[[Path], None]
 
 
 class BaselineRecord(Artifact):
@@ -62,6 +64,7 @@ class Baseline(ABC):
     engine: ClassVar[str]  # that runs it
     files: ClassVar[tuple[str, ...]]  # in the baseline's folder; the engine is given the first
     calibrates: ClassVar[bool] = False  # whether it depends on calibration examples
+    trains: ClassVar[bool] = False  # whether it takes the training of members, where that can change the dense model
     scales_span_batch: ClassVar[bool] = False  # whether an answer depends on the other examples of a call
     answers_as_dense: ClassVar[bool] = False  # whether its scores are those of the dense model: then it is only timed
 

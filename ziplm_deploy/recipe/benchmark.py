@@ -17,7 +17,7 @@ else:
 
 
 class BenchmarkConfig(Frozen):
-    rounds: int = Field(100, ge=5, description="Interleaved rounds (A B C A B C …) of the first processes together.")
+    rounds: int = Field(80, ge=5, description="Interleaved rounds (A B C A B C …) of the first processes together.")
     processes: int = Field(
         5,
         ge=2,
@@ -55,7 +55,8 @@ class BenchmarkConfig(Frozen):
     baselines: tuple[BaselineName, ...] | None = Field(
         None,
         description="What users get from the dense model without pruning, measured beside the members: "
-        "`onnxruntime-int8`, `openvino-int8`, `torch`; default: all that can be made here, `[]`: none.",
+        "`onnxruntime-int8`, `openvino-int8`, `torch`, `dense-trained-on`; default: all that can be made here, `[]`: "
+        "none.",
     )
 
     @property

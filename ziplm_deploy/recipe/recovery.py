@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.recipe.base import Frozen
 
 
@@ -20,12 +21,20 @@ class TrainConfig(Frozen):
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "fp32",
-        description="Mixed precision, also of a teacher; bf16 pays on CPUs with AMX or AVX-512 BF16, fp16 needs a GPU.",
+        description="Mixed precision, also of a teacher; bf16 pays on CPUs with AMX or AVX-512 BF16, fp16 needs a GPU. "
+        "`auto`: bf16 on such a CPU, else fp32.",
     )
     report_to: str = Field("none", description="Logger of Trainer, e.g. `tensorboard`; by default nothing is logged.")
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints; a killed run goes on from the last.")
+
+    @property
+    def arithmetic(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The precision that a training has on this machine."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if {"amx_bf16", "avx512_bf16"} & set(machine_info().isa_flags) else "fp32"
 
 
 class DenseConfig(TrainConfig):
@@ -67,6 +76,11 @@ class RecoverConfig(TrainConfig):
     teacher_cache_gb: float = Field(
         2.0, ge=0, description="Teacher outputs are kept (fp16) and serve every epoch and member if they fit in this."
     )
+
+    @property
+    def teaches_more_than_dense(self) -> bool:
+        """Whether the dense model would learn something, too: it would not from its own answers alone."""
+        return self.mode != "none" and (self.task_weight > 0 or self.teacher is not None)
 
     @model_validator(mode="after")
     def _some_loss(self) -> RecoverConfig:

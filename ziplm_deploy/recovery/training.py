@@ -224,7 +224,7 @@ def _trainer(
 def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transformers.TrainingArguments:
     """Trainer's own settings; on a GPU if there is one, else on all granted cores."""
     # Trainer would keep the precision of an earlier training in this process, or of accelerate's own settings.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = {"fp32": "no"}.get(config.precision, config.precision)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"fp32": "no"}.get(config.arithmetic, config.arithmetic)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
@@ -233,8 +233,8 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> transfor
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",  # `train` sets warmup_steps, for which it must know how many steps there are
         weight_decay=config.weight_decay,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
+        bf16=config.arithmetic == "bf16",
+        fp16=config.arithmetic == "fp16",
         save_strategy="steps",
         save_steps=config.save_steps,
         logging_steps=20,

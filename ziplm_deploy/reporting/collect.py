@@ -17,6 +17,7 @@ from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.baselines import baseline_report, beside_baselines, over_torch
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.judge import (
+    TRAINED_ON,
     budget_decision,
     harmed_by_training,
     judge,
@@ -62,7 +63,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         notes=[
             *facts.notes,
             *harmed_by_training(members, facts.metric),
-            *taught_more_than_dense(recipe.recover),
+            *taught_more_than_dense(recipe.recover, has_control=TRAINED_ON in (each.name for each in facts.baselines)),
             *_int8_notes(facts),
             *undecided_budget(members, recipe.compress.int8.max_loss),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),

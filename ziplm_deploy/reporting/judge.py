@@ -13,6 +13,7 @@ from ziplm_deploy.reporting.records import FileReport, MemberReport
 from ziplm_deploy.reporting.table import MISSING, percent_text
 from ziplm_deploy.tasks.resampling import Comparison, Decision
 
+TRAINED_ON = "dense-trained-on"  # name of a baseline
 AGAIN = "measure again on a quiet machine with ziplm-deploy benchmark RECIPE --again"
 
 
@@ -149,22 +150,26 @@ def _why_not_faster(file: FileFacts, other: FileReport) -> str:
     return f"{how} than {other.file} on {timing.engine} ({timing.speedup:.2f}x against {other.measured_speedup:.2f}x)"
 
 
-def taught_more_than_dense(recover: RecoverConfig) -> list[str]:
+def taught_more_than_dense(recover: RecoverConfig, *, has_control: bool) -> list[str]:
     """A note where members learn what the dense model beside them did not in as many steps.
 
     Without labels, and with the dense model as their teacher, they do not: that model trained on so would have no loss
     and no gradient, and would stay as it is.
     """
+    if not recover.teaches_more_than_dense:
+        return []
     sources = [
         *(["labels (recover.task_weight)"] if recover.task_weight else []),
         *(["another teacher (recover.teacher)"] if recover.teacher is not None else []),
     ]
-    if recover.mode == "none" or not sources:
-        return []
+    fair = (
+        f"read them beside {TRAINED_ON}, the dense model trained on as they were"
+        if has_control
+        else f"for a fair comparison add {TRAINED_ON} to benchmark.baselines"
+    )
     return [
-        f"members learned from {' and '.join(sources)}, the dense model beside them did not for as many steps: of what "
-        "they score in percent of dense, that share is not pruning's; train the dense model as long, too "
-        "(dense.train, or on your own), for a fair comparison"
+        f"members learned from {' and '.join(sources)}, the dense model did not for as many steps: of what they score "
+        f"in percent of dense, that share is not pruning's; {fair}"
     ]
 
 

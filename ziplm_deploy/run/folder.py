@@ -49,12 +49,18 @@ class RunFolder:
     short_benchmark = property(lambda self: self.path / "benchmark-of-short-requests.json")
     dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
     uncertainty = property(lambda self: self.path / "uncertainty.json")
+    settling = property(lambda self: self.path / "pruning" / "settling.json")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")
 
     @property
     def dense_member(self) -> Member:
         """The dense model as a member."""
         return Member(DENSE, self.path, self._trains)
+
+    @property
+    def dense_trained_on(self) -> Member:
+        """The dense model after the training that members have."""
+        return Member("dense-trained-on", self.path / "recovery", self._trains)
 
     def member(self, target: float) -> PrunedMember:
         """The member of a target."""
@@ -92,10 +98,6 @@ class RunFolder:
     def generation_benchmark(self, parent: str) -> Path:
         """Timings of the models pruned from ``parent``, as the closed loop took them."""
         return self.path / "pruning" / f"benchmark-of-{parent}.json"
-
-    def settling(self, parent: str) -> Path:
-        """Timings of drafts of the models to be pruned from ``parent``."""
-        return self.path / "pruning" / f"settling-of-{parent}.json"
 
     def refused_of(self, parent: str) -> Path:
         """Names of the models pruned from ``parent`` whose files the engine cannot run."""

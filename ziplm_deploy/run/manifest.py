@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.tasks.lengths import TokenLengths
@@ -70,6 +70,22 @@ class Correction:
     def without_history(self) -> Correction:
         """Aim as before, as if nothing had been measured; what the engine refused it still refuses."""
         return replace(self, corrections=0, history=[], float32_slowdown=1.0, float32_restarts=0)
+
+
+class Settled(BaseModel):
+    """What a draft of a plan was promised and measured; neither where it could not be had, or noise hid it."""
+
+    key: str  # everything that it depends on
+    promised: float | None = Field(None, gt=0, allow_inf_nan=False)
+    measured: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+class Settling(Artifact):
+    """Drafts of the plans of all targets, timed before the search."""
+
+    KIND: ClassVar[str] = "settling"
+
+    drafts: dict[str, Settled]  # by member
 
 
 class Manifest(Artifact):

@@ -63,11 +63,6 @@ class Member:
         return self.compressed_folder / "sparsity.json"
 
     @property
-    def draft(self) -> Path:
-        """Plan that is about as fast as the member's will be, made without a search; its file lies beside it."""
-        return self.run_folder / "pruning" / f"{self.name}-draft.json"
-
-    @property
     def linear_ranking(self) -> Path:
         return self.compressed_folder / "linears.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,13 +12,16 @@ from ziplm_deploy.artifacts import atomic_folder, content_key
 from ziplm_deploy.baselines import BASELINES, BaselineRecord, DenseSource, get_baseline
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.trial import Trial
-from ziplm_deploy.errors import DataError, EngineError
+from ziplm_deploy.errors import DataError, EngineError, RecipeError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.export import export_checked
+from ziplm_deploy.stages.recover import train_dense_on
 from ziplm_deploy.stages.stage import Stage
 
 N_CALIBRATION = 128  # examples, as many as the stock exports take
@@ -33,13 +37,15 @@ def make_baselines(run: Run) -> None:
     for name in BASELINES:
         files = BaselineFiles(name, run.folder.path)
         note = None
-        if asked is None or name in asked:
+        if _is_asked(run.recipe, name):
             refused = _make(run, files)
             if refused and asked is not None:
                 raise EngineError(refused)
             note = f"baseline {name} was not measured: {refused}" if refused else None
         else:
             _remove(files)
+            if files.page.trains and distributed.is_first():
+                shutil.rmtree(run.folder.dense_trained_on.folder, ignore_errors=True)
         run.folder.set_note(f"baseline {name}", note)
 
 
@@ -51,6 +57,12 @@ def check_baselines(recipe: Recipe) -> None:
     """
     for name in recipe.benchmark.baselines or ():
         baseline = get_baseline(name)
+        if baseline.trains and not recipe.recover.teaches_more_than_dense:
+            raise RecipeError(
+                f"expected training in which the dense model learns something, too, for the baseline {name}, found "
+                f"recover.mode: {recipe.recover.mode} without labels (task_weight) or another teacher; leave it out of "
+                "benchmark.baselines"
+            )
         get_engine(baseline.engine).version()
         baseline.tool()
         baseline.settings(machine_info())
@@ -58,9 +70,16 @@ def check_baselines(recipe: Recipe) -> None:
 
 def made_baselines(run: Run) -> list[BaselineFiles]:
     """Baselines that the run has."""
-    asked = run.recipe.benchmark.baselines
-    places = (BaselineFiles(name, run.folder.path) for name in BASELINES if asked is None or name in asked)
+    places = (BaselineFiles(name, run.folder.path) for name in BASELINES if _is_asked(run.recipe, name))
     return [files for files in places if all(path.exists() for path in (files.record, *files.paths))]
+
+
+def _is_asked(recipe: Recipe, name: str) -> bool:
+    """Whether the recipe names a baseline; without a choice all are asked for that can tell anything."""
+    asked = recipe.benchmark.baselines
+    if asked is None:
+        return not get_baseline(name).trains or recipe.recover.teaches_more_than_dense
+    return name in asked
 
 
 def _make(run: Run, files: BaselineFiles) -> str:
@@ -73,13 +92,21 @@ def _make(run: Run, files: BaselineFiles) -> str:
         _remove(files)
         return str(error)
     dense = run.dense_member.file(Variant.FP32).onnx
+    if page.trains:
+        train_dense_on(run)
     key = content_key(
         dense=run.file_hash(dense),
         tool=made_by.tool,
         settings=made_by.settings,
         calibration=run.data.calibration_key if page.calibrates else None,
+        **({"trained_on": run.file_hash(run.folder.dense_trained_on.weights)} if page.trains else {}),
     )
-    source = DenseSource(dense, lambda: run.dense.model, lambda: _batches(run), machine)
+
+    def export_trained_on(path: Path) -> None:
+        member = run.folder.dense_trained_on
+        export_checked(run, load(member.folder), path, member.name)
+
+    source = DenseSource(dense, lambda: run.dense.model, lambda: _batches(run), machine, export_trained_on)
 
     def work() -> None:
         _remove(files)

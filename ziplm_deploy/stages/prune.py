@@ -8,7 +8,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.models.member_files import replace_member
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.run.manifest import Correction
-from ziplm_deploy.run.member import PrunedMember
+from ziplm_deploy.run.member import Member, PrunedMember
 from ziplm_deploy.run.run import Generation, Run
 from ziplm_deploy.stages.calibrate import database_key
 from ziplm_deploy.stages.stage import Stage
@@ -24,13 +24,18 @@ def prune(run: Run, generation: Generation) -> None:
 
 def member_key(run: Run, member: PrunedMember) -> str:
     """Everything that a pruned member depends on, but for the closed loop's correction."""
-    recipe, parent = run.recipe, run.generation_of(member).parent
+    return pruned_key(run, run.generation_of(member).parent, member.target)
+
+
+def pruned_key(run: Run, parent: Member, target: float) -> str:
+    """Everything that a plan for a target depends on, with the model that it prunes."""
+    recipe = run.recipe
     return content_key(
         database=database_key(run, parent, run.parent(parent)),
         table=run.table.fingerprint,
         prune=recipe.prune.model_dump(exclude={"memory_limit_gb"}),
         seed=recipe.seed,
-        target=member.target,
+        target=target,
     )
 
 

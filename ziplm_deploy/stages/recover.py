@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.models.member_files import load, replace_member
@@ -30,8 +32,9 @@ def recover_member(run: Run, member: Member) -> None:
 
     def work() -> None:
         model = load(member.pruned_folder)
-        learns_from_itself = is_unpruned(model) and config.teacher is None and not config.task_weight
-        if learns_from_itself:  # rounding in the teacher's answers would be all that there is to learn
+        if (
+            is_unpruned(model) and not config.teaches_more_than_dense
+        ):  # rounding in the teacher's answers would be all that there is to learn
             result = TrainingRecord.of_none()
             run.progress.note(f"{member.name}: nothing was pruned, so it is not trained")
         else:
@@ -44,6 +47,27 @@ def recover_member(run: Run, member: Member) -> None:
     outputs = [member.weights, member.training_record, member.folder]
     run.folder.make(f"recover {member.name}", key, outputs, work, together=True)
     run.folder.drop_checkpoints(member.name)
+
+
+def train_dense_on(run: Run) -> None:
+    """Train the dense model as long as the member that was trained most, beside the members: their fair reference."""
+    config, member = run.recipe.recover, run.folder.dense_trained_on
+    rounds = len(run.generations)
+    key = content_key(training=training_key(run, config, run.dense.hash), rounds=rounds)
+
+    def work() -> None:
+        model = copy.deepcopy(run.dense.model)
+        for index in range(rounds):
+            checkpoints = run.folder.checkpoints(f"{member.name}-{index}", key)
+            result = distillation(run).train(model, config, checkpoints, member.name)
+        if distributed.is_first():
+            replace_member(member.folder, model, run.dense.processor, run.recipe.model, {"member": member.name})
+            result.save(member.training_record)
+
+    outputs = [member.weights, member.training_record, member.folder]
+    run.folder.make(f"recover {member.name}", key, outputs, work, together=True)
+    for index in range(rounds):
+        run.folder.drop_checkpoints(f"{member.name}-{index}")
 
 
 def distillation(run: Run) -> Distillation:
@@ -72,7 +96,7 @@ def training_key(run: Run, config: TrainConfig, source: str = "") -> str:
         teacher=run.teacher_hash,
         data=run.data.train_hash,
         columns=run.data.train_columns,
-        recover=config.model_dump(exclude=UNREAD_FIELDS),
+        recover={**config.model_dump(exclude=UNREAD_FIELDS), "precision": config.arithmetic},
         **losses,
         task=run.model_settings,
         seq_len=recipe.environment.workload.seq_len,
