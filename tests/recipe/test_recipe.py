@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from ziplm_deploy.errors import RecipeError, UsageError
-from ziplm_deploy.recipe import Recipe, Workload, load_recipe, parse_recipe, recipe_reference
+from ziplm_deploy.recipe import Recipe, RecoverConfig, Workload, load_recipe, parse_recipe, recipe_reference, recovery
 
 MIN_RECIPE = {"name": "demo", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
 MIN_YAML = "name: demo\nmodel: {path: m, task: fill-mask}\nspeedups: [2]\n"
@@ -235,3 +236,20 @@ def test_names_too_long_for_a_file_are_looked_for_nowhere(tmp_path: Path, field:
     if field.startswith("data"):
         path.write_text(MIN_YAML + field % ("n" * 999), encoding="utf-8")
     load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("avx2", "amx_bf16"), "bf16"),
+        (("avx512f", "avx512_bf16"), "bf16"),
+        (("avx2", "avx512_vnni"), "fp32"),
+        ((), "fp32"),
+    ],
+)
+def test_a_precision_left_to_the_machine_is_one_that_its_cpu_computes_in(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.setattr(recovery, "machine_info", lambda: SimpleNamespace(isa_flags=flags))
+    assert RecoverConfig(precision="auto").arithmetic == expected
+    assert RecoverConfig(precision="fp16").arithmetic == "fp16"
