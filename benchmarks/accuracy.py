@@ -25,13 +25,14 @@ def beside_dense(task: Task, own: Outcomes, dense: Outcomes) -> dict[str, Any]:
     return {
         "score_low": low,
         "score_high": high,
-        **percent_row(_compared(task, own, dense)),
-        "percent_on_choosing_half": _compared(task, own.take(chooses), dense.take(chooses)).percent,
-        "on_reporting_half": percent_row(_compared(task, own.take(reports), dense.take(reports))),
+        **percent_row(compared(task, own, dense)),
+        "percent_on_choosing_half": compared(task, own.take(chooses), dense.take(chooses)).percent,
+        "on_reporting_half": percent_row(compared(task, own.take(reports), dense.take(reports))),
     }
 
 
-def _compared(task: Task, own: Outcomes, dense: Outcomes) -> Comparison:
+def compared(task: Task, own: Outcomes, dense: Outcomes) -> Comparison:
+    """The primary score of one model beside another's, on the same examples."""
     return ResampledScores(task, own, SEED).beside(ResampledScores(task, dense, SEED), task.metric_name)
 
 

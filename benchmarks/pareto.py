@@ -5,7 +5,8 @@ same measured speedups and trains all of them alike; beside them stand the dense
 of every other layer and trained as long. What drops whole layers cannot reach any speedup: there this method gets what
 three and two layers reach as its targets. Runs that are in the work folder already are not repeated. ``--merge`` writes
 ``benchmarks/results/pareto.json`` and a plot from all tasks' rows. ``wins_fraction``: share of (task, target, rival)
-cells in which this method's score is at least as high.
+cells in which this method's score is at least as high; its interval reaches from the share in which it surely is, by
+pairs of answers on the same examples, to that in which it is not surely lower.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from accuracy import beside_dense
+from accuracy import beside_dense, compared
 from common import RESULTS, Figure, commit, write_result
 from family import MODEL, one_task_parser, recipe_of, rows_of
 from pareto_picture import OURS, draw
@@ -36,9 +37,13 @@ from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.recovery.objective import Objective, Student
 from ziplm_deploy.recovery.training import train
+from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.evaluate import outcomes_on
 from ziplm_deploy.stages.export import export_checked
+from ziplm_deploy.tasks import Task, get_task
+from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.record import Scores
 
 LAYER_DROP = "layer-drop"
 METHODS = (OURS, "flap", "magnitude", LAYER_DROP)
@@ -110,9 +115,37 @@ def run_method(method: str, targets: list[float], options: argparse.Namespace) -
     asked = [round(BELOW * target, 2) for target in targets] if method == LAYER_DROP else targets
     recipe = method_recipe(method, asked, options)
     report = run_recipe(recipe, ConsoleProgress())
+    rows = [
+        {"method": method, **row, "target": target}
+        for target, row in zip(targets, rows_of(options.task, report), strict=True)
+    ]
+    for target, row in zip(asked, rows, strict=True):
+        file = RunFolder(recipe).member(target).file(Variant.FP32)
+        place = outcomes_path(row, options.work)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file.outcomes, place)
+        row["outcomes_hash"] = Scores.load(file.scores).outcomes_hash
     shutil.rmtree(recipe.run_dir)
-    rows = zip(targets, rows_of(options.task, report), strict=True)
-    return [{"method": method, **row, "target": target} for target, row in rows]
+    return rows
+
+
+def outcomes_path(row: dict[str, Any], work: Path) -> Path:
+    """Where what a model did on every example is kept for comparisons."""
+    return work / "outcomes" / f"{row['task']}-{row['method']}-{row['target']:g}.json"
+
+
+def compare_pairs(rows: list[dict[str, Any]], task: Task, work: Path) -> None:
+    """Add to every rival's row by how much this method scores higher at the same target, on the same examples."""
+    ours = {row["target"]: row for row in rows if row["method"] == OURS}
+    for row in rows:
+        if row["method"] == OURS or row["target"] not in ours:
+            continue
+        own, rival = (
+            Outcomes.load(outcomes_path(each, work), each["outcomes_hash"]) for each in (ours[row["target"]], row)
+        )
+        row["ours_less_this"] = compared(task, own, rival).model_dump(
+            include={"difference", "low", "high", "n_examples"}
+        )
 
 
 def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -135,12 +168,13 @@ def run_fresh(target: float, options: argparse.Namespace) -> list[dict[str, Any]
         timing = compare(files, recipe.environment, recipe.benchmark, "dense").variant(FRESH)
         outcomes = {name: outcomes_on(run, path, Variant.FP32) for name, path in files.items()}
         scores = {name: task.scores(each)[task.metric_name] for name, each in outcomes.items()}
+    row = {"method": FRESH, "task": options.task, "metric": task.metric_name, "target": target}
+    place = outcomes_path(row, options.work)
+    place.parent.mkdir(exist_ok=True)
     return [
         {
-            "method": FRESH,
-            "task": options.task,
-            "metric": task.metric_name,
-            "target": target,
+            **row,
+            "outcomes_hash": outcomes[FRESH].save(place),
             "measured_speedup": timing.speedup,
             "measured_low": timing.speedup_low,
             "measured_high": timing.speedup_high,
@@ -167,12 +201,17 @@ def run_task(options: argparse.Namespace) -> None:
         recover = recipe.recover.model_dump(mode="json") | {"mode": "one-shot"}
         part |= {"commit": commit(), "recover": recover, "processes": recipe.benchmark.processes}
         write_text(path, json.dumps(part, indent=1) + "\n")
+    compare_pairs(part["rows"], get_task(recipe_of(options.task, options).model), options.work)
+    write_text(path, json.dumps(part, indent=1) + "\n")
 
 
-def cells(rows: list[dict[str, Any]]) -> list[bool]:
-    """Whether this method wins, for every (task, target, rival)."""
-    ours = {(row["task"], row["target"]): row["score"] for row in rows if row["method"] == OURS}
-    return [ours[row["task"], row["target"]] >= row["score"] for row in rows if row["method"] != OURS]
+def wins(rows: list[dict[str, Any]]) -> Figure:
+    """Share of (task, target, rival) cells that this method wins, and how sure that is."""
+    gains = [row["ours_less_this"] for row in rows if row["method"] != OURS]
+    won, surely, possibly = (
+        sum(gain[end] >= 0 for gain in gains) / len(gains) for end in ("difference", "low", "high")
+    )
+    return Figure(won, "", ">= 1", len(gains), interval=(surely, possibly))
 
 
 def merge(work: Path) -> None:
@@ -180,8 +219,7 @@ def merge(work: Path) -> None:
     if not parts:
         sys.exit(f"expected results of single tasks in {work}, found none; run with --task first")
     rows = [row for part in parts.values() for row in part["rows"]]
-    won = cells(rows)
-    figures = {"wins_fraction": Figure(sum(won) / len(won), "", ">= 1", len(won))}
+    figures = {"wins_fraction": wins(rows)}
     about = {name: {key: value for key, value in part.items() if key != "rows"} for name, part in parts.items()}
     write_result("pareto", figures, rows, {"model": MODEL, "targets": TARGETS, "tasks": about})
     draw(rows, RESULTS / "pareto.svg")

@@ -134,7 +134,8 @@ def _tell_stages(pipe: int) -> None:
 def _replay(undisturbed: Path) -> None:
     """Time files as always, but return what was measured of files of the same names in the undisturbed run."""
     from ziplm_deploy.latency.record import BenchmarkRecord
-    from ziplm_deploy.stages import benchmark
+    from ziplm_deploy.run.manifest import Settling
+    from ziplm_deploy.stages import benchmark, settle
 
     records = [BenchmarkRecord.load(path) for path in undisturbed.rglob("benchmark*.json")]
     known = {_timed(record.environment, [timing.name for timing in record.variants]): record for record in records}
@@ -145,6 +146,17 @@ def _replay(undisturbed: Path) -> None:
         return known[_timed(environment, files)]
 
     benchmark.compare = replayed
+    drafts = {
+        name: draft for path in undisturbed.rglob("settling.json") for name, draft in Settling.load(path).drafts.items()
+    }
+    time_drafts = settle._time_drafts
+
+    def settled(run: Any, members: Any) -> dict[str, dict[str, float]]:
+        time_drafts(run, members)
+        known_drafts = {member.name: drafts[member.name].model_dump(exclude={"key"}) for member in members}
+        return {name: draft for name, draft in known_drafts.items() if draft["measured"] is not None}
+
+    settle._time_drafts = settled
 
 
 def _timed(environment: Any, names: Iterable[str]) -> tuple[int, frozenset[str]]:

@@ -47,7 +47,7 @@ def test_two_processes_train_one_family(tmp_path: Path) -> None:
     training = {"mode": "gradual", "max_steps": 4, "batch_size": 8, "save_steps": 2}
     raw = raw_recipe(tmp_path, speedups=[1.5, 2.0], recover=training)
     # these models take microseconds, and a missed or undecided target is an exit code
-    raw["benchmark"] |= {"tolerance": 0.45, "processes": 5, "max_processes": 5}
+    raw["benchmark"] |= {"tolerance": 0.45, "rounds": 50, "processes": 5, "max_processes": 15, "runs_per_round": 10}
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw), encoding="utf-8")
     # without GPUs accelerate launch starts several processes through MPI only, torchrun without it
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
