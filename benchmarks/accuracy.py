@@ -81,3 +81,11 @@ def points_lost_text(row: dict[str, Any]) -> str:
     if "difference_low" not in row:
         return lost
     return f"{lost} [{-100 * row['difference_high']:+.2f}, {-100 * row['difference_low']:+.2f}]"
+
+
+def gain_text(rival: dict[str, Any]) -> str:
+    """By how much this method scores higher than a rival on the same examples, where that was compared."""
+    gain = rival.get("ours_less_this")
+    if gain is None:
+        return ""
+    return f", {gain['difference']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}] less on the same examples"

@@ -108,6 +108,7 @@ def method_recipe(method: str, targets: list[float], options: argparse.Namespace
     raw |= {"name": f"pareto-{options.task}-{method}", "speedups": targets}
     raw["prune"] |= {"method": method}
     raw["recover"] |= {"mode": "one-shot"}
+    raw["benchmark"] |= {"baselines": [], "median_length": False}  # methods are compared here
     return parse_recipe(raw, source=method)
 
 

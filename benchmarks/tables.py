@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from accuracy import percent_of_dense_text, percent_text, points_lost_text
+from accuracy import gain_text, percent_of_dense_text, percent_text, points_lost_text
 from common import RESULTS, ROOT, goal_met
 from summary import read_results
 from summary import table as figures_table
@@ -106,7 +106,7 @@ def headline(result: dict[str, Any]) -> str:
     what = (
         f"**{speedup} as fast, with {percent_of_dense_text(own)} of the dense score** "
         f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); the next "
-        f"method at that target, `{rival['method']}`, keeps {percent_of_dense_text(rival)}{_gain(rival)}."
+        f"method at that target, `{rival['method']}`, keeps {percent_of_dense_text(rival)}{gain_text(rival)}."
     )
     how = (
         f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for {recovery['max_steps']} "
@@ -115,16 +115,6 @@ def headline(result: dict[str, Any]) -> str:
         f"core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over {_processes(about)}."
     )
     return f"{what} {how}"
-
-
-def _gain(rival: dict[str, Any]) -> str:
-    """By how much this method scores higher on the same examples, where that was compared."""
-    gain = rival.get("ours_less_this")
-    return (
-        ""
-        if gain is None
-        else f", {gain['difference']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}] less on the same pairs"
-    )
 
 
 def _processes(about: dict[str, Any]) -> str:

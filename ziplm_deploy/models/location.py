@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
 
+CONFIG_FILE = "config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -79,6 +80,19 @@ def find_file(model: str, name: str, revision: str | None = None, *, must_know: 
         ) from error
 
 
+def hub_version(model: str, revision: str | None = None) -> str:
+    """Commit of a hub id as it is loaded here, or the revision where the hub's cache does not tell; nothing of folders.
+
+    Raises:
+        UnsupportedModelError: no such model, or none that can be reached.
+    """
+    if not is_hub_id(model):
+        return ""
+    file = find_file(model, CONFIG_FILE, revision)
+    cached = file is not None and file.parent.parent.name == "snapshots"
+    return file.parent.name if file is not None and cached else revision or ""
+
+
 def _package_folder(name: str) -> Path:
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
@@ -88,9 +102,9 @@ def _package_folder(name: str) -> Path:
         )
     for root in spec.submodule_search_locations or ():
         # The model's own configuration stands above those of its sentence-transformers modules.
-        for config in sorted(Path(root).rglob("config.json"), key=lambda path: (len(path.parts), path)):
+        for config in sorted(Path(root).rglob(CONFIG_FILE), key=lambda path: (len(path.parts), path)):
             if any(config.parent.glob("*.safetensors")):
                 return config.parent
     raise UnsupportedModelError(
-        f"expected a folder with config.json and *.safetensors in the package {name}, found none; name another package"
+        f"expected a folder with {CONFIG_FILE} and *.safetensors in the package {name}, found none; name another package"
     )

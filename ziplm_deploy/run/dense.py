@@ -13,7 +13,7 @@ from torch import nn
 from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.documents import read_json
 from ziplm_deploy.models.dense import load_dense
-from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.location import hub_version, resolve_model_path
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import Recipe
@@ -21,6 +21,13 @@ from ziplm_deploy.run.folder import RunFolder
 
 _OF_PROCESSORS = {".json", ".model", ".txt"}
 _NOT_OF_PROCESSORS = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+
+
+def model_hash(path: str, revision: str | None = None) -> str:
+    """Stands for the weights of a model: content of a folder, commit of a hub id, which may change there."""
+    place = resolve_model_path(path)
+    version = hub_version(place, revision) or revision
+    return source_hash(place) + (f"@{version}" if version else "")
 
 
 class DenseModel:
@@ -39,8 +46,7 @@ class DenseModel:
     ) -> None:
         self._recipe, self._folder = recipe, folder
         self._training_key, self._head_settings = training_key, head_settings
-        revision = f"@{recipe.model.revision}" if recipe.model.revision else ""
-        self.base_hash = source_hash(resolve_model_path(recipe.model.path)) + revision
+        self.base_hash = model_hash(recipe.model.path, recipe.model.revision)
 
     @functools.cached_property
     def input_key(self) -> str:

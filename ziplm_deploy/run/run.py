@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ziplm_deploy.artifacts import file_hash, source_hash
+from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.table import LatencyTable
@@ -18,7 +18,6 @@ from ziplm_deploy.machine.info import machine_info, usable_cores
 from ziplm_deploy.machine.memory import keep_freed_memory
 from ziplm_deploy.machine.scratch import remove_abandoned
 from ziplm_deploy.models.deployed import OnnxExport
-from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.models.sentence_modules import completed, read_sentence_modules
 from ziplm_deploy.progress import Progress
@@ -28,6 +27,7 @@ from ziplm_deploy.recovery.teacher import Teacher, make_teacher
 from ziplm_deploy.recovery.teacher_model import load_teacher
 from ziplm_deploy.run.answers import KnownAnswers
 from ziplm_deploy.run.data import RunData
+from ziplm_deploy.run.dense import model_hash
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.run.lock import RunLock
 from ziplm_deploy.run.member import Member, PrunedMember
@@ -164,7 +164,7 @@ class Run:
     def teacher_hash(self) -> str:
         """Stands for the teacher's weights."""
         teacher = self.recipe.recover.teacher
-        return self.dense.hash if teacher is None else source_hash(resolve_model_path(teacher))
+        return self.dense.hash if teacher is None else model_hash(teacher)
 
     @functools.cached_property
     def table(self) -> LatencyTable:
