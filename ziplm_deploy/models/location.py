@@ -106,5 +106,5 @@ def _package_folder(name: str) -> Path:
             if any(config.parent.glob("*.safetensors")):
                 return config.parent
     raise UnsupportedModelError(
-        f"expected a folder with {CONFIG_FILE} and *.safetensors in the package {name}, found none; name another package"
+        f"expected a folder with {CONFIG_FILE} and *.safetensors in the package {name}, found none; name another one"
     )
