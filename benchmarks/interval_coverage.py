@@ -10,6 +10,7 @@ Figures ``simulated_coverage_percent`` (the one farthest from 95) and ``real_aa_
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,8 @@ from typing import Any
 import numpy as np
 from common import Figure, load_average, write_result
 
-from ziplm_deploy.latency.benchmark import AA, compare
+from ziplm_deploy.latency.benchmark import AA, compare, precise_within
 from ziplm_deploy.latency.statistics import Ratio, process_ratio
-from ziplm_deploy.latency.verdict import decided_for
 from ziplm_deploy.recipe import BenchmarkConfig, Environment, Workload
 
 TARGET = 2.0
@@ -33,7 +33,7 @@ def simulated_intervals(spread: float, truth: float, n: int, seed: int = 0) -> I
     """Speedup of a file that is ``truth`` times as fast in ``n`` simulated benchmarks, and the processes they took."""
     settings, generator = BenchmarkConfig(), np.random.default_rng(seed)
     most, rounds = settings.max_processes, settings.rounds // settings.processes
-    decided = decided_for({"file": TARGET}, settings)
+    decided = precise_within(settings.tolerance)
     where = np.repeat(np.arange(most), rounds).tolist()
 
     def milliseconds(latency: float) -> Any:
@@ -44,7 +44,7 @@ def simulated_intervals(spread: float, truth: float, n: int, seed: int = 0) -> I
         first, again, own = milliseconds(20.0), milliseconds(20.0), milliseconds(20.0 / truth)
         for processes in range(settings.processes, most + 1):
             until = slice(processes * rounds)
-            speedup = process_ratio((first[until] + again[until]) / 2, own[until], where[until])
+            speedup = process_ratio([first[until], again[until]], own[until], where[until])
             if decided({"file": speedup, AA: process_ratio(first[until], again[until], where[until])}):
                 break
         yield speedup, processes
@@ -100,7 +100,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = export_settings(ExportConfig(), environment.workload)
         path = export(dense_model(SHAPES[options.shape]), Path(folder) / "model.onnx", settings)
-        real = [real_row(path, environment, options.copies, seed) for seed in range(options.repeats)]
+        real = []
+        for seed in range(options.repeats):
+            real.append(real_row(path, environment, options.copies, seed))
+            print(f"{seed}: {real[-1]['processes']} processes, {real[-1]['held']}", file=sys.stderr)
     held = [held for row in real for held in row["held"]]
     coverages = [row["coverage_percent"] for row in simulated]
     farthest = max(coverages, key=lambda coverage: abs(coverage - 95))

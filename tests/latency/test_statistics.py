@@ -161,3 +161,22 @@ def test_too_little_to_tell_drift_from_models_is_left_alone(labels: list[int]) -
     corrected, speeds = remove_drift(labels, samples)
     assert np.allclose(corrected, samples)
     assert np.allclose(speeds, 1.0)
+
+
+def test_noise_that_only_slows_favours_nobody() -> None:
+    """A baseline of two processes: the median of the mean of their latencies would lie 1 % above that of one."""
+    generator = np.random.default_rng(0)
+    processes = np.repeat(np.arange(5), 16).tolist()
+
+    def latencies() -> np.ndarray:
+        slowed = generator.random(80) < 0.3
+        return 20.0 * np.exp(generator.normal(0.0, 0.005, 80) + slowed * generator.exponential(0.2, 80))
+
+    ratios, of_means = [], []
+    for _ in range(300):
+        first, again, own = latencies(), latencies(), latencies()
+        ratios.append(process_ratio([first, again], own, processes))  # type: ignore[arg-type]
+        of_means.append(process_ratio((first + again) / 2, own, processes))  # type: ignore[arg-type]
+    assert abs(np.mean([np.log(ratio.value) for ratio in ratios])) < 0.001
+    assert np.mean([np.log(ratio.value) for ratio in of_means]) > 0.004
+    assert np.mean([ratio.low <= 1.0 <= ratio.high for ratio in ratios]) > 0.92

@@ -72,8 +72,8 @@ class _Timings:
         if name == self.baseline:
             return process_ratio(self.per_round(name), self.per_round(AA), self.processes)
         own = self.per_round(name)
-        pairs = zip(self.per_round(self.baseline), self.per_round(AA), strict=True)
-        return process_ratio([sum(pair) / 2 for pair in pairs][: len(own)], own, self.processes[: len(own)])
+        baselines = [self.per_round(each)[: len(own)] for each in (self.baseline, AA)]
+        return process_ratio(baselines, own, self.processes[: len(own)])
 
     def per_round(self, name: str) -> list[float]:
         """Median milliseconds of every round."""
@@ -108,11 +108,11 @@ def compare(
     of the rounds all of them end, and new ones begin, ``config.processes`` times: what a process makes of a file, where
     it lies in memory above all, shifts its latency by 1 to 3 %, and sometimes by much more. In each round the workers
     take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is
-    over the mean of the baseline's two processes, with its interval as of :func:`process_ratio`. While ``decided`` is
-    not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default: every interval
-    within the tolerance. Files ``aside`` take no part in that: they have the first processes only. Threads, batch size
-    and tokens are those of ``environment`` on every engine. Another measurement of this user on this machine is waited
-    for; ``note`` is told so.
+    the mean of those over the baseline's two processes, with its interval as of :func:`process_ratio`. While
+    ``decided`` is not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default:
+    every interval within the tolerance. Files ``aside`` take no part in that: they have the first processes only.
+    Threads, batch size and tokens are those of ``environment`` on every engine. Another measurement of this user on
+    this machine is waited for; ``note`` is told so.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ziplm_deploy.latency.benchmark import Decided, precise_within, quiet
+from ziplm_deploy.latency.benchmark import Decided, quiet
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import BenchmarkConfig
 
@@ -20,17 +20,6 @@ def outcome(speedup: Ratio, target: float, settings: BenchmarkConfig) -> Outcome
     if speedup.low >= allowed:
         return "reached"
     return "missed" if speedup.high < allowed else "undecided"
-
-
-def decided_for(targets: Mapping[str, float], settings: BenchmarkConfig) -> Decided:
-    """Sure enough when no target's outcome is open, nor any interval wider than the tolerance."""
-    precise = precise_within(settings.tolerance)
-
-    def decided(ratios: Mapping[str, Ratio]) -> bool:
-        outcomes = (outcome(ratios[name], target, settings) for name, target in targets.items())
-        return precise(ratios) and "undecided" not in outcomes
-
-    return decided
 
 
 def settled_for(targets: Mapping[str, float], settings: BenchmarkConfig) -> Decided:

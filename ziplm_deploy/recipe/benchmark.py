@@ -26,7 +26,7 @@ class BenchmarkConfig(Frozen):
     max_processes: int = Field(
         15,
         ge=2,
-        description="Up to so many processes a file while an interval leaves a verdict open or exceeds `tolerance`.",
+        description="Up to so many processes a file while an interval, or the A/A line, reaches beyond `tolerance`.",
     )
     runs_per_round: int = Field(
         1,
