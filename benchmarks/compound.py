@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch-size", type=int, default=1, help="of --shapes")
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=BenchmarkConfig().rounds)
     parser.add_argument("--runs-per-round", type=int, default=1)
     parser.add_argument("--max-seconds", type=float, default=600.0)
     parser.add_argument("--merge", action="store_true")

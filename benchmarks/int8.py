@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of QAT")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=BenchmarkConfig().rounds)
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/int8.json")
     options = parser.parse_args()
     rows, load_before = [], load_average()

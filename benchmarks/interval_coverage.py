@@ -1,6 +1,6 @@
 """How often a benchmark's "95 %" intervals hold the truth: by simulation, and by real models beside themselves.
 
-Simulated: whole benchmarks of the shipped defaults, which end when they are sure or after the largest number of
+Simulated: whole benchmarks of the shipped defaults, which end when intervals are narrow or after the largest number of
 processes, with 1 to 3 % between processes and 1 % between rounds. Real: one file under several names, so that every
 speedup is truly 1.
 

@@ -77,7 +77,7 @@ def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
     assert eager.measured_speedup < 1
     timed = {timing.name: timing for timing in BenchmarkRecord.load(run_dir / "benchmark.json").variants}
     assert {"dense", "1.5x", INT8, "torch"} == set(timed)
-    assert len(timed["torch"].samples_ms) <= len(timed["dense"].samples_ms)  # none of later processes
+    assert len(timed["torch"].samples_ms) == len(timed["dense"].samples_ms)  # of the same rounds
     assert (run_dir / "baselines" / INT8 / "model.onnx").is_file()
     assert set(int8.accuracy_intervals) == set(int8.of_dense) == {"accuracy", "macro_f1"}
     gains = BaselineScores.load(run_dir / "baselines" / "scores.json").gains
@@ -86,7 +86,7 @@ def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
     assert pruned.recommended == (not pruned.beaten_by and not pruned.undecided_against)
     assert pruned.over_torch is not None
     assert dense.over_torch is not None
-    assert dense.over_torch.low <= dense.over_torch.value <= dense.over_torch.high
+    assert dense.over_torch.value > 1
     assert not list(run_dir.rglob("*.tmp"))
 
 

@@ -11,7 +11,7 @@ from ziplm_deploy.reporting.facts import BaselineFacts, FileFacts
 from ziplm_deploy.reporting.records import BaselineReport
 from ziplm_deploy.tasks.resampling import Comparison
 
-TORCH = "torch"
+TORCH, TRAINED_ON = "torch", "dense-trained-on"  # baselines with a part of their own in reports
 Standing = Literal["ahead", "beaten", "undecided"]
 
 

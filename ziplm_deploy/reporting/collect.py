@@ -14,10 +14,9 @@ from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
-from ziplm_deploy.reporting.baselines import baseline_report, beside_baselines, over_torch
+from ziplm_deploy.reporting.baselines import TRAINED_ON, baseline_report, beside_baselines, over_torch
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
 from ziplm_deploy.reporting.judge import (
-    TRAINED_ON,
     budget_decision,
     harmed_by_training,
     judge,

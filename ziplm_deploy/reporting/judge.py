@@ -8,12 +8,12 @@ from ziplm_deploy.compression.records import outside_budget
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.latency.verdict import Outcome, outcome
 from ziplm_deploy.recipe import BenchmarkConfig, RecoverConfig
+from ziplm_deploy.reporting.baselines import TRAINED_ON
 from ziplm_deploy.reporting.facts import FileFacts
 from ziplm_deploy.reporting.records import FileReport, MemberReport
 from ziplm_deploy.reporting.table import MISSING, percent_text
 from ziplm_deploy.tasks.resampling import Comparison, Decision
 
-TRAINED_ON = "dense-trained-on"  # name of a baseline
 AGAIN = "measure again on a quiet machine with ziplm-deploy benchmark RECIPE --again"
 
 

@@ -41,7 +41,7 @@ def settle(run: Run, generation: Generation) -> None:
     """Set what the table must promise for every target of a generation, unless it was settled or corrected before."""
     open_ones = _open_ones(run, generation)
     if settles(run.recipe) and open_ones:
-        drafted = open_ones if generation.parent.is_dense and len(run.generations) == 1 else run.pruned_members
+        drafted = open_ones if len(run.generations) == 1 else run.pruned_members
         export_dense(run)
         settling = measured_drafts(run, drafted)
         for member in open_ones:
