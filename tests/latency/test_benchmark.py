@@ -226,6 +226,14 @@ def test_processes_end_as_soon_as_the_question_is_decided(staged: dict[str, Path
     assert len(record.rounds_of_processes) == 4
 
 
+def test_what_only_steers_a_run_may_end_before_the_first_processes_are_over(staged: dict[str, Path]) -> None:
+    config = BenchmarkConfig(rounds=30, processes=3, max_processes=6)
+    record = compare(staged, ENVIRONMENT, config, "dense", decided=lambda ratios: True, earliest=2)
+    assert record.rounds_of_processes == [10] * 2
+    record = compare(staged, ENVIRONMENT, config, "dense", decided=lambda ratios: True, earliest=4)
+    assert record.rounds_of_processes == [10] * 3  # a recipe that asks for fewer gets fewer
+
+
 def test_files_aside_have_the_first_processes_only(staged: dict[str, Path]) -> None:
     config = BenchmarkConfig(rounds=30, processes=3, max_processes=6)
     files = {"2x": staged["2x"], "dense": staged["dense"], "copy": staged["2x"]}

@@ -31,6 +31,7 @@ WARMUP_RUNS = 24
 WARMUP_SECONDS = 10.0
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
 MIN_ROUNDS = 3  # of a process, however slow
+STEERING_PROCESSES = 3  # after which a measurement may end that steers a run and is not reported
 # Whether ratios so far (name of a file -> its speedup; AA -> the baseline over itself) are sure enough to end it.
 Decided = Callable[[Mapping[str, Ratio]], bool]
 
@@ -99,6 +100,7 @@ def compare(
     *,
     seed: int = 0,
     decided: Decided | None = None,
+    earliest: int | None = None,
     aside: Collection[str] = (),
     note: Note | None = None,
 ) -> BenchmarkRecord:
@@ -110,7 +112,8 @@ def compare(
     take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is
     the mean of those over the baseline's two processes, with its interval as of :func:`process_ratio`. While
     ``decided`` is not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default:
-    every interval within the tolerance. Files ``aside`` take no part in that: they have the first processes only.
+    every interval within the tolerance. It is asked after ``earliest`` processes, by default all of
+    ``config.processes``. Files ``aside`` take no part in that: they have the first ``config.processes`` only.
     Threads, batch size and tokens are those of ``environment`` on every engine. Another measurement of this user on
     this machine is waited for; ``note`` is told so.
 
@@ -127,8 +130,9 @@ def compare(
     entries = {name: entry if isinstance(entry, TimedFile) else TimedFile(entry) for name, entry in files.items()}
     engine_version = get_engine(environment.engine).version()
     decided = decided or precise_within(config.tolerance)
+    earliest = min(earliest or config.processes, config.processes)
     with timing_alone(note):
-        timed = _time_files(entries, environment, config, baseline, progress, seed, decided, aside)
+        timed = _time_files(entries, environment, config, baseline, progress, seed, decided, earliest, aside)
     itself = timed.ratio(baseline)
     return BenchmarkRecord(
         machine=machine_info(),
@@ -155,6 +159,7 @@ def _time_files(
     progress: StepProgress | None,
     seed: int,
     decided: Decided,
+    earliest: int,
     aside: Collection[str],
 ) -> _Timings:
     """Rounds of every part of a benchmark, each part with new processes."""
@@ -163,7 +168,7 @@ def _time_files(
     for index in range(max(config.processes, config.max_processes)):
         if index == config.processes:
             entries = {name: entry for name, entry in entries.items() if name not in aside}
-        if index >= config.processes and (time.monotonic() - started > limit_s or decided(_ratios(timed, entries))):
+        if index >= earliest and (time.monotonic() - started > limit_s or decided(_ratios(timed, entries))):
             break
         report = _shifted(progress, index * part.rounds, max(config.processes, index + 1) * part.rounds)
         with _workers(entries, environment, baseline, seed + index) as workers:

@@ -83,6 +83,7 @@ def measure(
     files: Mapping[str, TimedFile],
     decided: Decided | None = None,
     *,
+    earliest: int | None = None,
     aside: Collection[str] = (),
     seed: int = 0,
 ) -> BenchmarkRecord:
@@ -99,6 +100,7 @@ def measure(
             progress.step,
             seed=seed,
             decided=decided,
+            earliest=earliest,
             aside=aside,
             note=progress.note,
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ziplm_deploy.compression.records import kept_in_float32
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
+from ziplm_deploy.latency.benchmark import STEERING_PROCESSES
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.latency.verdict import keeps, outcome, settled_for
@@ -31,7 +32,7 @@ def reach_targets(run: Run, generation: Generation) -> BenchmarkRecord:
     """Benchmark a generation's members; while one misses its target (or overshoots it for no reason), correct it.
 
     Latency does not depend on weights, so this is done before members are trained. A measurement that leaves open
-    whether a member is fast enough corrects nothing; the final one, with other processes, judges it.
+    whether a member is fast enough corrects nothing; the final one, with other and more processes, judges it.
 
     Raises:
         EngineError: the engine cannot run a member's file, nor those of plans that are a little faster.
@@ -58,7 +59,8 @@ def measure_generation(run: Run, generation: Generation) -> BenchmarkRecord:
     path, stage = run.folder.generation_benchmark(generation.parent.name), f"benchmark of {generation.parent.name}"
     targets = {member.name: _needed(run, member) for member in generation.members}
     decided = settled_for(targets, run.recipe.benchmark)
-    return measure(run, stage, path, files_of_generation(run, generation), decided)
+    files = files_of_generation(run, generation)
+    return measure(run, stage, path, files, decided, earliest=STEERING_PROCESSES)
 
 
 def _ask_for_more(run: Run, generation: Generation, refused: Mapping[PrunedMember, str]) -> list[PrunedMember]:

@@ -16,7 +16,7 @@ from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import TargetUnreachableError
-from ziplm_deploy.latency.benchmark import TimedFile, compare
+from ziplm_deploy.latency.benchmark import STEERING_PROCESSES, TimedFile, compare, quiet
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.pruning.methods import get_method
@@ -93,6 +93,7 @@ def _time_drafts(run: Run, members: Sequence[PrunedMember]) -> dict[str, dict[st
     """Promised and measured speedups by name; none of a target out of reach, nor of any if the machine is too noisy."""
     files, promised = {DENSE: dense_file(run)}, {}
     planner, progress = run.parent(run.dense_member).planner, run.progress
+    tolerance = run.recipe.benchmark.tolerance
     with tempfile.TemporaryDirectory(prefix="drafts-", dir=scratch_root()) as folder:
         for member in members:
             try:
@@ -111,10 +112,11 @@ def _time_drafts(run: Run, members: Sequence[PrunedMember]) -> dict[str, dict[st
             run.recipe.benchmark,
             DENSE,
             progress.step,
-            decided=lambda ratios: True,
+            decided=lambda ratios: quiet(ratios, tolerance),
+            earliest=STEERING_PROCESSES,
             note=progress.note,
         )
-    if record.itself.floor > run.recipe.benchmark.tolerance:
+    if record.itself.floor > tolerance:
         progress.note(f"drafts settle nothing: the dense model differs from itself by {record.itself.floor_text}")
         return {}
     return {name: {"promised": promised[name], "measured": record.variant(name).speedup} for name in promised}
