@@ -127,9 +127,13 @@ def scripted(calls: list[str], clock: dict[str, float] | None = None) -> dict[st
     return {name: ScriptedWorker(name, ms, calls, clock) for name, ms in latencies.items()}  # type: ignore[misc]
 
 
+def sure(rounds: dict[str, list[list[float]]]) -> bool:
+    return False
+
+
 def test_rounds_visit_everybody_once_in_changing_order() -> None:
     calls: list[str] = []
-    rounds = benchmarking._interleave(scripted(calls), BenchmarkConfig(rounds=40), None, seed=0)
+    rounds = benchmarking._interleave(scripted(calls), BenchmarkConfig(rounds=40), None, seed=0, unsure=sure)
     visits = [tuple(calls[start : start + 3]) for start in range(0, len(calls), 3)]
     assert all(sorted(visit) == sorted(rounds) for visit in visits)
     assert len(set(visits)) > 3
@@ -137,7 +141,7 @@ def test_rounds_visit_everybody_once_in_changing_order() -> None:
 
 def test_time_limit_ends_after_a_few_whole_rounds() -> None:
     config = BenchmarkConfig(rounds=1000, max_seconds=1e-9)
-    rounds = benchmarking._interleave(scripted([]), config, None, seed=0)
+    rounds = benchmarking._interleave(scripted([]), config, None, seed=0, unsure=sure)
     assert {len(samples) for samples in rounds.values()} == {3}
 
 
@@ -155,7 +159,7 @@ def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_fi
     workers = {name: SlowWorker(name, 10.0, [], {}) for name in names}
     again = {AA: ScriptedWorker(AA, 10.0, [], {})}
     config = BenchmarkConfig(rounds=1000, max_seconds=195.0)
-    rounds = benchmarking._interleave({**workers, **again}, config, None, seed=0)  # type: ignore[arg-type]
+    rounds = benchmarking._interleave({**workers, **again}, config, None, seed=0, unsure=sure)  # type: ignore[arg-type]
     assert {len(samples) for samples in rounds.values()} == {n_rounds}
 
 
@@ -163,6 +167,33 @@ def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_fi
 def test_rounds_are_shared_among_processes(rounds: int, processes: int, share: int) -> None:
     part = benchmarking._part(BenchmarkConfig(rounds=rounds, processes=processes, max_seconds=90))
     assert (part.rounds, part.max_seconds) == (share, pytest.approx(90 / processes))
+
+
+def test_a_process_takes_more_rounds_while_noise_leaves_a_judged_ratio_unsure() -> None:
+    quiet, noisy = [[10.0]] * 20, [[10.0], [14.0]] * 10
+    rounds = {"dense": quiet, AA: quiet, "2x": quiet, "torch": noisy}
+    judged = {AA, "2x"}
+    assert not benchmarking._is_unsure(rounds, "dense", judged, 0.005)
+    assert benchmarking._is_unsure(rounds, "dense", {*judged, "torch"}, 0.005)
+    assert benchmarking._is_unsure({**rounds, AA: noisy}, "dense", judged, 0.005)  # the noise floor, too
+    assert benchmarking._is_unsure(
+        {**rounds, "dense": [[10.0]] * 2, "2x": [[5.0]] * 2, AA: quiet[:2]}, "dense", judged, 1
+    )
+    # shared slowness is no noise of a ratio
+    assert not benchmarking._is_unsure({"dense": noisy, AA: noisy, "2x": noisy}, "dense", judged, 0.005)
+
+    config, asked = BenchmarkConfig(rounds=10), []
+
+    def until_fifteen(rounds: dict[str, list[list[float]]]) -> bool:
+        asked.append(len(rounds["2x"]))
+        return asked[-1] < 15
+
+    assert len(benchmarking._interleave(scripted([]), config, None, 0, until_fifteen)["2x"]) == 15
+    assert asked == [10, 11, 12, 13, 14, 15]  # never before its share
+    told: list[tuple[int, int]] = []
+    always = benchmarking._interleave(scripted([]), config, lambda *step: told.append(step), 0, lambda rounds: True)
+    assert {len(samples) for samples in always.values()} == {30}
+    assert told[8:12] == [(9, 10), (10, 10), (10, 10), (10, 10)]
 
 
 class StagedWorker(contextlib.nullcontext["StagedWorker"]):
@@ -271,7 +302,9 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
     def slower_every_round(done: int, total: int) -> None:
         clock["speed"] = 1.0 + 0.1 * done
 
-    rounds = benchmarking._interleave(scripted([], clock), BenchmarkConfig(rounds=12), slower_every_round, seed=0)
+    rounds = benchmarking._interleave(
+        scripted([], clock), BenchmarkConfig(rounds=12), slower_every_round, seed=0, unsure=sure
+    )
     facts = benchmarking._Facts("2x.onnx", "onnxruntime", "1.0", peak_memory_bytes=1)
     timed = benchmarking._Timings(rounds, "dense", [0, 1] * (len(rounds["2x"]) // 2), {"2x": facts})
     result = benchmarking._result(timed, "2x", 1)

@@ -203,11 +203,13 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path
 def test_a_training_in_a_later_epoch_is_resumed_exactly(tmp_path: Path, steps: int, cache_bytes: int) -> None:
     """Twelve steps are an epoch; checkpoints stand at 5, 10 and 15."""
 
-    _, whole, _, _ = trained(tmp_path / "whole", 25, cache_bytes=cache_bytes)
+    _, whole, undisturbed, _ = trained(tmp_path / "whole", 25, cache_bytes=cache_bytes)
     with pytest.raises(Killed):
         trained(tmp_path, 25, change=killed_after(steps), cache_bytes=cache_bytes)
     _, resumed, record, _ = trained(tmp_path, 25, cache_bytes=cache_bytes)
     assert record.steps == 25
+    assert record.losses == undisturbed.losses
+    assert [step for step, _ in record.losses] == [5, 10, 15, 20, 25]
     assert_same(whole, resumed)
 
 

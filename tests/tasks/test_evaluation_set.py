@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.helpers.evaluation import evaluation_set
 from tests.helpers.models import labelled_rows
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import EvaluationSet, get_task
+from ziplm_deploy.tasks.batching import token_lengths
 from ziplm_deploy.tasks.evaluation_set import cache_embeddings
 
 
@@ -139,3 +141,24 @@ def test_embeddings_are_pooled_as_in_the_exported_graph(pooling: str, normalize:
     (mask,) = masks
     states = torch.from_numpy(hidden[:, : mask.shape[1]])
     np.testing.assert_array_equal(found, pool(states, mask, pooling, normalize).numpy())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("own", [None, 7])
+@pytest.mark.parametrize("task", ["text-classification", "question-answering", "token-classification"])
+def test_a_tokenizer_keeps_its_own_truncation_and_padding(task: Any, own: int | None, tokenizer: Any) -> None:
+    """Both are saved with it, for everybody who loads it afterwards."""
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    if own is None:
+        backend.no_truncation()
+        backend.no_padding()
+    else:
+        backend.enable_truncation(own, stride=1)
+        backend.enable_padding(length=own, pad_id=0)
+    before = backend.to_str()
+    settings = ModelConfig(path="any", task=task)
+    rows = labelled_rows(task, 5)
+    examples = get_task(settings).encode(EvaluationSet(rows, tokenizer, 36, 4, None))
+    assert max(batch["input_ids"].shape[1] for batch in examples) > 7
+    token_lengths(tokenizer, [{"text": "a cat " * 20}])
+    assert backend.to_str() == before

@@ -11,6 +11,7 @@ import datetime
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
-from ziplm_deploy.latency.statistics import Ratio, is_stable, process_ratio, summarize
+from ziplm_deploy.latency.statistics import Ratio, is_stable, process_ratio, relative_standard_error, summarize
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.machine.locks import timing_alone
 from ziplm_deploy.progress import Note, StepProgress
@@ -31,9 +32,12 @@ WARMUP_RUNS = 24
 WARMUP_SECONDS = 10.0
 FILES_WITHIN_LIMIT = 10  # max_seconds is for so many
 MIN_ROUNDS = 3  # of a process, however slow
+MOST_ROUNDS = 3  # times its share, while what a process says is unsure
+SURE = 0.25  # of the tolerance: standard error of a process' ratio
 STEERING_PROCESSES = 3  # after which a measurement may end that steers a run and is not reported
 # Whether ratios so far (name of a file -> its speedup; AA -> the baseline over itself) are sure enough to end it.
 Decided = Callable[[Mapping[str, Ratio]], bool]
+_Rounds = dict[str, list[list[float]]]  # milliseconds: name -> round -> run
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Facts:
 class _Timings:
     """What all processes of a benchmark gave."""
 
-    rounds: dict[str, list[list[float]]]  # milliseconds: name -> round -> run
+    rounds: _Rounds
     baseline: str
     processes: list[int] = field(default_factory=list)  # of each round of the baseline; other files may have fewer
     facts: dict[str, _Facts] = field(default_factory=dict)  # of each file
@@ -109,7 +113,9 @@ def compare(
     Every model runs in a worker process of its own; a second process of the baseline gives the A/A line. After a share
     of the rounds all of them end, and new ones begin, ``config.processes`` times: what a process makes of a file, where
     it lies in memory above all, shifts its latency by 1 to 3 %, and sometimes by much more. In each round the workers
-    take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. Speedup is
+    take turns in random order: 10 ms of untimed runs (one at least), then ``runs_per_round`` timed ones. A process
+    takes up to three times its share of rounds while noise within it leaves a ratio unsure: a round costs less than
+    another process, and is all that helps where a disturbed machine is what differs. Speedup is
     the mean of those over the baseline's two processes, with its interval as of :func:`process_ratio`. While
     ``decided`` is not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default:
     every interval within the tolerance. It is asked after ``earliest`` processes, by default all of
@@ -172,7 +178,9 @@ def _time_files(
             break
         report = _shifted(progress, index * part.rounds, max(config.processes, index + 1) * part.rounds)
         with _workers(entries, environment, baseline, seed + index) as workers:
-            for name, samples_ms in _interleave(workers, part, report, seed + index).items():
+            judged = {AA, *entries} - {baseline, *aside}
+            unsure = partial(_is_unsure, baseline=baseline, judged=judged, error=SURE * config.tolerance)
+            for name, samples_ms in _interleave(workers, part, report, seed + index, unsure).items():
                 timed.rounds[name] += samples_ms
             timed.processes += [index] * (len(timed.rounds[AA]) - len(timed.processes))
             for name, entry in entries.items():
@@ -237,21 +245,33 @@ def start_worker(file: TimedFile, environment: Environment, *, wait: bool = True
     return engine.start_worker(replace(options, memory_limit_bytes=file.memory_limit_bytes), wait=wait)
 
 
+def _is_unsure(rounds: _Rounds, baseline: str, judged: Collection[str], error: float) -> bool:
+    """Whether noise within one process leaves the median ratio of a judged file to the baseline's less sure."""
+    medians = {name: np.median(rounds[name], axis=1) for name in (baseline, *judged)}
+    return any(relative_standard_error(medians[baseline] / medians[name]) > error for name in judged)
+
+
 def _interleave(
-    workers: Mapping[str, WorkerHandle], config: BenchmarkConfig, progress: StepProgress | None, seed: int
-) -> dict[str, list[list[float]]]:
-    """Timed milliseconds, name → round → run; stops after the round in which the time limit passes."""
+    workers: Mapping[str, WorkerHandle],
+    config: BenchmarkConfig,
+    progress: StepProgress | None,
+    seed: int,
+    unsure: Callable[[_Rounds], bool],
+) -> _Rounds:
+    """Timed milliseconds; more than the rounds of ``config`` while ``unsure``; stops where the time limit passes."""
     generator = np.random.default_rng(seed)
     names = list(workers)
-    rounds: dict[str, list[list[float]]] = {name: [] for name in names}
+    rounds: _Rounds = {name: [] for name in names}
     started, limit_s = time.monotonic(), _time_limit_s(config, len(names) - 1)
-    for done in range(1, config.rounds + 1):
+    for done in range(1, MOST_ROUNDS * config.rounds + 1):
         for index in generator.permutation(len(names)):
             name = names[index]
             rounds[name].append(workers[name].time(MODEL, n=config.runs_per_round, warmup_ms=TURN_WARMUP_MS))
         if progress is not None:
-            progress(done, config.rounds)
-        if time.monotonic() - started > limit_s and done >= MIN_ROUNDS:
+            progress(min(done, config.rounds), config.rounds)
+        if done >= MIN_ROUNDS and (
+            time.monotonic() - started > limit_s or (done >= config.rounds and not unsure(rounds))
+        ):
             break
     return rounds
 

@@ -17,7 +17,12 @@ else:
 
 
 class BenchmarkConfig(Frozen):
-    rounds: int = Field(80, ge=5, description="Interleaved rounds (A B C A B C …) of the first processes together.")
+    rounds: int = Field(
+        80,
+        ge=5,
+        description="Interleaved rounds (A B C A B C …) of the first processes "
+        "together; a process takes up to three times its share while noise within it leaves a ratio unsure.",
+    )
     processes: int = Field(
         5,
         ge=2,

@@ -120,6 +120,8 @@ class _Watcher(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self._progress.step(state.global_step, state.max_steps)
+        # a resumed training knows nothing of the losses that were not logged before its checkpoint
+        control.should_log |= control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep only the newest checkpoint; by step, as file times may be too coarse for Trainer's own rotation.

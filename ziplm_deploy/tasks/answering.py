@@ -19,6 +19,7 @@ from ziplm_deploy.tasks.batching import (
     Batch,
     Example,
     as_float32,
+    encode,
     length_limit,
     require_fast,
     split_examples,
@@ -175,7 +176,8 @@ def make_windows(processor: Any, rows: list[Row], max_length: int) -> list[Windo
             f"expected a length of at least {MIN_LENGTH} tokens for question-answering, found {limit}; raise "
             "environment.workload.seq_len"
         )
-    encoded = processor(
+    encoded = encode(
+        processor,
         _shortened(processor, [row["question"] for row in rows], limit // 2),
         [row["context"] for row in rows],
         truncation="only_second",
@@ -249,7 +251,7 @@ def best_span(
 
 def _shortened(processor: Any, questions: list[str], limit: int) -> list[str]:
     """Questions cut to ``limit`` tokens, so that the context always has room."""
-    offsets = processor(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = encode(processor, questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [
         question[: spans[limit - 1][1]] if len(spans) > limit else question
         for question, spans in zip(questions, offsets, strict=True)

@@ -20,12 +20,33 @@ Arrays = dict[str, np.ndarray]  # the same for ONNX files
 _Values = TypeVar("_Values", Tensor, np.ndarray)
 
 
+def encode(processor: Any, *texts: Any, **settings: Any) -> Any:
+    """What a tokenizer makes of texts; its own truncation and padding stay, which a call sets and a save would keep."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is None:
+        return processor(*texts, **settings)
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        return processor(*texts, **settings)
+    finally:
+        if truncation is None:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(**truncation)
+        if padding is None:
+            backend.no_padding()
+        else:
+            backend.enable_padding(**padding)
+
+
 def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
     """Truncated, unpadded inputs of rows with ``text`` and perhaps ``text_pair``, by the tokenizer's input names."""
     texts = [row["text"] for row in rows]
     pairs = [row["text_pair"] for row in rows] if rows and rows[0].get("text_pair") is not None else None
     limit = length_limit(processor, max_length)
-    encoded = processor(texts, pairs, truncation=True, max_length=limit, padding=False, return_attention_mask=True)
+    encoded = encode(
+        processor, texts, pairs, truncation=True, max_length=limit, padding=False, return_attention_mask=True
+    )
     return split_examples(encoded, processor)
 
 
@@ -33,7 +54,7 @@ def token_lengths(processor: Any, rows: list[Row]) -> list[int]:
     """Tokens of rows with ``text`` and perhaps ``text_pair``, uncut."""
     texts = [row["text"] for row in rows]
     pairs = [row["text_pair"] for row in rows] if rows and rows[0].get("text_pair") is not None else None
-    encoded = processor(texts, pairs, truncation=False, verbose=False)["input_ids"]
+    encoded = encode(processor, texts, pairs, truncation=False, verbose=False)["input_ids"]
     _require_tokens(encoded)
     return [len(ids) for ids in encoded]
 

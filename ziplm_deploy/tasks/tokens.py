@@ -15,6 +15,7 @@ from ziplm_deploy.tasks.base import Task, Which
 from ziplm_deploy.tasks.batching import (
     Batch,
     Example,
+    encode,
     length_limit,
     require_fast,
     split_examples,
@@ -187,7 +188,8 @@ def tokenize_words(processor: Any, rows: list[Row], max_length: int) -> tuple[li
     """
     require_fast(processor, "token-classification")
     texts = [" " + " ".join(row["words"]) for row in rows]
-    encoded = processor(
+    encoded = encode(
+        processor,
         texts,
         truncation=True,
         max_length=length_limit(processor, max_length),
