@@ -13,7 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:  # programs run from a checkout, installed or not
     sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results"
+PENDING = "No result is committed yet."
 PACKAGES = ("torch", "onnxruntime", "transformers", "onnx", "numpy")
 
 
@@ -56,7 +57,10 @@ class Figure:
 
 
 def goal_met(value: float, goal: str) -> bool | None:
-    """``goal_met(3.1, "<= 5")`` is True; None where ``goal`` is not ``<=``, ``<``, ``>=`` or ``>`` and a number."""
+    """``goal_met(3.1, "<= 5")`` is True; None where ``goal`` is neither a comparison with a number nor ``2 to 4``."""
+    low, to, high = goal.partition(" to ")
+    if to:
+        return float(low) <= value <= float(high)
     sign, _, limit_text = goal.strip().partition(" ")
     try:
         limit = float(limit_text)
@@ -155,3 +159,21 @@ def _anonymous(argument: str) -> str:
 def _relative(path: Path) -> str:
     resolved = path.resolve()
     return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else resolved.name
+
+
+def of_result(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
+    """Makes a text of the committed result of a program, or says that there is none yet."""
+
+    def wrap(text_of: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+        def text() -> str:
+            path = RESULTS / f"{name}.json"
+            return text_of(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else PENDING
+
+        return text
+
+    return wrap
+
+
+def interval_text(speedup: float, low: float, high: float) -> str:
+    """A measured speedup as tables have it."""
+    return f"{speedup:.2f}x [{low:.2f}, {high:.2f}]"

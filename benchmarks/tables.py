@@ -8,52 +8,45 @@ from the recipe's own field descriptions, ``guides`` from the guides, all else f
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from accuracy import gain_text, percent_of_dense_text, percent_text, points_lost_text
-from common import RESULTS, ROOT, goal_met
+from accuracy import gain_text, percent_of_dense_text, percent_text
+from common import PENDING, RESULTS, ROOT, goal_met, interval_text, of_result
 from summary import read_results
 from summary import table as figures_table
+from tables_compression import (
+    compound_table,
+    compound_targets_table,
+    int8_ranges_table,
+    int8_table,
+    sparsity_accuracy_table,
+    zeros_and_integers,
+)
 
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.guides import first_sentence, guide_names
 from ziplm_deploy.recipe import recipe_reference
 from ziplm_deploy.reporting.records import MemberReport
-from ziplm_deploy.reporting.table import MISSING, header, markdown_table, rows, verdict
+from ziplm_deploy.reporting.table import header, markdown_table, rows, verdict
 
 GUIDES = ROOT / "ziplm_deploy" / "guides"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(GUIDES.rglob("*.md")))
 MARK = re.compile(r"<!-- table:(\S+) -->")
 TITLES = {"stsb": "STS-B"}
 FOLDERS = {"extending": "Add a method, an architecture, an engine, a task or a stage of your own."}  # of guides
-PENDING = "No result is committed yet."
 
 
-def _of(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
-    """Makes a text of the committed result of a program, or says that there is none yet."""
-
-    def wrap(text_of: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
-        def text() -> str:
-            path = RESULTS / f"{name}.json"
-            return text_of(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else PENDING
-
-        return text
-
-    return wrap
-
-
-@_of("quickstart")
+@of_result("quickstart")
 def quickstart_table(result: dict[str, Any]) -> str:
     """Members of the committed quickstart run, all that is known of them, and where it was measured."""
     members, metric = _quickstart_members(result), result["settings"]["metric"]
     return "\n".join([*markdown_table(header(members, metric), rows(members, metric)), "", _quickstart_place(result)])
 
 
-@_of("quickstart")
+@of_result("quickstart")
 def quickstart_short_table(result: dict[str, Any]) -> str:
     """Members of the committed quickstart run in five columns."""
     metric = result["settings"]["metric"]
@@ -75,7 +68,7 @@ def _target_and_measured(member: MemberReport) -> str:
     if member.speedup_target is None:
         return "1x"
     served = member.served
-    measured = _interval(served.measured_speedup, served.measured_low, served.measured_high)
+    measured = interval_text(served.measured_speedup, served.measured_low, served.measured_high)
     return f"{member.speedup_target:g}x → {measured}"
 
 
@@ -93,7 +86,7 @@ def _quickstart_place(result: dict[str, Any]) -> str:
     )
 
 
-@_of("pareto")
+@of_result("pareto")
 def headline(result: dict[str, Any]) -> str:
     """What the picture says in one sentence, and how it was measured."""
     own = max((row for row in result["rows"] if row["method"] == "ziplm"), key=lambda row: row["measured_speedup"])
@@ -102,7 +95,7 @@ def headline(result: dict[str, Any]) -> str:
     rival = max(rivals, key=lambda row: row["score"])
     (about,) = result["settings"]["tasks"].values()
     machine, recovery = result["machine"], about["recover"]
-    speedup = _interval(own["measured_speedup"], own["measured_low"], own["measured_high"])
+    speedup = interval_text(own["measured_speedup"], own["measured_low"], own["measured_high"])
     what = (
         f"**{speedup} as fast, with {percent_of_dense_text(own)} of the dense score** "
         f"({own['metric'].capitalize()} {own['score']:.4f} against {own['dense_score']:.4f} on {data}); the next "
@@ -123,29 +116,7 @@ def _processes(about: dict[str, Any]) -> str:
     return "one process a model" if n == 1 else f"{n} processes a model"
 
 
-@_of("compound")
-def zeros_and_integers(result: dict[str, Any]) -> str:
-    """What INT8 brings to a pruned model on the default engine, and zeros to the same model on DeepSparse."""
-    found = {
-        (row["member"], row["variant"], row["engine"]): row for row in result["rows"] if row["task"] == "banking77"
-    }
-    dense = found["dense", "fp32", "onnxruntime"]["score"]
-
-    def figure(variant: str, engine: str) -> str:
-        row = found["4x", variant, engine]
-        speedup = _interval(row["speedup"], row["low"], row["high"])
-        kept = percent_of_dense_text({"percent_of_dense": 100 * row["score"] / dense, **row})
-        return f"{speedup} at {kept} ({engine}, {row['onnx_bytes'] / 1e6:.1f} MB)"
-
-    return (
-        f"A banking77 classifier pruned to 4x: {figure('fp32', 'onnxruntime')}; INT8 on top: "
-        f"{figure('int8', 'onnxruntime')}; zeros and INT8: {figure('sparse-int8', 'deepsparse')}. Speedup over dense "
-        f"float32 ONNX Runtime and percent of its accuracy; 1 thread, {result['machine']['cpu']} "
-        f"({_integer_flags(result)}), {result['date'][:10]}; one seed."
-    )
-
-
-@_of("family")
+@of_result("family")
 def family_table(result: dict[str, Any]) -> str:
     """Members of the committed families: what training brought back, and what it took."""
     titles = [
@@ -162,7 +133,7 @@ def family_table(result: dict[str, Any]) -> str:
     cells = [
         [
             row["task"],
-            _interval(row["measured_speedup"], row["measured_low"], row["measured_high"]),
+            interval_text(row["measured_speedup"], row["measured_low"], row["measured_high"]),
             row["metric"],
             f"{row['dense_score']:.4f}",
             f"{row['score_before_training']:.4f}",
@@ -184,7 +155,7 @@ def family_table(result: dict[str, Any]) -> str:
     return "\n".join([*markdown_table(titles, cells), "", caption])
 
 
-@_of("ablation")
+@of_result("ablation")
 def ablation_table(result: dict[str, Any]) -> str:
     """What is left of the dense score with each part of recovery changed, target by target."""
     targets = sorted({row["target"] for row in result["rows"]})
@@ -196,14 +167,14 @@ def ablation_table(result: dict[str, Any]) -> str:
     return "\n".join(markdown_table(["task", "training", *(f"{target:g}x" for target in targets)], cells))
 
 
-@_of("pareto")
+@of_result("pareto")
 def pareto_table(result: dict[str, Any]) -> str:
     """Scores of every method at its measured speedup, after the same training."""
     cells = [
         [
             row["task"],
             row["method"],
-            _interval(row["measured_speedup"], row["measured_low"], row["measured_high"]),
+            interval_text(row["measured_speedup"], row["measured_low"], row["measured_high"]),
             f"{row['score']:.4f}",
             percent_of_dense_text(row),
         ]
@@ -212,104 +183,12 @@ def pareto_table(result: dict[str, Any]) -> str:
     return "\n".join(markdown_table(["task", "method", "measured [95 %]", "score", "of dense"], cells))
 
 
-def _interval(speedup: float, low: float, high: float) -> str:
-    return f"{speedup:.2f}x [{low:.2f}, {high:.2f}]"
-
-
-def _integer_flags(result: dict[str, Any]) -> str:
-    return " ".join(flag for flag in result["machine"]["isa"] if "vnni" in flag or "int8" in flag)
-
-
-@_of("compound")
-def compound_table(result: dict[str, Any]) -> str:
-    """Every form of every committed compound model on every engine: speedup and, where there are weights, accuracy."""
-    engines = list(dict.fromkeys(row["engine"] for row in result["rows"]))
-    found = {(row["task"], row["member"], row["variant"], row["engine"]): row for row in result["rows"]}
-    cells = []
-    for task, member, variant in dict.fromkeys(key[:3] for key in found):
-        own = [found[task, member, variant, engine] for engine in engines]
-        cells.append([task, member, variant, *map(_speedup_and_score, own)])
-    caption = (
-        f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1 where no other "
-        f"is named, 128 tokens, 1 thread, {result['machine']['cpu']} "
-        f"({_integer_flags(result)}), "
-        f"{result['date'][:10]}; one seed. The dense model against itself in the same run: "
-        + ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(*part["timing"]["aa"]) for part in result["settings"].values())
-        + "."
-    )
-    return "\n".join([*markdown_table(["task", "pruned to", "form", *engines], cells), "", caption])
-
-
-def _speedup_and_score(row: dict[str, Any]) -> str:
-    if row.get("refused"):
-        return "not run by it"
-    speedup = f"{row['speedup']:.2f}x"
-    if "score" not in row:
-        return speedup
-    kept = f" ({percent_of_dense_text(row)})" if row.get("percent_low") is not None else ""
-    return f"{speedup}, {row['score']:.4f}{kept}"
-
-
-@_of("int8")
-def int8_table(result: dict[str, Any]) -> str:
-    """Every way to INT8 of every committed model: what it costs and what it brings."""
-    cells = [
-        [
-            row["model"],
-            row["form"],
-            row["engine"],
-            f"{row['score']:.4f}",
-            points_lost_text(row),
-            _interval(row["speedup"], row["low"], row["high"]),
-            f"{row['onnx_bytes'] / 1e6:.1f}",
-        ]
-        for row in result["rows"]
-    ]
-    titles = ["model", "form", "engine", "accuracy", "points lost", "over float32 [95 %]", "ONNX MB"]
-    return "\n".join(markdown_table(titles, cells))
-
-
-@_of("compound_tables")
-def compound_targets_table(result: dict[str, Any]) -> str:
-    """Compound targets, searched with a table in the deployed form and with a float32 table."""
-    cells = [
-        [
-            f"{row['target']:g}x",
-            row["table"],
-            _interval(row["measured_speedup"], row["low"], row["high"]),
-            f"{row['error_percent']:+.1f} %",
-            str(row["corrections"]),
-            f"{row['score']:.4f}",
-        ]
-        for row in sorted(result["rows"], key=lambda row: row["target"])
-    ]
-    titles = ["target", "table", "measured [95 %]", "off by", "corrections", "accuracy"]
-    return "\n".join(markdown_table(titles, cells))
-
-
 def figures_with_goals() -> str:
     """Every figure of every committed result that has a goal, against it."""
     results = read_results(RESULTS)
     for result in results:
         result["figures"] = {k: v for k, v in result["figures"].items() if goal_met(v["value"], v["goal"]) is not None}
     return figures_table(results) if results else PENDING
-
-
-@_of("sparsity_accuracy")
-def sparsity_accuracy_table(result: dict[str, Any]) -> str:
-    """What zeros cost a classifier: in one pass, in several with Hessians collected anew, and trained after one."""
-    cells = [
-        [
-            f"{100 * row['sparsity']:.0f} %",
-            str(row["passes"]),
-            str(row["trained_steps"] or MISSING),
-            f"{row['score']:.4f}",
-            percent_text(100 * row["score"] / result["settings"]["dense_score"]),
-        ]
-        for row in result["rows"]
-    ]
-    titles = ["zeros", "passes", "steps of training", "accuracy", "of dense"]
-    return "\n".join(markdown_table(titles, cells))
 
 
 def guides_table() -> str:
@@ -326,7 +205,7 @@ def _guide_link(name: str) -> str:
     return f"[{name}](ziplm_deploy/guides/{name}.md)"
 
 
-@_of("install")
+@of_result("install")
 def install(result: dict[str, Any]) -> str:
     """What the documented install weighs and takes."""
     figures, settings = result["figures"], result["settings"]
@@ -352,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compound_tables": compound_targets_table,
     "sparsity_accuracy": sparsity_accuracy_table,
     "int8": int8_table,
+    "int8_ranges": int8_ranges_table,
     "figures": figures_with_goals,
 }
 

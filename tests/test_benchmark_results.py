@@ -24,7 +24,17 @@ from ziplm_deploy.tasks.outcomes import Outcomes, halves  # noqa: E402
 
 @pytest.mark.parametrize(
     ("value", "goal", "met"),
-    [(3.1, "<= 5", True), (5, "< 5", False), (1, ">= 1", True), (0.9, "> 1", False), (1, "", None), (1, "small", None)],
+    [
+        (3.1, "<= 5", True),
+        (5, "< 5", False),
+        (1, ">= 1", True),
+        (0.9, "> 1", False),
+        (3, "3 to 4", True),
+        (4.1, "3 to 4", False),
+        (2.9, "3 to 4", False),
+        (1, "", None),
+        (1, "small", None),
+    ],
 )
 def test_goals(value: float, goal: str, met: bool | None) -> None:
     assert goal_met(value, goal) is met
