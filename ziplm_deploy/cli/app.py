@@ -22,41 +22,62 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command in order, as Ctrl-C does."""
 
 
-def end_in_order_on_sigterm() -> None:
-    """Let SIGTERM, from ``docker stop`` or a batch system, end workers and remove what is half-written.
+_asked: list[KeyboardInterrupt] = []  # by signals, to end the command in hand
 
-    A second one ends the process at once.
+
+def end_in_order() -> None:
+    """Let SIGTERM, from ``docker stop`` or a batch system, and Ctrl-C end workers and remove what is half-written.
+
+    A second SIGTERM ends the process at once.
     """
 
-    def terminate(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated
+    def end(number: int, frame: object) -> None:
+        if number == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _asked.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise _asked[-1]
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
 
 
 class _Edge(TyperGroup):
     """The one place where errors become messages and exit codes. Unexpected exceptions keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        _asked.clear()
         try:
             return super().invoke(ctx)
-        except ZipLMError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
+        except typer.Exit:
+            raise
         except KeyboardInterrupt as error:
-            terminated = isinstance(error, Terminated)
-            what = "terminated" if terminated else "interrupted"
-            typer.echo(f"\n{what}: nothing half-written is left; the same command continues where it was", err=True)
-            raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            where = f" for {error.filename}" if error.filename else ""
-            typer.echo(
-                f"error: expected free disk space{where}, found none; free some and run the same again", err=True
-            )
-            raise typer.Exit(1) from error
+            raise _ended(error) from error
+        except Exception as error:
+            if _asked:  # what is written in C++ makes an error of its own of an interrupt
+                raise _ended(_asked[-1]) from error
+            if (failure := _failed(error)) is not error:
+                raise failure from error
+            raise
+
+
+def _ended(error: KeyboardInterrupt) -> typer.Exit:
+    """How a command ends that was asked to."""
+    terminated = isinstance(error, Terminated)
+    what = "terminated" if terminated else "interrupted"
+    typer.echo(f"\n{what}: nothing half-written is left; the same command continues where it was", err=True)
+    return typer.Exit(TERMINATED if terminated else INTERRUPTED)
+
+
+def _failed(error: Exception) -> Exception:
+    """How a command ends that raised ``error``; with itself, where nobody expected it."""
+    if isinstance(error, ZipLMError):
+        typer.echo(f"error: {error}", err=True)
+        return typer.Exit(error.exit_code)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" for {error.filename}" if error.filename else ""
+        typer.echo(f"error: expected free disk space{where}, found none; free some and run the same again", err=True)
+        return typer.Exit(1)
+    return error
 
 
 app = typer.Typer(

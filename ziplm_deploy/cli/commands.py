@@ -21,7 +21,7 @@ from ziplm_deploy.cli.app import (
     Speedups,
     Threads,
     app,
-    end_in_order_on_sigterm,
+    end_in_order,
 )
 from ziplm_deploy.cli.inputs import (
     console_progress,
@@ -356,5 +356,5 @@ def _finish(report: FamilyReport, recipe: Recipe, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of ``ziplm-deploy``."""
-    end_in_order_on_sigterm()
+    end_in_order()
     app()
