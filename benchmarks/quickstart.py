@@ -63,6 +63,7 @@ def main() -> None:
         "metric": report.metric,
         "method": report.method,
         "environment": report.environment.describe(),
+        "baselines": [baseline.model_dump(mode="json") for baseline in report.baselines],
         "aa": [report.aa_ratio, report.aa_low, report.aa_high],
         "processes": recipe.benchmark.processes,
         "stage_seconds": report.stage_seconds,

@@ -29,8 +29,8 @@ from tables_compression import (
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.guides import first_sentence, guide_names
 from ziplm_deploy.recipe import recipe_reference
-from ziplm_deploy.reporting.records import MemberReport
-from ziplm_deploy.reporting.table import header, markdown_table, rows, verdict
+from ziplm_deploy.reporting.records import BaselineReport, MemberReport
+from ziplm_deploy.reporting.table import MISSING, baseline_rows, header, markdown_table, rows, verdict
 
 GUIDES = ROOT / "ziplm_deploy" / "guides"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(GUIDES.rglob("*.md")))
@@ -43,7 +43,8 @@ FOLDERS = {"extending": "Add a method, an architecture, an engine, a task or a s
 def quickstart_table(result: dict[str, Any]) -> str:
     """Members of the committed quickstart run, all that is known of them, and where it was measured."""
     members, metric = _quickstart_members(result), result["settings"]["metric"]
-    return "\n".join([*markdown_table(header(members, metric), rows(members, metric)), "", _quickstart_place(result)])
+    cells = [*rows(members, metric), *baseline_rows(members, _quickstart_baselines(result), metric)]
+    return "\n".join([*markdown_table(header(members, metric), cells), "", _quickstart_place(result)])
 
 
 @of_result("quickstart")
@@ -59,6 +60,16 @@ def quickstart_short_table(result: dict[str, Any]) -> str:
             verdict(member),
         ]
         for member in _quickstart_members(result)
+    ]
+    cells += [
+        [
+            baseline.name,
+            interval_text(baseline.measured_speedup, baseline.measured_low, baseline.measured_high),
+            f"{baseline.accuracy[metric]:.4f}" if baseline.accuracy else MISSING,
+            f"{baseline.size_bytes / 1e6:.1f}",
+            baseline.title,
+        ]
+        for baseline in _quickstart_baselines(result)
     ]
     titles = ["model", "target → measured [95 %]", metric.capitalize(), "ONNX MB", "verdict"]
     return "\n".join([*markdown_table(titles, cells), "", _quickstart_place(result)])
@@ -76,12 +87,16 @@ def _quickstart_members(result: dict[str, Any]) -> list[MemberReport]:
     return [MemberReport.model_validate(row) for row in result["rows"]]
 
 
+def _quickstart_baselines(result: dict[str, Any]) -> list[BaselineReport]:
+    return [BaselineReport.model_validate(fields) for fields in result["settings"].get("baselines", [])]
+
+
 def _quickstart_place(result: dict[str, Any]) -> str:
     machine, (ratio, low, high) = result["machine"], result["settings"]["aa"]
     return (
         f"{result['settings']['environment']}, {machine['cores']} core(s) of {machine['cpu']}, onnxruntime "
         f"{result['versions']['onnxruntime']}, {result['date'][:10]}; the dense model against itself in the same run: "
-        f"{ratio:.3f} [{low:.3f}, {high:.3f}]. Intervals over rounds of {_processes(result['settings'])}. The run took "
+        f"{ratio:.3f} [{low:.3f}, {high:.3f}]. Intervals over {_processes(result['settings'])}. The run took "
         f"{result['figures']['total_seconds']['value'] / 60:.1f} minutes."
     )
 

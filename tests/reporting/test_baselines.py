@@ -59,10 +59,13 @@ def test_rows_are_as_long_as_the_titles() -> None:
     plain = family_report(baselines=[baseline("int8")])
     compared = family_report(baselines=[baseline("int8", of_dense={"spearman": comparison(-0.02, -0.01)})])
     compared.members[1].served.of_dense = {"spearman": comparison(-0.03, -0.01)}
-    assert "101.0 % [100.5, 101.5]" in baseline_rows(compared)[0]
+    assert "101.0 % [100.5, 101.5]" in baseline_rows(compared.members, compared.baselines, compared.metric)[0]
     for report in (plain, compared, with_torch(baseline("int8", over_torch=Ratio(3.7, 3.6, 3.8)), baseline("torch"))):
         titles = header(report.members, report.metric)
-        everything = [*rows(report.members, report.metric), *baseline_rows(report)]
+        everything = [
+            *rows(report.members, report.metric),
+            *baseline_rows(report.members, report.baselines, report.metric),
+        ]
         assert {len(row) for row in everything} == {len(titles)}
         assert ("over torch" in titles) == (report not in (plain, compared))
 
@@ -71,7 +74,10 @@ def test_speedups_over_torch_stand_beside_those_over_dense() -> None:
     report = with_torch(baseline("int8", over_torch=Ratio(3.7, 3.6, 3.8)), baseline("torch", measured_speedup=0.66))
     column = header(report.members, report.metric).index("over torch")
     assert [row[column] for row in rows(report.members, report.metric)] == ["1.50x [1.40, 1.60]", "3.00x [2.90, 3.10]"]
-    assert [row[column] for row in baseline_rows(report)] == ["3.70x [3.60, 3.80]", "–"]
+    assert [row[column] for row in baseline_rows(report.members, report.baselines, report.metric)] == [
+        "3.70x [3.60, 3.80]",
+        "–",
+    ]
 
 
 def test_every_report_shows_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,10 @@ def print_family(report: FamilyReport, folder: Path) -> None:
         _table(
             f"{report.name}: {report.environment.describe()}",
             members.header(report.members, report.metric),
-            [*members.rows(report.members, report.metric), *members.baseline_rows(report)],
+            [
+                *members.rows(report.members, report.metric),
+                *members.baseline_rows(report.members, report.baselines, report.metric),
+            ],
         )
     )
     if members.has_other_baseline(report):

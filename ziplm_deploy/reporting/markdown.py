@@ -57,7 +57,7 @@ def family_markdown(report: FamilyReport) -> str:
 
 
 def _all_rows(report: FamilyReport) -> list[list[str]]:
-    return [*rows(report.members, report.metric), *baseline_rows(report)]
+    return [*rows(report.members, report.metric), *baseline_rows(report.members, report.baselines, report.metric)]
 
 
 def _baselines(report: FamilyReport) -> list[list[str]]:

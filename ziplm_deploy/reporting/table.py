@@ -142,10 +142,10 @@ def _row(
     ]
 
 
-def baseline_rows(report: FamilyReport) -> list[list[str]]:
+def baseline_rows(members: Sequence[MemberReport], baselines: Sequence[BaselineReport], metric: str) -> list[list[str]]:
     """One row a baseline, under those of the members."""
-    scores, trained = _score_columns(report.members, report.metric).values(), _trained(report.members)
-    torch = _over_torch(report.members)
+    scores, trained = _score_columns(members, metric).values(), _trained(members)
+    torch = _over_torch(members)
     return [
         [
             baseline.name,
@@ -160,7 +160,7 @@ def baseline_rows(report: FamilyReport) -> list[list[str]]:
             *(score(baseline) for score in scores),
             baseline.title,
         ]
-        for baseline in report.baselines
+        for baseline in baselines
     ]
 
 
