@@ -38,6 +38,12 @@ def test_ctrl_c_interrupts_every_time() -> None:
         assert type(error.value) is KeyboardInterrupt
 
 
+def test_a_background_job_still_ignores_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_in_order()
+    signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupt_that_became_an_error_of_a_library_is_still_one(
     number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,7 @@ _asked: list[KeyboardInterrupt] = []  # by signals, to end the command in hand
 def end_in_order() -> None:
     """Let SIGTERM, from ``docker stop`` or a batch system, and Ctrl-C end workers and remove what is half-written.
 
-    A second SIGTERM ends the process at once.
+    A second SIGTERM ends the process at once. Ctrl-C stays without effect where it is, as in a shell's background jobs.
     """
 
     def end(number: int, frame: object) -> None:
@@ -38,7 +38,8 @@ def end_in_order() -> None:
         raise _asked[-1]
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
 
 
 class _Edge(TyperGroup):
