@@ -24,8 +24,6 @@ from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quant
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, sparsity_of
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
-from ziplm_deploy.engines import Engine, ModelSignature, WorkerHandle
-from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import CorruptArtifactError, EngineError, NumericalError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
@@ -355,46 +353,3 @@ def test_an_absent_back_end_is_found_before_any_work(
 def test_compress_without_variants_says_what_to_name(made: Path) -> None:
     with pytest.raises(RecipeError, match=r"compress\.variants"):
         ziplm_deploy.compress(recipe(made))
-
-
-def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Engine, "may_abort", True)
-    run_once = Trial.run
-
-    def refusing(self: Trial, path: Path) -> None:
-        if path.name == "model_int8.onnx" and path.parent.name == "1.5x":
-            raise ModelRefusedError("assertion failed")
-        run_once(self, path)
-
-    monkeypatch.setattr(Trial, "run", refusing)
-    settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
-    report = run(recipe(made, compress=settings, output_dir=str(tmp_path)))
-    assert [[file.variant for file in each.files] for each in report.members] == [["fp32", "int8"], ["fp32"]]
-    assert any("cannot run these files" in note and "1.5x int8" in note for note in report.notes)
-    with pytest.raises(EngineError, match="assertion failed"):
-        run(recipe(made, compress={**settings, "target": "int8"}, output_dir=str(tmp_path / "target")))
-
-
-def test_a_pruned_model_that_the_engine_cannot_run_is_pruned_a_little_further(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Engine, "may_abort", True)
-    load, bad = WorkerHandle.load, []
-
-    def dying(self: WorkerHandle, model_id: str, path: Path) -> ModelSignature:
-        if path.parent.name == "1.5x":
-            bad.append(path.read_bytes())
-            if path.read_bytes() == bad[0]:  # what the first plan became
-                raise EngineError("the process died")
-        return load(self, model_id, path)
-
-    monkeypatch.setattr(WorkerHandle, "load", dying)
-    settings = recipe(made, output_dir=str(tmp_path), profile={"table": str(made / "runs" / "tiny" / "profile.json")})
-    report = run(settings)
-    assert {member.name for member in report.members} == {"dense", "1.5x"}
-    served = (tmp_path / "tiny" / "1.5x" / "model.onnx").read_bytes()
-    assert served != bad[0]
-    correction = json.loads((tmp_path / "tiny" / "manifest.json").read_text())["corrections"]["1.5x"]
-    assert correction["refused_plans"] >= 1
