@@ -67,7 +67,7 @@ class Bench:
 
     def scores(self, function: ModelFunction) -> dict[str, float]:
         return self.task.evaluate(function, self.evaluation) | self.task.fidelity(
-            function, self.float32, self.evaluation
+            function, self.float32, self.evaluation, self.evaluation
         )
 
     def batches(self, seed: int) -> list[ArrayBatch]:

@@ -73,7 +73,7 @@ class Bench:
         """What a model did on every example, and its scores, those of fidelity to dense among them."""
         run = cache_embeddings(torch_function(self.task, model))
         outcomes = self.task.outcomes(run, self.evaluation)
-        fidelity = self.task.fidelity(run, self._dense_run, self.evaluation)
+        fidelity = self.task.fidelity(run, self._dense_run, self.evaluation, self.evaluation)
         return outcomes, self.task.scores(outcomes) | fidelity
 
     def calibration(self, size: int, seed: int) -> Calibration:

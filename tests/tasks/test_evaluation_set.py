@@ -119,7 +119,7 @@ def test_metric_and_fidelity_read_each_batch_once(tokenizer: Any) -> None:
     remembered = cache_embeddings(run)
     scores = task.evaluate(remembered, data)
     evaluated = len(calls)
-    assert task.fidelity(remembered, run, data)["mean_cosine"] == pytest.approx(1)
+    assert task.fidelity(remembered, run, data, data)["mean_cosine"] == pytest.approx(1)
     assert len(calls) == 2 * evaluated, "the dense model is asked once, the candidate not again"
     assert scores == task.evaluate(run, data)
 

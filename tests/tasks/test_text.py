@@ -153,9 +153,10 @@ def test_fidelity_bounds() -> None:
 def test_fidelity_of_the_dense_model_to_itself(tokenizer: Any) -> None:
     task, rows = get_task("sentence-similarity"), labelled_rows("sentence-similarity", 12)
     run = torch_function(task, tiny_model("bert"))
-    scores = task.fidelity(run, run, evaluation_set(rows, tokenizer))
+    data = evaluation_set(rows, tokenizer)
+    scores = task.fidelity(run, run, data, data)
     assert scores == pytest.approx({"mean_cosine": 1, "neighbour_overlap": 1})
-    assert get_task("fill-mask").fidelity(run, run, evaluation_set(rows, tokenizer)) == {}
+    assert get_task("fill-mask").fidelity(run, run, data, data) == {}
 
 
 # labels

@@ -23,7 +23,7 @@ class Answers:
 
     def __init__(self, runner: ModelFunction, task: Task, data: EvaluationSet, known: Answers | None) -> None:
         self._embeddings: Embeddings = {} if known is None else known._embeddings
-        self._task, self._data = task, data
+        self._task, self.data = task, data
         self.function = cache_embeddings(runner, self._embeddings)
         if known is not None:
             self.outcomes = known.outcomes
@@ -31,7 +31,7 @@ class Answers:
     @functools.cached_property
     def outcomes(self) -> Outcomes:
         """On all evaluation examples."""
-        return self._task.outcomes(self.function, self._data)
+        return self._task.outcomes(self.function, self.data)
 
 
 class KnownAnswers:

@@ -139,13 +139,14 @@ class RunFolder:
         """Lengths of the texts of ``calibration`` and ``evaluation``, once they were counted; none of images."""
         return dict(self._manifest.lengths)
 
-    def gzip_bytes(self, file_hash: str, compute: Callable[[], int] | None = None) -> int:
-        """Compressed size of a file, computed once for each content and kept in the manifest; 0: not known yet."""
-        known = self._manifest.gzip_bytes
-        if file_hash not in known and compute is not None:
-            known[file_hash] = compute()
-            self.save()
-        return known.get(file_hash, 0)
+    def gzip_bytes(self, file_hash: str) -> int:
+        """Compressed size of a file, by its content; 0: not known yet."""
+        return self._manifest.gzip_bytes.get(file_hash, 0)
+
+    def set_gzip_bytes(self, file_hash: str, size: int) -> None:
+        """Keep the compressed size of a content."""
+        self._manifest.gzip_bytes[file_hash] = size
+        self.save()
 
     def set_note(self, topic: str, text: str | None, *, member: str | None = None) -> None:
         """Replace the warning about a topic; None takes it back. One of a ``member`` goes when the member does."""

@@ -76,6 +76,7 @@ class Run:
         self.dense = self.data.dense
         self.n_stages = 0  # how many will be announced
         self._parent: Parent | None = None
+        self._hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}  # state of a file when its hash was computed
         self._announced = 0
         self.folder.record(
             model_hash=self.dense.base_hash,
@@ -190,11 +191,16 @@ class Run:
         return make_teacher(self.teacher_model, self.task, self.data.examples, self.recipe.recover)
 
     def file_hash(self, path: Path) -> str:
-        """Hash of an output of an earlier stage.
+        """Hash of an output of an earlier stage; read again only if the file was written since.
 
         Raises:
             CorruptArtifactError: it is missing.
         """
         if not path.is_file():
             raise CorruptArtifactError(f"expected {path} from an earlier stage, found none; run all stages again")
-        return file_hash(path)
+        facts = path.stat()
+        state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        known = self._hashes.get(path)
+        if known is None or known[0] != state:
+            known = self._hashes[path] = (state, file_hash(path))
+        return known[1]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.latency.benchmark import Decided, TimedFile, compare
 from ziplm_deploy.latency.record import BenchmarkRecord
-from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.machine.info import machine_info, usable_cores
 from ziplm_deploy.recipe import Environment, file_label
 from ziplm_deploy.run.member import DENSE
 from ziplm_deploy.run.run import Run
@@ -35,10 +36,17 @@ def benchmark(run: Run) -> BenchmarkRecord:
     files = files_of_family(run)
     record = measure(run, "benchmark", run.folder.benchmark, files, aside=baselines, seed=FINAL_SEED)
     measure_short_requests(run)
-    for file in runnable_files(run):
-        path = file.onnx
-        run.folder.gzip_bytes(run.file_hash(path), lambda path=path: gzip_bytes(path))  # type: ignore[misc]
+    _weigh_files(run)
     return record
+
+
+def _weigh_files(run: Run) -> None:
+    """Keep how large files are when compressed; as many at a time as cores are granted, for zlib takes but one."""
+    paths = {run.file_hash(file.onnx): file.onnx for file in runnable_files(run)}
+    unknown = {content: path for content, path in paths.items() if not run.folder.gzip_bytes(content)}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for content, size in zip(unknown, pool.map(gzip_bytes, unknown.values()), strict=True):
+            run.folder.set_gzip_bytes(content, size)
 
 
 def short_requests(run: Run) -> Environment | None:

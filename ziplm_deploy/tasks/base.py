@@ -202,8 +202,13 @@ class Task(ABC):
         """F1 of every class or type of entity by its name in the model's configuration; empty for tasks without."""
         return {}
 
-    def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
-        """Closeness of the outputs to the dense model's, needing no labels; empty where the metric says enough."""
+    def fidelity(
+        self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet, dense_data: EvaluationSet
+    ) -> dict[str, float]:
+        """Closeness of the outputs to the dense model's, needing no labels; empty where the metric says enough.
+
+        ``dense_data``: the examples of ``data`` as the dense model takes them, perhaps in larger batches.
+        """
         return {}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

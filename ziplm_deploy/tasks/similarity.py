@@ -108,15 +108,18 @@ class SentenceSimilarity(Task):
         labels = np.array([row["label"] for row in data.rows], dtype=np.float64)
         return value_outcomes(similarity, labels)
 
-    def fidelity(self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet) -> dict[str, float]:
+    def fidelity(
+        self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet, dense_data: EvaluationSet
+    ) -> dict[str, float]:
         """Mean cosine to the dense embeddings and overlap of ten nearest neighbours; empty for ten texts or fewer.
 
         Neighbours are nearest by the similarity that the model was made for.
         """
-        distinct = data.with_rows(flatten(data.rows))
-        if len(distinct.rows) <= NEIGHBOURS:
+        distinct = flatten(data.rows)
+        if len(distinct) <= NEIGHBOURS:
             return {}
-        return embedding_fidelity(self.embed(function, distinct), self.embed(dense, distinct), self._similarity)
+        own = self.embed(function, data.with_rows(distinct))
+        return embedding_fidelity(own, self.embed(dense, dense_data.with_rows(distinct)), self._similarity)
 
     def embed(self, function: ModelFunction, data: EvaluationSet) -> np.ndarray:
         """Embeddings ``[rows, hidden]`` of the rows' ``text``, from ``sentence_embedding`` or by pooling here."""

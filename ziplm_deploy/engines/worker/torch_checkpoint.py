@@ -16,7 +16,10 @@ import numpy as np
 from .facts import EngineFacts
 from .inputs import make_inputs
 
-FACTS = EngineFacts("torch", install="pip install torch", imports=("torch", "transformers"))
+# What transformers imports with its first model takes seconds: with these, the worker does so while others come up.
+FACTS = EngineFacts(
+    "torch", install="pip install torch", imports=("torch", "transformers", "transformers.modeling_utils")
+)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 
