@@ -71,7 +71,7 @@ def test_every_architecture_can_be_profiled(model_type: str) -> None:
     assert done[-1][0] == done[-1][1]
 
 
-def test_whole_models_have_a_process_each_and_cells_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_models_have_processes_of_their_own_and_cells_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     held: dict[WorkerHandle, list[str]] = {}
     load = WorkerHandle.load
 
@@ -83,7 +83,7 @@ def test_whole_models_have_a_process_each_and_cells_share_one(monkeypatch: pytes
     measure_table(request())
     together = {worker: ids for worker, ids in held.items() if len(ids) > 1}
     alone = sorted(ids[0] for worker, ids in held.items() if worker not in together)
-    assert alone == ["dense", "whole 0", "whole 1", "whole 2", "whole 3"]
+    assert alone == [name for name in ("dense", "whole 0", "whole 1", "whole 2", "whole 3") for _ in range(3)]
     assert [worker.options.shared_arena for worker in together] == [True]
 
 
@@ -143,8 +143,8 @@ class FormulaWorker:
             samples.append(self.latency_ms(model_id) * speed * self.generator.lognormal(0, self.noise))
         return samples
 
-    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
-        return self.time_many([model_id] * n)
+    def warm_up(self, model_id: str) -> None:
+        self.time_many([model_id])
 
 
 def measured_by_formula(profile: ProfileConfig, **machine: Any) -> tuple[Samples, dict[tuple[str, int], Any]]:
@@ -204,7 +204,7 @@ class Proxy:
     """A second worker on the same machine."""
 
     def __init__(self, machine: FormulaWorker) -> None:
-        self.time, self.time_many = machine.time, machine.time_many
+        self.time_many = machine.time_many
 
 
 def test_two_workers_are_timed_in_the_order_that_one_would_be() -> None:
@@ -213,9 +213,36 @@ def test_two_workers_are_timed_in_the_order_that_one_would_be() -> None:
     machine = FormulaWorker(seed=1)
     cells: Any = Proxy(machine)
     reference: Any = Proxy(machine)
-    workers = Workers({"dense": reference, "base": cells, "none": cells})
+    workers = Workers({"dense": [reference], "base": [cells], "none": [cells]})
     assert workers.time_many(order * 20) == alone.time_many(order * 20)
-    assert workers.time("dense", n=3) == alone.time("dense", n=3)
+
+
+class Placed:
+    """A process whose place in memory alone tells how fast it is."""
+
+    def __init__(self, ms: float) -> None:
+        self.ms, self.loaded = ms, 0
+
+    def load(self, model_id: str, path: Path) -> None:
+        self.loaded += 1
+
+    def time_many(self, order: list[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        return [self.ms] * len(order)
+
+
+def test_processes_of_a_whole_model_take_turns() -> None:
+    places: Any = [Placed(1.0), Placed(1.1), Placed(0.9)]
+    cells: Any = Placed(0.2)
+    workers = Workers({"dense": places, "base": [cells]})
+    workers.load("dense", Path("dense.onnx"))
+    assert [place.loaded for place in places] == [1, 1, 1]
+    assert workers.time_many(["dense", "base", "dense", "dense", "dense"]) == [1.0, 0.2, 1.1, 0.9, 1.0]
+    assert workers.time_many(["base", "dense"]) == [0.2, 1.1]
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(64, 3), (0.5, 1), (0.001, 1)])
+def test_small_machines_hold_fewer_processes_of_whole_models(gigabytes: float, expected: int) -> None:
+    assert profiling._whole_processes(tiny_model("bert"), int(gigabytes * 2**30)) == expected
 
 
 def test_the_unpruned_model_says_what_is_negligible() -> None:

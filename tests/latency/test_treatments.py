@@ -85,8 +85,8 @@ def loaded_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, onnx.
     load, seen = WorkerHandle.load, {}
 
     def noting(self: WorkerHandle, model_id: str, path: Path) -> Any:
-        assert model_id not in seen
-        seen[model_id] = self.version, onnx.load(path)
+        found = self.version, onnx.load(path)
+        assert seen.setdefault(model_id, found) == found  # in each of its processes the same
         return load(self, model_id, path)
 
     monkeypatch.setattr(WorkerHandle, "load", noting)

@@ -5,7 +5,7 @@ and loaded exactly like a family member (:mod:`ziplm_deploy.latency.models`); se
 how its latency follows. The base (embeddings and head without layers) and the dense model are timed in the same
 interleaved run. The dense model is what speedups are over: float32, on the baseline engine, which may be another one.
 A few pruned models are timed with them, and correct sums of cells (:mod:`ziplm_deploy.latency.correction`). Every model
-with all its layers has a process of its own, as where it serves.
+with all its layers has processes of its own, as where it serves: several, for where one lies in memory shifts latency.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, get_engine
 from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import EngineError
+from ziplm_deploy.latency.benchmark import warm_up
 from ziplm_deploy.latency.cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
-from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, Grid
+from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, WHOLE_SHARES, Grid
 from ziplm_deploy.latency.models import TableModel, table_models
 from ziplm_deploy.latency.request import TableRequest
-from ziplm_deploy.latency.statistics import is_stable, summarize
+from ziplm_deploy.latency.statistics import summarize
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.machine.locks import timing_alone
@@ -40,27 +42,39 @@ from ziplm_deploy.progress import Note, StepProgress
 REMEASURE_ROUNDS = 10
 REMEASURE_SHARE = 0.2  # of the time limit, kept back for suspicious cells
 MIN_ANCHORS = 8
-# The dense model's error is in every predicted speedup, a cell's only in its share: it is timed more often.
-EXTRA_DENSE = 2
+# Errors of models with all their layers are in every predicted speedup, a cell's only in its share: they are timed more
+# often, and in several processes that take turns: one differs from the next by 1 to 3 %, and sometimes by much more.
+EXTRA_DENSE, EXTRA_WHOLES = 2, 1
+WHOLE_PROCESSES = 3
+MEMORY_SHARE = 4  # processes of whole models may take one in so many bytes of the machine's memory
+PROCESS_BYTES = 80 * 2**20  # of a worker, without its model
 
 
 class Workers:
-    """The workers of one table; times models of all of them in one order, as a single worker would."""
+    """The workers of one table; times models of all of them in one order, as a single worker would.
 
-    def __init__(self, of_model: Mapping[str, WorkerHandle]) -> None:
+    Those of a model that has several take turns: each of its runs is in another process than the last.
+    """
+
+    def __init__(self, of_model: Mapping[str, Sequence[WorkerHandle]]) -> None:
         self._of_model = of_model
+        self._turns = {model_id: itertools.cycle(workers) for model_id, workers in of_model.items()}
 
     def load(self, model_id: str, path: Path) -> None:
-        self._of_model[model_id].load(model_id, path)
+        for worker in self._of_model[model_id]:
+            worker.load(model_id, path)
 
-    def time(self, model_id: str, n: int, warmup: int = 1) -> list[float]:
-        return self._of_model[model_id].time(model_id, n=n, warmup=warmup)
+    def warm_up(self, model_id: str) -> None:
+        """Run a model in each of its processes until timings agree."""
+        for worker in self._of_model[model_id]:
+            warm_up(worker, model_id)
 
     def time_many(self, order: Sequence[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
         """Milliseconds of one run of each model in ``order``, in that order, whichever engine has it."""
         samples_ms: list[float] = []
-        for worker, ids in itertools.groupby(order, key=self._of_model.__getitem__):
-            samples_ms += worker.time_many(list(ids), warmup, warmup_ms)
+        turns = [(next(self._turns[model_id]), model_id) for model_id in order]
+        for worker, group in itertools.groupby(turns, key=lambda turn: turn[0]):
+            samples_ms += worker.time_many([model_id for _, model_id in group], warmup, warmup_ms)
         return samples_ms
 
 
@@ -126,11 +140,15 @@ def _measure_models(request: TableRequest, report: StepProgress, seed: int, note
     with contextlib.ExitStack() as stack:
         engine = request.environment.engine
         together = stack.enter_context(request.start_worker(engine, holds_many=True))
+        whole_ids = sorted(request.grid.whole_ids.intersection(ids))
+        n_processes = _whole_processes(request.dense, machine_info().memory_bytes)
         alone = {
-            model_id: stack.enter_context(request.start_worker(request.engine_of(model_id)))
-            for model_id in sorted(request.grid.whole_ids.intersection(ids))
+            model_id: [
+                stack.enter_context(request.start_worker(request.engine_of(model_id))) for _ in range(n_processes)
+            ]
+            for model_id in whole_ids
         }
-        workers = Workers({model_id: alone.get(model_id, together) for model_id in ids})
+        workers = Workers({model_id: alone.get(model_id, [together]) for model_id in ids})
         refused = _load_models(request, models, workers, lambda done: report(done, steps))
         ids = [model_id for model_id in ids if model_id not in refused]
         with timing_alone(note):
@@ -139,7 +157,16 @@ def _measure_models(request: TableRequest, report: StepProgress, seed: int, note
             _remeasure(workers, samples, request.grid, seed)
             seconds = time.monotonic() - measuring
     report(steps, steps)
-    return _Measurement(samples, refused, {request.baseline: alone[DENSE].version, engine: together.version}, seconds)
+    return _Measurement(
+        samples, refused, {request.baseline: alone[DENSE][0].version, engine: together.version}, seconds
+    )
+
+
+def _whole_processes(dense: nn.Module, memory_bytes: int) -> int:
+    """How many processes each whole model gets: fewer where they would take too much of the machine's memory."""
+    weights = sum(parameter.numel() * 4 for parameter in dense.parameters())
+    once = weights * (2 + sum(WHOLE_SHARES)) + PROCESS_BYTES * (2 + len(WHOLE_SHARES))  # dense, and as served
+    return max(1, min(WHOLE_PROCESSES, int(memory_bytes / MEMORY_SHARE / once)))
 
 
 def _load_models(
@@ -188,10 +215,11 @@ def _measure(workers: Workers, ids: Sequence[str], grid: Grid, report: Callable[
     generator = np.random.default_rng(seed)
     samples = Samples()
     deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
+    extra = [DENSE] * EXTRA_DENSE + [model_id for model_id in ids if model_id in grid.pruned_samples] * EXTRA_WHOLES
     _warm_up(workers, ids, grid.whole_ids)
     # Three rounds at least: a median of fewer is none.
     while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
-        _round(workers, [*ids, *[DENSE] * EXTRA_DENSE], samples, generator)
+        _round(workers, [*ids, *extra], samples, generator)
         samples.rounds += 1
         report(samples.rounds)
         if samples.rounds >= profile.min_rounds and not unsure(samples, grid):
@@ -201,10 +229,9 @@ def _measure(workers: Workers, ids: Sequence[str], grid: Grid, report: Callable[
 
 def _warm_up(workers: Workers, ids: Sequence[str], alone: Collection[str]) -> None:
     workers.time_many(ids, warmup=0)  # first runs allocate and pack
-    for model_id in (model_id for model_id in ids if model_id in alone):  # each in a process of its own
-        seen_ms: list[float] = []
-        while not is_stable(seen_ms) and len(seen_ms) < 24:
-            seen_ms += workers.time(model_id, n=2, warmup=0)
+    for model_id in ids:
+        if model_id in alone:
+            workers.warm_up(model_id)
 
 
 def _round(workers: Workers, ids: Sequence[str], samples: Samples, generator: np.random.Generator) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.documents import shown
-from ziplm_deploy.latency.correction import SumCorrection
+from ziplm_deploy.latency.correction import REFERENCE_ERROR, WHOLE_ERROR, SumCorrection
 from ziplm_deploy.latency.record import from_schema_1
 from ziplm_deploy.latency.statistics import Timing
 from ziplm_deploy.machine.info import MachineInfo
@@ -145,6 +145,7 @@ class LatencyTable(Artifact):
     def _correction(self) -> SumCorrection:
         if not self.wholes:
             return SumCorrection([])
-        full = (self.sum_dense_ms(), (self.unpruned or self.dense).median_ms)
-        base = (self.base.median_ms, self.base.median_ms)
-        return SumCorrection([base, full, *((self.sum_ms(w.sizes), w.timing.median_ms) for w in self.wholes)])
+        full = (self.sum_dense_ms(), (self.unpruned or self.dense).median_ms, REFERENCE_ERROR)
+        base = (self.base.median_ms, self.base.median_ms, REFERENCE_ERROR)
+        wholes = [(self.sum_ms(whole.sizes), whole.timing.median_ms, WHOLE_ERROR) for whole in self.wholes]
+        return SumCorrection([base, full, *wholes])

@@ -30,6 +30,8 @@ from ziplm_deploy.stages.prune import MARGIN, is_reachable, member_key, pruned_k
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import dense_file
 
+SLACK = 2.0  # times the tolerance: a draft aims, and the closed loop measures what came of it
+
 
 def settles(recipe: Recipe) -> bool:
     """Whether drafts are worth timing: a plan takes a search, and the engine is not one that a file may end."""
@@ -93,7 +95,7 @@ def _time_drafts(run: Run, members: Sequence[PrunedMember]) -> dict[str, dict[st
     """Promised and measured speedups by name; none of a target out of reach, nor of any if the machine is too noisy."""
     files, promised = {DENSE: dense_file(run)}, {}
     planner, progress = run.parent(run.dense_member).planner, run.progress
-    tolerance = run.recipe.benchmark.tolerance
+    tolerance = SLACK * run.recipe.benchmark.tolerance
     with tempfile.TemporaryDirectory(prefix="drafts-", dir=scratch_root()) as folder:
         for member in members:
             try:
