@@ -4,7 +4,8 @@ For each case (shape and environment) a table is measured, models between 1.5x a
 exported and timed by the product's own benchmark. Predicted speedup = the table's dense latency / (base + all cells,
 corrected by the table's few whole models, which are other ones than those drawn here).
 Figures: ``worst_deviation_percent`` and ``median_deviation_percent`` of |predicted / measured - 1| over all models;
-the spread of the first is the range of the cases' worst, that of the second of the cases' medians.
+their intervals are the same of the nearest and the farthest speedup in each model's interval. The spread of the first
+is the range of the cases' worst, that of the second of the cases' medians.
 With ``--compound`` cells and models are sparse or INT8, on the engine that serves such files; speedups are over dense
 float32 ONNX Runtime (``compound_additivity``).
 The same without the correction is recorded beside it (``…_of_sums``).
@@ -207,13 +208,25 @@ def figures_of(rows: list[dict[str, Any]], goals: dict[str, str]) -> dict[str, F
             for entry in own:
                 by_case.setdefault(entry["case"], []).append(entry[f"deviation_percent{of_sums}"])
             everything = [deviation for deviations in by_case.values() for deviation in deviations]
+            bounds = np.array([deviation_bounds(entry, of_sums) for entry in own])
             for name, summary in (("worst", np.max), ("median", np.median)) if own else ():
                 per_case = [float(summary(deviations)) for deviations in by_case.values()]
-                spread, goal = (min(per_case), max(per_case)), "" if of_sums else its_goals.get(name, "")
                 figures[f"{name}_deviation_percent{of_sums}{suffix}"] = Figure(
-                    float(summary(everything)), "%", goal, len(everything), spread
+                    float(summary(everything)),
+                    "%",
+                    "" if of_sums else its_goals.get(name, ""),
+                    len(everything),
+                    (min(per_case), max(per_case)),
+                    (float(summary(bounds[:, 0])), float(summary(bounds[:, 1]))),
                 )
     return figures
+
+
+def deviation_bounds(entry: dict[str, Any], of_sums: str) -> tuple[float, float]:
+    """Deviation of a prediction, in percent, from the nearest and the farthest speedup in what was measured."""
+    predicted = entry[f"predicted_speedup{of_sums}"]
+    low, high = (100 * (predicted / entry[f"measured_{end}"] - 1) for end in ("high", "low"))
+    return (0.0 if low < 0 < high else min(abs(low), abs(high))), max(abs(low), abs(high))
 
 
 def profile_config(options: argparse.Namespace) -> ProfileConfig:
