@@ -17,7 +17,7 @@ from ziplm_deploy.latency.statistics import Floats
 
 REFERENCE_ERROR = 0.005  # standard error of log(measured/sum) of the dense model, which is timed most, and of the base
 WHOLE_ERROR = 0.015  # of a pruned whole model
-CURVE_SD = 0.04  # of the smooth curve about its mean
+CURVE_SD = 0.06  # of the smooth curve about its mean
 CURVE_LENGTH = 1.0  # over which it changes: models e times as slow
 KNOTS = 65
 
@@ -31,10 +31,11 @@ class SumCorrection:
 
     def __init__(self, points: Sequence[tuple[float, float, float]]) -> None:
         sums, wholes, errors = np.array(sorted(points or [(1.0, 1.0, REFERENCE_ERROR)])).T  # [n] each
-        self._sum = np.linspace(np.log(sums.min()), np.log(sums.max()), KNOTS)
+        low, high = np.log([sums.min(), sums.max()])
+        self._sum = np.linspace(low, high, KNOTS if low < high else 1)
         whole = self._sum + _smoothed(np.log(sums), np.log(wholes / sums), errors, self._sum)
         # Noise must not make a larger sum the faster model: the map has to be invertible.
-        self._whole = np.maximum.accumulate(whole) + 1e-9 * np.arange(KNOTS)
+        self._whole = np.maximum.accumulate(whole) + 1e-9 * np.arange(len(whole))
 
     def whole_ms(self, sum_ms: float) -> float:
         """Milliseconds of a model whose parts sum up to ``sum_ms``."""

@@ -61,6 +61,7 @@ class Workers:
         self._turns = {model_id: itertools.cycle(workers) for model_id, workers in of_model.items()}
 
     def load(self, model_id: str, path: Path) -> None:
+        """Load a model into each of its processes."""
         for worker in self._of_model[model_id]:
             worker.load(model_id, path)
 
