@@ -85,6 +85,7 @@ def loaded_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, onnx.
     load, seen = WorkerHandle.load, {}
 
     def noting(self: WorkerHandle, model_id: str, path: Path) -> Any:
+        self.wait_until_ready()
         found = self.version, onnx.load(path)
         assert seen.setdefault(model_id, found) == found  # in each of its processes the same
         return load(self, model_id, path)

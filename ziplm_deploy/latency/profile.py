@@ -140,12 +140,13 @@ def _measure_models(request: TableRequest, report: StepProgress, seed: int, note
     ids = [model.model_id for model in models]
     with contextlib.ExitStack() as stack:
         engine = request.environment.engine
-        together = stack.enter_context(request.start_worker(engine, holds_many=True))
+        together = stack.enter_context(request.start_worker(engine, holds_many=True, wait=False))
         whole_ids = sorted(request.grid.whole_ids.intersection(ids))
         n_processes = _whole_processes(request.dense, machine_info().memory_bytes)
         alone = {
             model_id: [
-                stack.enter_context(request.start_worker(request.engine_of(model_id))) for _ in range(n_processes)
+                stack.enter_context(request.start_worker(request.engine_of(model_id), wait=False))
+                for _ in range(n_processes)
             ]
             for model_id in whole_ids
         }

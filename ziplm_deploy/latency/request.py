@@ -96,11 +96,11 @@ class TableRequest:
         """Engine that runs a model: the dense reference is the baseline's, all others are the environment's."""
         return self.baseline if model_id == DENSE else self.environment.engine
 
-    def start_worker(self, engine: EngineName, *, holds_many: bool = False) -> WorkerHandle:
-        """Start a worker for this table's models; raises as :meth:`Engine.start_worker`."""
+    def start_worker(self, engine: EngineName, *, holds_many: bool = False, wait: bool = True) -> WorkerHandle:
+        """Start a worker for this table's models; ``wait`` and what it raises as in :meth:`Engine.start_worker`."""
         options = WorkerOptions.from_environment(self.environment)
         # Sixty sessions with an arena each would take gigabytes.
-        return get_engine(engine).start_worker(replace(options, shared_arena=holds_many))
+        return get_engine(engine).start_worker(replace(options, shared_arena=holds_many), wait=wait)
 
 
 def check_table(table: LatencyTable, request: TableRequest, *, allow_foreign: bool = False) -> None:
