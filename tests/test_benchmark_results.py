@@ -15,11 +15,21 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from accuracy import beside_dense, percent_figure, percent_of_dense_text  # noqa: E402
+from additivity import deviation_bounds  # noqa: E402
 from common import Figure, goal_met, write_result  # noqa: E402
 from compound import best  # noqa: E402
 
 from ziplm_deploy.tasks import get_task  # noqa: E402
 from ziplm_deploy.tasks.outcomes import Outcomes, halves  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("predicted", "nearest", "farthest"),
+    [(2.0, 0.0, 5.2632), (2.1, 0.0, 10.5263), (2.2, 4.7619, 15.7895), (1.8, 5.2632, 14.2857)],
+)
+def test_a_deviation_is_known_as_well_as_the_speedup(predicted: float, nearest: float, farthest: float) -> None:
+    row = {"predicted_speedup": predicted, "measured_low": 1.9, "measured_high": 2.1}
+    assert deviation_bounds(row, "") == pytest.approx((nearest, farthest), rel=1e-4)
 
 
 @pytest.mark.parametrize(
