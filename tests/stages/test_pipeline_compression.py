@@ -156,7 +156,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> Fp32Choice:
-        kept = tuple(row.name for row in rows[:2])
+        kept = tuple(row.name for row in rows[: min(2, len(rows) - 1)])  # a noisy table may leave few linears
         return Fp32Choice(kept, evaluate(kept), reference, ((2, reference),), True)
 
     plans: list[PruningPlan] = []
@@ -164,22 +164,22 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     def slower_at_first(of: Run) -> BenchmarkRecord:
         record = benchmark_stage.benchmark(of)
         plans.append(PruningPlan.load(of.pruned_members[0].plan))
-        figures = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), 1.4 if len(plans) == 1 else 2.0)
-        record.variant("2x int8").__dict__.update(figures)
+        figures = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), 1.1 if len(plans) == 1 else 1.5)
+        record.variant("1.5x int8").__dict__.update(figures)
         return record
 
     monkeypatch.setattr(int8_budget, "keep_in_fp32", keep_two)
     stage = Stage("benchmark", benchmark_stage.STAGE.describe, slower_at_first)
     monkeypatch.setattr(benchmark_stage, "STAGE", stage)
     settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
-    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), speedups=[2.0])
+    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path))
     run(parse_recipe(data))
     before, after = plans
     assert after.budget_ms < before.budget_ms
     assert after.predicted_speedup > before.predicted_speedup
     manifest = json.loads((tmp_path / "tiny" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["corrections"]["2x"]["float32_restarts"] == 1
-    assert manifest["corrections"]["2x"]["float32_slowdown"] > 1
+    assert manifest["corrections"]["1.5x"]["float32_restarts"] == 1
+    assert manifest["corrections"]["1.5x"]["float32_slowdown"] > 1
 
 
 def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:
