@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,30 @@ def table(results: list[dict[str, Any]]) -> str:
             spread = " to ".join(f"{bound:.4g}" for bound in bounds)
             met = verdict_of(figure)
             value = f"{figure['value']:.4g} {figure['unit']}".strip()
-            row = [result["name"], f"`{name}`", value, spread, figure["goal"], met, figure["n"], result["commit"][:10]]
+            row = [
+                result["name"],
+                f"`{name}`",
+                value,
+                spread,
+                figure["goal"],
+                met,
+                figure["n"],
+                measured_at(result, name),
+            ]
             lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
+
+
+def measured_at(result: Mapping[str, Any], figure: str) -> str:
+    """The commits that a figure was measured at: where a result is merged of parts, not that of the merging."""
+    settings = result.get("settings", {})
+    tasks, parts = settings.get("tasks", settings), settings.get("parts", [])
+    named = [(name, part) for name, part in tasks.items() if isinstance(part, dict)]
+    named += [(part["task"], part) for part in parts if isinstance(part, dict) and "task" in part]
+    commits = [(name.replace("-", "_"), part["commit"]) for name, part in named if "commit" in part]
+    own = max((name for name, _ in commits if figure.startswith(f"{name}_")), key=len, default="")
+    found = [commit for name, commit in commits if name == (own or name)]
+    return ", ".join(dict.fromkeys(commit[:10] for commit in found or [result["commit"]]))
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from accuracy import beside_dense, percent_figure, percent_of_dense_text  # noqa
 from additivity import deviation_bounds  # noqa: E402
 from common import Figure, goal_met, write_result  # noqa: E402
 from compound import best  # noqa: E402
+from summary import measured_at  # noqa: E402
 
 from ziplm_deploy.tasks import get_task  # noqa: E402
 from ziplm_deploy.tasks.outcomes import Outcomes, halves  # noqa: E402
@@ -71,6 +72,24 @@ def test_result_has_the_published_shape_and_the_summary_shows_it(tmp_path: Path)
     shown = summary(tmp_path)
     assert shown.returncode == 0
     assert "| additivity | `worst_deviation_percent` | 3.1 % | 2.4 to 3.9 | <= 5 | met | 24 |" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "figure", "shown"),
+    [
+        ({}, "stsb_percent", "of_merging"),
+        ({"tasks": {"stsb": {"commit": "one"}, "stsb-regression": {"commit": "two"}}}, "stsb_percent", "one"),
+        (
+            {"tasks": {"stsb": {"commit": "one"}, "stsb-regression": {"commit": "two"}}},
+            "stsb_regression_percent",
+            "two",
+        ),
+        ({"sst2": {"commit": "one"}, "rte": {"commit": "two"}, "seed": 0}, "best_percent", "one, two"),
+        ({"parts": [{"task": "rte", "commit": "one"}, {"task": "rte", "commit": "two"}]}, "rte_percent", "one, two"),
+    ],
+)
+def test_a_figure_names_the_commits_it_was_measured_at(settings: dict[str, Any], figure: str, shown: str) -> None:
+    assert measured_at({"commit": "of_merging", "settings": settings}, figure) == shown
 
 
 def test_summary_fails_on_a_missed_goal_and_on_a_damaged_file(tmp_path: Path) -> None:
