@@ -46,6 +46,16 @@ def test_its_answers_are_near_those_of_the_dense_model(tmp_path: Path) -> None:
 
 
 @needs_nncf
+def test_paths_relative_to_the_current_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = dense_source(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("made").mkdir()
+    relative = dataclasses.replace(source, onnx=source.onnx.relative_to(tmp_path))
+    get_baseline("openvino-int8").make(relative, Path("made"))
+    assert (tmp_path / "made" / "model.bin").stat().st_size > 0
+
+
+@needs_nncf
 def test_a_model_that_it_refuses_is_an_error_with_its_words(tmp_path: Path) -> None:
     source = dense_source(tmp_path)
     source.onnx.write_bytes(b"no graph")

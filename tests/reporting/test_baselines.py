@@ -22,7 +22,7 @@ from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.facts import BaselineFacts, FamilyFacts
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport
-from ziplm_deploy.reporting.table import baseline_rows, header, rows, verdict
+from ziplm_deploy.reporting.table import baseline_lines, baseline_rows, header, rows, verdict
 from ziplm_deploy.stages import report as report_stage
 from ziplm_deploy.tasks.resampling import Comparison
 
@@ -230,6 +230,11 @@ def test_a_noisy_benchmark_decides_nothing(tmp_path: Path) -> None:
     report = judged(tmp_path, (0.001, 0.01), aa_high=1.5)
     assert [member.served.undecided_against for member in report.members] == [[], ["int8"], ["int8"]]
     assert not any(member.served.beaten_by for member in report.members)
+    lines = baseline_lines(report)
+    assert lines == [
+        f"{name}: timings are too noisy to say whether it is ahead of int8"
+        for name in (member.name for member in report.members[1:])
+    ]
 
 
 def test_without_scores_nothing_is_said(tmp_path: Path) -> None:

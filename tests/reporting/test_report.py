@@ -390,7 +390,8 @@ def test_a_card_says_when_its_figures_are_of_another_engine_than_the_snippet() -
 
 
 def test_aa_line_tells_noise() -> None:
-    assert "up to 1.0 % from 1: trust no smaller difference" in aa_line(Ratio(1.0, 0.99, 1.01), 0.02)
-    assert "up to 0.6 % from 1: trust no smaller" in aa_line(Ratio(1.004, 1.001, 1.006), 0.02)
-    assert "up to 7.0 % from 1: more than the 2 % that verdicts allow" in aa_line(Ratio(1.05, 1.03, 1.07), 0.02)
+    assert "up to 1.00 % from 1: trust no smaller difference" in aa_line(Ratio(1.0, 0.99, 1.01), 0.02)
+    assert "up to 0.60 % from 1: trust no smaller" in aa_line(Ratio(1.004, 1.001, 1.006), 0.02)
+    assert "up to 2.04 % from 1: more than the 2 % that" in aa_line(Ratio(1.0, 0.98, 1.0204), 0.02)
+    assert "up to 7.00 % from 1: more than the 2 % that verdicts allow" in aa_line(Ratio(1.05, 1.03, 1.07), 0.02)
     assert "up to more than 100 % from 1: more than" in aa_line(Ratio(0.992, 0.265, 2.242), 0.02)

@@ -51,7 +51,9 @@ class OpenVinoInt8(Baseline):
             for index, batch in enumerate(dense.batches()):
                 paths.append(str(Path(scratch) / f"batch{index}.npz"))
                 np.savez(paths[-1], **dict(batch))  # type: ignore[arg-type]  # numpy types its keyword allow_pickle only
-            request = {"source": str(dense.onnx), "target": str(folder / self.files[0]), "batches": paths}
+            # the worker runs in another folder
+            source, target = dense.onnx.resolve(), (folder / self.files[0]).resolve()
+            request = {"source": str(source), "target": str(target), "batches": paths}
             file = Path(scratch) / "request.json"
             file.write_text(json.dumps(request), encoding="utf-8")
             _run(file)

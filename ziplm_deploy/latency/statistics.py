@@ -54,7 +54,7 @@ class Ratio:
     @property
     def floor_text(self) -> str:
         """The floor in percent, as texts have it."""
-        return f"{100 * self.floor:.1f} %" if self.floor < 1 else "more than 100 %"
+        return f"{100 * self.floor:.2f} %" if self.floor < 1 else "more than 100 %"
 
 
 def process_ratio(

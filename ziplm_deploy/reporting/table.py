@@ -212,8 +212,13 @@ def baseline_lines(report: FamilyReport) -> list[str]:
     """A line for every member that a baseline beats, or that is not surely ahead of one."""
     known = {baseline.name: baseline for baseline in report.baselines}
     lines = []
+    noisy = report.itself.floor > report.tolerance
     for member in report.members:
         file = member.served
+        if noisy and file.undecided_against:
+            names = ", ".join(file.undecided_against)
+            lines.append(f"{member.name}: timings are too noisy to say whether it is ahead of {names}")
+            continue
         for name in (*file.beaten_by, *file.undecided_against):
             figures = f"{_with_score(known[name], report.metric)} against {_with_score(file, report.metric)}"
             how = (
