@@ -18,7 +18,7 @@ from tests.helpers.reports import (
 )
 from ziplm_deploy.recipe import RecoverConfig, Variant
 from ziplm_deploy.reporting.card import model_card
-from ziplm_deploy.reporting.judge import harmed_by_training, taught_more_than_dense
+from ziplm_deploy.reporting.judge import harmed_by_training, nothing_to_keep, taught_more_than_dense
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.table import file_header, file_rows, header, rows
@@ -183,3 +183,11 @@ def test_a_report_keeps_its_intervals_on_the_disk(tmp_path: Path) -> None:
     report.members[1].files = [file(Variant.INT8, budget="undecided", of_source=comparison(-0.01, 0.02))]
     report.save(tmp_path / "report.json")
     assert FamilyReport.load(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize(("score", "named"), [(0.0, True), (0.01, False), (-0.4, False), (None, False)])
+def test_a_dense_model_that_finds_nothing_is_named(score: float | None, named: bool) -> None:
+    dense = member("dense", accuracy={} if score is None else {"micro_f1": score})
+    pruned = member("2x", accuracy={"micro_f1": 0.0})
+    assert bool(nothing_to_keep([dense, pruned], "micro_f1")) == named
+    assert nothing_to_keep([], "micro_f1") == []

@@ -20,6 +20,7 @@ from ziplm_deploy.reporting.judge import (
     budget_decision,
     harmed_by_training,
     judge,
+    nothing_to_keep,
     taught_more_than_dense,
     too_noisy,
     undecided_budget,
@@ -61,6 +62,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         tolerance=facts.recipe.benchmark.tolerance,
         notes=[
             *facts.notes,
+            *nothing_to_keep(members, facts.metric),
             *harmed_by_training(members, facts.metric),
             *taught_more_than_dense(recipe.recover, has_control=TRAINED_ON in (each.name for each in facts.baselines)),
             *_int8_notes(facts),

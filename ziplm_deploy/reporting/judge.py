@@ -110,6 +110,19 @@ def _of_source(file: FileFacts) -> Comparison | None:
     return None if file.uncertainty is None else file.uncertainty.of_source
 
 
+def nothing_to_keep(members: Sequence[MemberReport], metric: str) -> list[str]:
+    """A note where the dense model scores 0, as one that always answers the same does in F1 and Matthews' coefficient.
+
+    ``members``: the dense model is the first.
+    """
+    if not members or members[0].served.accuracy.get(metric) != 0:
+        return []
+    return [
+        f"the dense model's {metric} is 0, so that there is nothing for the others to keep: look at its answers and at "
+        "the labels; if this run trained it (dense.train), train longer (dense.epochs)"
+    ]
+
+
 def undecided_budget(members: Sequence[MemberReport], max_loss: float) -> list[str]:
     """A note for every INT8 file of which too few examples were evaluated to say whether it holds its budget."""
     return [
