@@ -165,6 +165,7 @@ def run_case(case: Case, options: argparse.Namespace) -> tuple[list[dict[str, An
         "table_dense_ms": table.dense.median_ms,
         "benchmark_dense_ms": record.variant("dense").p50_ms,
         "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
+        "rounds_of_processes": record.rounds_of_processes,
         "benchmark_seconds": record.seconds,
         "total_seconds": time.monotonic() - started,
     }

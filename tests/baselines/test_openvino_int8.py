@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.dense_files import calibration, dense_source
-from ziplm_deploy.baselines import base, get_baseline
+from ziplm_deploy.baselines import base, get_baseline, openvino_int8
 from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import EngineError
 
@@ -53,6 +54,16 @@ def test_paths_relative_to_the_current_folder_are_found(tmp_path: Path, monkeypa
     relative = dataclasses.replace(source, onnx=source.onnx.relative_to(tmp_path))
     get_baseline("openvino-int8").make(relative, Path("made"))
     assert (tmp_path / "made" / "model.bin").stat().st_size > 0
+
+
+def test_the_process_in_another_folder_gets_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, asked = dense_source(tmp_path), []
+    monkeypatch.setattr(openvino_int8, "_run", lambda file: asked.append(json.loads(file.read_text(encoding="utf-8"))))
+    monkeypatch.chdir(tmp_path)
+    relative = dataclasses.replace(source, onnx=source.onnx.relative_to(tmp_path))
+    get_baseline("openvino-int8").make(relative, Path("made"))
+    assert Path(asked[0]["source"]) == source.onnx.resolve()
+    assert Path(asked[0]["target"]) == (tmp_path / "made" / "model.xml").resolve()
 
 
 @needs_nncf
