@@ -41,8 +41,8 @@ TRULY_ISE = set(
     re.findall(
         r"\w+",
         """
-        advise arise comprise compromise concise devise disguise exercise expertise imprecise likewise madvise
-        merchandise noise otherwise precise premise promise raise revise rise supervise surprise wise
+        advise arise comprise compromise concise devise disguise elementwise exercise expertise imprecise likewise
+        madvise merchandise noise otherwise precise premise promise raise revise rise supervise surprise wise
         """,
     )
 )

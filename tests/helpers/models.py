@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ziplm_deploy.models.conv1d import as_linears
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 
@@ -60,6 +61,42 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"
     return config
+
+
+def tiny_causal_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
+    """3 layers, hidden 32, 4 query heads, FFN 64, vocabulary 60, 40 positions; Llama's kinds have 2 cached heads."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if model_type == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "n_inner": 64}
+    elif model_type == "opt":
+        sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 40}
+    else:
+        sizes |= {"intermediate_size": 64, "max_position_embeddings": 40}
+    if model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        sizes |= {"num_key_value_heads": 2}
+    if model_type == "mistral":
+        sizes |= {"sliding_window": 5}
+    if model_type == "qwen3":
+        sizes |= {"head_dim": 16}  # not hidden_size / num_attention_heads
+    if model_type == "gpt_neox":
+        sizes |= {"rotary_pct": 0.5}
+    ids = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **ids, **changes})
+    config._attn_implementation = "eager"
+    return config
+
+
+def tiny_causal_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+    """A random causal language model in eval mode, its linears those that everything here works on."""
+    torch.manual_seed(seed)
+    config = tiny_causal_config(model_type, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
+    return as_linears(model.eval())
 
 
 def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:

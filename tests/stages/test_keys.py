@@ -139,6 +139,8 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "data.config_name": ("other", DENSE | SCORED | INT8),
     "data.text_columns": (["text"], DENSE | SCORED | INT8),
     "data.label_column": ("label", DENSE | SCORED | INT8),
+    "data.context": (16, set()),  # of causal language models, as the next
+    "data.stride": (8, set()),
     "data.n_calibration": (32, EXAMPLES),
     "data.n_evaluation": (20, SCORED | {"quantise"}),
     "data.n_train": (32, DENSE),

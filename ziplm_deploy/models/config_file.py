@@ -25,9 +25,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 MAX_VOCABULARY = 1 << 22
 # Names that the supported architectures give their sizes, and the largest of each.
 _SIZES = {
-    **dict.fromkeys(("num_hidden_layers", "n_layers"), MAX_LAYERS),
-    **dict.fromkeys(("hidden_size", "dim", "intermediate_size", "hidden_dim", "embedding_size"), MAX_SIZE),
-    **dict.fromkeys(("num_attention_heads", "n_heads", "max_position_embeddings", "patch_size"), MAX_SIZE),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer"), MAX_LAYERS),
+    **dict.fromkeys(("hidden_size", "dim", "n_embd", "word_embed_proj_dim", "embedding_size"), MAX_SIZE),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "ffn_dim"), MAX_SIZE),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "num_key_value_heads"), MAX_SIZE),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "patch_size"), MAX_SIZE),
     **dict.fromkeys(("image_size", "num_channels", "relative_attention_num_buckets"), MAX_SIZE),
     "vocab_size": MAX_VOCABULARY,
 }
@@ -111,7 +113,7 @@ def _check_support(fields: Mapping[str, Any], path: str) -> None:
         )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"expected an encoder of type {', '.join(ARCHITECTURES)} in {path}, found model type {shown(model_type)}; "
+            f"expected a model of type {', '.join(ARCHITECTURES)} in {path}, found model type {shown(model_type)}; "
             "choose a supported model"
         )
     if fields.get("quantization_config") is not None:

@@ -22,7 +22,7 @@ from ziplm_deploy.errors import (
     UnsupportedModelError,
     ZipLMError,
 )
-from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.architectures import Architecture, architecture_of
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -30,6 +30,7 @@ from ziplm_deploy.models.config_file import (
     read_config,
     stored_shapes,
 )
+from ziplm_deploy.models.conv1d import as_linears
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE
@@ -37,7 +38,7 @@ from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
 from ziplm_deploy.recipe import ModelConfig
-from ziplm_deploy.tasks import TASKS
+from ziplm_deploy.tasks import TASKS, Task
 
 HEAD_PARAMETERS = 1 << 26  # a head that starts at random, and what else a checkpoint of a base model may lack
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -72,8 +73,8 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         hub = {"revision": model_config.revision, "subfolder": own.transformer or None}
         source |= {name: value for name, value in hub.items() if value is not None}
     config = _load_config(path, source)
-    architecture_of(config)
     task = TASKS[model_config.task]
+    _check_task(architecture_of(config), task)
     if new_head is None and task.has_classes:
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
@@ -87,6 +88,16 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         _prepare_texts(processor, settings, own)
     _check_finite(model, path)
     return model, processor
+
+
+def _check_task(architecture: Architecture, task: type[Task]) -> None:
+    if (architecture.causal is not None) != task.is_causal:
+        kind = "causal language model" if architecture.causal is not None else "encoder"
+        wanted = "a causal language model" if task.is_causal else "an encoder"
+        raise UnsupportedModelError(
+            f"expected {wanted} for {task.name}, found the {kind} {architecture.model_type}; choose another task or "
+            "model"
+        )
 
 
 def _check_finite(model: nn.Module, path: str) -> None:
@@ -188,7 +199,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = model.eval()
+    dense: nn.Module = as_linears(model.eval())
     return dense
 
 

@@ -31,9 +31,10 @@ from ziplm_deploy.models.config_file import (
     first_not_finite,
     stored_shapes,
 )
+from ziplm_deploy.models.conv1d import as_linears
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.levels import LevelWeights
-from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules
+from ziplm_deploy.models.modules import model_shape, output_bias_name, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
 from ziplm_deploy.models.sentence_dense import DenseLayer, attach, layers_of_dense
 from ziplm_deploy.models.sentence_folder import write_sentence_files
@@ -200,17 +201,19 @@ def _build(config: Any, member: MemberConfig, weights: Path) -> nn.Module:
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     check_parameter_count(model_class, config, shapes, MAX_PRUNING * stored + FREE_PARAMETERS, **options)
     with torch.random.fork_rng(devices=[]):  # the initial weights must not consume the caller's random numbers
-        model: nn.Module = model_class(config, **options)
+        model: nn.Module = as_linears(model_class(config, **options))
     for module in prunable_modules(model):
         indices = member.kept[module.name]
         if len(indices) > module.structures:
             raise ValueError(f"{len(indices)} kept structures of {module.structures} in {module.name}")
         kept = torch.tensor(indices, dtype=torch.int64)
-        if torch.equal(kept, torch.arange(module.structures)):
+        got_bias = output_bias_name(model, module) in shapes and output_linear(model, module).bias is None
+        if torch.equal(kept, torch.arange(module.structures)) and not got_bias:
             continue
         hidden = output_linear(model, module).out_features
         weight = torch.zeros(hidden, kept.numel() * module.group_size)
-        entry = LevelWeights(kept=kept, weight=weight, bias=torch.zeros(hidden), relative_error=float("nan"))
+        bias = torch.full((hidden,), float(got_bias))  # only what is not zero makes a linear that adds one
+        entry = LevelWeights(kept=kept, weight=weight, bias=bias, relative_error=float("nan"))
         install(model, module.layer, build_replacement(model, module, entry))
     attach(model, member.dense_layers, shapes)
     set_kept(model, member.kept)
@@ -221,14 +224,16 @@ def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape
     config: Any = model.config
     fields: dict[str, Any] = config.to_diff_dict()
     fields.pop("_name_or_path", None)
-    width_name = architecture_of(config).config_ffn_width
+    architecture, queries = architecture_of(config), shape.queries_per_head
     per_layer: dict[str, dict[str, int]] = {}
     for layer in range(shape.n_layers):
+        n_heads = len(kept[str(ModuleId(layer, "attention"))])
         sizes = {
-            "num_attention_heads": (len(kept[str(ModuleId(layer, "attention"))]), shape.n_heads),
-            width_name: (len(kept[str(ModuleId(layer, "ffn"))]), shape.intermediate_size),
+            "num_attention_heads": (queries * n_heads, queries * shape.n_heads),
+            architecture.config_kv_heads: (n_heads, shape.n_heads),
+            architecture.config_ffn_width: (len(kept[str(ModuleId(layer, "ffn"))]), shape.intermediate_size),
         }
-        differing = {name: size for name, (size, dense) in sizes.items() if size != dense}
+        differing = {name: size for name, (size, dense) in sizes.items() if name is not None and size != dense}
         if differing:
             per_layer[str(layer)] = differing
     # As in transformers >= 5.14: by layer, only what differs from the global value. Older versions ignore it.

@@ -19,7 +19,8 @@ class PrunableModule:
     layer: int
     kind: ModuleKind
     structures: int  # 0: the module was dropped
-    group_size: int  # columns of the output linear that leave with one structure: head_dim, or 1
+    group_size: int  # columns of the output linear that leave with one structure: of all its query heads, or 1
+    key_size: int = 0  # rows of the key and value projections that leave with it: head_dim; an FFN has none
 
     @property
     def name(self) -> str:
@@ -43,7 +44,8 @@ def dense_modules(model: nn.Module) -> list[PrunableModule]:
     shape = model_shape(model.config)  # type: ignore[arg-type]
     modules: list[PrunableModule] = []
     for layer in range(shape.n_layers):
-        modules.append(PrunableModule(layer, "attention", shape.n_heads, shape.head_dim))
+        queries = shape.head_dim * shape.queries_per_head
+        modules.append(PrunableModule(layer, "attention", shape.n_heads, queries, shape.head_dim))
         modules.append(PrunableModule(layer, "ffn", shape.intermediate_size, 1))
     return modules
 
@@ -75,13 +77,21 @@ def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
 
 
 def output_module(model: nn.Module, module: PrunableModule) -> nn.Module:
-    """The output linear, or what stands in its place in a dropped module; has a ``bias`` ``[hidden]`` either way."""
+    """The output linear, or what stands in its place in a dropped module and has only a ``bias`` ``[hidden]``."""
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     layer = layers_of(model)[module.layer]
     try:
         return layer.get_submodule(architecture.output(module.kind))
     except AttributeError:
         return layer.get_submodule(architecture.block(module.kind))
+
+
+def output_bias_name(model: nn.Module, module: PrunableModule) -> str:
+    """Name that the bias of a module's output linear has, or would have, among the model's parameters."""
+    layers, linear = layers_of(model), output_linear(model, module)
+    prefix = next(name for name, each in model.named_modules() if each is layers)
+    path = next(name for name, each in layers[module.layer].named_modules() if each is linear)
+    return f"{prefix}.{module.layer}.{path}.bias"
 
 
 def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
@@ -95,11 +105,14 @@ def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
 def model_shape(config: PretrainedConfig) -> ModelShape:
     """Dimensions of a configuration; raises :class:`UnsupportedModelError` like :func:`architecture_of`."""
     architecture = architecture_of(config)
+    n_queries, hidden = config.num_attention_heads, config.hidden_size
+    n_heads = getattr(config, architecture.config_kv_heads or "", None) or n_queries
     return ModelShape(
         model_type=config.model_type,
         n_layers=getattr(config, architecture.config_layers),
-        hidden_size=config.hidden_size,
-        n_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        intermediate_size=getattr(config, architecture.config_ffn_width),
+        hidden_size=hidden,
+        n_heads=n_heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // n_queries,
+        intermediate_size=getattr(config, architecture.config_ffn_width) or 4 * hidden,  # GPT-2 leaves it open
+        queries_per_head=n_queries // n_heads,
     )

@@ -63,6 +63,26 @@ class DroppedAttention(BiasOnly):
         return self.bias, None
 
 
+class DroppedCachedAttention(DroppedAttention):
+    """A dropped attention block of a causal language model, which still tells a cache how many tokens there were.
+
+    transformers reads how long the text is so far from the cache of the first layer, whichever that is.
+    """
+
+    def __init__(self, bias: torch.Tensor, layer: int) -> None:
+        super().__init__(bias)
+        self.layer = layer
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        caches = (kwargs.get(name) for name in ("cache", "past_key_values", "past_key_value", "layer_past"))
+        cache = next((each for each in (*caches, *args) if hasattr(each, "get_seq_length")), None)
+        if cache is not None:
+            batch, tokens, _ = hidden_states.shape
+            count = hidden_states.new_zeros(batch, 1, tokens, 1)  # one number a token; a cache of none has no length
+            cache.update(count, count, self.layer)
+        return super().forward()
+
+
 def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeights) -> Replacement:
     """New sub-modules of ``module`` at the level ``entry``; ``model``, dense or resized, is not changed.
 
@@ -80,8 +100,9 @@ def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeig
     if module.kind == "attention":
         _keep_heads(architecture, block, module, entry.kept)
     else:
-        block._modules[architecture.ffn_input] = _keep_rows(block.get_submodule(architecture.ffn_input), entry.kept)
-    output = _linear(entry.weight, entry.bias, like=output_linear(model, module).weight)
+        block = _keep_columns(architecture, block, entry.kept)
+    linear = output_linear(model, module)
+    output = _linear(entry.weight, entry.bias if _needs_bias(linear, entry) else None, like=linear.weight)
     replacement: Replacement = {architecture.block(module.kind): block}
     inside, norm = architecture.output_in_block(module.kind), architecture.norm(module.kind)
     if inside is None:
@@ -160,7 +181,7 @@ def first_structures(model: nn.Module, module: PrunableModule, size: int) -> Lev
 def dropped_as_is(model: nn.Module, module: PrunableModule) -> LevelWeights:
     """The only level of a module that was dropped before: nothing kept, the bias that it has now, error 0."""
     bias = output_module(model, module).bias
-    assert isinstance(bias, torch.Tensor)
+    assert isinstance(bias, torch.Tensor)  # all that such a module has
     kept, weight = torch.zeros(0, dtype=torch.int64), torch.zeros(len(bias), 0)
     return LevelWeights(kept, weight, bias.detach().float().clone(), 0.0)
 
@@ -176,7 +197,7 @@ def masked(dense: _Module, entries: dict[str, LevelWeights]) -> _Module:
         with torch.no_grad():
             linear.weight.zero_()
             linear.weight[:, _columns(entry.kept, modules[name].group_size)] = entry.weight.to(linear.weight)
-            linear.bias.copy_(entry.bias)
+            linear.bias = nn.Parameter(entry.bias.to(linear.weight))
     return model
 
 
@@ -185,21 +206,53 @@ def _dropped(architecture: Architecture, module: PrunableModule, entry: LevelWei
     norm = architecture.norm(module.kind)
     unread: Replacement = {norm: nn.Identity()} if norm is not None else {}
     if architecture.output_in_block(module.kind) is not None:
-        return {block: DroppedAttention(entry.bias) if module.kind == "attention" else BiasOnly(entry.bias), **unread}
+        return {block: _constant(architecture, module, entry.bias), **unread}
     return {block: DroppedBlock(returns_tuple=module.kind == "attention"), output: BiasOnly(entry.bias), **unread}
 
 
+def _constant(architecture: Architecture, module: PrunableModule, bias: torch.Tensor) -> nn.Module:
+    """Block that owned its output linear, and now only adds a bias."""
+    if module.kind == "ffn":
+        return BiasOnly(bias)
+    return DroppedAttention(bias) if architecture.causal is None else DroppedCachedAttention(bias, module.layer)
+
+
 def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableModule, kept: torch.Tensor) -> None:
-    rows = _columns(kept, module.group_size)
-    for name in (architecture.query, architecture.key, architecture.value):
+    for name, rows in _projection_rows(architecture, module, kept).items():
         block._modules[name] = _keep_rows(block.get_submodule(name), rows)
-    setattr(block, architecture.head_count, kept.numel())
+    if architecture.head_count is not None:
+        setattr(block, architecture.head_count, kept.numel())
     if architecture.head_width is not None:
-        setattr(block, architecture.head_width, rows.numel())
+        setattr(block, architecture.head_width, kept.numel() * module.group_size)
     if architecture.sliced_attention is not None and not torch.equal(kept, torch.arange(module.structures)):
         earlier = block._buffers.get("kept_heads")  # of the original heads: the position bias still has them all
         block.__class__ = architecture.sliced_attention
         block.register_buffer("kept_heads", kept.clone() if earlier is None else earlier[kept], persistent=False)
+
+
+def _projection_rows(architecture: Architecture, module: PrunableModule, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows of each projection of an attention block that the kept heads have."""
+    queries, cached = _columns(kept, module.group_size), _columns(kept, module.key_size)
+    if architecture.fused is None:
+        return {architecture.query: queries, architecture.key: cached, architecture.value: cached}
+    if architecture.fused == "heads":
+        return {architecture.query: _columns(kept, 3 * module.key_size)}
+    third = module.structures * module.key_size
+    return {architecture.query: torch.cat([cached, cached + third, cached + 2 * third])}
+
+
+def _keep_columns(architecture: Architecture, block: nn.Module, kept: torch.Tensor) -> nn.Module:
+    """An FFN's block with the rows of the kept columns in its first linear, and in its gate."""
+    if not architecture.ffn_input:
+        return _keep_rows(block, kept)
+    for name in filter(None, (architecture.ffn_input, architecture.ffn_gate)):
+        block._modules[name] = _keep_rows(block.get_submodule(name), kept)
+    return block
+
+
+def _needs_bias(linear: nn.Linear, entry: LevelWeights) -> bool:
+    """Whether a linear with the weights of ``entry`` adds anything: models without biases get none of zeros."""
+    return linear.bias is not None or bool(entry.bias.any())
 
 
 def _shell(module: nn.Module) -> nn.Module:

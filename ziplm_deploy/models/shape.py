@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 ModuleKind = Literal["attention", "ffn"]
 MODULE_KINDS: tuple[ModuleKind, ...] = ("attention", "ffn")  # of every layer, in the order of the model
@@ -35,7 +35,10 @@ class ModuleId(NamedTuple):
 
 
 class ModelShape(BaseModel):
-    """The dimensions that decide what a cell costs."""
+    """The dimensions that decide what a cell costs.
+
+    Attention loses cached heads, each with all query heads that read it; an FFN loses columns.
+    """
 
     model_type: str
     n_layers: int = Field(ge=1, le=MAX_LAYERS)
@@ -43,3 +46,15 @@ class ModelShape(BaseModel):
     n_heads: Size
     head_dim: Size
     intermediate_size: Size
+    queries_per_head: Size = 1  # query heads that read one of the cached heads; `n_heads` counts the latter
+
+    @model_serializer(mode="wrap")
+    def _as_before_grouped_queries(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields, without one that files and content keys from before it was there do not have."""
+        fields: dict[str, Any] = handler(self)
+        return fields if self.queries_per_head > 1 else {k: v for k, v in fields.items() if k != "queries_per_head"}
+
+    @property
+    def full_sizes(self) -> dict[ModuleKind, int]:
+        """Structures of a module of each kind before anything is removed."""
+        return {"attention": self.n_heads, "ffn": self.intermediate_size}

@@ -29,6 +29,19 @@ class DataConfig(Frozen):
         None, description="Columns with the text (or image); default: found from the task's usual names."
     )
     label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
+    context: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        description="Tokens of a window of text (text-generation), of which each is an example; default: 512, or what "
+        "the model takes.",
+    )
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens from one window to the next of the evaluation data (text-generation); tokens that windows "
+        "share are scored in the first of them only. Default: `context`.",
+    )
     n_calibration: int = Field(
         512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."
     )

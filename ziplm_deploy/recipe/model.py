@@ -16,6 +16,7 @@ TaskName = Literal[
     "question-answering",
     "token-classification",
     "fill-mask",
+    "text-generation",
     "image-classification",
 ]
 

@@ -18,6 +18,7 @@ from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.run.dense import DenseModel
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.tasks import EvaluationSet, Task
+from ziplm_deploy.tasks.base import Which
 from ziplm_deploy.tasks.batching import Batch, fitted
 from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 
@@ -68,7 +69,7 @@ class RunData:
         names = {"calibration_split", "config_name", "text_columns", "label_column", "n_calibration"}
         return content_key(
             data=self.calibration_hash,
-            columns=self._recipe.data.model_dump(include=names),
+            columns=self._recipe.data.model_dump(include=names) | self._windows,
             inputs=self.dense.input_key,
             task=self.model_settings,
             seq_len=self._seq_len,
@@ -83,7 +84,7 @@ class RunData:
         return content_key(
             **chosen,
             data=self.evaluation_hash,
-            columns=self._recipe.data.model_dump(include=names),
+            columns=self._recipe.data.model_dump(include=names) | self._windows,
             inputs=self.dense.input_key,
             model=self.model_settings,
             seed=self._recipe.seed,
@@ -94,7 +95,7 @@ class RunData:
     def evaluation_rows_key(self) -> str:
         """Stands for which evaluation rows there are, whatever model reads them and at what length."""
         names = {"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
-        columns = self._recipe.data.model_dump(include=names)
+        columns = self._recipe.data.model_dump(include=names) | self._windows
         return content_key(data=self.evaluation_hash, columns=columns, seed=self._recipe.seed)
 
     @property
@@ -102,16 +103,23 @@ class RunData:
         """Settings that decide which training examples there are."""
         data = self._recipe.data
         names = {"config_name", "text_columns", "label_column", "n_train"}
-        return {"split": self._task.source(data, "train")[1], **data.model_dump(include=names)}
+        return {"split": self._task.source(data, "train")[1], **data.model_dump(include=names), **self._windows}
+
+    @property
+    def _windows(self) -> dict[str, int]:
+        """Settings of windows of text that are made; keys from before there were any stay as they are."""
+        if not self._task.is_causal:
+            return {}
+        return self._recipe.data.model_dump(include={"context", "stride"}, exclude_none=True)
 
     @functools.cached_property
     def calibration_rows(self) -> list[dict[str, Any]]:
-        return self._task.load_rows(self._recipe.data, "calibration", self._recipe.seed)
+        return self._settled(self._task.load_rows(self._recipe.data, "calibration", self._recipe.seed), "calibration")
 
     @functools.cached_property
     def evaluation_rows(self) -> list[dict[str, Any]]:
         """Evaluation rows with labels in the model's numbering."""
-        return self._task.check_labels(self.raw_evaluation_rows, self.dense.model.config)
+        return self._settled(self._task.check_labels(self.raw_evaluation_rows, self.dense.model.config), "evaluation")
 
     @functools.cached_property
     def raw_evaluation_rows(self) -> list[dict[str, Any]]:
@@ -127,8 +135,11 @@ class RunData:
     def train_rows(self) -> list[dict[str, Any]]:
         """Training rows, with labels in the model's numbering where a loss reads them."""
         if self._recipe.dense.train or self._recipe.recover.task_weight:
-            return self._task.check_labels(self.raw_train_rows, self.dense.model.config)
-        return self._task.unlabelled(self.raw_train_rows)
+            return self._settled(self._task.check_labels(self.raw_train_rows, self.dense.model.config), "train")
+        return self._settled(self._task.unlabelled(self.raw_train_rows), "train")
+
+    def _settled(self, rows: list[dict[str, Any]], which: Which) -> list[dict[str, Any]]:
+        return self._task.settle_rows(rows, self._recipe.data, which, self._recipe.seed, self.dense.processor)
 
     def encode(
         self, rows: list[dict[str, Any]], batch_size: int = BATCH_SIZE, pad_to: int | None = None

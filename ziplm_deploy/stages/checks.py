@@ -11,6 +11,7 @@ from ziplm_deploy.recipe import Recipe, TrainConfig
 from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.data_notes import leave_data_notes
+from ziplm_deploy.tasks import TASKS
 
 
 def check_compression(recipe: Recipe) -> None:
@@ -21,6 +22,20 @@ def check_compression(recipe: Recipe) -> None:
     """
     if recipe.compress.makes_int8 and recipe.compress.int8.backend == "neural-compressor":
         NEURAL_COMPRESSOR.check()
+
+
+def check_task(recipe: Recipe) -> None:
+    """Refuse tasks whose models can be resized, saved and scored in Python, but not yet exported, timed and served.
+
+    Raises:
+        RecipeError: the task is one of them.
+    """
+    if TASKS[recipe.model.task].is_causal:
+        encoders = ", ".join(name for name, task in TASKS.items() if not task.is_causal)
+        raise RecipeError(
+            f"expected a task that runs know ({encoders}), found {recipe.model.task}, whose models runs do not export "
+            "and time yet; choose another model"
+        )
 
 
 def check_data(run: Run) -> None:

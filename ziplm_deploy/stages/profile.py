@@ -13,7 +13,7 @@ from ziplm_deploy.models.deployed import FLOAT32, with_embedding_head
 from ziplm_deploy.pruning.planner import check_target
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import check_baselines
-from ziplm_deploy.stages.checks import check_compression, check_data
+from ziplm_deploy.stages.checks import check_compression, check_data, check_task
 from ziplm_deploy.stages.stage import Stage
 
 
@@ -26,6 +26,7 @@ def make_profile(run: Run) -> LatencyTable:
     """
     recipe = run.recipe
     check_threads(recipe.environment.threads)
+    check_task(recipe)
     check_compression(recipe)
     check_baselines(recipe)
     check_data(run)

@@ -8,6 +8,7 @@ from ziplm_deploy.tasks.answering import QuestionAnswering
 from ziplm_deploy.tasks.base import Task, torch_function
 from ziplm_deploy.tasks.classification import TextClassification
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.generation import TextGeneration
 from ziplm_deploy.tasks.images import ImageClassification
 from ziplm_deploy.tasks.masking import FillMask
 from ziplm_deploy.tasks.multilabel import MultiLabelClassification
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
         QuestionAnswering,
         TokenClassification,
         FillMask,
+        TextGeneration,
         ImageClassification,
     )
 }

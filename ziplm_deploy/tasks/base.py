@@ -41,6 +41,7 @@ class Task(ABC):
     ort_class: ClassVar[str]  # class of optimum that serves the ONNX file
     output_names: ClassVar[tuple[str, ...]]
     has_classes: ClassVar[bool] = False  # the head's outputs are classes with names
+    is_causal: ClassVar[bool] = False  # of language models that read from left to right
     cuts_texts: ClassVar[bool] = True  # what is longer than a request loses its end
     input_kind: ClassVar[Literal["text", "image"]] = "text"
     text_columns: ClassVar[tuple[tuple[str, ...], ...]]  # usual names, most specific first
@@ -83,6 +84,14 @@ class Task(ABC):
             raise DataError(f"{source}: {error}") from error
         counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
         return sample_rows(rows, counts[which], seed, field=f"n_{which}", shuffle=which != "evaluation")
+
+    def settle_rows(self, rows: list[Row], data: DataConfig, which: Which, seed: int, processor: Any) -> list[Row]:
+        """Rows as examples are made of them, once the processor is known: what :meth:`load_rows` gives, for most tasks.
+
+        Raises:
+            DataError: too few rows for what is asked for.
+        """
+        return rows
 
     def linked_files_hash(self, source: str, data: DataConfig) -> str:
         """Stands for the content of files that a data file names; empty where rows hold all themselves."""

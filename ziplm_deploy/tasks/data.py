@@ -6,12 +6,13 @@ number. The `datasets` library is asked only for folders and for names that are 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
 import random
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ziplm_deploy.tasks.class_names import with_class_names
 from ziplm_deploy.tasks.formats import Row, parse_csv, parse_json_rows, parse_parquet, parse_tsv
 from ziplm_deploy.tasks.nested import parse_nested
 
-__all__ = ["SUFFIXES", "Row", "cell", "find_columns", "read_rows", "sample_rows"]
+__all__ = ["SUFFIXES", "Row", "cell", "find_columns", "read_rows", "read_text", "sample_rows"]
 
 _SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # what `Dataset.save_to_disk` leaves in a folder
 MIN_UNPACKED_BYTES, MAX_GZIP_RATIO = 64 << 20, 100  # texts shrink to a third or a tenth
@@ -49,30 +50,59 @@ def read_rows(source: str, *, split: str, config_name: str | None = None, revisi
     return rows
 
 
+def read_text(source: str) -> str | None:
+    """The text of a plain text file, every character as it is; None for a source that is none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = Path(source)
+    if not os.path.isfile(path) or _suffix(path) != ".txt":
+        return None
+    with _readable(path):
+        return _content(path).decode("utf-8-sig")
+
+
 def _looks_like_path(source: str) -> bool:
     name = source.lower().removesuffix(".gz")
     return name.endswith(SUFFIXES) or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1
 
 
 def _read_file(path: Path) -> list[Row]:
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    suffix = _suffix(path)
     if suffix not in SUFFIXES:
         raise DataError(
             f"expected a data file of type {', '.join(SUFFIXES)} (each also as .gz), found {path.name}; convert it"
         )
-    try:
-        content = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            content = _unpacked(content)
+    with _readable(path):
+        content = _content(path)
         if suffix == ".parquet":
             return parse_parquet(content)
         text = content.decode("utf-8-sig")
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are ValueErrors, too
-        raise DataError(f"expected a readable {suffix} file in {path}, found: {error}; make the file again") from error
     if suffix == ".txt":
         return [{"text": line.strip()} for line in text.split("\n") if line.strip()]
     parse = {".csv": parse_csv, ".tsv": parse_tsv}.get(suffix, parse_json_rows)
     return parse(text, path)
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises into a :class:`DataError` that names it."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are ValueErrors, too
+        raise DataError(
+            f"expected a readable {_suffix(path)} file in {path}, found: {error}; make the file again"
+        ) from error
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    return _unpacked(content) if path.name.lower().endswith(".gz") else content
 
 
 def _unpacked(content: bytes) -> bytes:

@@ -1,4 +1,6 @@
-"""The only room that knows attribute paths of Hugging Face models: an architecture is one entry of ``encoders.py``.
+"""The only room that knows attribute paths of Hugging Face models.
+
+An architecture is one entry of ``encoders.py`` or ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -9,11 +11,12 @@ from transformers import PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.base import Architecture
+from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
 
-ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in ENCODERS}
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *DECODERS)}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -26,7 +29,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     reason = why_not(config)
     if reason is not None:
         raise UnsupportedModelError(
-            f"expected an encoder of type {', '.join(ARCHITECTURES)} with plain self-attention, found {reason}; "
+            f"expected a model of type {', '.join(ARCHITECTURES)} with plain self-attention, found {reason}; "
             "choose a supported model"
         )
     return ARCHITECTURES[config.model_type]
@@ -48,6 +51,29 @@ def why_not(config: PretrainedConfig) -> str | None:
         return f"chunk_size_feed_forward {config.chunk_size_feed_forward}: set it to 0, it only saves training memory"
     if getattr(config, "pruned_heads", None):
         return f"a {model_type} whose heads were pruned before (pruned_heads): save it without them"
-    if config.hidden_size % config.num_attention_heads:
+    return _causal_reason(config) or _heads_reason(config)
+
+
+def _causal_reason(config: PretrainedConfig) -> str | None:
+    """Reason of a causal language model's own."""
+    causal = ARCHITECTURES[config.model_type].causal
+    if causal is None:
+        return None
+    for name, known in causal.refused.items():
+        if getattr(config, name, known[0]) not in known:
+            return f"a {config.model_type} with {name} {getattr(config, name)!r}: its blocks are other ones"
+    size = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    if size != config.hidden_size:
+        return f"a {config.model_type} with embeddings of {size} for a hidden size of {config.hidden_size}"
+    return None
+
+
+def _heads_reason(config: PretrainedConfig) -> str | None:
+    """Reason of head counts that do not fit together."""
+    if getattr(config, "head_dim", None) is None and config.hidden_size % config.num_attention_heads:
         return f"hidden_size {config.hidden_size} that {config.num_attention_heads} heads do not divide"
+    cached = ARCHITECTURES[config.model_type].config_kv_heads
+    n_cached = getattr(config, cached or "", None) or config.num_attention_heads
+    if config.num_attention_heads % n_cached:
+        return f"{config.num_attention_heads} query heads that {n_cached} cached heads do not divide"
     return None

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
 from ziplm_deploy.models.shape import ModuleKind
+
+# Rows of one linear for query, key and value: all queries, all keys, all values; or so for each head in turn.
+Fused = Literal["thirds", "heads"]
+
+
+@dataclass(frozen=True)
+class CausalPaths:
+    """Where a causal language model has its embeddings and norms, relative to the base model."""
+
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    positions: str | None = None  # learned ones
+    first_position: int = 0  # row of `positions` that the first token takes
+    rotary: str | None = "rotary_emb"
+    query_norm: str | None = None  # relative to `attention`; over each head
+    key_norm: str | None = None
+    parallel: str | None = None  # setting that has attention and FFN read the same input
+    refused: dict[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Attribute paths of one ``model_type``; the defaults are BERT's. Paths are relative to a layer.
 
-    ``ffn`` is the smallest block that owns the first FFN linear.
+    ``ffn`` is the smallest block that owns the first FFN linear, or that linear itself (``ffn_input`` is then empty).
     """
 
     model_type: str
@@ -22,17 +41,21 @@ class Architecture:
     query: str = "query"  # relative to `attention`
     key: str = "key"
     value: str = "value"
-    head_count: str = "num_attention_heads"  # attributes of `attention` that its views use
+    fused: Fused | None = None  # one linear, `query`, computes query, key and value: how its rows are ordered
+    head_count: str | None = "num_attention_heads"  # attributes of `attention` that its views use
     head_width: str | None = "all_head_size"
     attention_output: str = "attention.output.dense"
     ffn: str = "intermediate"
     ffn_input: str = "dense"  # relative to `ffn`
+    ffn_gate: str | None = None  # as well: its row j is multiplied with row j of the first
     ffn_output: str = "output.dense"
     ffn_residual: str = "intermediate"  # its first input is what the FFN's output is added to
     attention_norm: str | None = None  # LayerNorm before the block (pre-LN): nobody reads it if the block is dropped
     ffn_norm: str | None = None
     config_layers: str = "num_hidden_layers"
     config_ffn_width: str = "intermediate_size"
+    config_kv_heads: str | None = None  # cached heads, each read by several query heads
+    causal: CausalPaths | None = None  # causal language models only: what lies outside of the layers
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
     shared_input: str | None = None  # argument of every layer that the model computes once for all of them
 

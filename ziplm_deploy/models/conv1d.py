@@ -1,0 +1,32 @@
+"""GPT-2's transposed linears as :class:`torch.nn.Linear`, which all that prunes, trains and compresses knows."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def as_linears(model: _Module) -> _Module:
+    """Replace every ``Conv1D`` ``[in, out]`` of a model in place by the linear ``[out, in]`` that computes the same.
+
+    State dicts of the result are not those of transformers: square weights would be taken as they are, transposed.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, _as_linear(module))
+    return model
+
+
+def _as_linear(module: Conv1D) -> nn.Linear:
+    n_in, n_out = module.weight.shape
+    linear = nn.Linear(n_in, n_out, device="meta")  # skips the random initialization
+    with torch.no_grad():
+        linear.weight = nn.Parameter(module.weight.T.contiguous())
+        linear.bias = nn.Parameter(module.bias.detach().clone())
+    return linear.train(module.training)
