@@ -29,6 +29,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def atomic_pair(path: Path, companion: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield temporary paths of a file and of one that it refers to; on success both take their places.
+
+    An old ``path`` goes first and the new one comes last: whoever finds the file finds what it refers to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, beside = temporary_name(path), temporary_name(companion)
+    try:
+        for each in (temporary, beside):
+            each.touch(exist_ok=False)
+        yield temporary, beside
+        for each in (temporary, beside):
+            _sync(each)
+        path.unlink(missing_ok=True)
+        beside.replace(companion)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        with contextlib.suppress(NotADirectoryError):  # then nothing was made, and the error on its way says so
+            for each in (temporary, beside):
+                each.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside ``folder``; on success it takes its place, on any failure it is removed.
 

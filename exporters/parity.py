@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -32,10 +33,7 @@ def check_parity(model: nn.Module, onnx_path: Path, inputs: Inputs | Sequence[In
     Raises:
         ParityMismatch: shapes differ, an output is not finite, or a difference is above ``atol``.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
+    session = parity_session(onnx_path)
     wanted = [item.name for item in session.get_inputs()]
     names = [item.name for item in session.get_outputs()]
     largest = 0.0
@@ -43,12 +41,33 @@ def check_parity(model: nn.Module, onnx_path: Path, inputs: Inputs | Sequence[In
         found = dict(zip(names, session.run(names, {name: each[name].numpy() for name in wanted}), strict=True))
         with evaluation_mode(model), torch.no_grad():
             outputs = model(**each)
-        differences = (_difference(name, outputs[name].numpy(), found[name], onnx_path, atol) for name in names)
+        differences = (checked_difference(name, outputs[name].numpy(), found[name], onnx_path, atol) for name in names)
         largest = max(largest, *differences)
     return largest
 
 
-def _difference(name: str, expected: np.ndarray, found: np.ndarray, path: Path, atol: float) -> float:
+def parity_session(onnx_path: Path) -> Any:
+    """Session of ONNX Runtime with as many threads as torch."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
+
+
+def checked_difference(
+    name: str,
+    expected: np.ndarray,
+    found: np.ndarray,
+    path: Path,
+    atol: float,
+    advice: str = "export it again, with another opset or static shapes",
+) -> float:
+    """Largest absolute difference of an output from torch's.
+
+    Raises:
+        ParityMismatch: shapes differ, a value is not finite, or the difference is above ``atol``; ``advice`` ends the
+            message of the last.
+    """
     if expected.shape != found.shape:
         raise ParityMismatch(
             f"expected {name} of shape {expected.shape} from {path}, found {found.shape}; export it again", float("inf")
@@ -60,8 +79,7 @@ def _difference(name: str, expected: np.ndarray, found: np.ndarray, path: Path, 
     difference = float(np.abs(expected - found).max(initial=0.0))
     if difference > atol:
         raise ParityMismatch(
-            f"expected {name} of {path} within {atol:g} of torch, found a difference of {difference:.3g}; "
-            "export it again, with another opset or static shapes",
+            f"expected {name} of {path} within {atol:g} of torch, found a difference of {difference:.3g}; {advice}",
             difference,
         )
     return difference

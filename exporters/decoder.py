@@ -1,0 +1,109 @@
+"""A causal language model as an ONNX file with a cache of keys and values, whose head count may differ by layer.
+
+Inputs and outputs are those that stock optimum and onnxruntime-genai feed and read::
+
+    input_ids, attention_mask     int64 [batch, sequence], [batch, total]
+    position_ids                  int64 [batch, sequence], in the portable form only
+    past_key_values.N.key, .value float32 [batch, kv heads, past, head_dim], for layers with attention
+    logits                        float32 [batch, 1, vocabulary] of each row's last token, or of all tokens
+    present.N.key, .value         float32, the cache for the next call
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from exporters.decoder_checks import check_parts, weights_bytes
+from exporters.decoder_fused import HEAD_DIM_STEP, FusedGraph
+from exporters.decoder_parts import AttentionPart, DecoderParts
+from exporters.decoder_portable import PortableGraph
+from exporters.encoder import ExportError
+from exporters.files import atomic_pair, atomic_path
+from exporters.graph import GraphWriter, WeightStream
+
+_OLDEST_OPSET = 17  # the first with LayerNormalization
+# Operators of ONNX Runtime, though it lists this one under the standard's name.
+_CONTRIB_OF_STANDARD_NAME = "SimplifiedLayerNormalization"
+
+
+@dataclass(frozen=True)
+class DecoderExportSettings:
+    """Form and limits of the file.
+
+    Attributes:
+        form: ``onnxruntime`` fuses a layer's attention, turns and cache into one contrib operator, which is the fastest
+            on CPUs and can keep the cache in place (bind one buffer as past and present); rows are padded on the right.
+            ``portable`` has standard operators only; rows are padded on either side.
+        opset: version of the standard operators, from 17 on.
+        max_length: tokens of the longest text, prompt and answer; fixes the tables of positions.
+        all_logits: logits of all tokens, for perplexity, not of each row's last one.
+        max_file_bytes: weights above go to a file ``NAME.data`` beside; one ONNX file holds less than 2 GB.
+    """
+
+    max_length: int
+    form: Literal["onnxruntime", "portable"] = "onnxruntime"
+    opset: int = 17
+    all_logits: bool = False
+    max_file_bytes: int = 2**31 - 2**25
+
+
+def export_decoder(parts: DecoderParts, path: Path, settings: DecoderExportSettings) -> None:
+    """Write the model to ``path``, and large weights beside it; both appear whole or not at all.
+
+    The model's metadata say form, opset, ``max_length`` and which contrib operators an engine needs. Products of
+    weights are named so that :func:`exporters.names.linear_of` finds the linear, queries, keys and values of a layer
+    together as ``attention.qkv`` where one product computes them.
+
+    Raises:
+        ExportError: parts that do not fit together, or settings that the model or the form does not allow.
+        OSError: a file cannot be written.
+    """
+    _check_settings(parts, settings)
+    check_parts(parts, settings.max_length)
+    beside = path.with_name(f"{path.name}.data")
+    if weights_bytes(parts) <= settings.max_file_bytes:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(_model(parts, settings, None).SerializeToString())
+        beside.unlink(missing_ok=True)  # of an earlier export that nothing refers to any more
+        return
+    with atomic_pair(path, beside) as (temporary, temporary_beside), temporary_beside.open("wb") as stream:
+        model = _model(parts, settings, WeightStream(stream, beside.name))
+        temporary.write_bytes(model.SerializeToString())
+
+
+def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: WeightStream | None) -> onnx.ModelProto:
+    writer = GraphWriter(settings.opset, outside)
+    graph = FusedGraph if settings.form == "onnxruntime" else PortableGraph
+    graph(parts, writer, settings.max_length).write(settings.all_logits)
+    contrib = {op for domain, op in writer.operators() if domain or op == _CONTRIB_OF_STANDARD_NAME}
+    return writer.model(
+        {
+            "form": settings.form,
+            "opset": str(settings.opset),
+            "max_length": str(settings.max_length),
+            "contrib_ops": ", ".join(sorted(contrib)),
+        }
+    )
+
+
+def _check_settings(parts: DecoderParts, settings: DecoderExportSettings) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    if not _OLDEST_OPSET <= settings.opset <= newest:
+        raise ExportError(
+            f"expected an opset from {_OLDEST_OPSET} to {newest}, found {settings.opset}; choose another, or another onnx"
+        )
+    if settings.form not in ("onnxruntime", "portable"):
+        raise ExportError(f"expected form onnxruntime or portable, found {settings.form}; correct it")
+    if settings.form == "portable":
+        return
+    for index, layer in enumerate(parts.layers):
+        attention = layer.attention
+        if isinstance(attention, AttentionPart) and attention.head_dim % HEAD_DIM_STEP:
+            raise ExportError(
+                f"expected head_dim in multiples of {HEAD_DIM_STEP} for GroupQueryAttention, found "
+                f"{attention.head_dim} in layers[{index}]; choose form portable"
+            )
