@@ -12,25 +12,41 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 
 if TYPE_CHECKING:
+    from exporters.decoder import DecoderExportSettings, export_decoder
+    from exporters.decoder_cache import CachedLayer, cache_arrays, cached_layers
+    from exporters.decoder_parity import check_decoder_parity
     from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
+    from exporters.genai import SpecialTokens, write_genai_config
     from exporters.heads import EmbeddingModel
     from exporters.integer_matmul import to_integer_matmul
     from exporters.parity import ParityMismatch, check_parity
 
 __all__ = [
+    "CachedLayer",
+    "DecoderExportSettings",
     "EmbeddingModel",
     "ExportError",
     "ExportSettings",
     "ParityMismatch",
+    "SpecialTokens",
+    "cache_arrays",
+    "cached_layers",
+    "check_decoder_parity",
     "check_parity",
     "dummy_inputs",
+    "export_decoder",
     "export_encoder",
     "input_names",
     "to_integer_matmul",
+    "write_genai_config",
 ]
 
 _HOMES = {
+    "decoder": ("DecoderExportSettings", "export_decoder"),
+    "decoder_cache": ("CachedLayer", "cache_arrays", "cached_layers"),
+    "decoder_parity": ("check_decoder_parity",),
     "encoder": ("ExportError", "ExportSettings", "dummy_inputs", "export_encoder", "input_names"),
+    "genai": ("SpecialTokens", "write_genai_config"),
     "heads": ("EmbeddingModel",),
     "integer_matmul": ("to_integer_matmul",),
     "parity": ("ParityMismatch", "check_parity"),

@@ -41,6 +41,10 @@ class DecoderExportSettings:
         opset: version of the standard operators, from 17 on.
         max_length: tokens of the longest text, prompt and answer; fixes the tables of positions.
         all_logits: logits of all tokens, for perplexity, not of each row's last one.
+        stock_optimum: cache inputs take an empty cache of any head count and width, which is what stock
+            ``ORTModelForCausalLM`` starts every layer with. Costs microseconds a layer and keeps caches in place. But
+            the inputs no longer say each layer's heads (the outputs do), so onnxruntime-genai, which reads them there,
+            loads such a file of layers that differ only through :func:`exporters.genai.write_genai_config`.
         max_file_bytes: weights above go to a file ``NAME.data`` beside; one ONNX file holds less than 2 GB.
     """
 
@@ -48,6 +52,7 @@ class DecoderExportSettings:
     form: Literal["onnxruntime", "portable"] = "onnxruntime"
     opset: int = 17
     all_logits: bool = False
+    stock_optimum: bool = False
     max_file_bytes: int = 2**31 - 2**25
 
 
@@ -78,7 +83,7 @@ def export_decoder(parts: DecoderParts, path: Path, settings: DecoderExportSetti
 def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: WeightStream | None) -> onnx.ModelProto:
     writer = GraphWriter(settings.opset, outside)
     graph = FusedGraph if settings.form == "onnxruntime" else PortableGraph
-    graph(parts, writer, settings.max_length).write(settings.all_logits)
+    graph(parts, writer, settings.max_length, settings.stock_optimum).write(settings.all_logits)
     contrib = {op for domain, op in writer.operators() if domain or op == _CONTRIB_OF_STANDARD_NAME}
     return writer.model(
         {
@@ -94,7 +99,7 @@ def _check_settings(parts: DecoderParts, settings: DecoderExportSettings) -> Non
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= settings.opset <= newest:
         raise ExportError(
-            f"expected an opset from {_OLDEST_OPSET} to {newest}, found {settings.opset}; choose another, or another onnx"
+            f"expected an opset from {_OLDEST_OPSET} to {newest}, found {settings.opset}; choose one of those"
         )
     if settings.form not in ("onnxruntime", "portable"):
         raise ExportError(f"expected form onnxruntime or portable, found {settings.form}; correct it")

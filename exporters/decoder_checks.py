@@ -46,7 +46,7 @@ def check_parts(parts: DecoderParts, max_length: int) -> None:
     vocabulary, hidden = parts.embedding.shape
     if not 1 <= max_length <= parts.max_positions:
         raise ExportError(
-            f"expected max_length from 1 to {parts.max_positions}, the model's positions, found {max_length}; shorten it"
+            f"expected max_length from 1 to {parts.max_positions}, its positions, found {max_length}; shorten it"
         )
     if parts.positions is not None and parts.positions.shape[0] < max_length:
         raise ExportError(

@@ -56,12 +56,12 @@ class DecoderGraph(abc.ABC):
     Activations are ``[batch, sequence, ...]``; ``past`` tokens are those of earlier calls, ``total`` all of them.
     """
 
-    def __init__(self, parts: DecoderParts, writer: GraphWriter, max_length: int) -> None:
+    def __init__(self, parts: DecoderParts, writer: GraphWriter, max_length: int, any_empty_cache: bool) -> None:
         self.parts = parts
         self.writer = writer
         self.max_length = max_length
+        self.any_empty_cache = any_empty_cache
         self.cached = {cached.layer: cached for cached in cached_layers(parts)}
-        self.most_heads = max((cached.n_kv_heads for cached in self.cached.values()), default=0)
 
     def write(self, all_logits: bool) -> None:
         """Add the whole model: logits of each row's last token, or of all tokens."""
@@ -204,21 +204,20 @@ class DecoderGraph(abc.ABC):
         return self.writer.node("Concat", [*halves, *pieces[2:]], f"{path}/Concat", axis=-1)
 
     def past(self, cached: CachedLayer) -> list[str]:
-        """Inputs of a layer's cache, ``[batch, n_kv_heads, past, head_dim]``.
+        """Names of a layer's cache, ``[batch, n_kv_heads, past, head_dim]``.
 
-        Stock optimum starts every layer with an empty cache of one head count. Where a layer has fewer heads, its
-        input has a free axis and a Reshape, which copies nothing and does nothing to a cache of the right shape: the
-        same buffer can still be bound as past and present. A Slice would copy both each call (0.57 instead of 0.05 ms
-        for three heads of 64 and room for 2,048 tokens).
+        A Reshape lets caches without tokens in that have other heads. It copies nothing, so one buffer can still be
+        bound as past and present; behind a Slice, each call would copy all of it.
         """
-        narrow = cached.n_kv_heads < self.most_heads
-        count = f"heads_of_layer_{cached.layer}" if narrow else cached.n_kv_heads
+        shape = [0, cached.n_kv_heads, -1, cached.head_dim]
+        axes = f"heads_of_layer_{cached.layer}", f"width_of_layer_{cached.layer}"
+        heads, width = axes if self.any_empty_cache else (cached.n_kv_heads, cached.head_dim)
         names = []
         for name in cached.past:
-            self.writer.input(name, ["batch", count, "past", cached.head_dim], TensorProto.FLOAT)
-            if narrow:
-                shape = self.writer.constant([0, cached.n_kv_heads, -1, cached.head_dim])
-                name = self.writer.node("Reshape", [name, shape], f"/{name.replace('.', '/')}/Reshape")
+            self.writer.input(name, ["batch", heads, "past", width], TensorProto.FLOAT)
+            if self.any_empty_cache:
+                path = f"/{name.replace('.', '/')}/Reshape"
+                name = self.writer.node("Reshape", [name, self.writer.constant(shape)], path)
             names.append(name)
         for name in cached.present:
             self.writer.output(name, ["batch", cached.n_kv_heads, "present", cached.head_dim])

@@ -42,7 +42,9 @@ class _CachedCalls:
             lengths = self.seen.sum(axis=1, keepdims=True)
             total = max(int(lengths.max()), self.seen.shape[1])
             self.seen = feed["attention_mask"] = (np.arange(total) < lengths).astype(np.int64)
-        found = dict(zip(self.outputs, self.session.run(self.outputs, feed | self.past), strict=True))
+        found: dict[str, np.ndarray] = dict(
+            zip(self.outputs, self.session.run(self.outputs, feed | self.past), strict=True)
+        )
         self.past = {_past_of(name): value for name, value in found.items() if name != "logits"}
         return found["logits"]
 

@@ -98,3 +98,10 @@ def _norm(part: NormPart, x: Tensor) -> Tensor:
     if part.kind == "layer":
         return functional.layer_norm(x, part.weight.shape, part.weight, part.bias, part.epsilon)
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + part.epsilon) * part.weight
+
+
+def greedy(parts: DecoderParts, ids: Tensor, n_tokens: int) -> list[int]:
+    """Ids of a prompt ``[1, tokens]`` and the likeliest ``n_tokens`` after it."""
+    for _ in range(n_tokens):
+        ids = torch.cat([ids, reference_logits(parts, ids)[:, -1:].argmax(dim=-1)], dim=1)
+    return [int(token) for token in ids[0]]
