@@ -30,15 +30,17 @@ class WeightStream:
 
 
 class GraphWriter:
-    """Nodes, tensors, inputs and outputs of a graph, in the order in which they are added."""
+    """Nodes, tensors, inputs and outputs of a graph, in the order in which they are added.
+
+    They are made inside the model: to put ready parts together would copy all weights at each level.
+    """
 
     def __init__(self, opset: int, outside: WeightStream | None = None) -> None:
         self.opset = opset
         self._outside = outside
-        self._nodes: list[onnx.NodeProto] = []
-        self._tensors: list[TensorProto] = []
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
+        self._model = onnx.ModelProto()
+        self._graph = self._model.graph
+        self._graph.name = "decoder"
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def node(
@@ -46,7 +48,7 @@ class GraphWriter:
     ) -> str:
         """Add a node and return its first output, which is named after the node unless ``outputs`` say otherwise."""
         outputs = outputs or [f"{name}_output_0"]
-        self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **fields))
+        self._graph.node.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **fields))
         return outputs[0]
 
     def constant(self, values: Any, dtype: type[np.generic] = np.int64) -> str:
@@ -55,52 +57,46 @@ class GraphWriter:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = f"constant_{len(self._constants)}"
-            self._tensors.append(numpy_helper.from_array(array, self._constants[key]))
+            self._graph.initializer.append(numpy_helper.from_array(array, self._constants[key]))
         return self._constants[key]
 
     def weight(self, name: str, tensor: Tensor) -> str:
         """Add a tensor of the model as float32; returns ``name``."""
         array = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+        entry = self._graph.initializer.add(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
         if self._outside is None or array.nbytes < _SMALLEST_OUTSIDE_BYTES:
-            self._tensors.append(numpy_helper.from_array(array, name))
+            entry.raw_data = array.astype("<f4", copy=False).tobytes()
         else:
-            self._tensors.append(_written_outside(name, array, self._outside))
+            _write_outside(array, entry, self._outside)
         return name
 
     def input(self, name: str, dims: Sequence[int | str], element_type: int = TensorProto.INT64) -> str:
         """Declare an input of the graph; a word among ``dims`` is a free axis."""
-        self._inputs.append(helper.make_tensor_value_info(name, element_type, dims))
+        self._graph.input.append(helper.make_tensor_value_info(name, element_type, dims))
         return name
 
     def output(self, name: str, dims: Sequence[int | str]) -> None:
         """Declare a float32 output of the graph, which a node of this output writes."""
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
+        self._graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
 
     def operators(self) -> set[tuple[str, str]]:
         """Domain and type of the nodes so far."""
-        return {(node.domain, node.op_type) for node in self._nodes}
+        return {(node.domain, node.op_type) for node in self._graph.node}
 
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Whole graph as a model in the oldest file format that its opset allows."""
         domains = {"": self.opset} | {domain: 1 for domain, _ in self.operators() if domain}
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
-        model = helper.make_model(
-            helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, self._tensors),
-            opset_imports=opsets,
-            ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
-        )
-        helper.set_model_props(model, dict(metadata))
-        return model
+        self._model.opset_import.extend(opsets)
+        self._model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+        helper.set_model_props(self._model, dict(metadata))
+        return self._model
 
 
-def _written_outside(name: str, array: np.ndarray, outside: WeightStream) -> TensorProto:
+def _write_outside(array: np.ndarray, entry: TensorProto, outside: WeightStream) -> None:
     offset = -(-outside.stream.tell() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     outside.stream.seek(offset)
-    outside.stream.write(array.data)
-    tensor = TensorProto(
-        name=name, data_type=TensorProto.FLOAT, dims=array.shape, data_location=TensorProto.DataLocation.EXTERNAL
-    )
-    place = {"location": outside.location, "offset": str(offset), "length": str(array.nbytes)}
-    for key, value in place.items():
-        tensor.external_data.add(key=key, value=value)
-    return tensor
+    outside.stream.write(array.astype("<f4", copy=False).data)
+    entry.data_location = TensorProto.DataLocation.EXTERNAL
+    for key, value in (("location", outside.location), ("offset", str(offset)), ("length", str(array.nbytes))):
+        entry.external_data.add(key=key, value=value)
