@@ -5,6 +5,11 @@ and quantizers append to that::
 
     /model/encoder/layer.0/output/dense/MatMul          of encoder.layer.0.output.dense
     /model/encoder/layer.0/output/dense/MatMul_quant    the same linear in integers
+
+Graphs of causal language models are written with such names, by the parts of :mod:`exporters.decoder_parts`::
+
+    /layers.3/feed_forward/down/MatMul                  of layers[3].feed_forward.down
+    /layers.3/attention/qkv/MatMul                      of queries, keys and values of layers[3] in one product
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import re
 
 _PRODUCT = re.compile(r"/(?:MatMul|Gemm)(?:_quant)?$")
-# Layers are the only numbered modules of an encoder: embeddings, poolers and heads are outside.
+# Layers are the only numbered modules of a model: embeddings, poolers and heads are outside.
 _IN_LAYER = re.compile(r"(?:^|\.)[^.]+\.\d+\.")
 _WRAPPER = "model."  # attribute of what the exporter wraps models in
 

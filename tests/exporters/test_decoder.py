@@ -103,7 +103,7 @@ CUTS: dict[str, dict[int, Cut]] = {
     "all attention": dict.fromkeys(range(3), dropped("attention")),
 }
 CUT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
+    "llama": ("llama", {"head_dim": 16}),
     "qwen3": ("qwen3", {}),
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {"num_attention_heads": 2}),
@@ -193,8 +193,27 @@ def test_a_text_may_be_as_long_as_the_tables(case: str, form: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_prompt_may_come_in_two_calls(form: str, tmp_path: Path) -> None:
-    parts = with_attention(decoder_parts(causal_model("llama-narrow")), window=5)
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_parallel_blocks_read_the_same_stream(case: str, form: str, tmp_path: Path) -> None:
+    parts = decoder_parts(causal_model(case))
+    cuts: dict[int, Cut] = {0: dropped("attention", bias=BIAS), 2: dropped("feed_forward", bias=BIAS)}
+    parallel = tuple(dataclasses.replace(layer, parallel=True) for layer in parts.layers)
+    for layers in (parallel, with_layers(dataclasses.replace(parts, layers=parallel), cuts).layers):
+        changed = dataclasses.replace(parts, layers=layers)
+        check_parts(changed, exported(changed, tmp_path, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layer_norm_without_bias(form: str, tmp_path: Path) -> None:
+    parts = decoder_parts(causal_model("gpt2"))
+    parts = dataclasses.replace(parts, final_norm=dataclasses.replace(parts.final_norm, bias=None))
+    check_parts(parts, exported(parts, tmp_path, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["llama", "llama-narrow", "gpt2"])
+def test_a_prompt_may_come_in_two_calls(case: str, form: str, tmp_path: Path) -> None:
+    parts = with_attention(decoder_parts(causal_model(case)), window=5)
     session = parity_session(exported(parts, tmp_path, form))
     ids, cache = token_ids(1, 10), cache_arrays(parts, 1)
     for start, end in ((0, 6), (6, 10)):

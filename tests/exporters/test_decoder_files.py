@@ -20,6 +20,7 @@ from exporters.parity import parity_session
 from tests.helpers.decoder_cuts import dropped, keep_groups, keep_width, with_layers
 from tests.helpers.decoder_models import HIDDEN, POSITIONS, VOCABULARY, causal_model, decoder_parts, token_ids
 from tests.helpers.decoder_reference import greedy, reference_logits
+from tests.helpers.onnx_models import kernels_of
 
 FORMS = ("onnxruntime", "portable")
 MAX_LENGTH = 24
@@ -164,29 +165,35 @@ def test_folder_that_is_a_file(llama: DecoderParts, max_file_bytes: int, tmp_pat
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def tokens_in_place(path: Path, cache: dict[str, np.ndarray], prompt: list[int], n_tokens: int) -> list[int]:
-    """Greedy tokens with one buffer of full length bound as past and present; what comes after it must stay."""
+UNTOUCHED = 7.0
+
+
+def rows_in_place(path: Path, cache: dict[str, np.ndarray], prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+    """Greedy answers with one buffer of full length bound as past and present; what comes after them must stay."""
     session = parity_session(path)
-    buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in cache.items()}
-    places = {name: buffer.data_ptr() for name, buffer in buffers.items()}
-    row, ids = list(prompt), np.array([prompt])
+    buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array + UNTOUCHED) for name, array in cache.items()}
+    rows = [list(prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = np.array([row + [0] * (longest - len(row)) for row in rows])
     for _ in range(n_tokens):
+        lengths = np.array([[len(row)] for row in rows])
         binding = session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", np.ones((1, len(row)), np.int64))
+        binding.bind_cpu_input("attention_mask", (np.arange(lengths.max()) < lengths).astype(np.int64))
         for name, buffer in buffers.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
-        row.append(int(binding.get_outputs()[-1].numpy()[0, -1].argmax()))
-        ids = np.array([[row[-1]]])
-    for name, buffer in buffers.items():
-        assert buffer.data_ptr() == places[name]
-        kept = buffer.numpy()
-        assert (kept[:, :, : len(row) - 1] != 7).all()
-        assert (kept[:, :, len(row) - 1 :] == 7).all()  # a copy of the whole cache would not keep to its place
-    return row
+        for row, logits in zip(rows, binding.get_outputs()[-1].numpy(), strict=True):
+            row.append(int(logits[-1].argmax()))
+        ids = np.array([[row[-1]] for row in rows])
+    for buffer in buffers.values():
+        for row, kept in zip(rows, buffer.numpy(), strict=True):
+            assert (kept[:, : len(row) - 1] != UNTOUCHED).all()
+            # A copy of the whole cache would not keep to its place.
+            assert (kept[:, max(len(row) - 1, longest) :] == UNTOUCHED).all()
+    return rows
 
 
 @pytest.mark.parametrize("stock_optimum", [False, True])
@@ -194,9 +201,19 @@ def tokens_in_place(path: Path, cache: dict[str, np.ndarray], prompt: list[int],
 def test_cache_stays_in_place(case: str, stock_optimum: bool, tmp_path: Path) -> None:
     parts = with_layers(decoder_parts(causal_model(case)), {1: keep_groups(1), 2: dropped("attention")})
     path = exported(parts, tmp_path, stock_optimum=stock_optimum)
-    cache = {name: array + 7 for name, array in cache_arrays(parts, 1, MAX_LENGTH).items()}
-    prompt = token_ids(1, 6)[0].tolist()
-    assert tokens_in_place(path, cache, prompt, 10) == greedy(parts, torch.tensor([prompt]), 10)
+    prompts = [token_ids(1, length, seed=length)[0].tolist() for length in (6, 3, 8)]
+    for batch in (prompts[:1], prompts):
+        cache = cache_arrays(parts, len(batch), MAX_LENGTH)
+        expected = [greedy(parts, torch.tensor([prompt]), 10) for prompt in batch]
+        assert rows_in_place(path, cache, batch, 10) == expected
+
+
+def test_layer_norms_stay_single_in_sessions(tmp_path: Path) -> None:
+    """ONNX Runtime merges Add and LayerNormalization into a slow kernel."""
+    path = exported(decoder_parts(causal_model("gpt2")), tmp_path)
+    kernels = kernels_of(path)
+    assert kernels["LayerNormalization"] == 7
+    assert kernels["SkipLayerNormalization"] == 0
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,6 +19,8 @@ DENSE = "encoder.layer.0.output.dense"
         ("/model/bert/encoder/layer.11/output/dense/MatMul", "bert.encoder.layer.11.output.dense"),
         ("/model/transformer/layer.0/ffn/lin1/MatMul", "transformer.layer.0.ffn.lin1"),
         ("/model/decoder/blocks.3/up/MatMul", "decoder.blocks.3.up"),
+        ("/layers.3/feed_forward/down/MatMul", "layers.3.feed_forward.down"),
+        ("/layers.11/attention/qkv/MatMul_quant", "layers.11.attention.qkv"),
     ],
 )
 def test_products_are_named_after_their_linear(node_name: str, path: str) -> None:
