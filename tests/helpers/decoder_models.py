@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from exporters.decoder_parts import (
-    AttentionPart,
-    DecoderParts,
-    FeedForwardPart,
-    LayerPart,
-    LinearPart,
-    NormPart,
-    RotaryPart,
-)
+from exporters.decoder_parts import DecoderParts
+from ziplm_deploy.models.causal_parts import causal_parts
+from ziplm_deploy.models.conv1d import as_linears
 
 VOCABULARY, POSITIONS = 61, 48
 HIDDEN, HEAD_DIM = 32, 16
@@ -61,117 +56,8 @@ def causal_model(case: str, **changes: Any) -> Any:
 
 
 def decoder_parts(model: Any) -> DecoderParts:
-    """Parts of a model that :func:`causal_model` made."""
-    return {"gpt2": _gpt2, "opt": _opt, "gpt_neox": _gpt_neox}.get(model.config.model_type, _llama)(model)
-
-
-def _llama(model: Any) -> DecoderParts:
-    config, inner = model.config, model.model
-    window = getattr(config, "sliding_window", None)
-    layers = []
-    for layer in inner.layers:
-        attention, feed_forward = layer.self_attn, layer.mlp
-        part = AttentionPart(
-            query=_linear(attention.q_proj),
-            key=_linear(attention.k_proj),
-            value=_linear(attention.v_proj),
-            output=_linear(attention.o_proj),
-            n_heads=config.num_attention_heads,
-            n_kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
-            scale=attention.head_dim**-0.5,
-            query_norm=_rms(attention.q_norm) if hasattr(attention, "q_norm") else None,
-            key_norm=_rms(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            window=window if config.model_type == "mistral" else None,
-        )
-        gated = FeedForwardPart(
-            _linear(feed_forward.up_proj), _linear(feed_forward.down_proj), "silu", _linear(feed_forward.gate_proj)
-        )
-        norms = _rms(layer.input_layernorm), _rms(layer.post_attention_layernorm)
-        layers.append(LayerPart(norms[0], part, norms[1], gated))
-    head = None if config.tie_word_embeddings else _linear(model.lm_head)
-    rotary = RotaryPart(inner.rotary_emb.inv_freq)
-    return DecoderParts(
-        inner.embed_tokens.weight, None, tuple(layers), _rms(inner.norm), head, rotary, config.max_position_embeddings
-    )
-
-
-def _gpt2(model: Any) -> DecoderParts:
-    config, inner = model.config, model.transformer
-    layers = []
-    for layer in inner.h:
-        fused, output = _conv1d(layer.attn.c_attn), _conv1d(layer.attn.c_proj)
-        rows = [slice(index * HIDDEN, (index + 1) * HIDDEN) for index in range(3)]
-        assert fused.bias is not None
-        query, key, value = (LinearPart(fused.weight[row], fused.bias[row]) for row in rows)
-        width = HIDDEN // config.n_head
-        part = AttentionPart(query, key, value, output, config.n_head, config.n_head, width, width**-0.5)
-        plain = FeedForwardPart(_conv1d(layer.mlp.c_fc), _conv1d(layer.mlp.c_proj), "gelu_tanh")
-        layers.append(LayerPart(_layer_norm(layer.ln_1), part, _layer_norm(layer.ln_2), plain))
-    positions = inner.wpe.weight
-    return DecoderParts(inner.wte.weight, positions, tuple(layers), _layer_norm(inner.ln_f), None, None, len(positions))
-
-
-def _opt(model: Any) -> DecoderParts:
-    config, inner = model.config, model.model.decoder
-    layers = []
-    for layer in inner.layers:
-        attention, count = layer.self_attn, config.num_attention_heads
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-        query, key, value, output = map(_linear, linears)
-        width = HIDDEN // count
-        part = AttentionPart(query, key, value, output, count, count, width, width**-0.5)
-        plain = FeedForwardPart(_linear(layer.fc1), _linear(layer.fc2), "relu")
-        norms = _layer_norm(layer.self_attn_layer_norm), _layer_norm(layer.final_layer_norm)
-        layers.append(LayerPart(norms[0], part, norms[1], plain))
-    positions = inner.embed_positions.weight[inner.embed_positions.offset :]
-    norm = _layer_norm(inner.final_layer_norm)
-    return DecoderParts(inner.embed_tokens.weight, positions, tuple(layers), norm, None, None, len(positions))
-
-
-def _gpt_neox(model: Any) -> DecoderParts:
-    config, inner = model.config, model.gpt_neox
-    layers = []
-    for layer in inner.layers:
-        count = config.num_attention_heads
-        width = HIDDEN // count
-        fused = layer.attention.query_key_value
-        # [heads, query or key or value, head_dim, hidden]
-        weights = fused.weight.reshape(count, 3, width, HIDDEN)
-        biases = fused.bias.reshape(count, 3, width)
-        query, key, value = (
-            LinearPart(weights[:, index].reshape(-1, HIDDEN), biases[:, index].reshape(-1)) for index in range(3)
-        )
-        output = _linear(layer.attention.dense)
-        part = AttentionPart(query, key, value, output, count, count, width, width**-0.5)
-        plain = FeedForwardPart(_linear(layer.mlp.dense_h_to_4h), _linear(layer.mlp.dense_4h_to_h), "gelu")
-        norms = _layer_norm(layer.input_layernorm), _layer_norm(layer.post_attention_layernorm)
-        layers.append(LayerPart(norms[0], part, norms[1], plain, parallel=config.use_parallel_residual))
-    return DecoderParts(
-        inner.embed_in.weight,
-        None,
-        tuple(layers),
-        _layer_norm(inner.final_layer_norm),
-        _linear(model.get_output_embeddings()),
-        RotaryPart(inner.rotary_emb.inv_freq),
-        config.max_position_embeddings,
-    )
-
-
-def _linear(module: Any) -> LinearPart:
-    return LinearPart(module.weight, module.bias)
-
-
-def _conv1d(module: Any) -> LinearPart:
-    return LinearPart(module.weight.T, module.bias)
-
-
-def _rms(module: Any) -> NormPart:
-    return NormPart("rms", module.weight, module.variance_epsilon)
-
-
-def _layer_norm(module: nn.LayerNorm) -> NormPart:
-    return NormPart("layer", module.weight, module.eps, module.bias)
+    """Parts of a model that :func:`causal_model` made, which is not changed."""
+    return causal_parts(as_linears(copy.deepcopy(model)))
 
 
 def token_ids(batch_size: int, tokens: int, seed: int = 0) -> Tensor:

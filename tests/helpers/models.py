@@ -65,11 +65,12 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
 
 def tiny_causal_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
     """3 layers, hidden 32, 4 query heads, FFN 64, vocabulary 60, 40 positions; Llama's kinds have 2 cached heads."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    hidden = changes.pop("hidden_size", 32)
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": 3, "num_attention_heads": 4}
     if model_type == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "n_inner": 64}
+        sizes = {"n_embd": hidden, "n_layer": 3, "n_head": 4, "n_positions": 40, "n_inner": 64}
     elif model_type == "opt":
-        sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 40}
+        sizes |= {"ffn_dim": 64, "word_embed_proj_dim": hidden, "max_position_embeddings": 40}
     else:
         sizes |= {"intermediate_size": 64, "max_position_embeddings": 40}
     if model_type in ("llama", "mistral", "qwen2", "qwen3"):

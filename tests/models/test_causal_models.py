@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from tests.helpers.decoders import reference_logits
+from exporters import DecoderExportSettings, check_decoder_parity, export_decoder
+from tests.helpers.decoder_reference import reference_logits
 from tests.helpers.models import output_tensors, random_entries, tiny_causal_config, tiny_causal_model, tiny_tokenizer
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.transformers
 
 CAUSAL = sorted(name for name, entry in ARCHITECTURES.items() if entry.causal is not None)
 CONFIG = ModelConfig(path="", task="text-generation")
+WIDE_HEADS = {"hidden_size": 64}  # heads of 16, a width that the fused attention takes
 GROUPED = ("llama", "mistral", "qwen2", "qwen3")
 PLANS = {
     "attention dropped": {"0.attention": 0},
@@ -183,3 +186,18 @@ def test_generation_with_a_cache_finds_the_tokens_that_it_finds_without(model_ty
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 999, "pad_token_id": 0}
     found = [resized.generate(**prompt, **settings, use_cache=use_cache) for use_cache in (True, False)]  # type: ignore[operator]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("form", ["onnxruntime", "portable"])
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_exported_members_answer_like_torch(model_type: str, form: Any, tmp_path: Path) -> None:
+    dense = tiny_causal_model(model_type, **({} if model_type == "qwen3" else WIDE_HEADS))
+    for name, sizes in PLANS.items():
+        resized = resize(dense, random_entries(dense, sizes))
+        path = tmp_path / f"{name}.onnx"
+        export_decoder(causal_parts(resized), path, DecoderExportSettings(max_length=24, form=form))
+
+        def logits_of(ids: torch.Tensor, resized: Any = resized) -> torch.Tensor:
+            return resized(input_ids=ids).logits  # type: ignore[no-any-return]
+
+        check_decoder_parity(logits_of, path, [[5, 9, 30, 41, 8, 17, 22], [33, 6, 7]], atol=1e-4)

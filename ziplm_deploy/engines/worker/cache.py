@@ -1,0 +1,109 @@
+"""Calls of a causal language model with a cache of keys and values, in ONNX Runtime.
+
+Files of the form ``onnxruntime`` (:mod:`exporters.decoder`) get one buffer a layer, bound as past and as present: no
+call copies it. Files of the portable form return a longer cache from each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+PAST, PRESENT = "past_key_values.", "present."
+
+
+def is_cached(session: Any) -> bool:
+    """Whether a session is of a causal language model with a cache."""
+    return any(entry.name.startswith(PRESENT) for entry in session.get_outputs())
+
+
+def form_of(session: Any) -> str:
+    """``onnxruntime`` or ``portable``, as the exporter has noted it in the file; portable for files of others."""
+    return str(session.get_modelmeta().custom_metadata_map.get("form", "portable"))
+
+
+class CachedModel:
+    """One text a row, at most ``max_length`` tokens each; every call appends to what the calls before it left.
+
+    Attributes:
+        lengths: int64 ``[batch]``, tokens of each row so far.
+    """
+
+    def __init__(self, session: Any, batch_size: int, max_length: int) -> None:
+        import onnxruntime
+
+        self.session, self.batch_size, self.max_length = session, batch_size, max_length
+        self.takes_positions = any(entry.name == "position_ids" for entry in session.get_inputs())
+        self.in_place = form_of(session) == "onnxruntime"
+        # Outputs tell the heads of each layer; inputs may leave them open, so that others can start with none.
+        room = max_length if self.in_place else 0
+        shapes = {
+            entry.name: (batch_size, entry.shape[1], room, entry.shape[3])
+            for entry in session.get_outputs()
+            if entry.name.startswith(PRESENT)
+        }
+        self.cache = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            for name, shape in shapes.items()
+        }
+        self.ort = onnxruntime
+        self.names = [entry.name for entry in session.get_outputs()]
+        self.clear()
+
+    def clear(self) -> None:
+        """Start new texts in the same buffers."""
+        self.lengths = np.zeros(self.batch_size, np.int64)
+        self.seen = np.zeros((self.batch_size, 0), np.int64)  # portable: which places of the cache hold tokens
+        if not self.in_place:
+            self.cache = {
+                name: self.ort.OrtValue.ortvalue_from_numpy(value.numpy()[:, :, :0])
+                for name, value in self.cache.items()
+            }
+
+    def call(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Logits of each row's last token, ``[batch, vocabulary]``, or of all tokens if the file gives them.
+
+        Args:
+            ids: int64 ``[batch, tokens]``, padded on the right.
+            counts: int64 ``[batch]``, how many of them are no padding, at least one.
+        """
+        logits = self._run(ids, counts)
+        self.lengths = self.lengths + counts
+        return logits
+
+    def rehearse(self, ids: np.ndarray, length: int) -> np.ndarray:
+        """A call after ``length`` cached tokens a row, whatever they are, after which nothing has changed: for timing."""
+        self.lengths = np.full(self.batch_size, length, np.int64)
+        return self._run(ids, np.full(self.batch_size, ids.shape[1], np.int64))
+
+    def _run(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        binding = self.session.io_binding()
+        for name, value in self._inputs(ids, counts).items():
+            binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(value))
+        for name in self.names:
+            if name not in self.cache:
+                binding.bind_output(name, "cpu")
+                continue
+            binding.bind_ortvalue_input(name.replace(PRESENT, PAST, 1), self.cache[name])
+            if self.in_place:
+                binding.bind_ortvalue_output(name, self.cache[name])
+            else:
+                binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        found = dict(zip(self.names, binding.get_outputs()))  # noqa: B905 (Python 3.8)
+        if not self.in_place:
+            self.cache = {name: found[name] for name in self.cache}
+        return np.asarray(found["logits"].numpy())
+
+    def _inputs(self, ids: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        tokens = ids.shape[1]
+        real = (np.arange(tokens) < counts[:, None]).astype(np.int64)  # [batch, tokens]
+        if not self.takes_positions:  # places are filled one after the other: padding is overwritten by what follows
+            total = int((self.lengths + np.maximum(counts, 1)).max())
+            total = max(total, tokens)
+            mask = (np.arange(total) < (self.lengths + counts)[:, None]).astype(np.int64)
+            return {"input_ids": ids, "attention_mask": mask}
+        self.seen = np.concatenate([self.seen, real], axis=1)
+        positions = np.maximum(np.cumsum(self.seen, axis=1) - 1, 0)[:, -tokens:]
+        return {"input_ids": ids, "attention_mask": self.seen, "position_ids": positions}
