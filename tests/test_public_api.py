@@ -25,6 +25,7 @@ EXPECTED = [
     "inspect_model",
     "load",
     "load_recipe",
+    "load_runner",
     "machine_info",
     "profile",
     "prune",

@@ -15,6 +15,7 @@ import torch
 from exporters import DecoderExportSettings, export_decoder
 from tests.helpers.models import random_entries, tiny_causal_model, tiny_tokenizer
 from tests.helpers.onnx_models import write_mlp
+from ziplm_deploy import load_runner
 from ziplm_deploy.engines.generator import Sampling, TextGenerator, _choose
 from ziplm_deploy.engines.worker.cache import CachedModel
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
@@ -58,7 +59,7 @@ def greedy(model: Any, generator: TextGenerator, prompt: str, n_tokens: int = N_
 
 
 def test_continuations_are_those_of_torch_alone_and_in_a_batch(folder: Path, model: Any) -> None:
-    generator = TextGenerator(folder)
+    generator = load_runner(folder)
     assert generator.end_ids == {2, 58, 59}
     expected = [generator.tokenizer.decode(greedy(model, generator, prompt)) for prompt in PROMPTS]
     assert any(expected)
@@ -142,7 +143,7 @@ def test_impossible_sampling_is_refused(settings: dict[str, Any]) -> None:
 def test_folders_that_hold_no_text_generator_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifactError, match=r"expected model.onnx in .*found none"):
         TextGenerator(tmp_path)
-    write_mlp(tmp_path / "model.onnx")
+    write_mlp(tmp_path / "model.onnx", 8)
     with pytest.raises(UsageError, match="expected a causal language model with a cache"):
         TextGenerator(tmp_path)
     for name in ("tokenizer.json", "config.json"):

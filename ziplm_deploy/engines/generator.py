@@ -1,4 +1,4 @@
-"""Text from a member of a causal language model: needs ONNX Runtime and ``tokenizers``, neither torch nor transformers."""
+"""Text from a member of a causal language model, with ONNX Runtime and ``tokenizers`` alone."""
 
 from __future__ import annotations
 
@@ -45,8 +45,17 @@ class Sampling:
             )
 
 
+def load_runner(folder: Path | str, file: str = "model.onnx") -> TextGenerator:
+    """Open a member of a causal language model to continue texts; arguments and errors of :class:`TextGenerator`."""
+    return TextGenerator(folder, file)
+
+
 class TextGenerator:
     """A member's folder, opened to continue texts.
+
+    Args:
+        folder: of a member, with ``tokenizer.json``, ``config.json`` and the ONNX file.
+        file: which of its ONNX files.
 
     Raises:
         CorruptArtifactError: a file is missing or damaged.

@@ -56,10 +56,15 @@ class CachedModel:
         self.lengths = np.zeros(self.batch_size, np.int64)
         self.seen = np.zeros((self.batch_size, 0), np.int64)  # portable: which places of the cache hold tokens
         if not self.in_place:
-            self.cache = {
-                name: self.ort.OrtValue.ortvalue_from_numpy(value.numpy()[:, :, :0])
-                for name, value in self.cache.items()
-            }
+            self._fill(0)
+
+    def _fill(self, length: int) -> None:
+        """Portable: a cache of ``length`` tokens a row, whatever they are."""
+        for name, value in self.cache.items():
+            batch, heads, _, width = value.shape()
+            empty = np.zeros((batch, heads, length, width), np.float32)
+            self.cache[name] = self.ort.OrtValue.ortvalue_from_numpy(empty)
+        self.seen = np.ones((self.batch_size, length), np.int64)
 
     def call(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Logits of each row's last token, ``[batch, vocabulary]``, or of all tokens if the file gives them.
@@ -73,8 +78,10 @@ class CachedModel:
         return logits
 
     def rehearse(self, ids: np.ndarray, length: int) -> np.ndarray:
-        """A call after ``length`` cached tokens a row, whatever they are, after which nothing has changed: for timing."""
+        """A call after ``length`` cached tokens a row, whatever they are, which adds none: for timing."""
         self.lengths = np.full(self.batch_size, length, np.int64)
+        if not self.in_place:
+            self._fill(length)
         return self._run(ids, np.full(self.batch_size, ids.shape[1], np.int64))
 
     def _run(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
