@@ -111,13 +111,13 @@ def test_files_of_schema_1_with_a_damaged_environment_are_refused(tmp_path: Path
         LatencyTable.load(path)
 
 
-@pytest.mark.parametrize("version", [0, -1, 3, 99, 1.5, True, "2", None])
+@pytest.mark.parametrize("version", [0, -1, 4, 99, 1.5, True, "2", None])
 @pytest.mark.parametrize("artifact", MEASURED, ids=lambda artifact: artifact.KIND)
 def test_other_schema_versions_are_refused(tmp_path: Path, artifact: Artifact, version: object) -> None:
     path = tmp_path / "a.json"
     artifact.save(path)
     path.write_text(json.dumps({**as_schema_1(path), "schema_version": version}), encoding="utf-8")
-    with pytest.raises(CorruptArtifactError, match=r"of schema 2 .*make it again with this version"):
+    with pytest.raises(CorruptArtifactError, match=r"of schema 3 .*make it again with this version"):
         type(artifact).load(path)
 
 

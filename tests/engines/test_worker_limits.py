@@ -62,5 +62,5 @@ def test_a_worker_that_stops_in_the_midst_of_many_runs_is_killed(tmp_path: Path)
         worker.options = WorkerOptions(timeout_seconds=1.5)
         threading.Timer(2.0, os.kill, [worker._process.pid, signal.SIGSTOP]).start()
         with pytest.raises(EngineError, match=r"a\.onnx.*no answer within 1\.5 s"):
-            worker.time_many(["a"] * 3, warmup_ms=20_000.0)
+            worker.time_many([("a", 0)] * 3, warmup_ms=20_000.0)
         assert not worker._process.running()

@@ -71,7 +71,7 @@ def test_interleaved_timing_tells_large_from_small(tmp_path: Path) -> None:
     with start(options) as worker:
         for name, width in (("small", 8), ("large", 8192)):
             worker.load(name, write_mlp(tmp_path / f"{name}.onnx", width))
-        times_ms = worker.time_many(["small", "large"] * 5)
+        times_ms = worker.time_many([("small", 0), ("large", 0)] * 5)
         assert len(times_ms) == 10
         assert np.median(times_ms[1::2]) > 3 * np.median(times_ms[::2]) > 0
 
@@ -201,10 +201,10 @@ def test_a_worker_that_dies_over_several_models_names_the_one(tmp_path: Path) ->
     with start() as worker:
         for name, path in paths.items():
             worker.load(name, path)
-        worker.time_many(["first", "second"])
+        worker.time_many([("first", 0), ("second", 0)])
         threading.Timer(0.5, os.kill, (worker._process.pid, signal.SIGKILL)).start()
         with pytest.raises(EngineError, match=r"(?s)to run \S*second\.onnx.*SIGKILL.*--probe \S*second\.onnx"):
-            worker.time_many(["first", *["second"] * 200_000])
+            worker.time_many([("first", 0), *[("second", 0)] * 200_000])
 
 
 def test_a_closed_worker_says_so() -> None:

@@ -15,7 +15,7 @@ from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.baselines import BaselineScores
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
-from ziplm_deploy.latency.statistics import Timing
+from ziplm_deploy.latency.statistics import Timing, WorkloadTiming
 from ziplm_deploy.latency.table import Cell, LatencyTable
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.models.shape import ModelShape
@@ -44,8 +44,8 @@ def machine() -> MachineInfo:
     )
 
 
-def timing(median_ms: float) -> Timing:
-    return Timing(
+def timing(median_ms: float) -> WorkloadTiming:
+    return WorkloadTiming(
         median_ms=median_ms, low_ms=0.99 * median_ms, high_ms=1.01 * median_ms, p90_ms=1.1 * median_ms,
         p99_ms=1.2 * median_ms, n=9,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def plan(target: float, **changes: Any) -> PruningPlan:
 
 
 def variant(name: str, speedup: float, half_width: float = 0.01) -> FileTiming:
-    latency = timing(10.0 / speedup)
+    latency = Timing(**timing(10.0 / speedup).model_dump())
     return FileTiming(
         name=name,
         path=f"{name}/model.onnx",

@@ -115,7 +115,7 @@ class ScriptedWorker:
     def __init__(self, name: str, milliseconds: float, calls: list[str], clock: dict[str, float]) -> None:
         self.name, self.milliseconds, self.calls, self.clock = name, milliseconds, calls, clock
 
-    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0, call: int = 0) -> list[float]:
         assert (warmup, warmup_ms) == (1, 10.0)  # of a short model as of a long one
         self.calls.append(self.name)
         return [self.milliseconds * self.clock.setdefault("speed", 1.0)] * n
@@ -151,7 +151,7 @@ def test_more_files_than_ten_get_more_time(monkeypatch: pytest.MonkeyPatch, n_fi
     monkeypatch.setattr(benchmarking.time, "monotonic", lambda: now[0])
 
     class SlowWorker(ScriptedWorker):
-        def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0, call: int = 0) -> list[float]:
             now[0] += 1.0
             return super().time(model_id, n, warmup, warmup_ms)
 
@@ -212,7 +212,7 @@ class StagedWorker(contextlib.nullcontext["StagedWorker"]):
     def load(self, model_id: str, path: Path) -> None:
         pass
 
-    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0, call: int = 0) -> list[float]:
         return [self.milliseconds] * n
 
     def peak_memory_bytes(self) -> int:
@@ -307,7 +307,7 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
     )
     facts = benchmarking._Facts("2x.onnx", "onnxruntime", "1.0", peak_memory_bytes=1)
     timed = benchmarking._Timings(rounds, "dense", [0, 1] * (len(rounds["2x"]) // 2), {"2x": facts})
-    result = benchmarking._result(timed, "2x", 1)
+    result = benchmarking._result(timed, "2x", Workload())
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.latency.median_ms > 5.0
 

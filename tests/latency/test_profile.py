@@ -135,23 +135,24 @@ class FormulaWorker:
         kind, size = model_id.split()
         return 0.3 + 4 * (truth_ms(kind, int(size)) + 0.1)
 
-    def time_many(self, order: list[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+    def time_many(self, order: list[tuple[str, int]], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
         samples = []
-        for model_id in order:
+        for model_id, _ in order:
             self.runs += 1
             speed = self.slow if self.runs // 25 % 2 else 1.0
             samples.append(self.latency_ms(model_id) * speed * self.generator.lognormal(0, self.noise))
         return samples
 
     def warm_up(self, model_id: str) -> None:
-        self.time_many([model_id])
+        self.time_many([(model_id, 0)])
 
 
 def measured_by_formula(profile: ProfileConfig, **machine: Any) -> tuple[Samples, dict[tuple[str, int], Any]]:
     shape = model_shape(tiny_model("bert").config).model_copy(update={"n_layers": 12})
     worker: Any = FormulaWorker(seed=0, **machine)
     grid = Grid(shape, profile)
-    samples = profiling._measure(worker, ["dense", "base", "none", *grid.cell_ids], grid, lambda rounds: None, seed=0)
+    samples = Samples()
+    profiling._measure(worker, ["dense", "base", "none", *grid.cell_ids], samples, grid, lambda rounds: None, seed=0)
     profiling._remeasure(worker, samples, grid, seed=0)
     cells = cells_of(samples, grid)
     return samples, {(cell.kind, cell.size): cell.timing for cell in cells}
@@ -188,10 +189,10 @@ def test_noisy_cells_are_measured_again() -> None:
 def test_smaller_cell_that_looks_slower_is_suspicious_with_its_neighbour() -> None:
     grid = Grid(model_shape(tiny_model("bert").config), QUICK)
     samples, ids = Samples(), grid.cell_ids
-    samples.ms = {model_id: np.full(5, float(len(ids) - place)) for place, model_id in enumerate(ids)}
-    samples.ms["both dropped"] = np.full(5, 0.1)
+    samples.of_calls = {model_id: np.full((1, 5), float(len(ids) - place)) for place, model_id in enumerate(ids)}
+    samples.of_calls["both dropped"] = np.full((1, 5), 0.1)
     assert non_monotone(samples, grid) == []
-    samples.ms["ffn 24"] = samples.ms["ffn 64"] + 1.0
+    samples.of_calls["ffn 24"] = samples.of_calls["ffn 64"] + 1.0
     assert non_monotone(samples, grid) == ["ffn 64", "ffn 24"]
 
 
@@ -208,7 +209,7 @@ class Proxy:
 
 
 def test_two_workers_are_timed_in_the_order_that_one_would_be() -> None:
-    order = ["dense", "base", "none", "dense", "dense", "base"]
+    order = [(name, 0) for name in ("dense", "base", "none", "dense", "dense", "base")]
     alone = FormulaWorker(seed=1)
     machine = FormulaWorker(seed=1)
     cells: Any = Proxy(machine)
@@ -226,7 +227,7 @@ class Placed:
     def load(self, model_id: str, path: Path) -> None:
         self.loaded += 1
 
-    def time_many(self, order: list[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+    def time_many(self, order: list[tuple[str, int]], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
         return [self.ms] * len(order)
 
 
@@ -236,8 +237,9 @@ def test_processes_of_a_whole_model_take_turns() -> None:
     workers = Workers({"dense": places, "base": [cells]})
     workers.load("dense", Path("dense.onnx"))
     assert [place.loaded for place in places] == [1, 1, 1]
-    assert workers.time_many(["dense", "base", "dense", "dense", "dense"]) == [1.0, 0.2, 1.1, 0.9, 1.0]
-    assert workers.time_many(["base", "dense"]) == [0.2, 1.1]
+    dense, base = ("dense", 0), ("base", 0)
+    assert workers.time_many([dense, base, dense, dense, dense]) == [1.0, 0.2, 1.1, 0.9, 1.0]
+    assert workers.time_many([base, dense]) == [0.2, 1.1]
 
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(64, 3), (0.5, 1), (0.001, 1)])
@@ -247,11 +249,12 @@ def test_small_machines_hold_fewer_processes_of_whole_models(gigabytes: float, e
 
 def test_the_unpruned_model_says_what_is_negligible() -> None:
     grid = Grid(model_shape(tiny_model("bert").config), ProfileConfig())
-    noisy = np.array([5.0, 10.0, 15.0, 20.0]) / 100
-    samples = Samples(ms={"dense": np.full(4, 1e6), "unpruned": np.full(4, 12.0), "base": np.full(4, 1.0)})
-    samples.ms["ffn 64"] = noisy
+    noisy = np.array([[5.0, 10.0, 15.0, 20.0]]) / 100
+    levels = {"dense": 1e6, "unpruned": 12.0, "base": 1.0}
+    samples = Samples(of_calls={model_id: np.full((1, 4), ms) for model_id, ms in levels.items()})
+    samples.of_calls["ffn 64"] = noisy
     assert unsure(samples, grid) == ["ffn 64"]  # not negligible in 12 ms, though it is in the dense 1000 s
-    del samples.ms["unpruned"]
+    del samples.of_calls["unpruned"]
     assert unsure(samples, grid) == []
 
 
@@ -262,10 +265,10 @@ def cells_in(sizes: dict[str, int]) -> set[str]:
 def test_whole_models_of_refused_cells_are_left_out() -> None:
     grid = Grid(model_shape(tiny_model("bert").config), QUICK)
     sizes = grid.pruned_samples
-    samples = Samples(ms={model_id: np.full(3, 2.0) for model_id in [*sizes, *grid.cell_ids]})
+    samples = Samples(of_calls={model_id: np.full((1, 3), 2.0) for model_id in [*sizes, *grid.cell_ids]})
     assert [whole.sizes for whole in wholes_of(samples, grid)] == list(sizes.values())
     refused = next(model_id for model_id in sorted(cells_in(sizes["whole 0"])) if model_id != "both dropped")
-    del samples.ms[refused], samples.ms["whole 3"]
+    del samples.of_calls[refused], samples.of_calls["whole 3"]
     left = [whole.sizes for whole in wholes_of(samples, grid)]
     assert sizes["whole 0"] not in left
     assert sizes["whole 3"] not in left

@@ -149,6 +149,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "environment.huge_pages": (True, TIMED | {"profile", "quantise"}),
     "environment.workload.batch_size": (2, FILES | TIMED | {"evaluate", "profile", "quantise"}),
     "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | INT8 | {"profile"}),
+    "environment.workload.lengths": ({"8": 3, "32": 1}, TIMED | {"profile", "quantise"}),
     "profile.table": ("@table.json", {"profile"}),
     "profile.allow_foreign_table": (True, set()),
     "profile.stack_depth": (3, {"profile"}),

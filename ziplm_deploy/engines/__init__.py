@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import importlib
 
-from ziplm_deploy.engines.base import TURN_WARMUP_MS, Engine, ModelSignature, TensorInfo, WorkerHandle, WorkerOptions
+from ziplm_deploy.engines.base import (
+    TURN_WARMUP_MS,
+    Engine,
+    ModelSignature,
+    TensorInfo,
+    Timed,
+    WorkerHandle,
+    WorkerOptions,
+)
 from ziplm_deploy.engines.worker.facts import CHECKPOINT, page_of
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.recipe.choices import page_names
@@ -16,6 +24,7 @@ __all__ = [
     "Engine",
     "ModelSignature",
     "TensorInfo",
+    "Timed",
     "WorkerHandle",
     "WorkerOptions",
     "get_engine",

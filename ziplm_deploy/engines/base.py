@@ -29,6 +29,7 @@ from ziplm_deploy.recipe import Environment
 
 WORKER = Path(__file__).with_name("worker")
 Array = npt.NDArray[Any]
+Timed = tuple[str, int]  # a model's id, and which of the workload's calls it is timed on
 # Untimed runs before each turn of a model, in a table as in a benchmark. After another model or process, caches and
 # clock need milliseconds until they are those of a server that is kept busy: one untimed run is enough for 40 ms of
 # dense model, but made one of 2 ms look 6 % slower in ONNX Runtime.
@@ -41,7 +42,8 @@ class WorkerOptions:
 
     threads: int = 1
     batch_size: int = 1
-    seq_len: int = 128
+    seq_len: int = 128  # of several calls the most
+    calls: tuple[tuple[int, int], ...] = ()  # batch size and tokens of several that models are timed on; none: the one
     huge_pages: bool = False
     shared_arena: bool = False  # for a worker that holds many sessions
     timeout_seconds: float = 600.0  # without a finished run or another sign of life; a hung engine is killed after it
@@ -50,8 +52,15 @@ class WorkerOptions:
     @classmethod
     def from_environment(cls, environment: Environment) -> WorkerOptions:
         """Options with the threads and the workload of an environment."""
-        calls = environment.workload
-        return cls(environment.threads, calls.batch_size, calls.seq_len, huge_pages=environment.huge_pages)
+        workload = environment.workload
+        shapes = tuple((call.batch_size, call.seq_len) for call in workload.calls)
+        return cls(
+            environment.threads,
+            workload.batch_size,
+            workload.seq_len,
+            shapes if workload.has_several else (),
+            huge_pages=environment.huge_pages,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ class WorkerHandle:
         self._arguments = [
             *("--engine", engine, "--threads", str(options.threads), "--batch-size", str(options.batch_size)),
             *("--seq-len", str(options.seq_len), "--cpus", ",".join(map(str, cpus))),
+            *(["--calls", ",".join(f"{batch}x{tokens}" for batch, tokens in options.calls)] if options.calls else []),
             *(["--shared-arena"] if options.shared_arena else []),
             *(["--memory-limit-bytes", str(options.memory_limit_bytes)] if options.memory_limit_bytes else []),
         ]
@@ -193,12 +203,16 @@ class WorkerHandle:
         reply = self._request("load", id=model_id, path=str(path))
         return ModelSignature(*(tuple(map(_tensor_info, reply[side])) for side in ("inputs", "outputs")))
 
-    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
-        """Milliseconds of ``n`` consecutive runs after untimed ones, at least ``warmup`` and ``warmup_ms``."""
-        return list(map(float, self._request("run", id=model_id, n=n, warmup=warmup, warmup_ms=warmup_ms)["ms"]))
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0, call: int = 0) -> list[float]:
+        """Milliseconds of ``n`` consecutive runs after untimed ones, at least ``warmup`` and ``warmup_ms``.
 
-    def time_many(self, order: Sequence[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
-        """Milliseconds of one run of each model in ``order``, each after untimed ones as in :meth:`time`."""
+        ``call``: which of the workload's calls, by its place among them.
+        """
+        reply = self._request("run", id=model_id, call=call, n=n, warmup=warmup, warmup_ms=warmup_ms)
+        return list(map(float, reply["ms"]))
+
+    def time_many(self, order: Sequence[Timed], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        """Milliseconds of one run of each model and call in ``order``, each after untimed ones as in :meth:`time`."""
         reply = self._request("run_many", order=list(order), warmup=warmup, warmup_ms=warmup_ms)
         return list(map(float, reply["ms"]))
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import UsageError
-from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
-from ziplm_deploy.latency.statistics import Ratio, is_stable, process_ratio, relative_standard_error, summarize
+from ziplm_deploy.latency.record import BenchmarkRecord, CallTiming, FileTiming
+from ziplm_deploy.latency.statistics import Ratio, Timing, is_stable, process_ratio, relative_standard_error, summarize
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.machine.locks import timing_alone
 from ziplm_deploy.progress import Note, StepProgress
-from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment
+from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment, Workload
 
-_Workers = dict[str, WorkerHandle]
 AA = "baseline again"
 MODEL = "model"
 WARMUP_RUNS = 24
@@ -37,7 +37,8 @@ SURE = 0.25  # of the tolerance: standard error of a process' ratio
 STEERING_PROCESSES = 3  # after which a measurement may end that steers a run and is not reported
 # Whether ratios so far (name of a file -> its speedup; AA -> the baseline over itself) are sure enough to end it.
 Decided = Callable[[Mapping[str, Ratio]], bool]
-_Rounds = dict[str, list[list[float]]]  # milliseconds: name -> round -> run
+_Round = list[float]  # milliseconds of its runs
+_Rounds = dict[str, list[_Round]]  # of every file by its name
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,55 @@ class _Timings:
     baseline: str
     processes: list[int] = field(default_factory=list)  # of each round of the baseline; other files may have fewer
     facts: dict[str, _Facts] = field(default_factory=dict)  # of each file
+    of_calls: dict[str, list[list[_Round]]] = field(default_factory=dict)  # rounds of each file on each call
 
     def peak_memory_bytes(self, name: str) -> int:
         """The largest of a file's processes so far."""
         return self.facts[name].peak_memory_bytes if name in self.facts else 0
 
-    def ratio(self, name: str) -> Ratio:
-        """Speedup of a file; of the baseline, that of one of its processes over the other."""
+    def ratio(self, name: str, call: int | None = None) -> Ratio:
+        """Speedup of a file, on one call if that is given; of the baseline, that of one of its processes over the
+        other."""
+        own = self.per_round(name, call)
         if name == self.baseline:
-            return process_ratio(self.per_round(name), self.per_round(AA), self.processes)
-        own = self.per_round(name)
-        baselines = [self.per_round(each)[: len(own)] for each in (self.baseline, AA)]
+            return process_ratio(own, self.per_round(AA, call), self.processes)
+        baselines = [self.per_round(each, call)[: len(own)] for each in (self.baseline, AA)]
         return process_ratio(baselines, own, self.processes[: len(own)])
 
-    def per_round(self, name: str) -> list[float]:
-        """Median milliseconds of every round."""
-        return [float(np.median(round_ms)) for round_ms in self.rounds[name]]
+    def per_round(self, name: str, call: int | None = None) -> list[float]:
+        """Median milliseconds of every round, of the workload or of one of its calls."""
+        return [float(np.median(round_ms)) for round_ms in self.rounds_of(name, call)]
+
+    def rounds_of(self, name: str, call: int | None) -> list[_Round]:
+        """Milliseconds of every round, of the workload or of one of its calls."""
+        return self.rounds[name] if call is None else self.of_calls[name][call]
+
+    def add(self, rounds: _Rounds, workers: Mapping[str, FileWorker], process: int) -> None:
+        """Append the rounds of one part, and what its workers kept of the calls."""
+        for name, round_ms in rounds.items():
+            self.rounds[name] += round_ms
+            kept = self.of_calls.setdefault(name, [[] for _ in workers[name].calls])
+            for own, more in zip(kept, workers[name].calls, strict=True):
+                own += more
+        self.processes += [process] * (len(self.rounds[AA]) - len(self.processes))
+
+
+class FileWorker:
+    """A file's worker on every call of a workload: its milliseconds are their weighted sum, and each call's are kept.
+
+    The calls of a run follow one another, each after untimed runs of its own.
+    """
+
+    def __init__(self, worker: WorkerHandle, weights: Sequence[float]) -> None:
+        self.worker, self._weights = worker, np.asarray(weights)
+        self.calls: list[list[_Round]] = [[] for _ in weights]
+
+    def time(self, model_id: str, n: int, warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        """Expected milliseconds of ``n`` runs of every call; see :meth:`WorkerHandle.time`."""
+        for call, rounds in enumerate(self.calls):
+            rounds.append(self.worker.time(model_id, n=n, warmup=warmup, warmup_ms=warmup_ms, call=call))
+        expected: list[float] = (self._weights @ [rounds[-1] for rounds in self.calls]).tolist()  # [calls, n] -> [n]
+        return expected
 
 
 def precise_within(tolerance: float) -> Decided:
@@ -120,8 +154,9 @@ def compare(
     ``decided`` is not satisfied, more processes follow, up to ``config.max_processes`` or the time limit; default:
     every interval within the tolerance. It is asked after ``earliest`` processes, by default all of
     ``config.processes``. Files ``aside`` take no part in that: they have the first ``config.processes`` only.
-    Threads, batch size and tokens are those of ``environment`` on every engine. Another measurement of this user on
-    this machine is waited for; ``note`` is told so.
+    Threads, batch size and tokens are those of ``environment`` on every engine. Of a workload with several calls a
+    worker runs each of them in its turn; speedup is that of their weighted sum, the expected latency. Another
+    measurement of this user on this machine is waited for; ``note`` is told so.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.
@@ -151,7 +186,7 @@ def compare(
         aa_high=itself.high,
         tolerance=config.tolerance,
         rounds_of_processes=[timed.processes.count(index) for index in range(max(timed.processes) + 1)],
-        variants=[_result(timed, name, environment.workload.batch_size) for name in entries],
+        variants=[_result(timed, name, environment.workload) for name in entries],
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
@@ -180,15 +215,14 @@ def _time_files(
         with _workers(entries, environment, baseline, seed + index) as workers:
             judged = {AA, *entries} - {baseline, *aside}
             unsure = partial(_is_unsure, baseline=baseline, judged=judged, error=SURE * config.tolerance)
-            for name, samples_ms in _interleave(workers, part, report, seed + index, unsure).items():
-                timed.rounds[name] += samples_ms
-            timed.processes += [index] * (len(timed.rounds[AA]) - len(timed.processes))
+            timed.add(_interleave(workers, part, report, seed + index, unsure), workers, index)
             for name, entry in entries.items():
+                worker = workers[name].worker
                 timed.facts[name] = _Facts(
                     str(entry.path),
                     entry.engine or environment.engine,
-                    workers[name].version,
-                    max(timed.peak_memory_bytes(name), workers[name].peak_memory_bytes()),
+                    worker.version,
+                    max(timed.peak_memory_bytes(name), worker.peak_memory_bytes()),
                 )
     return timed
 
@@ -201,7 +235,7 @@ def _ratios(timed: _Timings, names: Iterable[str]) -> dict[str, Ratio]:
 @contextlib.contextmanager
 def _workers(
     entries: Mapping[str, TimedFile], environment: Environment, baseline: str, seed: int
-) -> Iterator[_Workers]:
+) -> Iterator[dict[str, FileWorker]]:
     """A warm worker for every file, and one for the baseline again.
 
     They come up together and load in random order: a place in it shifts a latency, by 1.5 % from the first to the last
@@ -213,9 +247,11 @@ def _workers(
         workers = {name: stack.enter_context(start_worker(files[name], environment, wait=False)) for name in names}
         for name, worker in workers.items():
             worker.load(MODEL, Path(files[name].path))
+        weights = environment.workload.weights
         for worker in workers.values():
-            warm_up(worker)
-        yield workers
+            for call in range(len(weights)):
+                warm_up(worker, call=call)
+        yield {name: FileWorker(worker, weights) for name, worker in workers.items()}
 
 
 def _part(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -229,12 +265,12 @@ def _shifted(progress: StepProgress | None, n_before: int, total: int) -> StepPr
     return None if progress is None else lambda done, _: progress(n_before + done, total)
 
 
-def warm_up(worker: WorkerHandle, model_id: str = MODEL) -> list[float]:
-    """Run until the last windows of timings agree, within limits; returns the milliseconds seen."""
+def warm_up(worker: WorkerHandle, model_id: str = MODEL, call: int = 0) -> list[float]:
+    """Run a call until the last windows of timings agree, within limits; returns the milliseconds seen."""
     samples_ms: list[float] = []
     started = time.monotonic()
     while not is_stable(samples_ms) and len(samples_ms) < WARMUP_RUNS and time.monotonic() - started < WARMUP_SECONDS:
-        samples_ms += worker.time(model_id, n=3, warmup=0)
+        samples_ms += worker.time(model_id, n=3, warmup=0, call=call)
     return samples_ms
 
 
@@ -252,7 +288,7 @@ def _is_unsure(rounds: _Rounds, baseline: str, judged: Collection[str], error: f
 
 
 def _interleave(
-    workers: Mapping[str, WorkerHandle],
+    workers: Mapping[str, FileWorker],
     config: BenchmarkConfig,
     progress: StepProgress | None,
     seed: int,
@@ -281,21 +317,34 @@ def _time_limit_s(config: BenchmarkConfig, n_files: int) -> float:
     return config.max_seconds * max(1.0, n_files / FILES_WITHIN_LIMIT)
 
 
-def _result(timed: _Timings, name: str, batch_size: int) -> FileTiming:
+def _result(timed: _Timings, name: str, workload: Workload) -> FileTiming:
     """Figures of one file."""
-    rounds = timed.rounds[name]
-    samples_ms = [sample for round_ms in rounds for sample in round_ms]
-    process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=False) for _ in round_ms]
-    timing = summarize(samples_ms, processes=process_of)
-    speedup = Ratio(1.0, 1.0, 1.0) if name == timed.baseline else timed.ratio(name)  # a baseline's own is 1
+    timing, figures = _figures(timed, name, None)
+    calls = []
+    for place, call in enumerate(workload.calls if workload.has_several else ()):
+        of_call, own = _figures(timed, name, place)
+        calls.append(CallTiming(**asdict(call), p99_ms=of_call.p99_ms, **own))
     return FileTiming(
         name=name,
         latency=timing,
-        p50_ms=timing.median_ms,
-        throughput_per_second=1000.0 * batch_size / timing.median_ms,
-        speedup=speedup.value,
-        speedup_low=speedup.low,
-        speedup_high=speedup.high,
-        samples_ms=samples_ms,
+        throughput_per_second=1000.0 * workload.batch_size / timing.median_ms,
+        calls=calls,
+        **figures,
         **asdict(timed.facts[name]),
     )
+
+
+def _figures(timed: _Timings, name: str, call: int | None) -> tuple[Timing, dict[str, Any]]:
+    """Latency and speedup of a file, on the workload or on one of its calls, with the samples."""
+    rounds = timed.rounds_of(name, call)
+    samples_ms = [sample for round_ms in rounds for sample in round_ms]
+    process_of = [process for process, round_ms in zip(timed.processes, rounds, strict=False) for _ in round_ms]
+    timing = summarize(samples_ms, processes=process_of)
+    speedup = Ratio(1.0, 1.0, 1.0) if name == timed.baseline else timed.ratio(name, call)  # a baseline's own is 1
+    return timing, {
+        "p50_ms": timing.median_ms,
+        "speedup": speedup.value,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
+        "samples_ms": samples_ms,
+    }

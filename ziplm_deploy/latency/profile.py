@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerHandle, get_engine
+from ziplm_deploy.engines import TURN_WARMUP_MS, Timed, WorkerHandle, get_engine
 from ziplm_deploy.engines.trial import ModelRefusedError, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import warm_up
@@ -32,7 +32,6 @@ from ziplm_deploy.latency.cells import Samples, cells_of, noise_of, non_monotone
 from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, WHOLE_SHARES, Grid
 from ziplm_deploy.latency.models import TableModel, table_models
 from ziplm_deploy.latency.request import TableRequest
-from ziplm_deploy.latency.statistics import summarize
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.machine.locks import timing_alone
@@ -53,12 +52,16 @@ PROCESS_BYTES = 80 * 2**20  # of a worker, without its model
 class Workers:
     """The workers of one table; times models of all of them in one order, as a single worker would.
 
-    Those of a model that has several take turns: each of its runs is in another process than the last.
+    Those of a model that has several take turns: each of its runs of a call is in another process than the last.
     """
 
-    def __init__(self, of_model: Mapping[str, Sequence[WorkerHandle]]) -> None:
-        self._of_model = of_model
-        self._turns = {model_id: itertools.cycle(workers) for model_id, workers in of_model.items()}
+    def __init__(self, of_model: Mapping[str, Sequence[WorkerHandle]], n_calls: int = 1) -> None:
+        self._of_model, self._n_calls = of_model, n_calls
+        self._turns = {
+            (model_id, call): itertools.cycle(workers)
+            for model_id, workers in of_model.items()
+            for call in range(n_calls)
+        }
 
     def load(self, model_id: str, path: Path) -> None:
         """Load a model into each of its processes."""
@@ -66,16 +69,17 @@ class Workers:
             worker.load(model_id, path)
 
     def warm_up(self, model_id: str) -> None:
-        """Run a model in each of its processes until timings agree."""
+        """Run a model in each of its processes, on every call, until timings agree."""
         for worker in self._of_model[model_id]:
-            warm_up(worker, model_id)
+            for call in range(self._n_calls):
+                warm_up(worker, model_id, call)
 
-    def time_many(self, order: Sequence[str], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
-        """Milliseconds of one run of each model in ``order``, in that order, whichever engine has it."""
+    def time_many(self, order: Sequence[Timed], warmup: int = 1, warmup_ms: float = 0.0) -> list[float]:
+        """Milliseconds of one run of each model and call in ``order``, in that order, whichever engine has it."""
         samples_ms: list[float] = []
-        turns = [(next(self._turns[model_id]), model_id) for model_id in order]
+        turns = [(next(self._turns[timed]), timed) for timed in order]
         for worker, group in itertools.groupby(turns, key=lambda turn: turn[0]):
-            samples_ms += worker.time_many([model_id for _, model_id in group], warmup, warmup_ms)
+            samples_ms += worker.time_many([timed for _, timed in group], warmup, warmup_ms)
         return samples_ms
 
 
@@ -118,9 +122,9 @@ def measure_table(
         shapes=request.export.shapes,
         opset=request.export.opset,
         stack_depth=request.profile.stack_depth,
-        base=summarize(samples.ms[BASE]),
-        dense=summarize(samples.ms[DENSE]),
-        unpruned=summarize(samples.ms[DENSE_AS_SERVED]) if request.times_dense_as_served else None,
+        base=samples.timing(BASE),
+        dense=samples.timing(DENSE),
+        unpruned=samples.timing(DENSE_AS_SERVED) if request.times_dense_as_served else None,
         cells=cells_of(samples, request.grid),
         wholes=wholes_of(samples, request.grid),
         refused=measured.refused,
@@ -150,12 +154,15 @@ def _measure_models(request: TableRequest, report: StepProgress, seed: int, note
             ]
             for model_id in whole_ids
         }
-        workers = Workers({model_id: alone.get(model_id, [together]) for model_id in ids})
+        calls = request.environment.workload.calls
+        workers = Workers({model_id: alone.get(model_id, [together]) for model_id in ids}, len(calls))
         refused = _load_models(request, models, workers, lambda done: report(done, steps))
         ids = [model_id for model_id in ids if model_id not in refused]
         with timing_alone(note):
             measuring = time.monotonic()
-            samples = _measure(workers, ids, request.grid, lambda rounds: report(len(models) + rounds, steps), seed)
+            samples = Samples(request.environment.workload.weights)
+            told = lambda rounds: report(len(models) + rounds, steps)  # noqa: E731
+            _measure(workers, ids, samples, request.grid, told, seed)
             _remeasure(workers, samples, request.grid, seed)
             seconds = time.monotonic() - measuring
     report(steps, steps)
@@ -211,14 +218,15 @@ def _refusal(model_id: str, trial: Trial | None, path: Path, grid: Grid) -> str:
     return ""
 
 
-def _measure(workers: Workers, ids: Sequence[str], grid: Grid, report: Callable[[int], None], seed: int) -> Samples:
+def _measure(
+    workers: Workers, ids: Sequence[str], samples: Samples, grid: Grid, report: Callable[[int], None], seed: int
+) -> None:
     """Interleaved rounds in random order until every cell is sure, or a limit is reached."""
     profile = grid.profile
     generator = np.random.default_rng(seed)
-    samples = Samples()
     deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
     extra = [DENSE] * EXTRA_DENSE + [model_id for model_id in ids if model_id in grid.pruned_samples] * EXTRA_WHOLES
-    _warm_up(workers, ids, grid.whole_ids)
+    _warm_up(workers, samples.on_every_call(ids), grid.whole_ids)
     # Three rounds at least: a median of fewer is none.
     while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
         _round(workers, [*ids, *extra], samples, generator)
@@ -226,18 +234,18 @@ def _measure(workers: Workers, ids: Sequence[str], grid: Grid, report: Callable[
         report(samples.rounds)
         if samples.rounds >= profile.min_rounds and not unsure(samples, grid):
             break
-    return samples
 
 
-def _warm_up(workers: Workers, ids: Sequence[str], alone: Collection[str]) -> None:
-    workers.time_many(ids, warmup=0)  # first runs allocate and pack
-    for model_id in ids:
+def _warm_up(workers: Workers, timed: Sequence[Timed], alone: Collection[str]) -> None:
+    workers.time_many(timed, warmup=0)  # first runs allocate and pack
+    for model_id in dict.fromkeys(model_id for model_id, _ in timed):
         if model_id in alone:
             workers.warm_up(model_id)
 
 
 def _round(workers: Workers, ids: Sequence[str], samples: Samples, generator: np.random.Generator) -> None:
-    order = [ids[index] for index in generator.permutation(len(ids))]
+    timed = samples.on_every_call(ids)
+    order = [timed[index] for index in generator.permutation(len(timed))]
     samples.add(order, workers.time_many(order, warmup_ms=TURN_WARMUP_MS))
 
 
@@ -247,7 +255,7 @@ def _remeasure(workers: Workers, samples: Samples, grid: Grid, seed: int) -> Non
     if not suspects:
         return
     generator = np.random.default_rng([seed, 1])
-    sure = [model_id for model_id in samples.ms if model_id not in suspects]
+    sure = [model_id for model_id in samples.of_calls if model_id not in suspects]
     deadline = time.monotonic() + REMEASURE_SHARE * grid.profile.max_seconds
     for _ in range(REMEASURE_ROUNDS):
         if time.monotonic() > deadline:

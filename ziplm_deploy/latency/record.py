@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, Fields
+from ziplm_deploy.documents import shown
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Timing, process_ratio
 from ziplm_deploy.machine.info import MachineInfo
@@ -28,8 +29,45 @@ def from_schema_1(fields: Fields) -> Fields:
     return {**fields, "environment": with_nested_workload(environment)}
 
 
+def of_one_call(fields: Fields) -> Fields:
+    """Fields of schema 3 from those of schema 2, in which a workload was one call: they have stayed the same.
+
+    Raises:
+        ValueError: its workload is another one.
+    """
+    workload = fields["environment"]["workload"]
+    if "lengths" in workload:
+        raise ValueError(f"expected a workload of one call in a file of schema 2, found {shown(workload)}")
+    return fields
+
+
+class CallFigures(BaseModel):
+    """One of several calls that a file was timed on, with its speedup over the baseline on that call."""
+
+    batch_size: int
+    seq_len: int
+    weight: float = Field(gt=0, le=1)
+    p50_ms: Milliseconds
+    p99_ms: Milliseconds
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+    @property
+    def ratio(self) -> Ratio:
+        """Speedup with its interval."""
+        return Ratio(self.speedup, self.speedup_low, self.speedup_high)
+
+
+class CallTiming(CallFigures):
+    """A call with its samples, of the same runs as the file's."""
+
+    samples_ms: list[Milliseconds]
+
+
 class FileTiming(BaseModel):
-    """One ONNX file in an interleaved benchmark."""
+    """One ONNX file in an interleaved benchmark. Its milliseconds are those of the workload, the weighted sum of its
+    calls, which were timed in the same rounds."""
 
     name: str
     path: str
@@ -43,6 +81,7 @@ class FileTiming(BaseModel):
     speedup_low: float
     speedup_high: float
     samples_ms: list[Milliseconds]
+    calls: list[CallTiming] = Field(default_factory=list, exclude_if=lambda calls: not calls)  # none: there is but one
 
     @property
     def ratio(self) -> Ratio:
@@ -54,8 +93,8 @@ class BenchmarkRecord(Artifact):
     """End-to-end timings of several ONNX files, interleaved in one run, with an A/A line."""
 
     KIND: ClassVar[str] = "benchmark_record"
-    SCHEMA_VERSION: ClassVar[int] = 2
-    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1}
+    SCHEMA_VERSION: ClassVar[int] = 3
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1, 2: of_one_call}
 
     machine: MachineInfo
     engine: str  # where the members serve; a variant may have run on another one

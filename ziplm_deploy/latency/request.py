@@ -131,6 +131,7 @@ def _asked_and_held(table: LatencyTable, request: TableRequest) -> list[tuple[st
     return [
         ("engine", request.environment.engine, table.engine),
         ("environment", request.environment.describe(), table.environment.describe()),
+        ("calls", request.environment.workload.calls, table.environment.workload.calls),
         ("model shape", request.shape.model_dump(), table.shape.model_dump()),
         ("graph", request.graph, table.graph),
         ("variant", request.treatment.variant, table.variant),

@@ -33,6 +33,19 @@ class Timing(BaseModel):
     n: int = Field(ge=1)
 
 
+class WorkloadTiming(Timing):
+    """Summary of the expected latency of a workload: its calls' weighted sum; and of each call where there are several.
+
+    Its median is the weighted sum of the calls' medians, so that what is added up for each call adds up for all.
+    """
+
+    of_calls: list[Timing] = Field(default_factory=list, exclude_if=lambda timings: not timings)  # none: of one call
+
+    def median_ms_of(self, call: int | None) -> float:
+        """Median milliseconds of one call, or, for None, of the workload."""
+        return self.median_ms if call is None or not self.of_calls else self.of_calls[call].median_ms
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A ratio of latencies with its 95 % interval."""
@@ -120,6 +133,35 @@ def summarize(samples_ms: Sequence[float] | Floats, seed: int = 0, processes: Se
         low, high = min(low, median), max(high, median)
     p90, p99 = np.quantile(values, [0.90, 0.99])
     return Timing(median_ms=median, low_ms=low, high_ms=high, p90_ms=float(p90), p99_ms=float(p99), n=values.size)
+
+
+def summarize_calls(
+    samples_ms: Floats, weights: Sequence[float], draws_ms: Floats | None = None, floor_ms: float = 0.0
+) -> WorkloadTiming:
+    """Summary of timings [calls, n] of a workload whose calls have these weights; see :class:`WorkloadTiming`.
+
+    Args:
+        draws_ms: bootstrapped medians [calls, draws] where samples alone do not tell, as of differences.
+        floor_ms: least value of a figure: differences of noisy medians can fall below zero, time cannot.
+    """
+    if draws_ms is None:
+        draws_ms = np.stack([bootstrap_medians(row, seed=0) for row in samples_ms])
+    timings = [
+        _timing(row, draws, float(np.median(row)), floor_ms) for row, draws in zip(samples_ms, draws_ms, strict=True)
+    ]
+    if len(timings) == 1:
+        return WorkloadTiming(**timings[0].model_dump())
+    shares = np.asarray(weights, dtype=np.float64)
+    median = float(shares @ [timing.median_ms for timing in timings])
+    whole = _timing(shares @ samples_ms, shares @ draws_ms, median, floor_ms)
+    return WorkloadTiming(**whole.model_dump(), of_calls=timings)
+
+
+def _timing(values_ms: Floats, draws_ms: Floats, median_ms: float, floor_ms: float) -> Timing:
+    low, high = interval(draws_ms)
+    p90, p99 = np.quantile(values_ms, [0.90, 0.99])
+    milliseconds = {"median_ms": median_ms, "low_ms": low, "high_ms": high, "p90_ms": p90, "p99_ms": p99}
+    return Timing(n=values_ms.size, **{name: max(float(value), floor_ms) for name, value in milliseconds.items()})
 
 
 def relative_standard_error(samples: Sequence[float] | Floats) -> float:

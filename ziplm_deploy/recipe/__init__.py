@@ -14,10 +14,11 @@ from ziplm_deploy.recipe.recipe import Recipe
 from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig, TrainConfig
 from ziplm_deploy.recipe.reference import recipe_reference
 from ziplm_deploy.recipe.variants import Variant, file_label, member_name
-from ziplm_deploy.recipe.workload import EngineName, Environment, Workload, with_nested_workload
+from ziplm_deploy.recipe.workload import Call, EngineName, Environment, Workload, with_nested_workload
 
 __all__ = [
     "BenchmarkConfig",
+    "Call",
     "CompressConfig",
     "CompressTrainConfig",
     "DataConfig",

@@ -20,6 +20,13 @@ RENAMED = {
     "environment.batch_size": "environment.workload.batch_size",
     "environment.seq_len": "environment.workload.seq_len",
 }
+PATHS = {  # sections and their fields with paths, which are taken from the recipe's folder if they exist there
+    "model": ("path",),
+    "data": ("calibration", "evaluation", "train"),
+    "environment.workload": ("lengths",),
+    "recover": ("teacher",),
+    "profile": ("table",),
+}
 MAX_ITEMS = 40  # wrong fields that a message lists
 
 
@@ -56,20 +63,21 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    for section, keys in (
-        ("model", ("path",)),
-        ("data", ("calibration", "evaluation", "train")),
-        ("recover", ("teacher",)),
-        ("profile", ("table",)),
-    ):
-        fields = raw.get(section)
-        if not isinstance(fields, dict):
-            continue
-        raw[section] = fields = dict(fields)
-        for key in keys:
-            value = fields.get(key)
-            if isinstance(value, str) and os.path.exists(folder / value):  # False for a name too long for any file
-                fields[key] = str((folder / value).resolve())
+    for section, keys in PATHS.items():
+        fields: Any = raw
+        for name in section.split("."):
+            if not isinstance(fields.get(name), dict):
+                break
+            fields[name] = fields = dict(fields[name])
+        else:
+            _resolve_keys(fields, keys, folder)
+
+
+def _resolve_keys(fields: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
+    for key in keys:
+        value = fields.get(key)
+        if isinstance(value, str) and os.path.exists(folder / value):  # False for a name too long for any file
+            fields[key] = str((folder / value).resolve())
 
 
 def _explain(error: ValidationError, source: str) -> str:

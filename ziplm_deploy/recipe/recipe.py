@@ -69,6 +69,20 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _shapes_take_the_lengths(self) -> Recipe:
+        workload = self.environment.workload
+        if workload.lengths is None:
+            return self
+        if self.model.task == "image-classification":
+            raise ValueError("images have no lengths: leave out environment.workload.lengths")
+        if self.export.shapes == "static" and (isinstance(workload.lengths, Path) or workload.has_several):
+            raise ValueError(
+                "files with static shapes fill every request up to one length, so that all take the same time: set "
+                "export.shapes: dynamic, or environment.workload.seq_len instead of lengths"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_takes_the_integers(self) -> Recipe:
         engine, int8 = self.environment.engine, self.compress.int8
         if engine != "onnxruntime" and int8.method == "dynamic" and self.compress.makes_int8:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from ziplm_deploy.documents import shown
+from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.machine.huge_pages import why_no_huge_pages
 from ziplm_deploy.recipe.base import Frozen
 from ziplm_deploy.recipe.choices import page_names
+from ziplm_deploy.recipe.lengths import MAX_TOKENS, MIN_TOKENS, checked_histogram, read_histogram, representative
 
 if TYPE_CHECKING:
     EngineName = str
@@ -16,11 +23,89 @@ else:
     EngineName = Literal[page_names("engines", "worker", suffix="_session")]
 
 
+@dataclass(frozen=True, order=True)
+class Call:
+    """One kind of call that a model answers, and the share of the workload's calls that are of this kind."""
+
+    batch_size: int
+    seq_len: int  # tokens a request
+    weight: float = 1.0
+
+    def describe(self) -> str:
+        return f"batch {self.batch_size}, {self.seq_len} tokens"
+
+
 class Workload(Frozen):
-    """The calls that a model serves; today one, which stands for all."""
+    """The calls that a model serves: one that stands for all, or calls of several lengths with their shares.
+
+    With ``lengths``, ``seq_len`` is the longest: texts are cut at it. A file of texts is counted when a run starts
+    (:func:`ziplm_deploy.run.workload.with_counted_lengths`); until then there are no calls.
+    """
 
     batch_size: int = Field(1, ge=1, le=4096, description="Requests in one call: 1 for latency, 16+ for throughput.")
-    seq_len: int = Field(128, ge=4, le=8192, description="Tokens a request (ignored for image models).")
+    seq_len: int = Field(128, ge=MIN_TOKENS, le=MAX_TOKENS, description="Tokens a request (ignored for image models).")
+    lengths: dict[int, float] | Path | None = Field(
+        None,
+        exclude_if=lambda lengths: lengths is None,
+        description="Instead of `seq_len`: how long requests are, `{tokens: weight, …}`, or a file of lengths "
+        "(`.json`, `.csv`, `.txt`) or of texts (`.txt`, `.jsonl`), whose tokens are counted. Up to eight lengths that "
+        "stand for all are timed.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_representative_lengths(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("lengths") is None:
+            return raw
+        given, file = raw["lengths"], None
+        if isinstance(given, (str, Path)):
+            file = Path(given)
+            histogram = read_histogram(file)
+        elif isinstance(given, Mapping):
+            histogram = checked_histogram(given)
+        else:
+            raise ValueError(f"expected lengths as {{tokens: weight, …}} or the path of a file, found {shown(given)}")
+        lengths = None if histogram is None else representative(histogram)
+        longest = None if lengths is None else max(lengths)
+        if raw.get("seq_len", longest) != longest:  # a resolved recipe has both, and they agree
+            raise ValueError(
+                f"expected seq_len or lengths, found both ({shown(raw['seq_len'])} tokens, and lengths"
+                + (f" up to {longest}); leave one of them out" if longest else "); leave one of them out")
+            )
+        return {**raw, "lengths": file} if lengths is None else {**raw, "lengths": lengths, "seq_len": longest}
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Every call that is timed, from the shortest to the longest; their weights add up to 1.
+
+        Raises:
+            RecipeError: the lengths are those of texts that were not counted yet.
+        """
+        if self.lengths is None:
+            return (Call(self.batch_size, self.seq_len),)
+        if isinstance(self.lengths, Path):
+            raise RecipeError(
+                f"expected counted lengths, found the file of texts {self.lengths}; a run counts them, elsewhere give "
+                "environment.workload.lengths as {tokens: weight, …}"
+            )
+        total = math.fsum(self.lengths.values())
+        return tuple(Call(self.batch_size, tokens, weight / total) for tokens, weight in sorted(self.lengths.items()))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of every call."""
+        return tuple(call.weight for call in self.calls)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether there are calls of several kinds."""
+        return self.lengths is not None and len(self.calls) > 1
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What results depend on, for content keys; of one call, as keys have it since before there were several."""
+        one = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        return {**one, "calls": [[call.seq_len, call.weight] for call in self.calls]} if self.has_several else one
 
     @property
     def scenario(self) -> str:
@@ -28,7 +113,13 @@ class Workload(Frozen):
         return "SingleStream" if self.batch_size == 1 else "Offline"
 
     def describe(self) -> str:
-        return f"batch {self.batch_size}, {self.seq_len} tokens"
+        if isinstance(self.lengths, Path):
+            return f"batch {self.batch_size}, as long as the texts in {self.lengths.name}"
+        if not self.has_several:
+            return self.calls[0].describe()
+        mean = math.fsum(call.weight * call.seq_len for call in self.calls)
+        span = f"{self.calls[0].seq_len} to {self.calls[-1].seq_len} tokens"
+        return f"batch {self.batch_size}, {span} ({len(self.calls)} lengths, {mean:.1f} on average)"
 
 
 class Environment(Frozen):
@@ -59,7 +150,7 @@ class Environment(Frozen):
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on, for content keys; flat, as keys have it since before there were workloads."""
         pages = {"huge_pages": True} if self.huge_pages else {}
-        return {"engine": self.engine, "threads": self.threads, **pages, **self.workload.model_dump(mode="json")}
+        return {"engine": self.engine, "threads": self.threads, **pages, **self.workload.fingerprint}
 
 
 def with_nested_workload(environment: dict[str, Any]) -> dict[str, Any]:

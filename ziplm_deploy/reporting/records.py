@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from ziplm_deploy.artifacts import Artifact, Fields
-from ziplm_deploy.latency.record import FileTiming, from_schema_1
+from ziplm_deploy.latency.record import CallFigures, FileTiming, from_schema_1, of_one_call
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, Variant
@@ -28,6 +28,8 @@ class Timed(BaseModel):
     p99_ms: float
     throughput_per_second: float
     peak_memory_bytes: int
+    # Where the workload has several; all the others are of their weighted sum.
+    calls: list[CallFigures] = Field(default_factory=list, exclude_if=lambda calls: not calls)
 
     @staticmethod
     def figures(timing: FileTiming) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class Timed(BaseModel):
             "p99_ms": timing.latency.p99_ms,
             "throughput_per_second": timing.throughput_per_second,
             "peak_memory_bytes": timing.peak_memory_bytes,
+            "calls": [CallFigures(**call.model_dump(exclude={"samples_ms"})) for call in timing.calls],
         }
 
 
@@ -128,8 +131,8 @@ class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
 
     KIND: ClassVar[str] = "family_report"
-    SCHEMA_VERSION: ClassVar[int] = 2
-    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1}
+    SCHEMA_VERSION: ClassVar[int] = 3
+    MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {1: from_schema_1, 2: of_one_call}
 
     name: str
     model: str

@@ -64,11 +64,12 @@ def export_member(run: Run, member: Member, folder: Path) -> None:
 
 def export_key(run: Run, source: str) -> str:
     """Everything that an exported file depends on; ``source`` stands for the weights."""
+    workload = run.recipe.environment.workload
     return content_key(
         source=source,
         model=run.model_settings,
         export=run.recipe.export,
-        environment=run.recipe.environment.workload,
+        environment={"batch_size": workload.batch_size, "seq_len": workload.seq_len},  # not the shares of its calls
     )
 
 

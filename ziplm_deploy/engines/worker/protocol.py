@@ -3,9 +3,10 @@
 JSON lines: a request on stdin, a reply ``{"ok": true, …}`` or ``{"ok": false, "error": …}`` on stdout. The worker ends
 at EOF.
 
-Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, n, warmup, warmup_ms}`` ·
-``run_many {order, warmup, warmup_ms}`` · ``infer {id, inputs, outputs}`` (npz files) · ``unload {id}`` · ``memory`` ·
-``quit``.
+Requests (``do``): ``hello`` · ``load {id, path}`` · ``run {id, call, n, warmup, warmup_ms}`` ·
+``run_many {order, warmup, warmup_ms}`` with pairs ``[id, call]`` in ``order`` · ``infer {id, inputs, outputs}`` (npz
+files) · ``unload {id}`` · ``memory`` · ``quit``. Models are timed on calls of one shape or several; ``call`` is the
+place of one in ``--calls``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SIGN_SECONDS = 1.0  # between signs of life during long runs; short ones are not
 
 
 class Worker:
-    """Answers requests; keeps one session and its timing inputs per id."""
+    """Answers requests; keeps one session per id, and its timing inputs for every call."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -42,7 +43,7 @@ class Worker:
             os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
         self.engine = page.Sessions(options)
         self.sessions: dict[str, Any] = {}
-        self.inputs: dict[str, dict[str, np.ndarray]] = {}
+        self.inputs: dict[str, list[dict[str, np.ndarray]]] = {}
         self.announced = 0.0
         turn = os.environ.get(TURN_VARIABLE)
         self.turn = open(turn, "wb", buffering=0) if turn else None  # noqa: SIM115 (open as long as the process)
@@ -54,7 +55,7 @@ class Worker:
     def do_load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Make a session of a file, with inputs to time it on; returns the names, types and shapes that it declares."""
         session = self.engine.load(request["path"])
-        self.inputs[request["id"]] = make_inputs(session.get_inputs(), self.options.batch_size, self.options.seq_len)
+        self.inputs[request["id"]] = [make_inputs(session.get_inputs(), *call) for call in self.options.calls]
         self.sessions[request["id"]] = session
         describe = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
         return {
@@ -63,18 +64,19 @@ class Worker:
         }
 
     def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Milliseconds of consecutive runs of one model."""
-        self._announce(request["id"])
-        self._warm_up(request["id"], request)
-        return {"ms": [self._timed_run(request["id"]) for _ in range(request["n"])]}
+        """Milliseconds of consecutive runs of one model on one call."""
+        model_id, call = request["id"], request["call"]
+        self._announce(model_id)
+        self._warm_up(model_id, call, request)
+        return {"ms": [self._timed_run(model_id, call) for _ in range(request["n"])]}
 
     def do_run_many(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Milliseconds of one run of each model in turn, each after untimed ones."""
+        """Milliseconds of one run of each model and call in turn, each after untimed ones."""
         samples_ms = []
-        for model_id in request["order"]:
+        for model_id, call in request["order"]:
             self._announce(model_id)
-            self._warm_up(model_id, request)
-            samples_ms.append(self._timed_run(model_id))
+            self._warm_up(model_id, call, request)
+            samples_ms.append(self._timed_run(model_id, call))
         return {"ms": samples_ms}
 
     def _announce(self, model_id: str) -> None:
@@ -84,10 +86,10 @@ class Worker:
             self.turn.seek(0)
             self.turn.write(model_id.encode().ljust(TURN_BYTES))  # over the last one: it is whole at any moment
 
-    def _warm_up(self, model_id: str, request: dict[str, Any]) -> None:
+    def _warm_up(self, model_id: str, call: int, request: dict[str, Any]) -> None:
         spent_ms, runs = 0.0, 0
         while runs < request["warmup"] or spent_ms < request["warmup_ms"]:
-            spent_ms += self._timed_run(model_id)
+            spent_ms += self._timed_run(model_id, call)
             runs += 1
 
     def do_infer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +111,8 @@ class Worker:
         """Largest resident set of this process so far."""
         return {"peak_bytes": peak_memory_bytes()}
 
-    def _timed_run(self, model_id: str) -> float:
-        session, inputs = self.sessions[model_id], self.inputs[model_id]
+    def _timed_run(self, model_id: str, call: int) -> float:
+        session, inputs = self.sessions[model_id], self.inputs[model_id][call]
         start = time.perf_counter()
         session.run(None, inputs)
         ms = 1000.0 * (time.perf_counter() - start)
@@ -146,12 +148,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", default="onnxruntime", help="name of a page NAME_session.py")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens a request; of several calls the most")
+    parser.add_argument("--calls", default="", help="shapes to time, BATCHxTOKENS,…; default: the one of the options")
     parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
     parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
     parser.add_argument("--memory-limit-bytes", type=int, default=0, help="largest address space; 0: no limit")
     parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.calls = shapes_of(options.calls) or [(options.batch_size, options.seq_len)]
+    return options
+
+
+def shapes_of(calls: str) -> list[tuple[int, int]]:
+    """Batch size and tokens of every call in ``BATCHxTOKENS,…``."""
+    pairs = [call.split("x") for call in calls.split(",") if call]
+    return [(int(batch_size), int(seq_len)) for batch_size, seq_len in pairs]
 
 
 def main(arguments: list[str]) -> int:
@@ -168,7 +179,10 @@ def main(arguments: list[str]) -> int:
     if options.probe:
         requests = [
             {"do": "load", "id": "probe", "path": options.probe},
-            {"do": "run", "id": "probe", "n": 5, "warmup": 1, "warmup_ms": 0.0},
+            *(
+                {"do": "run", "id": "probe", "call": call, "n": 5, "warmup": 1, "warmup_ms": 0.0}
+                for call in range(len(options.calls))
+            ),
         ]
         answers = [worker.answer(json.dumps(request)) for request in requests]
         print(*map(json.dumps, answers), sep="\n", file=replies, flush=True)
