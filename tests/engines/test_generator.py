@@ -115,7 +115,9 @@ def test_rehearsed_calls_take_any_length_and_leave_texts_as_they_were(folder: Pa
     ids = np.array([[5, 9, 17]])
     expected = cached.call(ids, np.array([3]))
     for length in (0, 4, 29):
-        assert cached.rehearse(ids, length).shape == expected.shape
+        run = cached.rehearsal(ids, length)
+        run()
+        run()
     cached.clear()
     np.testing.assert_allclose(cached.call(ids, np.array([3])), expected, atol=1e-6)
 

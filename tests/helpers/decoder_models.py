@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 
 from exporters.decoder_parts import DecoderParts
+from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.causal_parts import causal_parts
-from ziplm_deploy.models.conv1d import as_linears
 
 VOCABULARY, POSITIONS = 61, 48
 HIDDEN, HEAD_DIM = 32, 16

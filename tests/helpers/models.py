@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ziplm_deploy.models.conv1d import as_linears
+from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from tests.helpers.models import VOCABULARY
+from tests.helpers.models import VOCABULARY, tiny_causal_model, tiny_tokenizer
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import Recipe, parse_recipe
 
@@ -54,6 +55,31 @@ def raw_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     for section, fields in changes.items():
         raw[section] = {**raw.get(section, {}), **fields} if isinstance(fields, dict) else fields
     return raw
+
+
+def causal_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Recipe of a tiny causal language model, with the text that it reads; see :func:`save_causal`."""
+    text = str(folder / "text.txt")
+    fields: dict[str, Any] = {
+        "model": {"task": "text-generation"},
+        "environment": {"workload": {"prefill": 12, "decode": 4}},
+        "data": {"calibration": text, "evaluation": text, "context": 16, "n_evaluation": 12},
+    }
+    raw = raw_recipe(folder)
+    raw["environment"] = {}
+    for section, values in (*fields.items(), *changes.items()):
+        raw[section] = {**raw.get(section, {}), **values} if isinstance(values, dict) else values
+    return raw
+
+
+def save_causal(folder: Path, model_type: str = "llama", **changes: Any) -> nn.Module:
+    """Checkpoint of a tiny causal language model in ``folder/model``, and 1,400 words of text."""
+    words = np.random.default_rng(0).choice(WORDS, size=1400)
+    (folder / "text.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
+    model = tiny_causal_model(model_type, **{"hidden_size": 64, **changes})
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer(folder / "words").save_pretrained(folder / "model")
+    return model
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:

@@ -16,8 +16,8 @@ from tests.helpers.decoder_reference import reference_logits
 from tests.helpers.models import output_tensors, random_entries, tiny_causal_config, tiny_causal_model, tiny_tokenizer
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of
+from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.causal_parts import causal_parts
-from ziplm_deploy.models.conv1d import as_linears
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.models.modules import model_shape, output_linear, prunable_modules

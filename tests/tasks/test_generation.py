@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.models import WORDS, tiny_causal_model, tiny_tokenizer
-from tests.helpers.pipeline import raw_recipe
+from tests.helpers.pipeline import causal_recipe, raw_recipe
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.recipe import DataConfig, parse_recipe
 from ziplm_deploy.stages.checks import check_task
@@ -172,8 +172,25 @@ def test_resampled_windows_weigh_by_their_tokens() -> None:
     assert found.tolist() == pytest.approx([math.exp(-7 / 4), math.exp(-1)])
 
 
-def test_runs_refuse_the_task_by_name(tmp_path: Path) -> None:
-    raw = raw_recipe(tmp_path)
-    raw["model"] = {**raw["model"], "task": "text-generation"}
-    with pytest.raises(RecipeError, match="found text-generation, whose models runs do not export"):
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        ("environment", {"engine": "openvino"}),
+        ("export", {"shapes": "static"}),
+        ("compress", {"variants": ["int8"]}),
+        ("benchmark", {"baselines": ["torch"]}),
+    ],
+)
+def test_what_is_made_for_encoders_only_is_refused_by_name(
+    tmp_path: Path, section: str, fields: dict[str, Any]
+) -> None:
+    raw = causal_recipe(tmp_path, **{section: fields})
+    with pytest.raises(RecipeError, match=f"expected {section}.{next(iter(fields))} .* for text-generation"):
         check_task(parse_recipe(raw))
+
+
+def test_workload_and_task_belong_together(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="prefill: tokens, decode: tokens"):
+        parse_recipe(causal_recipe(tmp_path) | {"environment": {"workload": {"seq_len": 32}}})
+    with pytest.raises(RecipeError, match="found prefill and decode, which only text-generation has"):
+        parse_recipe(raw_recipe(tmp_path) | {"environment": {"workload": {"prefill": 8, "decode": 4}}})

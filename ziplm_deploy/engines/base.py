@@ -43,7 +43,8 @@ class WorkerOptions:
     threads: int = 1
     batch_size: int = 1
     seq_len: int = 128  # of several calls the most
-    calls: tuple[tuple[int, int], ...] = ()  # batch size and tokens of several that models are timed on; none: the one
+    # Batch size, tokens and cached tokens of several calls that models are timed on; none: the one.
+    calls: tuple[tuple[int, int, int], ...] = ()
     huge_pages: bool = False
     shared_arena: bool = False  # for a worker that holds many sessions
     timeout_seconds: float = 600.0  # without a finished run or another sign of life; a hung engine is killed after it
@@ -53,7 +54,7 @@ class WorkerOptions:
     def from_environment(cls, environment: Environment) -> WorkerOptions:
         """Options with the threads and the workload of an environment."""
         workload = environment.workload
-        shapes = tuple((call.batch_size, call.seq_len) for call in workload.calls)
+        shapes = tuple((call.batch_size, call.seq_len, call.cache_length or 0) for call in workload.calls)
         return cls(
             environment.threads,
             workload.batch_size,
@@ -151,7 +152,7 @@ class WorkerHandle:
         self._arguments = [
             *("--engine", engine, "--threads", str(options.threads), "--batch-size", str(options.batch_size)),
             *("--seq-len", str(options.seq_len), "--cpus", ",".join(map(str, cpus))),
-            *(["--calls", ",".join(f"{batch}x{tokens}" for batch, tokens in options.calls)] if options.calls else []),
+            *(["--calls", ",".join(map(_as_text, options.calls))] if options.calls else []),
             *(["--shared-arena"] if options.shared_arena else []),
             *(["--memory-limit-bytes", str(options.memory_limit_bytes)] if options.memory_limit_bytes else []),
         ]
@@ -277,6 +278,11 @@ class WorkerHandle:
         return EngineError(
             f"expected {what}, found: {found}; reproduce with: {shlex.join(command)}{self._process.last_words()}"
         )
+
+
+def _as_text(call: tuple[int, int, int]) -> str:
+    batch_size, tokens, cached = call
+    return f"{batch_size}x{tokens}" + (f"+{cached}" if cached else "")
 
 
 def _tensor_info(entry: dict[str, Any]) -> TensorInfo:

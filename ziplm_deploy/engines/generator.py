@@ -12,7 +12,7 @@ from tokenizers import Tokenizer  # type: ignore[import-untyped, unused-ignore]
 
 from ziplm_deploy.documents import read_json
 from ziplm_deploy.engines.runner import cpu_session
-from ziplm_deploy.engines.worker.cache import CachedModel, is_cached
+from ziplm_deploy.engines.worker.cache import CachedModel, is_causal
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how half a character decodes, until its other bytes have come
@@ -68,7 +68,7 @@ class TextGenerator:
         if not (folder / file).is_file():
             raise CorruptArtifactError(f"expected {file} in {folder}, found none; name a member's folder of a run")
         self.session: Any = cpu_session(folder / file)
-        if not is_cached(self.session):
+        if not is_causal(self.session):
             raise UsageError(
                 f"expected a causal language model with a cache in {folder / file}, found outputs "
                 f"{', '.join(entry.name for entry in self.session.get_outputs())}; members of encoders open in optimum"

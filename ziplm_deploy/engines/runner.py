@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnx import TensorProto
 
+from exporters.decoder_logits import with_all_logits
+from exporters.files import temporary_name
 from ziplm_deploy.engines import WorkerOptions, get_engine
+from ziplm_deploy.engines.worker.cache import CachedModel, is_causal
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.recipe import Environment
@@ -48,12 +52,36 @@ def onnx_runner(path: Path) -> ModelFunction:
         EngineError: ONNX Runtime rejects the file.
     """
     session = cpu_session(path)
+    if is_causal(session):
+        return _causal_runner(path, session)
     wanted = {item.name for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = session.run(names, fitted(inputs, wanted))
         return dict(zip(names, outputs, strict=True))
+
+    return run
+
+
+def _causal_runner(path: Path, session: Any) -> ModelFunction:
+    """A causal language model's file as a function that starts with no cache and answers for all tokens."""
+    graph = with_all_logits(path)
+    outside = any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.graph.initializer)
+    if outside:  # weights are looked for beside the graph
+        beside = temporary_name(path)
+        try:
+            beside.write_bytes(graph.SerializeToString())
+            session = cpu_session(beside)
+        finally:
+            beside.unlink(missing_ok=True)
+    else:
+        session = cpu_session(graph.SerializeToString())
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        model = CachedModel(session, len(ids), ids.shape[1])
+        return {"logits": model.call(ids, mask.sum(axis=1))}
 
     return run
 

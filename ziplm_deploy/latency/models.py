@@ -7,17 +7,19 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from exporters import ExportError, ExportSettings, dummy_inputs, export_encoder
+from exporters import ExportError, ExportSettings
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, NO_LAYERS
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.shared_input import with_shared_input
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.deployed import FLOAT32, Treatment
+from ziplm_deploy.models.causal import as_linears
+from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
 from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import random_resized, shared_copy
 from ziplm_deploy.models.shape import ModuleKind
@@ -35,7 +37,7 @@ class TableModel:
     output_names: tuple[str, ...]
     treatment: Treatment
 
-    def export(self, path: Path, settings: ExportSettings) -> None:
+    def export(self, path: Path, settings: ExportSettings, form: CacheForm) -> None:
         """Build the model and write the file that will be timed.
 
         Raises:
@@ -43,8 +45,7 @@ class TableModel:
         """
         model = self.build()
         try:
-            inputs = dummy_inputs(model, settings)
-            export_encoder(model, inputs, list(self.output_names), path, settings)
+            inputs = write_graph(model, path, list(self.output_names), settings, form)
         except ExportError as error:
             raise UnsupportedModelError(
                 f"expected a model of which {self.model_id!r} of the latency table can be exported, found: {error}"
@@ -95,5 +96,8 @@ def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
     setattr(config, architecture_of(config).config_layers, depth)
     if hasattr(config, "vocab_size"):
         config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
-    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
-    return model.eval()
+    auto_class: Any = AutoModel
+    if architecture_of(config).causal is not None:
+        auto_class, config.pad_token_id = AutoModelForCausalLM, None  # which the vocabulary need not have
+    model: nn.Module = auto_class.from_config(config, attn_implementation="eager")
+    return as_linears(model.eval())

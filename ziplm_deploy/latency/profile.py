@@ -192,7 +192,7 @@ def _load_models(
         for done, model in enumerate(models, start=1):
             with tempfile.TemporaryDirectory(prefix="profile-", dir=scratch_root()) as folder:
                 path = Path(folder) / f"{model.model_id.replace(' ', '-')}.onnx"
-                model.export(path, request.settings)
+                model.export(path, request.settings, request.form)
                 reason = _refusal(model.model_id, trials.get(request.engine_of(model.model_id)), path, request.grid)
                 if reason:
                     refused[model.model_id] = reason

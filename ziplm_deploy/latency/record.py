@@ -46,7 +46,8 @@ class CallFigures(BaseModel):
 
     batch_size: int
     seq_len: int
-    weight: float = Field(gt=0, le=1)
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    cache_length: int | None = Field(None, ge=0, exclude_if=lambda length: length is None)
     p50_ms: Milliseconds
     p99_ms: Milliseconds
     speedup: float

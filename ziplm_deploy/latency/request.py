@@ -16,7 +16,7 @@ from ziplm_deploy.latency.grid import DENSE, Grid
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.deployed import FLOAT32, Treatment, export_settings
+from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, cache_form, export_settings
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.sentence_dense import layers_of_dense
 from ziplm_deploy.models.shape import ModelShape
@@ -81,6 +81,11 @@ class TableRequest:
     def settings(self) -> ExportSettings:
         """Settings of the exporter for every model of the table."""
         return export_settings(self.export, self.environment.workload)
+
+    @property
+    def form(self) -> CacheForm:
+        """Form of the files of causal language models."""
+        return cache_form(self.export, self.environment)
 
     @property
     def baseline(self) -> EngineName:

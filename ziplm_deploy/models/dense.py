@@ -23,6 +23,7 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.models.architectures import Architecture, architecture_of
+from ziplm_deploy.models.causal import as_linears, without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -30,7 +31,6 @@ from ziplm_deploy.models.config_file import (
     read_config,
     stored_shapes,
 )
-from ziplm_deploy.models.conv1d import as_linears
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE
@@ -199,7 +199,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = as_linears(model.eval())
+    dense: nn.Module = without_cache(as_linears(model.eval()))
     return dense
 
 

@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from exporters import EmbeddingModel, ExportError, ExportSettings, dummy_inputs, export_encoder
-from exporters.heads import sentence_dense
+from exporters import (
+    DecoderExportSettings,
+    EmbeddingModel,
+    ExportError,
+    ExportSettings,
+    check_decoder_parity,
+    dummy_inputs,
+    export_decoder,
+    export_encoder,
+)
+from exporters.heads import evaluation_mode, sentence_dense
 from exporters.parity import ParityMismatch, check_parity
 from ziplm_deploy.errors import ParityError, RecipeError, StorageError, UsageError
-from ziplm_deploy.recipe import ExportConfig, ModelConfig, Recipe, Variant, Workload
+from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.causal_parts import causal_parts
+from ziplm_deploy.recipe import Environment, ExportConfig, ModelConfig, Recipe, Variant, Workload
 from ziplm_deploy.tasks import Task
+
+CacheForm = Literal["onnxruntime", "portable"]
+MAX_POSITIONS = 8192  # tokens that the tables of positions in a file reach; they take memory in every process
+PARITY_PROMPTS = (12, 7)  # tokens of the prompts that a file is compared with torch on
 
 
 def with_embedding_head(model: nn.Module, settings: ModelConfig, export: ExportConfig) -> nn.Module:
@@ -40,6 +57,36 @@ def output_names(task: Task, export: ExportConfig) -> list[str]:
 def export_settings(export: ExportConfig, workload: Workload) -> ExportSettings:
     """Settings of the exporter for files that will answer this workload."""
     return ExportSettings(export.shapes, export.opset, workload.batch_size, workload.seq_len)
+
+
+def cache_form(export: ExportConfig, environment: Environment) -> CacheForm:
+    """Form of the files of causal language models that a recipe asks for, or that its engine runs best."""
+    return export.cache_form or ("onnxruntime" if environment.engine == "onnxruntime" else "portable")
+
+
+def write_graph(
+    model: nn.Module, path: Path, output_names: list[str], settings: ExportSettings, form: CacheForm
+) -> dict[str, Tensor]:
+    """Write a model, with its head, to ``path``; returns the inputs that it was traced with, if it was traced.
+
+    ``form``: of a causal language model, whose file takes texts as long as the model does, up to ``MAX_POSITIONS``.
+
+    Raises:
+        ExportError: the exporter cannot express the model.  OSError: the file cannot be written.
+    """
+    config: Any = model.config
+    if architecture_of(config).causal is None:
+        inputs = dummy_inputs(model, settings)
+        export_encoder(model, inputs, output_names, path, settings)
+        return inputs
+    parts = causal_parts(model)
+    longest = min(parts.max_positions, MAX_POSITIONS)
+    if settings.seq_len > longest:
+        raise ExportError(
+            f"expected prefill and decode within {longest} tokens, found {settings.seq_len}; shorten them"
+        )
+    export_decoder(parts, path, DecoderExportSettings(longest, form, settings.opset))
+    return {}
 
 
 @dataclass(frozen=True)
@@ -72,13 +119,15 @@ class OnnxExport:
     settings: ExportSettings
     output_names: list[str]
     parity_atol: float
+    form: CacheForm = "onnxruntime"
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, task: Task) -> OnnxExport:
         """The export that a recipe asks for, of shapes that its workload needs."""
         export = recipe.export
         settings = export_settings(export, recipe.environment.workload)
-        return cls(recipe.model, export, settings, output_names(task, export), recipe.benchmark.parity_atol)
+        form = cache_form(export, recipe.environment)
+        return cls(recipe.model, export, settings, output_names(task, export), recipe.benchmark.parity_atol, form)
 
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Inputs that a model is traced with."""
@@ -92,8 +141,10 @@ class OnnxExport:
             ParityError: the file answers otherwise than torch; it is removed.
         """
         deployed, inputs = self.write_to_be_timed(model, path, name)
-        served = dummy_inputs(deployed, replace(self.settings, shapes="static"))  # the shape that it will serve
         try:
+            if not inputs:
+                return _check_causal(deployed, path, self.parity_atol)
+            served = dummy_inputs(deployed, replace(self.settings, shapes="static"))  # the shape that it will serve
             return check_parity(deployed, path, (inputs, served), self.parity_atol)
         except ParityMismatch as error:
             path.unlink(missing_ok=True)
@@ -107,8 +158,7 @@ class OnnxExport:
         """
         deployed = with_embedding_head(model, self.model, self.export)
         try:
-            inputs = dummy_inputs(deployed, self.settings)
-            export_encoder(deployed, inputs, self.output_names, path, self.settings)
+            inputs = write_graph(deployed, path, self.output_names, self.settings, self.form)
         except ExportError as error:
             raise UsageError(f"{name}: {error}") from error
         except OSError as error:
@@ -117,3 +167,12 @@ class OnnxExport:
                 "output_dir"
             ) from error
         return deployed, inputs
+
+
+def _check_causal(model: nn.Module, path: Path, atol: float) -> float:
+    """Largest difference of logits to torch, over two prompts and tokens after them; raises as check_parity."""
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in PARITY_PROMPTS]
+    with evaluation_mode(model):
+        return check_decoder_parity(lambda ids: model(input_ids=ids, use_cache=False).logits, path, prompts, atol)

@@ -24,6 +24,7 @@ from ziplm_deploy.artifacts import Artifact, Fields, atomic_folder, file_hash, w
 from ziplm_deploy.documents import read_json, shortened
 from ziplm_deploy.errors import CorruptArtifactError, StorageError, UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.causal import as_linears, without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -31,7 +32,6 @@ from ziplm_deploy.models.config_file import (
     first_not_finite,
     stored_shapes,
 )
-from ziplm_deploy.models.conv1d import as_linears
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_bias_name, output_linear, prunable_modules
@@ -160,7 +160,7 @@ def load(folder: Path | str) -> nn.Module:
             f"expected config.json, {MEMBER_FILE} and {WEIGHTS_FILE} of one model in {folder}, found: "
             f"{shortened(str(error)) or type(error).__name__}; copy the folder again"
         ) from error
-    return model.eval()
+    return without_cache(model.eval())
 
 
 def _check_names(model: nn.Module, weights: Path) -> None:
@@ -224,6 +224,8 @@ def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape
     config: Any = model.config
     fields: dict[str, Any] = config.to_diff_dict()
     fields.pop("_name_or_path", None)
+    if architecture_of(config).causal is not None:
+        fields.pop("use_cache", None)  # off here, on where members serve
     architecture, queries = architecture_of(config), shape.queries_per_head
     per_layer: dict[str, dict[str, int]] = {}
     for layer in range(shape.n_layers):

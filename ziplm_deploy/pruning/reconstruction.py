@@ -227,7 +227,6 @@ def _refit(
     """Refit one module in place; False if it could not be solved and stays as it is."""
     linear = output_module(pruned, module)
     weight, bias = getattr(linear, "weight", None), linear.bias
-    assert isinstance(bias, Tensor)
     d = weight.shape[1] if isinstance(weight, Tensor) else 0
     sums: tuple[_Moments, _Moments] | None = None
     tap = _Tap(pruned, module)
@@ -253,7 +252,11 @@ def _refit(
     delta, shift = correction
     if isinstance(weight, Tensor):
         weight.add_(delta.to(weight.dtype))
-    bias.add_(shift.to(bias.dtype))
+    if isinstance(bias, Tensor):
+        bias.add_(shift.to(bias.dtype))
+    elif bool(shift.any()):  # a linear that had none before
+        assert isinstance(weight, Tensor)
+        linear.bias = nn.Parameter(shift.to(weight.dtype))
     return True
 
 

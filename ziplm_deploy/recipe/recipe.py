@@ -69,6 +69,21 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _workload_is_of_the_task(self) -> Recipe:
+        generates = self.model.task == "text-generation"
+        if generates == self.environment.workload.generates:
+            return self
+        if generates:
+            raise ValueError(
+                "expected environment.workload {prefill: tokens, decode: tokens} for text-generation, found none; say "
+                "how long prompts and answers are"
+            )
+        raise ValueError(
+            f"expected environment.workload.seq_len or lengths for {self.model.task}, found prefill and decode, which "
+            "only text-generation has"
+        )
+
+    @model_validator(mode="after")
     def _shapes_take_the_lengths(self) -> Recipe:
         workload = self.environment.workload
         if workload.lengths is None:

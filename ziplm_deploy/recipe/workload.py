@@ -23,20 +23,33 @@ else:
     EngineName = Literal[page_names("engines", "worker", suffix="_session")]
 
 
-@dataclass(frozen=True, order=True)
+LONG_DECODE = 256  # tokens from which on decode calls are timed at a third length of the cache
+
+
+@dataclass(frozen=True)
 class Call:
     """One kind of call that a model answers, and the share of the workload's calls that are of this kind."""
 
     batch_size: int
     seq_len: int  # tokens a request
     weight: float = 1.0
+    cache_length: int | None = None  # tokens before them whose keys and values are cached; None: no causal model
 
     def describe(self) -> str:
-        return f"batch {self.batch_size}, {self.seq_len} tokens"
+        """Its shape in words."""
+        if self.cache_length is None:
+            return f"batch {self.batch_size}, {self.seq_len} tokens"
+        if not self.cache_length:
+            return f"prefill of {self.seq_len} tokens, batch {self.batch_size}"
+        return f"decode at {self.cache_length} tokens, batch {self.batch_size}"
 
 
 class Workload(Frozen):
     """The calls that a model serves: one that stands for all, or calls of several lengths with their shares.
+
+    Of causal language models a request is one prefill and, for every further token, one decode call with a cache that
+    has grown by one; its latency is their sum. Decode calls are timed at two or three lengths of the cache, between
+    which latency is linear.
 
     With ``lengths``, ``seq_len`` is the longest: texts are cut at it. A file of texts is counted when a run starts
     (:func:`ziplm_deploy.run.workload.with_counted_lengths`); until then there are no calls.
@@ -51,6 +64,41 @@ class Workload(Frozen):
         "(`.json`, `.csv`, `.txt`) or of texts (`.txt`, `.jsonl`), whose tokens are counted. Up to eight lengths that "
         "stand for all are timed.",
     )
+
+    prefill: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        exclude_if=lambda tokens: tokens is None,
+        description="Text-generation, instead of `seq_len`: tokens of a prompt.",
+    )
+    decode: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        exclude_if=lambda tokens: tokens is None,
+        description="Text-generation: tokens that are generated one by one after it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_prompt_and_answer(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "generate" in raw:  # the same with a name around it
+            if not isinstance(raw["generate"], Mapping) or {"prefill", "decode", "batch_size"} & set(raw):
+                raise ValueError(
+                    f"expected generate as {{prefill: tokens, decode: tokens}}, found {shown(raw['generate'])}"
+                )
+            raw = {**{name: value for name, value in raw.items() if name != "generate"}, **raw["generate"]}
+        if not isinstance(raw, dict) or (raw.get("prefill") is None and raw.get("decode") is None):
+            return raw
+        prefill, decode = raw.get("prefill"), raw.get("decode")
+        if prefill is None or decode is None or raw.get("lengths") is not None:
+            raise ValueError("expected both prefill and decode, and no lengths, for a workload that generates")
+        if not isinstance(prefill, int) or not isinstance(decode, int):
+            return raw  # their own checks say what is wrong
+        if raw.get("seq_len", prefill + decode) != prefill + decode:  # a resolved recipe has all, and they agree
+            raise ValueError(f"expected prefill and decode or seq_len, found both ({shown(raw['seq_len'])} tokens)")
+        return {**raw, "seq_len": prefill + decode}
 
     @model_validator(mode="before")
     @classmethod
@@ -76,11 +124,17 @@ class Workload(Frozen):
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """Every call that is timed, from the shortest to the longest; their weights add up to 1.
+        """Every call that is timed: of encoders from the shortest to the longest, with weights that add up to 1; of a
+        causal model a prefill and decode calls, with weights that add up to the calls of a request.
 
         Raises:
             RecipeError: the lengths are those of texts that were not counted yet.
         """
+        if self.prefill is not None and self.decode is not None:
+            first, last = self.prefill, self.prefill + self.decode - 1  # cached tokens at the first and last decode
+            shares = _trapezoid(first, last, self.decode)
+            decodes = (Call(self.batch_size, 1, weight, length) for length, weight in shares.items())
+            return (Call(self.batch_size, self.prefill, 1.0, 0), *decodes)
         if self.lengths is None:
             return (Call(self.batch_size, self.seq_len),)
         if isinstance(self.lengths, Path):
@@ -99,12 +153,19 @@ class Workload(Frozen):
     @property
     def has_several(self) -> bool:
         """Whether there are calls of several kinds."""
-        return self.lengths is not None and len(self.calls) > 1
+        return (self.lengths is not None or self.generates) and len(self.calls) > 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is of a causal language model."""
+        return self.prefill is not None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on, for content keys; of one call, as keys have it since before there were several."""
         one = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        if self.generates:
+            return {**one, "prefill": self.prefill, "decode": self.decode}
         return {**one, "calls": [[call.seq_len, call.weight] for call in self.calls]} if self.has_several else one
 
     @property
@@ -115,11 +176,26 @@ class Workload(Frozen):
     def describe(self) -> str:
         if isinstance(self.lengths, Path):
             return f"batch {self.batch_size}, as long as the texts in {self.lengths.name}"
+        if self.generates:
+            return f"batch {self.batch_size}, {self.prefill} tokens of prompt and {self.decode} generated"
         if not self.has_several:
             return self.calls[0].describe()
         mean = math.fsum(call.weight * call.seq_len for call in self.calls)
         span = f"{self.calls[0].seq_len} to {self.calls[-1].seq_len} tokens"
         return f"batch {self.batch_size}, {span} ({len(self.calls)} lengths, {mean:.1f} on average)"
+
+
+def _trapezoid(first: int, last: int, n_calls: int) -> dict[int, float]:
+    """Cached tokens of decode calls that are timed, with weights under which a linear latency adds up exactly."""
+    if first == last:
+        return {first: float(n_calls)}
+    if last - first < LONG_DECODE:
+        return {first: n_calls / 2, last: n_calls / 2}
+    middle = (first + last) / 2
+    between = round(middle)
+    end, rest = n_calls / 4, n_calls / 2
+    shift = rest * (middle - between) / (last - first)  # keeps the mean length where the middle is between two tokens
+    return {first: end - shift, between: rest, last: end + shift}
 
 
 class Environment(Frozen):

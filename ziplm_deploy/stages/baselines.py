@@ -85,6 +85,9 @@ def _is_asked(recipe: Recipe, name: str) -> bool:
 def _make(run: Run, files: BaselineFiles) -> str:
     """Make one baseline; returns why it cannot be made, or nothing."""
     page, machine = files.page, machine_info()
+    if run.task.is_causal:
+        _remove(files)
+        return f"nothing stock is made for {run.recipe.model.task} yet"
     try:
         get_engine(page.engine).version()
         made_by = BaselineRecord(tool=page.tool(), settings=page.settings(machine))

@@ -58,6 +58,8 @@ def short_requests(run: Run) -> Environment | None:
     workload = recipe.environment.workload
     if not recipe.benchmark.median_length or lengths is None or recipe.export.shapes == "static":
         return None
+    if workload.generates:  # its texts are windows
+        return None
     if not lengths.are_short:
         return None
     shorter = workload.model_copy(update={"seq_len": max(SHORTEST, lengths.median)})

@@ -25,17 +25,26 @@ def check_compression(recipe: Recipe) -> None:
 
 
 def check_task(recipe: Recipe) -> None:
-    """Refuse tasks whose models can be resized, saved and scored in Python, but not yet exported, timed and served.
+    """Refuse settings that models of the task cannot have.
 
     Raises:
-        RecipeError: the task is one of them.
+        RecipeError: a causal language model with what is made for encoders only.
     """
-    if TASKS[recipe.model.task].is_causal:
-        encoders = ", ".join(name for name, task in TASKS.items() if not task.is_causal)
-        raise RecipeError(
-            f"expected a task that runs know ({encoders}), found {recipe.model.task}, whose models runs do not export "
-            "and time yet; choose another model"
-        )
+    if not TASKS[recipe.model.task].is_causal:
+        return
+    asked = {
+        "environment.engine": (recipe.environment.engine, "onnxruntime"),
+        "benchmark.baseline_engine": (recipe.baseline_engine, "onnxruntime"),
+        "export.shapes": (recipe.export.shapes, "dynamic"),
+        "compress.variants": (list(map(str, recipe.compress.variants)), []),
+        "benchmark.baselines": (list(recipe.benchmark.baselines or ()), []),
+    }
+    for name, (found, possible) in asked.items():
+        if found != possible:
+            raise RecipeError(
+                f"expected {name} {possible} for {recipe.model.task}, found {found}: nothing else is made for causal "
+                "language models yet; change the recipe"
+            )
 
 
 def check_data(run: Run) -> None:

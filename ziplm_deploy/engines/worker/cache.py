@@ -6,6 +6,7 @@ call copies it. Files of the portable form return a longer cache from each call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,17 @@ import numpy as np
 PAST, PRESENT = "past_key_values.", "present."
 
 
-def is_cached(session: Any) -> bool:
-    """Whether a session is of a causal language model with a cache."""
-    return any(entry.name.startswith(PRESENT) for entry in session.get_outputs())
+def is_causal(session: Any) -> bool:
+    """Whether a session is of a causal language model: of our exporter, or with a cache. Base models have none."""
+    outputs = {entry.name for entry in session.get_outputs()}
+    of_ours = "form" in getattr(session, "get_modelmeta", _NoMetadata)().custom_metadata_map
+    return of_ours or any(name.startswith(PRESENT) for name in outputs)
+
+
+class _NoMetadata:
+    """Of sessions of engines that tell none."""
+
+    custom_metadata_map: dict[str, str] = {}  # noqa: RUF012 (Python 3.8)
 
 
 def form_of(session: Any) -> str:
@@ -77,14 +86,24 @@ class CachedModel:
         self.lengths = self.lengths + counts
         return logits
 
-    def rehearse(self, ids: np.ndarray, length: int) -> np.ndarray:
-        """A call after ``length`` cached tokens a row, whatever they are, which adds none: for timing."""
+    def rehearsal(self, ids: np.ndarray, length: int) -> Callable[[], Any]:
+        """A call after ``length`` cached tokens a row, whatever they are, that can be repeated: for timing."""
         self.lengths = np.full(self.batch_size, length, np.int64)
         if not self.in_place:
             self._fill(length)
-        return self._run(ids, np.full(self.batch_size, ids.shape[1], np.int64))
+        binding = self._bound(ids, np.full(self.batch_size, ids.shape[1], np.int64))
+        return lambda: self.session.run_with_iobinding(binding)
 
     def _run(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        binding = self._bound(ids, counts)
+        self.session.run_with_iobinding(binding)
+        found = dict(zip(self.names, binding.get_outputs()))  # noqa: B905 (Python 3.8)
+        if not self.in_place:
+            self.cache = {name: found[name] for name in self.cache}
+        return np.asarray(found["logits"].numpy())
+
+    def _bound(self, ids: np.ndarray, counts: np.ndarray) -> Any:
+        """Inputs and outputs of a call."""
         binding = self.session.io_binding()
         for name, value in self._inputs(ids, counts).items():
             binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(value))
@@ -97,11 +116,7 @@ class CachedModel:
                 binding.bind_ortvalue_output(name, self.cache[name])
             else:
                 binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
-        found = dict(zip(self.names, binding.get_outputs()))  # noqa: B905 (Python 3.8)
-        if not self.in_place:
-            self.cache = {name: found[name] for name in self.cache}
-        return np.asarray(found["logits"].numpy())
+        return binding
 
     def _inputs(self, ids: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         tokens = ids.shape[1]

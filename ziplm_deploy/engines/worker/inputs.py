@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 INPUT_SEED = 0
+ID_RANGE = (4, 24)
 IMAGE_SIZE = {"channel": 3, "height": 224, "width": 224}
 NUMPY_TYPES = {
     "tensor(int64)": np.int64,
@@ -17,6 +18,11 @@ NUMPY_TYPES = {
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
 }
+
+
+def make_ids(batch_size: int, tokens: int) -> np.ndarray:
+    """Token ids ``[batch_size, tokens]`` for timing, in a small range that every vocabulary has."""
+    return np.random.default_rng(INPUT_SEED).integers(*ID_RANGE, (batch_size, tokens))
 
 
 def make_inputs(metadata: list[Any], batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -43,7 +49,7 @@ def _make_input(entry: Any, batch_size: int, seq_len: int, generator: np.random.
         return np.zeros(shape, dtype)
     if "position" in name:
         return np.broadcast_to(np.arange(shape[-1] if shape else 1, dtype=dtype), shape).copy()
-    return generator.integers(4, 24, shape).astype(dtype)
+    return generator.integers(*ID_RANGE, shape).astype(dtype)
 
 
 def _axis(entry: Any, axis: int, batch_size: int, seq_len: int, is_float: bool) -> int:

@@ -12,6 +12,7 @@ place of one in ``--calls``.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -19,12 +20,14 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from .cache import CachedModel, is_causal
 from .facts import page_of
-from .inputs import make_inputs
+from .inputs import make_ids, make_inputs
 
 TURN_VARIABLE = "ZIPLM_WORKER_TURN"  # names the file in which a worker says which of several models it runs
 TURN_BYTES = 256
@@ -43,7 +46,7 @@ class Worker:
             os.sched_setaffinity(0, {int(cpu) for cpu in options.cpus.split(",")})
         self.engine = page.Sessions(options)
         self.sessions: dict[str, Any] = {}
-        self.inputs: dict[str, list[dict[str, np.ndarray]]] = {}
+        self.runs: dict[str, list[Callable[[], Any]]] = {}
         self.announced = 0.0
         turn = os.environ.get(TURN_VARIABLE)
         self.turn = open(turn, "wb", buffering=0) if turn else None  # noqa: SIM115 (open as long as the process)
@@ -55,13 +58,26 @@ class Worker:
     def do_load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Make a session of a file, with inputs to time it on; returns the names, types and shapes that it declares."""
         session = self.engine.load(request["path"])
-        self.inputs[request["id"]] = [make_inputs(session.get_inputs(), *call) for call in self.options.calls]
+        self.runs[request["id"]] = self._runs(session)
         self.sessions[request["id"]] = session
         describe = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
         return {
             side: [{"name": entry.name, "type": entry.type, "shape": list(entry.shape)} for entry in entries]
             for side, entries in describe.items()
         }
+
+    def _runs(self, session: Any) -> list[Callable[[], Any]]:
+        """One run of every call that models are timed on."""
+        if is_causal(session):
+            longest = max(tokens + length for _, tokens, length in self.options.calls)
+            models: dict[int, CachedModel] = {}
+            runs = []
+            for batch_size, tokens, length in self.options.calls:
+                model = models.setdefault(batch_size, CachedModel(session, batch_size, longest))
+                runs.append(model.rehearsal(make_ids(batch_size, tokens), length))
+            return runs
+        inputs = [make_inputs(session.get_inputs(), *call[:2]) for call in self.options.calls]
+        return [functools.partial(session.run, None, each) for each in inputs]
 
     def do_run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Milliseconds of consecutive runs of one model on one call."""
@@ -103,7 +119,7 @@ class Worker:
 
     def do_unload(self, request: dict[str, Any]) -> dict[str, Any]:
         """Let go of a session and its inputs."""
-        del self.sessions[request["id"]], self.inputs[request["id"]]
+        del self.sessions[request["id"]], self.runs[request["id"]]
         gc.collect()
         return {}
 
@@ -112,9 +128,9 @@ class Worker:
         return {"peak_bytes": peak_memory_bytes()}
 
     def _timed_run(self, model_id: str, call: int) -> float:
-        session, inputs = self.sessions[model_id], self.inputs[model_id][call]
+        run = self.runs[model_id][call]
         start = time.perf_counter()
-        session.run(None, inputs)
+        run()
         ms = 1000.0 * (time.perf_counter() - start)
         if time.monotonic() - self.announced > SIGN_SECONDS:
             self._announce(model_id)
@@ -149,20 +165,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128, help="tokens a request; of several calls the most")
-    parser.add_argument("--calls", default="", help="shapes to time, BATCHxTOKENS,…; default: the one of the options")
+    parser.add_argument("--calls", default="", help="shapes to time, BATCHxTOKENS[+CACHED],…; default: one")
     parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
     parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
     parser.add_argument("--memory-limit-bytes", type=int, default=0, help="largest address space; 0: no limit")
     parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
     options = parser.parse_args(arguments)
-    options.calls = shapes_of(options.calls) or [(options.batch_size, options.seq_len)]
+    options.calls = shapes_of(options.calls) or [(options.batch_size, options.seq_len, 0)]
     return options
 
 
-def shapes_of(calls: str) -> list[tuple[int, int]]:
-    """Batch size and tokens of every call in ``BATCHxTOKENS,…``."""
-    pairs = [call.split("x") for call in calls.split(",") if call]
-    return [(int(batch_size), int(seq_len)) for batch_size, seq_len in pairs]
+def shapes_of(calls: str) -> list[tuple[int, int, int]]:
+    """Batch size, tokens and cached tokens of every call in ``BATCHxTOKENS[+CACHED],…``."""
+    found = []
+    for call in filter(None, calls.split(",")):
+        shape, _, cached = call.partition("+")
+        batch_size, _, seq_len = shape.partition("x")
+        found.append((int(batch_size), int(seq_len), int(cached or 0)))
+    return found
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """The causal language models that can be pruned, one entry each, by attribute paths in the classes of transformers.
 
-Linears are :class:`torch.nn.Linear` everywhere: :func:`ziplm_deploy.models.conv1d.as_linears` has replaced GPT-2's.
+Linears are :class:`torch.nn.Linear` everywhere: :func:`ziplm_deploy.models.causal.as_linears` has replaced GPT-2's.
 """
 
 from __future__ import annotations

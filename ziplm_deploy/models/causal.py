@@ -1,8 +1,8 @@
-"""GPT-2's transposed linears as :class:`torch.nn.Linear`, which all that prunes, trains and compresses knows."""
+"""Causal language models of transformers as all that prunes, trains and compresses expects models."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,17 @@ def as_linears(model: _Module) -> _Module:
         if isinstance(module, Conv1D):
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, _as_linear(module))
+    return model
+
+
+def without_cache(model: _Module) -> _Module:
+    """Have a causal language model keep no keys and values, but where text is generated: ``model.generate`` still does.
+
+    A layer that is run again, as in reconstruction, would otherwise read what it wrote before.
+    """
+    config: Any = model.config
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
     return model
 
 

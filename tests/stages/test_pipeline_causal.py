@@ -1,0 +1,97 @@
+"""The whole way of a causal language model: table of prefill and decode, files with a cache, benchmark, report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from tests.helpers.pipeline import causal_recipe, save_causal, written_again
+from ziplm_deploy import load_runner
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.member_files import load
+from ziplm_deploy.pipeline import run_pipeline
+from ziplm_deploy.recipe import parse_recipe
+from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.tasks.record import Scores
+
+pytestmark = pytest.mark.transformers
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("causal")
+    save_causal(folder)
+    run_pipeline(parse_recipe(causal_recipe(folder)))
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished: Path) -> Path:
+    return finished / "runs" / "tiny"
+
+
+def test_table_and_benchmark_have_a_column_a_call(run_dir: Path) -> None:
+    table = LatencyTable.load(run_dir / "profile.json")
+    calls = table.environment.workload.calls
+    assert [(call.seq_len, call.cache_length, call.weight) for call in calls] == [
+        (12, 0, 1.0),
+        (1, 12, 2.0),
+        (1, 15, 2.0),
+    ]
+    for timing in (table.dense, table.base, *(cell.timing for cell in table.cells)):
+        each = [own.median_ms for own in timing.of_calls]
+        assert timing.median_ms == pytest.approx(each[0] + 2 * each[1] + 2 * each[2])
+    record = BenchmarkRecord.load(run_dir / "benchmark.json")
+    for variant in record.variants:
+        assert [call.cache_length for call in variant.calls] == [0, 12, 15]
+        sums = np.array([1.0, 2.0, 2.0]) @ [call.samples_ms for call in variant.calls]
+        assert variant.samples_ms == pytest.approx(sums.tolist())
+
+
+def test_scores_are_the_perplexity_of_the_file_itself(finished: Path, run_dir: Path) -> None:
+    member = load(run_dir / "1.5x")
+    from tests.helpers.models import tiny_tokenizer
+
+    ids = tiny_tokenizer(finished / "again")((finished / "text.txt").read_text(), add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: 12 * 16]).reshape(12, 16)
+    with torch.no_grad():
+        loss = float(member(input_ids=windows, labels=windows).loss)
+    scores = Scores.load(run_dir / "1.5x" / "accuracy.json").scores
+    assert scores["inverse_perplexity"] == pytest.approx(math.exp(-loss), rel=1e-4)
+    assert {"next_token_accuracy", "next_token_agreement", "divergence"} <= scores.keys()
+
+
+def test_members_continue_texts_as_torch_does(run_dir: Path) -> None:
+    runner, member = load_runner(run_dir / "1.5x"), load(run_dir / "1.5x")
+    ids = list(runner.tokenizer.encode("the cat sat").ids)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(member(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = runner.tokenizer.decode([token for token in ids[-6:] if token not in runner.end_ids])
+    assert runner.generate("the cat sat", max_new_tokens=6) == expected
+
+
+def test_files_have_the_caches_of_their_own_heads(run_dir: Path) -> None:
+    session = onnxruntime.InferenceSession(str(run_dir / "1.5x" / "model.onnx"), providers=["CPUExecutionProvider"])
+    kept = load(run_dir / "1.5x").ziplm_kept
+    heads = {f"present.{layer}.key": len(kept[f"{layer}.attention"]) for layer in range(3)}
+    found = {entry.name: entry.shape[1] for entry in session.get_outputs() if entry.name.endswith(".key")}
+    assert found == {name: count for name, count in heads.items() if count}
+
+
+def test_report_tells_of_the_workload(run_dir: Path) -> None:
+    report = FamilyReport.load(run_dir / "report.json")
+    assert report.environment.workload.prefill == 12
+    text = (run_dir / "report.md").read_text(encoding="utf-8")
+    assert "12 tokens of prompt and 4 generated" in text
+
+
+def test_a_finished_run_is_not_run_again(finished: Path) -> None:
+    changed = written_again(finished, parse_recipe(causal_recipe(finished)))
+    assert not {name for name in changed if name.endswith((".onnx", ".safetensors", "profile.json", "benchmark.json"))}
