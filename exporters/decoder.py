@@ -59,9 +59,10 @@ class DecoderExportSettings:
 def export_decoder(parts: DecoderParts, path: Path, settings: DecoderExportSettings) -> None:
     """Write the model to ``path``, and large weights beside it; both appear whole or not at all.
 
-    The model's metadata say form, opset, ``max_length`` and which contrib operators an engine needs. Products of
-    weights are named so that :func:`exporters.names.linear_of` finds the linear, queries, keys and values of a layer
-    together as ``attention.qkv`` where one product computes them.
+    The model's metadata say form, opset, ``max_length``, which contrib operators an engine needs, and from which
+    release on ONNX Runtime computes them right. Products of weights are named so that
+    :func:`exporters.names.linear_of` finds the linear; queries, keys and values are one ``attention.qkv`` where one
+    product computes them.
 
     Raises:
         ExportError: parts that do not fit together, or settings that the model or the form does not allow.
@@ -82,8 +83,9 @@ def export_decoder(parts: DecoderParts, path: Path, settings: DecoderExportSetti
 
 def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: WeightStream | None) -> onnx.ModelProto:
     writer = GraphWriter(settings.opset, outside)
-    graph = FusedGraph if settings.form == "onnxruntime" else PortableGraph
-    graph(parts, writer, settings.max_length, settings.stock_optimum).write(settings.all_logits)
+    kind = FusedGraph if settings.form == "onnxruntime" else PortableGraph
+    graph = kind(parts, writer, settings.max_length, settings.stock_optimum)
+    graph.write(settings.all_logits)
     contrib = {op for domain, op in writer.operators() if domain or op == _CONTRIB_OF_STANDARD_NAME}
     return writer.model(
         {
@@ -91,6 +93,7 @@ def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: Weight
             "opset": str(settings.opset),
             "max_length": str(settings.max_length),
             "contrib_ops": ", ".join(sorted(contrib)),
+            "onnxruntime": f">={graph.oldest_engine}",
         }
     )
 

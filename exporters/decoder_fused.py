@@ -27,6 +27,17 @@ class FusedGraph(DecoderGraph):
     def declare_positions(self) -> None:
         pass  # they follow from the lengths
 
+    def is_windowed(self, part: AttentionPart) -> bool:
+        """True where a text can be longer than the window."""
+        return part.window is not None and part.window < self.max_length
+
+    @property
+    def oldest_engine(self) -> str:
+        """Oldest release of ONNX Runtime that answers right: windows had a token too many before 1.24."""
+        attentions = (layer.attention for layer in self.parts.layers)
+        windowed = any(isinstance(part, AttentionPart) and self.is_windowed(part) for part in attentions)
+        return "1.24" if windowed else "1.19"
+
     @cached_property
     def lengths(self) -> str:
         """Tokens a row, past ones included, ``[batch]``."""
@@ -68,10 +79,8 @@ class FusedGraph(DecoderGraph):
         if part.kind != "rms" or not stream.pending:
             return super().norm_of_stream(part, path)
         last = stream.pending.pop()
-        bias, stream.bias = stream.bias, None
+        # Constants are added before: the operator has an input for them, which ONNX Runtime 1.19 leaves out of the sum.
         inputs = [self.settled(path), last, self.tensor(path, "weight", part.weight)]
-        if bias is not None:
-            inputs.append(self.tensor(path, "residual_bias", bias))
         op = "SkipSimplifiedLayerNormalization"
         stream.value = f"{path}/{op}_output_3"
         outputs = [f"{path}/{op}_output_0", "", "", stream.value]
@@ -103,7 +112,7 @@ class FusedGraph(DecoderGraph):
         else:
             states = [self.linear(x, packed(part), f"{path}/qkv"), "", ""]
         inputs = [*states, *self.past(cached), *self._cache_lengths, *(self.rotary_tables if inside else ())]
-        fields = {} if part.window is None else {"local_window_size": part.window}
+        fields = {"local_window_size": part.window} if self.is_windowed(part) else {}
         op = "GroupQueryAttention"
         return self.writer.node(
             op,

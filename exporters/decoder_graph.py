@@ -78,6 +78,11 @@ class DecoderGraph(abc.ABC):
         else:
             self._head_of_last()
 
+    @property
+    @abc.abstractmethod
+    def oldest_engine(self) -> str:
+        """Oldest release of ONNX Runtime that the file is right in."""
+
     @abc.abstractmethod
     def declare_positions(self) -> None:
         """Declare the input of positions, if the form has one."""

@@ -22,6 +22,10 @@ _MASKED = -1.0e30
 class PortableGraph(DecoderGraph):
     """Graph with standard operators."""
 
+    @property
+    def oldest_engine(self) -> str:
+        return "1.19"
+
     def declare_positions(self) -> None:
         self.writer.input("position_ids", ["batch", "sequence"])
 
