@@ -106,6 +106,8 @@ def _check_feed_forward(path: str, part: FeedForwardPart, hidden: int) -> None:
             "choose a model with one of those"
         )
     width = len(part.up.weight)
+    if not width:
+        raise ExportError(f"expected at least one column in {path}, found none; leave a DroppedPart instead")
     _check_linear(f"{path}.up", part.up, width, hidden)
     _check_linear(f"{path}.down", part.down, hidden, width)
     if part.gate is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporters.parity import checked_difference, parity_session
 
-_ADVICE = "export it again, and tell the engine's version if it stays"
+_ADVICE = "export it again, or run it in a release of ONNX Runtime that its metadata name"
 
 
 class _CachedCalls:

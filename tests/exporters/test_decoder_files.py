@@ -101,10 +101,10 @@ def test_contrib_operators_are_told(uneven: DecoderParts, tmp_path: Path) -> Non
     metadata = metadata_of(onnx.load(exported(uneven, tmp_path, opset=18)))
     operators = "GroupQueryAttention, QuickGelu, SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization"
     expected = {"form": "onnxruntime", "opset": "18", "contrib_ops": operators, "max_length": str(MAX_LENGTH)}
-    assert metadata == expected | {"onnxruntime": ">=1.19"}
+    assert metadata == expected | {"onnxruntime": ">=1.20"}
 
 
-@pytest.mark.parametrize(("window", "oldest"), [(None, ">=1.19"), (MAX_LENGTH, ">=1.19"), (MAX_LENGTH - 1, ">=1.24")])
+@pytest.mark.parametrize(("window", "oldest"), [(None, ">=1.20"), (MAX_LENGTH, ">=1.20"), (MAX_LENGTH - 1, ">=1.24")])
 def test_windows_that_matter_need_a_newer_engine(
     llama: DecoderParts, window: int | None, oldest: str, tmp_path: Path
 ) -> None:
@@ -271,6 +271,7 @@ BAD_PARTS: dict[str, tuple[Any, str]] = {
     "head count without its rows": (lambda p: changed(p, "attention", n_heads=2), r"attention\.query\.weight"),
     "activation": (lambda p: changed(p, "feed_forward", activation="swish"), "found swish"),
     "width": (lambda p: changed(p, "feed_forward", down=linear(HIDDEN, 63)), r"feed_forward\.down\.weight"),
+    "no width": (lambda p: with_layers(p, {1: keep_width(0)}), "leave a DroppedPart"),
     "gate": (lambda p: changed(p, "feed_forward", gate=linear(63, HIDDEN)), r"feed_forward\.gate\.weight"),
     "window": (lambda p: changed(p, "attention", window=0), "at least 1 token"),
     "query norm": (lambda p: changed(p, "attention", query_norm=RMS), r"query_norm\.weight"),
