@@ -1,4 +1,4 @@
-"""Torch modules to engine-ready ONNX files, with parity checks. A leaf: it imports nothing of the rest.
+"""Torch modules to engine-ready ONNX and GGUF files, with parity checks. A leaf: it imports nothing of the rest.
 
 Everything in ``__all__`` is imported when it is first asked for: files are written and named without torch.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from exporters.decoder_parity import check_decoder_parity
     from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
     from exporters.genai import SpecialTokens, write_genai_config
+    from exporters.gguf import GgufSettings, export_gguf
     from exporters.heads import EmbeddingModel
     from exporters.integer_matmul import to_integer_matmul
     from exporters.parity import ParityMismatch, check_parity
@@ -27,6 +28,7 @@ __all__ = [
     "EmbeddingModel",
     "ExportError",
     "ExportSettings",
+    "GgufSettings",
     "ParityMismatch",
     "SpecialTokens",
     "cache_arrays",
@@ -36,6 +38,7 @@ __all__ = [
     "dummy_inputs",
     "export_decoder",
     "export_encoder",
+    "export_gguf",
     "input_names",
     "to_integer_matmul",
     "write_genai_config",
@@ -47,6 +50,7 @@ _HOMES = {
     "decoder_parity": ("check_decoder_parity",),
     "encoder": ("ExportError", "ExportSettings", "dummy_inputs", "export_encoder", "input_names"),
     "genai": ("SpecialTokens", "write_genai_config"),
+    "gguf": ("GgufSettings", "export_gguf"),
     "heads": ("EmbeddingModel",),
     "integer_matmul": ("to_integer_matmul",),
     "parity": ("ParityMismatch", "check_parity"),

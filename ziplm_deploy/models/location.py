@@ -93,16 +93,25 @@ def hub_version(model: str, revision: str | None = None) -> str:
     return file.parent.name if file is not None and cached else revision or ""
 
 
-def _package_folder(name: str) -> Path:
+def package_folders(name: str) -> list[Path]:
+    """Folders of an installed package, which is not imported.
+
+    Raises:
+        EnvironmentMismatchError: the package is not installed.
+    """
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None:
         raise EnvironmentMismatchError(
             f"expected the installed package {name}, found none; run: pip install {shlex.quote(name.replace('_', '-'))}"
         )
-    for root in spec.submodule_search_locations or ():
+    return [Path(root) for root in spec.submodule_search_locations or ()]
+
+
+def _package_folder(name: str) -> Path:
+    for root in package_folders(name):
         # The model's own configuration stands above those of its sentence-transformers modules.
-        for config in sorted(Path(root).rglob(CONFIG_FILE), key=lambda path: (len(path.parts), path)):
+        for config in sorted(root.rglob(CONFIG_FILE), key=lambda path: (len(path.parts), path)):
             if any(config.parent.glob("*.safetensors")):
                 return config.parent
     raise UnsupportedModelError(

@@ -1,0 +1,218 @@
+"""GGUF checkpoints as dense models: read rightly, found by path, folder and package, refused where they cannot be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from exporters.decoder_parts import DecoderParts
+from exporters.gguf_file import FileType, matrix, vector, write_gguf
+from exporters.gguf_layers import file_layers, layer_tensors
+from exporters.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_keys
+from tests.helpers.gguf_models import (
+    END,
+    END_ID,
+    byte_level_tokenizer,
+    log_probabilities,
+    parts_of,
+    rounded,
+    sentencepiece_like,
+    tiny_llama,
+)
+from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.models.gguf_source import (
+    GgufSummary,
+    check_gguf,
+    gguf_file_of,
+    load_gguf_config,
+    load_gguf_model,
+)
+from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
+
+gguf = pytest.importorskip("gguf", reason="reads GGUF files; in the extra llamacpp")
+
+PROMPT = [5, 77, 129, 9, 100, 31, 8]
+Change = Callable[[Any], None]
+
+
+def write_llama(
+    path: Path,
+    parts: DecoderParts,
+    *,
+    file_type: FileType = "F16",
+    architecture: str = "llama",
+    tokenizer: Any = None,
+    change: Change = lambda writer: None,
+    factors: bool = False,
+) -> Path:
+    """A uniform model as llama.cpp's own converter writes it; ``change`` adds keys."""
+    hidden = parts.embedding.shape[1]
+    layers = file_layers(parts.layers, hidden, 32)
+    first = layers[0].attention
+    assert first is not None
+
+    def metadata(writer: Any) -> None:
+        writer.add_context_length(parts.max_positions)
+        writer.add_embedding_length(hidden)
+        writer.add_block_count(len(layers))
+        writer.add_feed_forward_length(layers[0].width)
+        writer.add_head_count(first.n_heads)
+        writer.add_head_count_kv(first.n_kv_heads)
+        writer.add_rope_dimension_count(first.head_dim)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_layer_norm_rms_eps(parts.final_norm.epsilon)
+        tokenizer_keys(tokenizer or byte_level_tokenizer(), len(parts.embedding), None)(writer)
+        change(writer)
+
+    size = tuple(parts.embedding.shape)
+    assert parts.head is not None
+    head = parts.head.weight
+    tensors = [matrix("token_embd.weight", (size[0], size[1]), file_type, lambda: parts.embedding)]
+    for index, layer in enumerate(layers):
+        tensors += layer_tensors(index, layer, hidden, file_type, 1.0)
+    tensors += [vector("output_norm.weight", parts.final_norm.weight)]
+    tensors += [matrix("output.weight", (size[0], size[1]), file_type, lambda: head)]
+    if factors:
+        tensors.append(vector("rope_freqs.weight", torch.ones(16)))
+    write_gguf(path, architecture, metadata, tensors)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parts() -> DecoderParts:
+    return parts_of(tiny_llama())
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("file_type", ["F16", "Q8_0", "Q4_0"])
+def test_answers_are_those_of_the_weights_in_the_file(tmp_path: Path, parts: DecoderParts, file_type: FileType) -> None:
+    file = write_llama(tmp_path / "model.gguf", parts, file_type=file_type)
+    assert check_gguf(file) == GgufSummary("llama", tuple(sorted({"F32", file_type})))
+    config, model = load_gguf_config(file), load_gguf_model(file)
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size) == (3, 2, 96)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert not model.training
+    with torch.no_grad():
+        found = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, -1], dim=-1)
+    expected = log_probabilities(parts if file_type == "F16" else rounded(parts, file_type), PROMPT)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_tokenizers_come_back_whole(tmp_path: Path, parts: DecoderParts, name: str, start: bool) -> None:
+    tokenizer = byte_level_tokenizer(name, start)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    found = load_gguf_tokenizer(write_llama(tmp_path / "model.gguf", parts, tokenizer=tokenizer))
+    for text in ("the cat's 123 and 12\n\n the end", f"a{END}the <word>the\n 12", "\n\n\n  the\tTHE'S"):
+        assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert found.decode(found(text, add_special_tokens=False)["input_ids"]) == text
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id, found.unk_token_id) == (*[END_ID] * 3, None)
+    assert found.chat_template == tokenizer.chat_template
+    assert set(found("a")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("spaces", ["prepended", "never"])
+def test_sentencepiece_tokenizers_come_back_whole(tmp_path: Path, spaces: str) -> None:
+    parts = parts_of(tiny_llama(vocab_size=288))
+    tokenizer = sentencepiece_like(spaces)
+    found = load_gguf_tokenizer(write_llama(tmp_path / "model.gguf", parts, tokenizer=tokenizer))
+    for text in ("the thing and the ant", "  and      thinking, in! Ωx\n", "an</s>the thing</s> the"):
+        assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert found.decode(found("the thing", add_special_tokens=False)["input_ids"]) == "the thing"
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id, found.unk_token_id) == (1, 2, None, 0)
+
+
+def test_where_a_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "packaged_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('not to be imported')")
+    file = package / "model.gguf"
+    file.touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert gguf_file_of("package:packaged-model") == file
+    assert gguf_file_of(str(package)) == file
+    assert gguf_file_of(str(file)) == file
+    assert gguf_file_of("organization/name") is None
+    (package / "config.json").touch()
+    assert gguf_file_of("package:packaged-model") is None
+    assert gguf_file_of(str(package)) is None
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a GGUF file at .*none\.gguf, found none"):
+        gguf_file_of(str(tmp_path / "none.gguf"))
+    with pytest.raises(EnvironmentMismatchError, match="no-such-package"):
+        gguf_file_of("package:no-such-package")
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UnsupportedModelError, match=r"one GGUF file .* found a\.gguf, b\.gguf"):
+        gguf_file_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "mamba"}, "architecture llama, qwen2, qwen3, found mamba"),
+        ({"architecture": "deci"}, "found deci .*prune the model that it was made from"),
+        ({"factors": True}, r"plain rotary positions .*Llama 3\.1"),
+        ({"change": lambda writer: writer.add_string("llama.rope.scaling.type", "yarn")}, "scaling of kind yarn"),
+        ({"change": lambda writer: writer.add_uint16("split.count", 3)}, "one of 3 parts .* --merge"),
+    ],
+)
+def test_files_that_transformers_cannot_read(
+    tmp_path: Path, parts: DecoderParts, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_gguf(write_llama(tmp_path / "model.gguf", parts, **settings))
+
+
+def test_types_that_cannot_be_turned_back(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 292), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=r"turns back into numbers .* found Q8_K; give a file in F16"):
+        check_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9])
+def test_damaged_files(tmp_path: Path, parts: DecoderParts, share: float) -> None:
+    file = write_llama(tmp_path / "model.gguf", parts)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UnsupportedModelError, match="a whole GGUF file"):
+        check_gguf(file)
+    file.write_bytes(b"no GGUF file at all, but some text that is long enough")
+    with pytest.raises(UnsupportedModelError, match="a whole GGUF file"):
+        check_gguf(file)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(EnvironmentMismatchError, match=r"pip install 'ziplm-deploy\[llamacpp\]'"):
+        check_gguf(tmp_path / "model.gguf")
+
+
+def test_tokenizers_that_cannot_be_read(tmp_path: Path, parts: DecoderParts) -> None:
+    def with_key(key: str, value: str) -> Path:
+        def change(writer: Any) -> None:
+            del writer.kv_data[0][key]
+            writer.add_string(key, value)
+
+        return write_llama(tmp_path / f"{value}.gguf", parts, change=change)
+
+    with pytest.raises(UnsupportedModelError, match=r"of kind gpt2 or llama .* found rwkv"):
+        load_gguf_tokenizer(with_key("tokenizer.ggml.model", "rwkv"))
+    with pytest.raises(UnsupportedModelError, match=r"splits text like gpt-2, .* found deepseek-llm"):
+        load_gguf_tokenizer(with_key("tokenizer.ggml.pre", "deepseek-llm"))

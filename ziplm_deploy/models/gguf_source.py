@@ -1,0 +1,173 @@
+"""GGUF files as dense models: where one lies, whether transformers reads it rightly, and the model in float32.
+
+transformers turns blocks of quantized weights into plain numbers. It ignores what it does not know, scaled positions
+among it, so a file is looked at before it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.models.location import CONFIG_FILE, package_folders
+
+# What llama.cpp calls architectures whose pruning is known here and which transformers builds from a GGUF file.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class GgufSummary:
+    """What a GGUF file holds, after it was found readable."""
+
+    architecture: str
+    tensor_types: tuple[str, ...]  # llama.cpp's names, sorted
+
+
+def gguf_file_of(path: str) -> Path | None:
+    """The GGUF file that ``path`` names, or None where it names none and is to be looked up as a model folder.
+
+    Args:
+        path: a file ``*.gguf``, a folder that holds one and no other model, or ``package:NAME`` of a package that does.
+
+    Raises:
+        UnsupportedModelError: no such file, or several in the folder or package.
+        EnvironmentMismatchError: the package is not installed.
+    """
+    if path.startswith("package:"):
+        folders = package_folders(path.removeprefix("package:"))
+        return _only_one(
+            path, [file for folder in folders for file in (*folder.rglob("*.gguf"), *folder.rglob(CONFIG_FILE))]
+        )
+    place = Path(os.path.expanduser(path))
+    if place.suffix == ".gguf":
+        if not os.path.isfile(place):
+            raise UnsupportedModelError(f"expected a GGUF file at {path}, found none; check model.path")
+        return place
+    return _only_one(path, list(place.iterdir())) if os.path.isdir(place) else None
+
+
+def check_gguf(file: Path) -> GgufSummary:
+    """Refuse a GGUF file that transformers cannot read, or would read wrongly.
+
+    Raises:
+        UnsupportedModelError: no GGUF file, truncated, one of several parts, of an unknown architecture, quantized in
+            a way that cannot be turned back, or with scaled positions.
+        EnvironmentMismatchError: the package ``gguf`` is not installed.
+    """
+    gguf = gguf_package()
+    try:
+        reader = gguf.GGUFReader(file)
+    except (OSError, ValueError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"expected a whole GGUF file of tensor types known to gguf {_version()} at {file}, found: {error}; get it "
+            "anew, or update the package: pip install -U gguf"
+        ) from error
+    architecture = str(_value(reader, "general.architecture", "none"))
+    if architecture not in ARCHITECTURES:
+        pruned = " (its layers differ in size; prune the model that it was made from)" if architecture == "deci" else ""
+        raise UnsupportedModelError(
+            f"expected a GGUF file of architecture {', '.join(ARCHITECTURES)}, found {architecture}{pruned} in {file}; "
+            "give the model's folder with safetensors"
+        )
+    if int(_value(reader, "split.count", 1)) > 1:
+        raise UnsupportedModelError(
+            f"expected a GGUF file that is whole, found one of {_value(reader, 'split.count', 1)} parts at {file}; "
+            "join them: llama-gguf-split --merge FIRST_PART WHOLE"
+        )
+    _check_positions(reader, architecture, file)
+    return GgufSummary(architecture, _checked_types(gguf, reader, file))
+
+
+def load_gguf_config(file: Path) -> PretrainedConfig:
+    """Configuration of a GGUF file that :func:`check_gguf` has passed."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+    return config
+
+
+def load_gguf_model(file: Path) -> PreTrainedModel:
+    """The causal language model in float32, for evaluation; the file must have passed :func:`check_gguf`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
+    )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def gguf_package() -> Any:
+    """The package ``gguf``, which transformers reads such files with.
+
+    Raises:
+        EnvironmentMismatchError: it is not installed.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise EnvironmentMismatchError(
+            "expected the installed package gguf, which reads GGUF files, found none; "
+            "run: pip install 'ziplm-deploy[llamacpp]'"
+        ) from error
+    return gguf
+
+
+def _only_one(path: str, candidates: list[Path]) -> Path | None:
+    """The GGUF file among these; None if there is none, or if there is a model of another form."""
+    files = sorted(file for file in candidates if file.suffix == ".gguf")
+    if not files or any(file.name == CONFIG_FILE for file in candidates):
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UnsupportedModelError(f"expected one GGUF file in {path}, found {names}; name the file itself")
+    return files[0]
+
+
+def _value(reader: Any, key: str, default: Any) -> Any:
+    field = reader.fields.get(key)
+    return default if field is None else field.contents()
+
+
+def _check_positions(reader: Any, architecture: str, file: Path) -> None:
+    scaling = str(_value(reader, f"{architecture}.rope.scaling.type", "none"))
+    factors = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    if scaling != "none" or factors:
+        found = "factors on their frequencies (Llama 3.1 and later)" if factors else f"scaling of kind {scaling}"
+        raise UnsupportedModelError(
+            f"expected plain rotary positions in {file}, found {found}, which transformers does not read from "
+            "GGUF; give the model's folder with safetensors"
+        )
+
+
+def _checked_types(gguf: Any, reader: Any, file: Path) -> tuple[str, ...]:
+    size_bytes = os.path.getsize(file)
+    kinds = {tensor.tensor_type for tensor in reader.tensors}
+    if any(tensor.data_offset + tensor.n_bytes > size_bytes for tensor in reader.tensors):
+        raise UnsupportedModelError(f"expected a whole GGUF file at {file}, found a truncated one; get it anew")
+    unreadable = sorted(kind.name for kind in kinds if not _is_readable(gguf, kind))
+    if unreadable:
+        raise UnsupportedModelError(
+            f"expected weights that gguf {_version()} turns back into numbers in {file}, found "
+            f"{', '.join(unreadable)}; give a file in F16 or Q8_0, or the model's folder with safetensors"
+        )
+    return tuple(sorted(kind.name for kind in kinds))
+
+
+def _is_readable(gguf: Any, kind: Any) -> bool:
+    """Whether blocks of this type become numbers; one block of zeros is tried."""
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("gguf")
