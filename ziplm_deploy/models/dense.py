@@ -31,8 +31,15 @@ from ziplm_deploy.models.config_file import (
     read_config,
     stored_shapes,
 )
+from ziplm_deploy.models.gguf_source import (
+    GGUF_SUFFIX,
+    check_gguf,
+    load_gguf_config,
+    load_gguf_model,
+    model_place,
+)
+from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
-from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.sentence_dense import load_layers
@@ -61,7 +68,9 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         RecipeError: a sentence-transformers model was trained with another pooling, normalization or similarity.
         EnvironmentMismatchError: a package that the model or its processor needs is missing.
     """
-    root = path = resolve_model_path(model_config.path)
+    root = path = model_place(model_config.path)
+    if path.endswith(GGUF_SUFFIX):
+        return _load_gguf(Path(path), TASKS[model_config.task])
     own = read_sentence_modules(model_config)
     settings = completed(model_config, own)
     source: dict[str, Any] = {"trust_remote_code": False}
@@ -88,6 +97,18 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         _prepare_texts(processor, settings, own)
     _check_finite(model, path)
     return model, processor
+
+
+def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a GGUF file."""
+    check_gguf(file)
+    with quiet_transformers():
+        config: Any = load_gguf_config(file)
+        _check_task(architecture_of(config), task)
+        model: Any = load_gguf_model(file)
+    model.config.return_dict, model.config._attn_implementation = True, "eager"
+    _check_finite(model, str(file))
+    return without_cache(model), load_gguf_tokenizer(file)
 
 
 def _check_task(architecture: Architecture, task: type[Task]) -> None:

@@ -16,8 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
-from ziplm_deploy.models.location import CONFIG_FILE, package_folders
+from ziplm_deploy.models.location import CONFIG_FILE, package_folders, resolve_model_path
 
+GGUF_SUFFIX = ".gguf"
 # What llama.cpp calls architectures whose pruning is known here and which transformers builds from a GGUF file.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -43,14 +44,21 @@ def gguf_file_of(path: str) -> Path | None:
     if path.startswith("package:"):
         folders = package_folders(path.removeprefix("package:"))
         return _only_one(
-            path, [file for folder in folders for file in (*folder.rglob("*.gguf"), *folder.rglob(CONFIG_FILE))]
+            path,
+            [file for folder in folders for file in (*folder.rglob(f"*{GGUF_SUFFIX}"), *folder.rglob(CONFIG_FILE))],
         )
     place = Path(os.path.expanduser(path))
-    if place.suffix == ".gguf":
+    if place.suffix == GGUF_SUFFIX:
         if not os.path.isfile(place):
             raise UnsupportedModelError(f"expected a GGUF file at {path}, found none; check model.path")
         return place
     return _only_one(path, list(place.iterdir())) if os.path.isdir(place) else None
+
+
+def model_place(path: str) -> str:
+    """Folder of a model, its GGUF file, or its hub id; raises as :func:`gguf_file_of` and resolve_model_path."""
+    file = gguf_file_of(path)
+    return resolve_model_path(path) if file is None else str(file)
 
 
 def check_gguf(file: Path) -> GgufSummary:
@@ -94,7 +102,7 @@ def load_gguf_config(file: Path) -> PretrainedConfig:
 def load_gguf_model(file: Path) -> PreTrainedModel:
     """The causal language model in float32, for evaluation; the file must have passed :func:`check_gguf`."""
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -118,7 +126,7 @@ def gguf_package() -> Any:
 
 def _only_one(path: str, candidates: list[Path]) -> Path | None:
     """The GGUF file among these; None if there is none, or if there is a model of another form."""
-    files = sorted(file for file in candidates if file.suffix == ".gguf")
+    files = sorted(file for file in candidates if file.suffix == GGUF_SUFFIX)
     if not files or any(file.name == CONFIG_FILE for file in candidates):
         return None
     if len(files) > 1:

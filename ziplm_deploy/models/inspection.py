@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
 from ziplm_deploy.models.config_file import read_config
-from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
 from ziplm_deploy.models.shape import ModelShape, ModuleId
@@ -34,7 +34,10 @@ def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
 
 
 def _open(path: str) -> Any:
-    resolved = resolve_model_path(path)
+    resolved = model_place(path)
+    if resolved.endswith(GGUF_SUFFIX):
+        check_gguf(Path(resolved))
+        return load_gguf_config(Path(resolved))
     if (Path(resolved) / MEMBER_FILE).exists():
         return load(resolved)
     return read_config(resolved, trust_remote_code=False)

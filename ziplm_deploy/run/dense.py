@@ -13,7 +13,8 @@ from torch import nn
 from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.documents import read_json
 from ziplm_deploy.models.dense import load_dense
-from ziplm_deploy.models.location import hub_version, resolve_model_path
+from ziplm_deploy.models.gguf_source import model_place
+from ziplm_deploy.models.location import hub_version
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import Recipe
@@ -25,7 +26,7 @@ _NOT_OF_PROCESSORS = {"config.json", "generation_config.json", "model.safetensor
 
 def model_hash(path: str, revision: str | None = None) -> str:
     """Stands for the weights of a model: content of a folder, commit of a hub id, which may change there."""
-    place = resolve_model_path(path)
+    place = model_place(path)
     version = hub_version(place, revision) or revision
     return source_hash(place) + (f"@{version}" if version else "")
 
@@ -54,7 +55,7 @@ class DenseModel:
 
         Weights do not count: results that hold for any of them stay where only these change.
         """
-        folder = Path(resolve_model_path(self._recipe.model.path))
+        folder = Path(model_place(self._recipe.model.path))
         if not folder.is_dir():
             return self.base_hash
         files = (file for file in sorted(folder.iterdir()) if file.suffix in _OF_PROCESSORS and file.is_file())
