@@ -85,5 +85,4 @@ def is_byte(text: str) -> bool:
 
 def _grouped(made: list[str]) -> bool:
     """Whether equal texts stand side by side."""
-    changes = sum(before != after for before, after in itertools.pairwise(made))
-    return changes == max(len(set(made)) - 1, 0)
+    return len(list(itertools.groupby(made))) == len(set(made))
