@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from exporters.decoder import DecoderExportSettings, export_decoder
     from exporters.decoder_cache import CachedLayer, cache_arrays, cached_layers
     from exporters.decoder_parity import check_decoder_parity
-    from exporters.encoder import ExportError, ExportSettings, dummy_inputs, export_encoder, input_names
+    from exporters.encoder import (
+        ExportError,
+        ExportSettings,
+        dummy_inputs,
+        export_encoder,
+        input_names,
+        max_tokens,
+    )
     from exporters.genai import SpecialTokens, write_genai_config
     from exporters.gguf import GgufSettings, export_gguf
     from exporters.heads import EmbeddingModel
@@ -40,6 +47,7 @@ __all__ = [
     "export_encoder",
     "export_gguf",
     "input_names",
+    "max_tokens",
     "to_integer_matmul",
     "write_genai_config",
 ]
@@ -48,7 +56,7 @@ _HOMES = {
     "decoder": ("DecoderExportSettings", "export_decoder"),
     "decoder_cache": ("CachedLayer", "cache_arrays", "cached_layers"),
     "decoder_parity": ("check_decoder_parity",),
-    "encoder": ("ExportError", "ExportSettings", "dummy_inputs", "export_encoder", "input_names"),
+    "encoder": ("ExportError", "ExportSettings", "dummy_inputs", "export_encoder", "input_names", "max_tokens"),
     "genai": ("SpecialTokens", "write_genai_config"),
     "gguf": ("GgufSettings", "export_gguf"),
     "heads": ("EmbeddingModel",),

@@ -166,13 +166,19 @@ def _check_size(model: nn.Module) -> None:
         )
 
 
-def _check_positions(model: nn.Module, seq_len: int) -> None:
+def max_tokens(model: nn.Module) -> int:
+    """Tokens that a text model has positions for."""
     config: Any = model.config
-    positions = config.max_position_embeddings
+    positions: int = config.max_position_embeddings
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa and MPNet count from there
             break
+    return positions
+
+
+def _check_positions(model: nn.Module, seq_len: int) -> None:
+    positions = max_tokens(model)
     if seq_len > positions:
         raise ExportError(f"expected seq_len <= {positions}, the model's positions, found {seq_len}; shorten it")
 

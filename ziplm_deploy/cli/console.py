@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.reporting import table as members
-from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.reporting.records import FamilyReport, Timed
 from ziplm_deploy.reporting.table import aa_line, ratio_text
 
 WIDE = 200  # columns of a stream that is no terminal: tables are not folded in files and pipes
@@ -38,6 +39,8 @@ def print_family(report: FamilyReport, folder: Path) -> None:
             ],
         )
     )
+    if report.environment.workload.has_several:
+        _print_calls(console, {member.name: member.served for member in report.members}, report.members[0].name)
     if members.has_other_baseline(report):
         line(console, f"baseline: the dense model on {members.baseline_of(report)}; members run on {report.engine}")
     line(console, aa_line(report.itself, report.tolerance))
@@ -74,7 +77,16 @@ def print_benchmark(record: BenchmarkRecord) -> None:
     environment = record.environment
     title = f"{environment.workload.describe()}, {environment.threads} thread(s)"
     console.print(_table(title, titles, cells))
+    if environment.workload.has_several:
+        _print_calls(console, {timing.name: timing for timing in record.variants}, record.baseline)
     line(console, aa_line(record.itself, record.tolerance))
+
+
+def _print_calls(console: Console, files: Mapping[str, Timed | FileTiming], baseline: str) -> None:
+    """Every call that the files were timed on, the baseline's figures first."""
+    names = [baseline, *(name for name in files if name != baseline)]
+    rows = members.call_rows([files[name] for name in names])
+    console.print(_table("each call: median, and speedup [95 %]", members.call_header(names), rows))
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -68,19 +68,14 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         RecipeError: a sentence-transformers model was trained with another pooling, normalization or similarity.
         EnvironmentMismatchError: a package that the model or its processor needs is missing.
     """
-    root = path = model_place(model_config.path)
-    if path.endswith(GGUF_SUFFIX):
-        return _load_gguf(Path(path), TASKS[model_config.task])
+    root = model_place(model_config.path)
+    if root.endswith(GGUF_SUFFIX):
+        return _load_gguf(Path(root), TASKS[model_config.task])
     own = read_sentence_modules(model_config)
     settings = completed(model_config, own)
-    source: dict[str, Any] = {"trust_remote_code": False}
+    path, source = _transformer_of(root, model_config, own)
     if Path(root).is_dir():
-        source["local_files_only"] = True
-        path = str(Path(root, own.transformer))
         _check_files(Path(path), TASKS[model_config.task].auto_class)
-    else:
-        hub = {"revision": model_config.revision, "subfolder": own.transformer or None}
-        source |= {name: value for name, value in hub.items() if value is not None}
     config = _load_config(path, source)
     task = TASKS[model_config.task]
     _check_task(architecture_of(config), task)
@@ -119,6 +114,32 @@ def _check_task(architecture: Architecture, task: type[Task]) -> None:
             f"expected {wanted} for {task.name}, found the {kind} {architecture.model_type}; choose another task or "
             "model"
         )
+
+
+def load_processor(model_config: ModelConfig) -> Any:
+    """The tokenizer or image processor of a dense model without its weights, as :func:`load_dense` gives it.
+
+    Raises:
+        UnsupportedModelError, EnvironmentMismatchError, RecipeError: as :func:`load_dense`.
+    """
+    own = read_sentence_modules(model_config)
+    root = model_place(model_config.path)
+    if root.endswith(GGUF_SUFFIX):
+        return load_gguf_tokenizer(Path(root))
+    path, source = _transformer_of(root, model_config, own)
+    processor = _load_processor(path, TASKS[model_config.task].input_kind, source)
+    if own.source:
+        _prepare_texts(processor, completed(model_config, own), own)
+    return processor
+
+
+def _transformer_of(root: str, model_config: ModelConfig, own: SentenceModules) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id of the transformers model, and what its files are to be read with."""
+    source: dict[str, Any] = {"trust_remote_code": False}
+    if Path(root).is_dir():
+        return str(Path(root, own.transformer)), {**source, "local_files_only": True}
+    hub = {"revision": model_config.revision, "subfolder": own.transformer or None}
+    return root, source | {name: value for name, value in hub.items() if value is not None}
 
 
 def _check_finite(model: nn.Module, path: str) -> None:

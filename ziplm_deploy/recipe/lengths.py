@@ -97,9 +97,9 @@ def representative(histogram: Mapping[int, float], max_calls: int = MAX_CALLS) -
     lengths = np.array(list(lifted), dtype=np.float64)
     weights = np.array(list(lifted.values()))
     edges = _bins(lengths[:-1], weights[:-1], max_calls - 1)
-    spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-    means = [float(np.average(lengths[span], weights=weights[span])) for span in spans]
-    sums = [math.fsum(weights[span]) for span in spans]
+    bins = list(zip(*(np.split(values[:-1], edges[1:-1]) for values in (lengths, weights)), strict=True))
+    means = [float(np.average(tokens, weights=shares)) for tokens, shares in bins]
+    sums = [math.fsum(shares) for _, shares in bins]
     return {**dict(zip(_rounded(means, sums), sums, strict=True)), int(lengths[-1]): float(weights[-1])}
 
 

@@ -174,6 +174,7 @@ class Workload(Frozen):
         return "SingleStream" if self.batch_size == 1 else "Offline"
 
     def describe(self) -> str:
+        """In words, as reports and error messages show it."""
         if isinstance(self.lengths, Path):
             return f"batch {self.batch_size}, as long as the texts in {self.lengths.name}"
         if self.generates:

@@ -11,6 +11,8 @@ from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     baseline_of,
+    call_header,
+    call_rows,
     difference_text,
     file_header,
     file_rows,
@@ -29,7 +31,9 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(report, member), sort_keys=False, allow_unicode=True)}---",
         f"# {title}\n\n{_summary(report, member)}",
-        "\n".join(["## Measured", "", *_measured(report, member, dense), "", *_conditions(report)]),
+        "\n".join(
+            ["## Measured", "", *_measured(report, member, dense), *_calls(member, dense), "", *_conditions(report)]
+        ),
         *(["\n".join(["## Without pruning", "", *_baselines(report, member)])] if report.baselines else []),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
@@ -131,6 +135,16 @@ def _before_training(member: MemberReport) -> str:
 def _files(report: FamilyReport, member: MemberReport) -> list[str]:
     """Every ONNX file in this folder."""
     return markdown_table(file_header([member], report.metric), file_rows([member], report.metric))
+
+
+def _calls(member: MemberReport, dense: MemberReport) -> list[str]:
+    """Every call of the workload, where there are several."""
+    if not member.served.calls:
+        return []
+    files = list({each.name: each.served for each in (dense, member)}.items())
+    rows = call_rows([file for _, file in files])
+    text = "These are of the expected latency, the weighted sum of all calls. On each call alone:"
+    return ["", text, "", *markdown_table(call_header([name for name, _ in files]), rows)]
 
 
 def _conditions(report: FamilyReport) -> list[str]:

@@ -10,6 +10,8 @@ from ziplm_deploy.reporting.table import (
     baseline_lines,
     baseline_of,
     baseline_rows,
+    call_header,
+    call_rows,
     difference_text,
     file_header,
     file_rows,
@@ -37,6 +39,7 @@ def family_markdown(report: FamilyReport) -> str:
             *_explanations(report),
         ],
         *_baselines(report),
+        *_calls(report),
         ["## Predicted and measured", "", *_deviations(report)],
         *_files(report),
         ["## Sizes", "", *_sizes(report)],
@@ -99,6 +102,19 @@ def _baseline(report: FamilyReport) -> list[str]:
         return []
     members = f"; members run on {report.engine} {report.engine_version}" if has_other_baseline(report) else ""
     return [f"Dense is the float32 model on {baseline_of(report)}{members}."]
+
+
+def _calls(report: FamilyReport) -> list[list[str]]:
+    """Every call of the workload, where there are several."""
+    if not report.environment.workload.has_several:
+        return []
+    text = (
+        "Milliseconds and speedups above are of the expected latency: the sum of these calls, weighted by their "
+        "shares. On a call alone (median milliseconds, and speedup over the dense model with its 95 % interval):"
+    )
+    names = [member.name for member in report.members]
+    files = [member.served for member in report.members]
+    return [["## Calls", "", text, "", *markdown_table(call_header(names), call_rows(files))]]
 
 
 def _deviations(report: FamilyReport) -> list[str]:

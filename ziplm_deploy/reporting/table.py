@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+from ziplm_deploy.latency.record import FileTiming
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
-from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, MemberReport
+from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, MemberReport, Timed
 from ziplm_deploy.tasks.resampling import Comparison
 
 Cell = Callable[[FileReport | BaselineReport], str]
@@ -206,6 +207,28 @@ def _file_row(member: MemberReport, file: FileReport, scores: list[Cell], engine
         "; ".join(f"{name} {value}" for name, value in file.facts.items()) or "as exported",
         "recommended" if file.recommended else f"not recommended: {file.reason}",
     ]
+
+
+def call_header(names: Sequence[str]) -> list[str]:
+    """Column titles of :func:`call_rows`, for files of these names."""
+    return ["requests", "tokens", "share", *names]
+
+
+def call_rows(files: Sequence[Timed | FileTiming]) -> list[list[str]]:
+    """One row a call, with the milliseconds and the speedup of every file on it; the first file is the baseline."""
+    rows = []
+    for calls in zip(*(file.calls for file in files), strict=True):
+        first, *others = calls
+        rows.append(
+            [
+                str(first.batch_size),
+                str(first.seq_len),
+                f"{100 * first.weight:.3g} %",
+                f"{first.p50_ms:.2f} ms",
+                *(f"{call.p50_ms:.2f} ms, {_short(call.ratio)}" for call in others),
+            ]
+        )
+    return rows
 
 
 def baseline_lines(report: FamilyReport) -> list[str]:

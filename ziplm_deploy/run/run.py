@@ -31,6 +31,7 @@ from ziplm_deploy.run.dense import model_hash
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.run.lock import RunLock
 from ziplm_deploy.run.member import Member, PrunedMember
+from ziplm_deploy.run.workload import with_counted_lengths
 from ziplm_deploy.tasks import Task, get_task
 
 
@@ -69,9 +70,10 @@ class Run:
 
     def _open(self, recipe: Recipe) -> None:
         own = read_sentence_modules(recipe.model)
-        self.recipe = recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
-        self.folder = RunFolder(recipe)
+        recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
         self.task: Task = get_task(recipe.model)
+        self.recipe = recipe = with_counted_lengths(recipe, self.task, self.progress.note)
+        self.folder = RunFolder(recipe)
         self.data = RunData(recipe, self.task, self.folder, own)
         self.dense = self.data.dense
         self.n_stages = 0  # how many will be announced

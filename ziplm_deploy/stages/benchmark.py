@@ -52,15 +52,13 @@ def _weigh_files(run: Run) -> None:
 def short_requests(run: Run) -> Environment | None:
     """The environment with requests of the evaluation texts' median length; None if they are not much shorter.
 
-    Static shapes fill every request up, so that short ones gain nothing.
+    Static shapes fill every request up, so that short ones gain nothing; a workload of several lengths has its own.
     """
     recipe, lengths = run.recipe, run.folder.lengths.get("evaluation")
     workload = recipe.environment.workload
     if not recipe.benchmark.median_length or lengths is None or recipe.export.shapes == "static":
         return None
-    if workload.generates:  # its texts are windows
-        return None
-    if not lengths.are_short:
+    if not lengths.are_short or workload.has_several:
         return None
     shorter = workload.model_copy(update={"seq_len": max(SHORTEST, lengths.median)})
     return recipe.environment.model_copy(update={"workload": shorter})

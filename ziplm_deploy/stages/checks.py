@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from exporters import max_tokens
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
@@ -12,6 +13,7 @@ from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.data_notes import leave_data_notes
 from ziplm_deploy.tasks import TASKS
+from ziplm_deploy.tasks.batching import length_limit
 
 
 def check_compression(recipe: Recipe) -> None:
@@ -45,6 +47,23 @@ def check_task(recipe: Recipe) -> None:
                 f"expected {name} {possible} for {recipe.model.task}, found {found}: nothing else is made for causal "
                 "language models yet; change the recipe"
             )
+
+
+def check_lengths(run: Run) -> None:
+    """Refuse a workload with lengths that the model never sees.
+
+    Raises:
+        RecipeError: they are beyond its positions, or its tokenizer cuts texts before.
+    """
+    workload = run.recipe.environment.workload
+    if workload.lengths is None:
+        return
+    limit = length_limit(run.dense.processor, max_tokens(run.dense.model))
+    if workload.seq_len > limit:
+        raise RecipeError(
+            f"expected environment.workload.lengths up to {limit} tokens, to which {run.recipe.model.path} cuts texts, "
+            f"found {workload.seq_len}; count longer requests as {limit}"
+        )
 
 
 def check_data(run: Run) -> None:

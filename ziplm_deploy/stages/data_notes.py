@@ -58,7 +58,7 @@ def _cut_note(lengths: dict[Which, TokenLengths]) -> str | None:
 def _length_note(run: Run, lengths: dict[Which, TokenLengths]) -> str | None:
     name: Which = "evaluation" if "evaluation" in lengths else "calibration"
     found = lengths.get(name)
-    if found is None or not found.are_short:
+    if found is None or not found.are_short or run.recipe.environment.workload.has_several:
         return None
     if run.recipe.export.shapes == "static":
         meaning = "files with static shapes fill every request up to that, so that a smaller seq_len serves them faster"

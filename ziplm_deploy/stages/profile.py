@@ -13,7 +13,7 @@ from ziplm_deploy.models.deployed import FLOAT32, with_embedding_head
 from ziplm_deploy.pruning.planner import check_target
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import check_baselines
-from ziplm_deploy.stages.checks import check_compression, check_data, check_task
+from ziplm_deploy.stages.checks import check_compression, check_data, check_lengths, check_task
 from ziplm_deploy.stages.stage import Stage
 
 
@@ -29,6 +29,7 @@ def make_profile(run: Run) -> LatencyTable:
     check_task(recipe)
     check_compression(recipe)
     check_baselines(recipe)
+    check_lengths(run)
     check_data(run)
     run.folder.make("profile", profile_key(run), [run.folder.profile], lambda: _profile(run))
     table = LatencyTable.load(run.folder.profile)
