@@ -19,6 +19,7 @@ from additivity import deviation_bounds  # noqa: E402
 from common import Figure, goal_met, write_result  # noqa: E402
 from compound import best  # noqa: E402
 from summary import measured_at  # noqa: E402
+from traffic import gains_of, long_tailed, relative_latency_at, workloads_of  # noqa: E402
 
 from ziplm_deploy.tasks import get_task  # noqa: E402
 from ziplm_deploy.tasks.outcomes import Outcomes, halves  # noqa: E402
@@ -152,3 +153,33 @@ def test_the_best_file_is_the_fastest_of_those_that_one_half_accepts() -> None:
     speedup, keeps = (figures[f"best_speedup_at_99_percent{end}"] for end in ("", "_keeps"))
     assert (speedup.value, speedup.verdict, speedup.interval) == (9.0, "met", (8.9, 9.1))
     assert (keeps.value, keeps.verdict, keeps.n) == (97.5, "undecided", 100)
+
+
+def searched(name: str, target: float, loss: float, speedup: float) -> dict[str, Any]:
+    return {"searched_for": name, "target": target, "loss": loss, "measured_speedup": speedup}
+
+
+def test_rivals_of_traffic_are_read_at_its_own_loss() -> None:
+    mean = [searched("mean", 1.5, 0.01, 1.5), searched("mean", 3.0, 0.04, 3.0)]
+    longest = [searched("longest", 2.0, 0.015, 1.4), searched("longest", 3.0, 0.018, 2.0)]
+    assert relative_latency_at(0.02, mean) == pytest.approx(1 / np.sqrt(1.5 * 3.0))  # half way of both logarithms
+    assert relative_latency_at(0.01, mean) == pytest.approx(1 / 1.5)
+    assert relative_latency_at(0.005, mean) is None
+    (gain,) = gains_of([searched("traffic", 2.0, 0.02, 2.25), *mean, *longest])
+    assert gain == {
+        "target": 2.0,
+        "over_mean_percent": pytest.approx(100 * (2.25 / np.sqrt(4.5) - 1)),
+        "over_longest_percent": None,
+    }
+    (both,) = gains_of([searched("traffic", 2.0, 0.018, 2.25), *mean, *longest])
+    assert both["over_longest_percent"] == pytest.approx(12.5)
+    assert both["over_the_better_percent"] == min(both["over_mean_percent"], both["over_longest_percent"])
+
+
+def test_lengths_of_traffic_have_a_long_tail() -> None:
+    workloads = workloads_of(long_tailed())
+    traffic, mean, longest = (workloads[name].calls for name in ("traffic", "mean", "longest"))
+    assert len(traffic) == 8
+    assert mean[0].seq_len == pytest.approx(24 * np.exp(0.9**2 / 2), rel=0.05)  # the mean of the distribution, uncut
+    assert longest[0].seq_len == traffic[-1].seq_len == 256
+    assert sum(call.weight for call in traffic if call.seq_len < mean[0].seq_len) > 0.6

@@ -20,7 +20,7 @@ def start(options: WorkerOptions) -> WorkerHandle:
 
 def test_a_model_is_timed_on_every_call(tmp_path: Path) -> None:
     path = write_mlp(tmp_path / "a.onnx", 4096)
-    with start(WorkerOptions(batch_size=2, seq_len=256, calls=((2, 8), (2, 256)))) as worker:
+    with start(WorkerOptions(batch_size=2, seq_len=256, calls=((2, 8, 0), (2, 256, 0)))) as worker:
         worker.load("a", path)
         times_ms = worker.time_many([("a", 0), ("a", 1)] * 5)
         assert np.median(times_ms[1::2]) > 3 * np.median(times_ms[::2]) > 0
@@ -31,18 +31,18 @@ def test_a_model_is_timed_on_every_call(tmp_path: Path) -> None:
 
 def test_a_fixed_shape_takes_no_second_call(tmp_path: Path) -> None:
     path = write_mlp(tmp_path / "a.onnx", 8, batch=2, tokens=16)
-    options = WorkerOptions(batch_size=2, seq_len=16, calls=((2, 8), (2, 16)))
+    options = WorkerOptions(batch_size=2, seq_len=16, calls=((2, 8, 0), (2, 16, 0)))
     with start(options) as worker, pytest.raises(EngineError, match="fixed shape"):
         worker.load("a", path)
 
 
 def test_calls_come_from_the_command_line() -> None:
-    assert parse(["--batch-size", "2", "--seq-len", "16"]).calls == [(2, 16)]
-    assert parse(["--calls", "1x8,1x128"]).calls == [(1, 8), (1, 128)]
+    assert parse(["--batch-size", "2", "--seq-len", "16"]).calls == [(2, 16, 0)]
+    assert parse(["--calls", "1x8,1x1+128"]).calls == [(1, 8, 0), (1, 1, 128)]
 
 
 def test_options_hold_the_calls_of_a_workload_with_several() -> None:
     mixed = Environment(workload=Workload(batch_size=2, lengths={64: 1, 16: 3}))
     options = WorkerOptions.from_environment(mixed)
-    assert (options.batch_size, options.seq_len, options.calls) == (2, 64, ((2, 16), (2, 64)))
+    assert (options.batch_size, options.seq_len, options.calls) == (2, 64, ((2, 16, 0), (2, 64, 0)))
     assert WorkerOptions.from_environment(Environment()).calls == ()

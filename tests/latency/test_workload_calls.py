@@ -13,6 +13,7 @@ from tests.helpers.models import tiny_model
 from tests.helpers.onnx_models import write_mlp
 from tests.helpers.reports import benchmark_record, latency_table
 from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.cli.console import print_benchmark
 from ziplm_deploy.errors import CorruptArtifactError, IncompatibleArtifactError
 from ziplm_deploy.latency import benchmark as benchmarking
 from ziplm_deploy.latency import profile as profiling
@@ -218,7 +219,9 @@ class StagedWorker:
         return 50
 
 
-def test_the_speedup_is_that_of_the_weighted_sum(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_speedup_is_that_of_the_weighted_sum(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(benchmarking, "start_worker", StagedWorker)
     record = compare({"dense": Path("dense.onnx"), "2x": Path("2x.onnx")}, MIXED, QUICK, "dense")
     found = record.variant("2x")
@@ -233,6 +236,10 @@ def test_the_speedup_is_that_of_the_weighted_sum(monkeypatch: pytest.MonkeyPatch
     assert {len(call.samples_ms) for call in found.calls} == {len(found.samples_ms)}
     record.save(tmp_path / "record.json")
     assert BenchmarkRecord.load(tmp_path / "record.json") == record
+    print_benchmark(record)
+    shown = capsys.readouterr().out
+    assert "each call: median, and speedup [95 %]" in shown
+    assert "10.00 ms, 4.00x [4.00, 4.00]" in shown
 
 
 def test_a_worker_adds_up_its_calls_and_keeps_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def test_members_continue_texts_as_torch_does(run_dir: Path) -> None:
     with torch.no_grad():
         for _ in range(6):
             ids.append(int(member(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    expected = runner.tokenizer.decode([token for token in ids[-6:] if token not in runner.end_ids])
+    continued = itertools.takewhile(lambda token: token not in runner.end_ids, ids[-6:])
+    expected = runner.tokenizer.decode(list(continued))
     assert runner.generate("the cat sat", max_new_tokens=6) == expected
 
 
