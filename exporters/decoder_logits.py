@@ -1,5 +1,7 @@
-"""The same file of a causal language model, answering for all tokens of a call instead of each row's last: perplexity
-of a file is that of the file itself, whatever was done to its weights."""
+"""A causal language model's file that answers for all tokens of a call, made of one that answers for the last.
+
+Perplexity of a file is that of the file itself, whatever was done to its weights.
+"""
 
 from __future__ import annotations
 

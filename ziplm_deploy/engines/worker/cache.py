@@ -22,7 +22,7 @@ def is_causal(session: Any) -> bool:
 
 
 class _NoMetadata:
-    """Of sessions of engines that tell none."""
+    """What sessions of engines without metadata tell: nothing."""
 
     custom_metadata_map: dict[str, str] = {}  # noqa: RUF012 (Python 3.8)
 
