@@ -26,6 +26,7 @@ from tests.helpers.gguf_models import (
     tiny_llama,
 )
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.models.dense import load_dense, load_processor
 from ziplm_deploy.models.gguf_source import (
     GgufSummary,
     check_gguf,
@@ -34,6 +35,8 @@ from ziplm_deploy.models.gguf_source import (
     load_gguf_model,
 )
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
+from ziplm_deploy.models.inspection import inspect_model
+from ziplm_deploy.recipe import ModelConfig
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; in the extra llamacpp")
 
@@ -216,3 +219,23 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path, parts: DecoderParts) -> 
         load_gguf_tokenizer(with_key("tokenizer.ggml.model", "rwkv"))
     with pytest.raises(UnsupportedModelError, match=r"splits text like gpt-2, .* found deepseek-llm"):
         load_gguf_tokenizer(with_key("tokenizer.ggml.pre", "deepseek-llm"))
+
+
+def test_runs_and_inspect_take_a_file_as_their_model(
+    tmp_path: Path, parts: DecoderParts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_level_tokenizer("gpt-2")
+    path = write_llama(tmp_path / "a.gguf", parts, tokenizer=tokenizer)
+    model, processor = load_dense(ModelConfig(path=str(path), task="text-generation"))
+    assert model.config.use_cache is False
+    assert processor("any text")["input_ids"] == tokenizer("any text")["input_ids"]
+    assert (
+        processor("any text")["input_ids"]
+        == load_processor(ModelConfig(path=str(path), task="text-generation"))("any text")["input_ids"]
+    )
+    assert [row["heads"] for row in inspect_model(str(path))] == [parts.layers[0].attention.n_kv_heads] * len(
+        parts.layers
+    )
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UnsupportedModelError, match="expected an encoder for fill-mask, found the causal"):
+        load_dense(ModelConfig(path=str(path), task="fill-mask"))

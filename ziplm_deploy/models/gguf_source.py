@@ -6,6 +6,8 @@ among it, so a file is looked at before it is loaded.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +103,15 @@ def load_gguf_config(file: Path) -> PretrainedConfig:
 
 def load_gguf_model(file: Path) -> PreTrainedModel:
     """The causal language model in float32, for evaluation; the file must have passed :func:`check_gguf`."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
-    )
+    # Its progress bar heeds no setting of transformers.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="eager",
+        )
     loaded: PreTrainedModel = model.eval()
     return loaded
 
