@@ -36,6 +36,7 @@ from ziplm_deploy.models.gguf_source import (
 )
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.inspection import inspect_model
+from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.recipe import ModelConfig
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; in the extra llamacpp")
@@ -228,6 +229,9 @@ def test_runs_and_inspect_take_a_file_as_their_model(
     path = write_llama(tmp_path / "a.gguf", parts, tokenizer=tokenizer)
     model, processor = load_dense(ModelConfig(path=str(path), task="text-generation"))
     assert model.config.use_cache is False
+    save_member(tmp_path / "member", model, processor, ModelConfig(path=str(path), task="text-generation"), {})
+    ids = torch.tensor([PROMPT])
+    assert torch.equal(load(tmp_path / "member")(ids).logits, model(ids).logits)
     assert processor("any text")["input_ids"] == tokenizer("any text")["input_ids"]
     assert (
         processor("any text")["input_ids"]

@@ -112,6 +112,8 @@ def load_gguf_model(file: Path) -> PreTrainedModel:
             local_files_only=True,
             attn_implementation="eager",
         )
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config  # of the file; the weights are plain numbers now
     loaded: PreTrainedModel = model.eval()
     return loaded
 
