@@ -322,8 +322,8 @@ def test_inspect_lists_layers(tmp_path: Path) -> None:
     assert "ffn_width" in invoke("inspect", tmp_path).stdout
 
 
-def test_inspect_refuses_decoders_by_naming_what_is_supported(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+def test_inspect_refuses_other_models_by_naming_what_is_supported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}', encoding="utf-8")
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 2
     assert "bert" in result.stderr

@@ -23,7 +23,7 @@ def graphs(model_type: str, folder: Path) -> dict[str, onnx.GraphProto]:
     found = {}
     for model in table_models(request):
         path = folder / f"{len(found)}.onnx"
-        model.export(path, request.settings)
+        model.export(path, request.settings, request.form)
         found[model.model_id] = onnx.load(str(path)).graph
     return found
 

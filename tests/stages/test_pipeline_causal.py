@@ -92,8 +92,17 @@ def test_report_tells_of_the_workload(run_dir: Path) -> None:
     assert report.environment.workload.prefill == 12
     text = (run_dir / "report.md").read_text(encoding="utf-8")
     assert "12 tokens of prompt and 4 generated" in text
+    assert "of a whole request" in text
+    assert "| 1 | 1 after 15 | 2 a request |" in text
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:
     changed = written_again(finished, parse_recipe(causal_recipe(finished)))
     assert not {name for name in changed if name.endswith((".onnx", ".safetensors", "profile.json", "benchmark.json"))}
+
+
+def test_longer_answers_are_timed_anew_for_the_same_models(finished: Path) -> None:
+    longer = causal_recipe(finished, environment={"workload": {"prefill": 12, "decode": 8}})
+    changed = written_again(finished, parse_recipe(longer))
+    assert {"profile.json", "benchmark.json"} <= changed
+    assert not {name for name in changed if name.startswith("dense/") and name.endswith((".safetensors", ".onnx"))}

@@ -69,7 +69,10 @@ class TableRequest:
             parts.append(f"images of {config.image_size} in patches of {config.patch_size}")
         else:
             parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
-        shared = architecture_of(config).shared_input
+        architecture = architecture_of(config)
+        if architecture.causal is not None:
+            parts.append(f"{self.form} cache")
+        shared = architecture.shared_input
         if shared is not None:  # tables from before had a share of it in each cell
             parts.append(f"{shared} in the base")
         layers = layers_of_dense(self.dense)

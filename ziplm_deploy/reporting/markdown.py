@@ -108,10 +108,12 @@ def _calls(report: FamilyReport) -> list[list[str]]:
     """Every call of the workload, where there are several."""
     if not report.environment.workload.has_several:
         return []
-    text = (
-        "Milliseconds and speedups above are of the expected latency: the sum of these calls, weighted by their "
-        "shares. On a call alone (median milliseconds, and speedup over the dense model with its 95 % interval):"
+    whole = (
+        "of a whole request: the sum of these calls, decode calls between the timed lengths of the cache included"
+        if report.environment.workload.generates
+        else "of the expected latency: the sum of these calls, weighted by their shares"
     )
+    text = f"Milliseconds and speedups above are {whole}. On a call alone (median milliseconds, and speedup over the dense model with its 95 % interval):"
     names = [member.name for member in report.members]
     files = [member.served for member in report.members]
     return [["## Calls", "", text, "", *markdown_table(call_header(names), call_rows(files))]]

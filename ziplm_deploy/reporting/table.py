@@ -222,8 +222,8 @@ def call_rows(files: Sequence[Timed | FileTiming]) -> list[list[str]]:
         rows.append(
             [
                 str(first.batch_size),
-                str(first.seq_len),
-                f"{100 * first.weight:.3g} %",
+                f"{first.seq_len} after {first.cache_length}" if first.cache_length else str(first.seq_len),
+                f"{100 * first.weight:.3g} %" if first.cache_length is None else f"{first.weight:g} a request",
                 f"{first.p50_ms:.2f} ms",
                 *(f"{call.p50_ms:.2f} ms, {_short(call.ratio)}" for call in others),
             ]

@@ -21,6 +21,7 @@ from ziplm_deploy.tasks import EvaluationSet, Task
 from ziplm_deploy.tasks.base import Which
 from ziplm_deploy.tasks.batching import Batch, fitted
 from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
+from ziplm_deploy.tasks.generation import CONTEXT
 
 
 class RunData:
@@ -61,6 +62,9 @@ class RunData:
 
     @property
     def _seq_len(self) -> int:
+        """Tokens that an example has at most: of a window of text, or of a request."""
+        if self._task.is_causal:
+            return self._recipe.data.context or CONTEXT
         return self._recipe.environment.workload.seq_len
 
     @property

@@ -65,11 +65,13 @@ def export_member(run: Run, member: Member, folder: Path) -> None:
 def export_key(run: Run, source: str) -> str:
     """Everything that an exported file depends on; ``source`` stands for the weights."""
     workload = run.recipe.environment.workload
+    # Not the shares of calls; files of causal language models take texts of any length.
+    shape = {} if run.task.is_causal else {"batch_size": workload.batch_size, "seq_len": workload.seq_len}
     return content_key(
         source=source,
         model=run.model_settings,
         export=run.recipe.export,
-        environment={"batch_size": workload.batch_size, "seq_len": workload.seq_len},  # not the shares of its calls
+        environment=shape,
     )
 
 
