@@ -113,7 +113,10 @@ def _calls(report: FamilyReport) -> list[list[str]]:
         if report.environment.workload.generates
         else "of the expected latency: the sum of these calls, weighted by their shares"
     )
-    text = f"Milliseconds and speedups above are {whole}. On a call alone (median milliseconds, and speedup over the dense model with its 95 % interval):"
+    text = (
+        f"Milliseconds and speedups above are {whole}. On a call alone (median milliseconds, and speedup over the "
+        "dense model with its 95 % interval):"
+    )
     names = [member.name for member in report.members]
     files = [member.served for member in report.members]
     return [["## Calls", "", text, "", *markdown_table(call_header(names), call_rows(files))]]
