@@ -177,6 +177,8 @@ def test_resampled_windows_weigh_by_their_tokens() -> None:
     [
         ("environment", {"engine": "openvino"}),
         ("export", {"shapes": "static"}),
+        ("dense", {"train": True}),
+        ("recover", {"mode": "gradual"}),
         ("compress", {"variants": ["int8"]}),
         ("benchmark", {"baselines": ["torch"]}),
     ],

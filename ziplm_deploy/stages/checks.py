@@ -38,6 +38,8 @@ def check_task(recipe: Recipe) -> None:
         "environment.engine": (recipe.environment.engine, "onnxruntime"),
         "benchmark.baseline_engine": (recipe.baseline_engine, "onnxruntime"),
         "export.shapes": (recipe.export.shapes, "dynamic"),
+        "dense.train": (recipe.dense.train, False),
+        "recover.mode": (recipe.recover.mode, "none"),
         "compress.variants": (list(map(str, recipe.compress.variants)), []),
         "benchmark.baselines": (list(recipe.benchmark.baselines or ()), []),
     }
