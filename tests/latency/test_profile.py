@@ -18,7 +18,7 @@ from ziplm_deploy.latency import models as profiling_models
 from ziplm_deploy.latency import profile as profiling
 from ziplm_deploy.latency.cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
 from ziplm_deploy.latency.grid import Grid, cell_id
-from ziplm_deploy.latency.models import random_stack, without_layers
+from ziplm_deploy.latency.models import random_stack, first_layers
 from ziplm_deploy.latency.profile import Workers, measure_table
 from ziplm_deploy.latency.request import TableRequest, check_table
 from ziplm_deploy.latency.table import LatencyTable
@@ -100,7 +100,7 @@ def test_wrapped_and_static() -> None:
 
 def test_dense_model_is_not_changed_by_taking_its_layers_away() -> None:
     dense = tiny_model("bert")
-    base = without_layers(dense)
+    base = first_layers(dense, 0)
     assert len(layers_of(dense)) == 3
     assert len(layers_of(base)) == 0
     assert base(**tiny_inputs(dense)).last_hidden_state.shape == (2, 9, 32)

@@ -1,10 +1,10 @@
 """Cells of a table from the timings of its models, and which timings are not sure enough yet.
 
-With T the latency of a stack of ``depth`` layers that have only attention (or only an FFN) left, T_none that of a model
-without layers and T_00 that of a stack of layers with both modules dropped:
+With T the latency of a stack of n layers that have only attention (or only an FFN) left, T_none that of a model without
+layers and T_00 that of a stack of n_00 layers with both modules dropped:
 
-    t(kind, 0)    = (T_00 - T_none) / (2 · depth)                  two residual additions and LayerNorms, shared evenly
-    t(kind, size) = (T(kind, size) - T_none) / depth - t(other, 0)
+    t(kind, 0)    = (T_00 - T_none) / (2 · n_00)                   two residual additions and LayerNorms, shared evenly
+    t(kind, size) = (T(kind, size) - T_none) / n - t(other, 0)
 
 All this holds for every call of a workload, and so for their weighted sum. A model is timed as often on one call as on
 any other, and its i-th timings of all calls make its i-th of the workload.
@@ -103,16 +103,17 @@ def non_monotone(samples: Samples, grid: Grid) -> list[str]:
 
 def cells_of(samples: Samples, grid: Grid) -> list[Cell]:
     """Every cell with its bootstrap interval, by the formulas above."""
-    depth = grid.profile.stack_depth
+    n_dropped = grid.depth("attention", 0)
     none, dropped = samples.of_calls[NO_LAYERS], samples.of_calls[cell_id("attention", 0)]  # [calls, n] each
     none_boot, dropped_boot = _draws(none, seed=1), _draws(dropped, seed=2)  # [calls, draws] each
     none_ms, dropped_ms = _medians(none), _medians(dropped)  # [calls, 1] each
-    zero_ms, zero_boot = (dropped_ms - none_ms) / (2 * depth), (dropped_boot - none_boot) / (2 * depth)
+    zero_ms, zero_boot = (dropped_ms - none_ms) / (2 * n_dropped), (dropped_boot - none_boot) / (2 * n_dropped)
     cells = []
     for kind, sizes in grid.cell_sizes.items():
         for size in sizes:
             if cell_id(kind, size) not in samples.of_calls:  # the engine refused it
                 continue
+            depth = grid.depth(kind, size)
             ms = samples.of_calls[cell_id(kind, size)]
             boot = (_draws(ms, seed=3 + size) - none_boot) / depth - zero_boot
             # Differences of noisy medians can fall below zero in tiny models; time cannot.

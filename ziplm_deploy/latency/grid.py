@@ -6,7 +6,9 @@ The same shape and settings give the same grid, so that tables of one shape are 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,10 +30,16 @@ def cell_id(kind: str, size: int) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells and whole models of a table of models of ``shape``, as ``profile`` asks for them."""
+    """Cells and whole models of a table of models of ``shape``, as ``profile`` asks for them.
+
+    Attributes:
+        structure_bytes: weights of one structure of each kind, where a stack is to be ``stack_bytes`` large.
+    """
 
     shape: ModelShape
     profile: ProfileConfig
+    structure_bytes: Mapping[ModuleKind, float] = field(default_factory=dict)
+    stack_bytes: int = 0
 
     @functools.cached_property
     def cell_sizes(self) -> dict[ModuleKind, list[int]]:
@@ -78,9 +86,25 @@ class Grid:
         medium sizes ran up to 5 % faster."""
         return {DENSE, DENSE_AS_SERVED, *self.pruned_samples}
 
+    def depth(self, kind: ModuleKind, size: int) -> int:
+        """Layers of a cell's stack: as many as it takes for its weights not to stay in a cache between two runs, where
+        a call reads little else, but not more than the model has."""
+        least, most = self.profile.stack_depth, max(self.profile.stack_depth, self.shape.n_layers)
+        if not self.stack_bytes:
+            return least
+        layer_bytes = self.structure_bytes[kind] * size
+        return min(max(least, math.ceil(self.stack_bytes / layer_bytes)), most) if layer_bytes else most
+
+    @property
+    def largest_depth(self) -> int:
+        """Layers of the deepest stack."""
+        return max(self.depth(kind, size) for kind, size in self.cell_ids.values())
+
     def multiplicity(self, model_id: str) -> float:
         """How often the layers of a model fit into the whole one: an error in its latency counts that often."""
-        return 1.0 if model_id in {BASE, *self.whole_ids} else self.shape.n_layers / self.profile.stack_depth
+        if model_id in {BASE, *self.whole_ids}:
+            return 1.0
+        return self.shape.n_layers / self.depth(*self.cell_ids.get(model_id, ("attention", 0)))
 
 
 def _nearest(sizes: list[int], share: float) -> int:

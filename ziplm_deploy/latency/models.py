@@ -55,8 +55,8 @@ class TableModel:
 
 def table_models(request: TableRequest) -> Iterator[TableModel]:
     """Every model that a table needs; built one at a time to bound memory."""
-    dense, treatment, wrap, depth = request.dense, request.treatment, request.wrap, request.profile.stack_depth
-    stack = random_stack(dense.config, depth)  # type: ignore[arg-type]
+    dense, treatment, wrap, grid = request.dense, request.treatment, request.wrap, request.grid
+    stack = random_stack(dense.config, grid.largest_depth)  # type: ignore[arg-type]
     layer = type(layers_of(stack)[0])
 
     # What a treatment changes must be a copy: parts of the dense model are shared with whoever gave it.
@@ -65,29 +65,34 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
 
     def cell(kind: ModuleKind, size: int) -> nn.Module:
         sizes = {"attention": 0, "ffn": 0} | {kind: size}
-        resized = random_resized(stack, {f"{layer}.{name}": sizes[name] for layer in range(depth) for name in sizes})
+        layers = range(grid.depth(kind, size))
+        part = first_layers(stack, len(layers))
+        resized = random_resized(part, {f"{layer}.{name}": sizes[name] for layer in layers for name in sizes})
         return with_shared_input(treatment.prepare(resized), layer)
 
     def bare(model: nn.Module) -> nn.Module:
-        return with_shared_input(treatment.prepare(copy.deepcopy(without_layers(model))), layer)
+        return with_shared_input(treatment.prepare(copy.deepcopy(first_layers(model, 0))), layer)
 
     yield TableModel(DENSE, lambda: wrap(dense), request.output_names, FLOAT32)
     if request.times_dense_as_served:
         yield TableModel(DENSE_AS_SERVED, lambda: whole(dense), request.output_names, treatment)
-    for model_id, sizes in request.grid.pruned_samples.items():
+    for model_id, sizes in grid.pruned_samples.items():
         build = lambda sizes=sizes: whole(random_resized(dense, sizes))  # noqa: E731
         yield TableModel(model_id, build, request.output_names, treatment)
     yield TableModel(BASE, lambda: wrap(bare(dense)), request.output_names, treatment)
     yield TableModel(NO_LAYERS, lambda: bare(stack), HIDDEN, treatment)
-    for model_id, (kind, size) in request.grid.cell_ids.items():
+    for model_id, (kind, size) in grid.cell_ids.items():
         yield TableModel(model_id, functools.partial(cell, kind, size), HIDDEN, treatment)
 
 
-def without_layers(dense: nn.Module) -> nn.Module:
-    """Embeddings and head of ``dense`` with no layer between; shares its parameters."""
-    base = shared_copy(dense)
-    del layers_of(base)[:]
-    return base
+def first_layers(dense: nn.Module, depth: int) -> nn.Module:
+    """Embeddings and head of ``dense`` with only its first ``depth`` layers between; shares its parameters."""
+    part = shared_copy(dense)
+    config: Any = part.config
+    del layers_of(part)[depth:]
+    if depth:  # no configuration may say that there are none
+        setattr(config, architecture_of(config).config_layers, depth)
+    return part
 
 
 def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:

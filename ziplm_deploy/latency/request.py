@@ -14,13 +14,18 @@ from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
 from ziplm_deploy.errors import IncompatibleArtifactError
 from ziplm_deploy.latency.grid import DENSE, Grid
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.machine.info import last_level_cache_bytes, machine_info
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, cache_form, export_settings
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.sentence_dense import layers_of_dense
-from ziplm_deploy.models.shape import ModelShape
+from ziplm_deploy.models.shape import ModelShape, ModuleKind
 from ziplm_deploy.recipe import EngineName, Environment, ExportConfig, ProfileConfig
+
+# Stacks of weights this many times as large as the last cache are read from memory, as those of most models are.
+CACHES = 3
+USUAL_CACHE_BYTES = 32 * 2**20  # where the system does not tell
+STACKS_MEMORY_SHARE = 4  # all stacks together may take one in so many bytes of the machine's memory
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -58,7 +63,31 @@ class TableRequest:
 
     @functools.cached_property
     def grid(self) -> Grid:
-        return Grid(self.shape, self.profile)
+        """Cells and whole models of the table."""
+        if not self.environment.workload.generates:  # calls of many tokens compute much more than they read
+            return Grid(self.shape, self.profile)
+        return Grid(self.shape, self.profile, self._structure_bytes, self._stack_bytes)
+
+    @property
+    def _structure_bytes(self) -> dict[ModuleKind, float]:
+        shape, weight_bytes = self.shape, 1 if self.treatment.variant.is_int8 else 4
+        gated = architecture_of(self.dense.config).ffn_gate is not None  # type: ignore[arg-type]
+        return {
+            "attention": 2 * (shape.queries_per_head + 1) * shape.head_dim * shape.hidden_size * weight_bytes,
+            "ffn": (3 if gated else 2) * shape.hidden_size * weight_bytes,
+        }
+
+    @property
+    def _stack_bytes(self) -> int:
+        """Weights of a stack: far more than caches hold, but not more than the model has, and than memory takes."""
+        profile, structure_bytes = self.profile, self._structure_bytes
+        if profile.stack_megabytes is not None:
+            return int(profile.stack_megabytes * 1e6)
+        layer_bytes = sum(structure_bytes[kind] * size for kind, size in self.shape.full_sizes.items())
+        n_cells = len(Grid(self.shape, profile).cell_ids)
+        memory = machine_info().memory_bytes // (STACKS_MEMORY_SHARE * n_cells)
+        cache = last_level_cache_bytes() or USUAL_CACHE_BYTES
+        return int(min(CACHES * cache, layer_bytes * self.shape.n_layers, memory or CACHES * cache))
 
     @property
     def graph(self) -> str:

@@ -139,6 +139,14 @@ def _quota_v1(folder: Path) -> float | None:
     return int(quota) / int(period)
 
 
+def last_level_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the largest cache that the first core reads through; 0 where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    texts = [_read(path).strip() for path in caches.glob("index*/size")]
+    sizes = [int(text[:-1]) * units[text[-1]] for text in texts if text[:-1].isdigit() and text[-1] in units]
+    return max(sizes, default=0)
+
+
 def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,6 +15,12 @@ class ProfileConfig(Frozen):
         False, description="Accept a table of another machine or engine version; predictions may then be far off."
     )
     stack_depth: int = Field(4, ge=1, le=32, description="Identical sub-blocks a cell; 1 is biased by warm caches.")
+    stack_megabytes: float | None = Field(
+        None,
+        ge=0,
+        description="Text-generation: megabytes of weights in a cell, for a decode call reads them all. Default: three "
+        "times the last-level cache, at most those of the model.",
+    )
     width_ratio: float = Field(0.9, gt=0.3, le=0.97, description="FFN widths shrink by this factor a level.")
     width_align: int = Field(8, ge=1, description="FFN widths are multiples of this: one AVX register of floats.")
     min_rounds: int = Field(15, ge=3, description="Interleaved rounds before any cell may be called stable.")

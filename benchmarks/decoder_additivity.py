@@ -1,0 +1,140 @@
+"""Does the latency table predict whole causal language models? Random non-uniform models, predicted against measured.
+
+For each shape a table of one workload (a prompt, then tokens one by one) is measured, models between 1.2x and 4x are
+drawn from its levels, exported and timed by the product's own benchmark. Besides the whole request each of its calls is
+a row: the prefill, and decode at each cache length that is timed.
+``worst_deviation_percent`` and ``median_deviation_percent``: of |predicted / measured - 1| over models and calls, the
+whole request included; their intervals are the same of the nearest and the farthest speedup in each interval, the
+spread that of the shapes. The same without the table's correction is recorded beside it (``…_of_sums``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from additivity import benchmark_config, draw_sizes, figures_of, profile_config
+from common import load_average, write_result
+from decoder_shapes import OUTPUTS, SHAPES, dense_decoder, export_decoder
+
+from ziplm_deploy.latency.benchmark import compare
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.request import TableRequest
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.models.deployed import export_settings
+from ziplm_deploy.models.resizing import random_resized
+from ziplm_deploy.recipe import Environment, ExportConfig, Workload
+
+DEFAULT_SHAPES = ["gpt2-124m", "smollm2-135m"]
+SLOWEST, FASTEST, OF_LARGEST = 1.2, 4.0, 0.8  # speedups of the models drawn; of the largest that the table knows
+
+
+def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows, one a model and call, and what else the shape's run was."""
+    started, load_before = time.monotonic(), load_average()
+    workload = Workload(prefill=options.prefill, decode=options.decode)
+    environment = Environment(threads=options.threads, workload=workload, huge_pages=options.huge_pages)
+    export = ExportConfig()
+    dense = dense_decoder(shape)
+    request = TableRequest(dense, OUTPUTS, environment, profile_config(options), export)
+    table = measure_table(request)
+    print(f"{shape}: table in {table.total_seconds:.0f} s, noise {table.noise}", file=sys.stderr)
+    targets = np.geomspace(SLOWEST, min(FASTEST, OF_LARGEST * table.largest_speedup()), options.models)
+    generator = np.random.default_rng(options.seed)
+    plans = {f"model {index}": draw_sizes(table, target, generator) for index, target in enumerate(targets)}
+    settings = export_settings(export, workload)
+    with tempfile.TemporaryDirectory(prefix="ziplm-additivity-") as folder:
+        files = {"dense": export_decoder(dense, Path(folder) / "dense.onnx", settings, request.form)}
+        for name, sizes in plans.items():
+            path = Path(folder) / f"{name.replace(' ', '-')}.onnx"
+            files[name] = export_decoder(random_resized(dense, sizes), path, settings, request.form)
+        record = compare(files, environment, benchmark_config(options), "dense")
+    rows = [row for name, sizes in plans.items() for row in rows_of(shape, name, sizes, table, record)]
+    about = {
+        "shape": shape,
+        "environment": environment.describe(),
+        "load_average_before": load_before,
+        "table_seconds": table.total_seconds,
+        "table_noise": table.noise,
+        "stack_megabytes": request.grid.stack_bytes / 1e6,
+        "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
+        "rounds_of_processes": record.rounds_of_processes,
+        "total_seconds": time.monotonic() - started,
+    }
+    return rows, about
+
+
+def rows_of(
+    shape: str, model: str, sizes: dict[str, int], table: LatencyTable, record: BenchmarkRecord
+) -> list[dict[str, Any]]:
+    """The whole request, and each call of it."""
+    calls = table.environment.workload.calls
+    measured = record.variant(model)
+    found = [(None, "request", measured.speedup, measured.speedup_low, measured.speedup_high, measured.p50_ms)]
+    for place, (call, timing) in enumerate(zip(calls, measured.calls, strict=True)):
+        found.append((place, call.describe(), timing.speedup, timing.speedup_low, timing.speedup_high, timing.p50_ms))
+    rows = []
+    for place, name, speedup, low, high, ms in found:
+        dense_ms = table.dense.median_ms_of(place)
+        predicted, of_sums = dense_ms / table.predict_ms(sizes, place), dense_ms / table.sum_ms(sizes, place)
+        rows.append(
+            {
+                "case": f"{shape}, {name}",
+                "model": model,
+                "predicted_speedup": predicted,
+                "predicted_speedup_of_sums": of_sums,
+                "measured_speedup": speedup,
+                "measured_low": low,
+                "measured_high": high,
+                "measured_ms": ms,
+                "deviation_percent": 100 * abs(predicted / speedup - 1),
+                "deviation_percent_of_sums": 100 * abs(of_sums / speedup - 1),
+                "sizes": sizes if place is None else None,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=DEFAULT_SHAPES)
+    parser.add_argument("--models", type=int, default=12, help="random models a shape")
+    parser.add_argument("--prefill", type=int, default=128)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--huge-pages", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--precision", type=float, default=0.006, help="of the table's medians")
+    parser.add_argument("--table-rounds", type=int, default=60)
+    parser.add_argument("--table-seconds", type=float, default=240.0)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--runs-per-round", type=int, default=1)
+    parser.add_argument("--benchmark-seconds", type=float, default=300.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/decoder_additivity.json")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    shapes = []
+    for shape in options.shapes:
+        of_shape, about = run_shape(shape, options)
+        rows += of_shape
+        shapes.append(about)
+        print(f"{shape}: worst {max(row['deviation_percent'] for row in of_shape):.2f} %", file=sys.stderr)
+    settings = {
+        "shapes": shapes,
+        "models_per_shape": options.models,
+        "profile": profile_config(options).model_dump(mode="json"),
+        "benchmark": benchmark_config(options).model_dump(),
+        "seed": options.seed,
+    }
+    goals = {"worst": "<= 5", "median": "<= 2"}
+    write_result("decoder_additivity", figures_of(rows, goals), rows, settings, options.output)
+
+
+if __name__ == "__main__":
+    main()
