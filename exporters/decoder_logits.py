@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from exporters.encoder import ExportError
 
+_EMBEDDINGS = ("embedding.weight", "embedding.weight_int8")  # as exported; rounded
 _LAST, _END = "/last/", "/head/Unsqueeze"  # nodes that exporters.decoder_graph selects each row's last token with
 
 
@@ -28,7 +29,7 @@ def with_all_logits(path: Path) -> onnx.ModelProto:
     graph = model.graph
     gathered = {node.name: node for node in graph.node if node.name.startswith(_LAST) and node.op_type == "GatherND"}
     end = next((node for node in graph.node if node.name == _END), None)
-    embedding = next((tensor for tensor in graph.initializer if tensor.name == "embedding.weight"), None)
+    embedding = next((tensor for tensor in graph.initializer if tensor.name in _EMBEDDINGS), None)
     if not gathered or end is None or embedding is None:
         raise ExportError(
             f"expected a causal language model that answers for each row's last token in {path}, found another graph; "

@@ -10,6 +10,7 @@ Graphs of causal language models are written with such names, by the parts of :m
 
     /layers.3/feed_forward/down/MatMul                  of layers[3].feed_forward.down
     /layers.3/attention/qkv/MatMul                      of queries, keys and values of layers[3] in one product
+    /head/Gemm                                          of the head over the vocabulary
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import re
 _PRODUCT = re.compile(r"/(?:MatMul|Gemm)(?:_quant)?$")
 # Layers are the only numbered modules of a model: embeddings, poolers and heads are outside.
 _IN_LAYER = re.compile(r"(?:^|\.)[^.]+\.\d+\.")
+HEAD = "head"  # of a causal language model
 _WRAPPER = "model."  # attribute of what the exporter wraps models in
 
 
 def linear_of(node_name: str) -> str | None:
-    """Module path of the linear in a layer whose product a node of this name computes; None for all other nodes.
+    """Module path of the linear whose product a node of this name computes; None for all other nodes.
+
+    Linears are those of layers and the head of a causal language model; other heads and poolers are none.
 
     Products of two activations are named after the attention block that they stand in, which is no linear.
     """
@@ -31,6 +35,8 @@ def linear_of(node_name: str) -> str | None:
     if product is None:
         return None
     path = node_name[: product.start()].strip("/").replace("/", ".")
+    if path == HEAD:
+        return HEAD
     while path.startswith(_WRAPPER):
         path = path.removeprefix(_WRAPPER)
     return path if _IN_LAYER.search(path) else None

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from torch import nn
 
 from tests.helpers.models import VOCABULARY, tiny_causal_model, tiny_tokenizer
@@ -77,7 +79,12 @@ def save_causal(folder: Path, model_type: str = "llama", **changes: Any) -> nn.M
     words = np.random.default_rng(0).choice(WORDS, size=1400)
     (folder / "text.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
     model = tiny_causal_model(model_type, **{"hidden_size": 64, **changes})
-    model.save_pretrained(folder / "model")
+    stored = transformers.AutoModelForCausalLM.from_config(model.config)  # GPT-2 stores its linears transposed
+    with torch.no_grad():
+        for name, parameter in stored.named_parameters():
+            tensor = model.get_parameter(name)
+            parameter.copy_(tensor.T if tensor.dim() == 2 and ".c_" in name else tensor)
+    stored.save_pretrained(folder / "model")
     tiny_tokenizer(folder / "words").save_pretrained(folder / "model")
     return model
 

@@ -49,6 +49,18 @@ def test_an_error_counts_as_often_as_its_layers_fit_into_the_whole_model() -> No
     assert [deep.multiplicity(name) for name in ("dense", "base", "whole 2", "none", "ffn 1536")] == [1, 1, 1, 3, 3]
 
 
+def test_stacks_of_decode_cells_are_as_large_as_asked_within_the_depth_of_the_model() -> None:
+    shape = ModelShape(model_type="llama", n_layers=30, hidden_size=64, n_heads=4, head_dim=16, intermediate_size=1000)
+    deep = Grid(shape, ProfileConfig(stack_depth=4), {"attention": 100.0, "ffn": 10.0}, stack_bytes=60_000)
+    depths = {size: deep.depth("ffn", size) for size in (1000, 500, 100, 0)}
+    assert depths == {1000: 6, 500: 12, 100: 30, 0: 30}  # 10,000, 5,000, 1,000 and no bytes a layer
+    assert deep.depth("attention", 4) == 30
+    assert deep.largest_depth == 30
+    assert deep.multiplicity("ffn 1000") == 5.0
+    assert Grid(shape, ProfileConfig(stack_depth=4)).depth("ffn", 100) == 4
+    assert Grid(shape, ProfileConfig(stack_depth=4), {"attention": 1.0, "ffn": 1e6}, 10).depth("ffn", 1000) == 4
+
+
 def test_whole_models_are_uneven_and_ever_smaller() -> None:
     deep = grid(n_layers=12)
     full = {"attention": 12, "ffn": 1536}

@@ -18,7 +18,7 @@ from ziplm_deploy.latency import models as profiling_models
 from ziplm_deploy.latency import profile as profiling
 from ziplm_deploy.latency.cells import Samples, cells_of, noise_of, non_monotone, unsure, wholes_of
 from ziplm_deploy.latency.grid import Grid, cell_id
-from ziplm_deploy.latency.models import random_stack, first_layers
+from ziplm_deploy.latency.models import first_layers, random_stack
 from ziplm_deploy.latency.profile import Workers, measure_table
 from ziplm_deploy.latency.request import TableRequest, check_table
 from ziplm_deploy.latency.table import LatencyTable

@@ -180,6 +180,36 @@ def test_cells_of_every_call_follow_from_its_own_stacks() -> None:
             assert cell.timing.median_ms == pytest.approx(0.75 * each[0] + 0.25 * each[1])
 
 
+class StackedWorker(FormulaWorker):
+    """The same machine, whose stacks are as deep as a grid says."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def latency_ms(self, model_id: str, call: int) -> float:
+        scale = (1, LONGER)[call]
+        if model_id == "both dropped":
+            return (0.3 + self.grid.depth("attention", 0) * 0.2) * scale
+        if model_id in ("none", "base", "dense"):
+            return super().latency_ms(model_id, call)
+        kind, size = model_id.split()
+        depth = self.grid.depth(kind, int(size))  # type: ignore[arg-type]
+        return 0.3 * scale + depth * (truth_ms(kind, int(size), call) + 0.1 * scale)
+
+
+def test_cells_follow_from_stacks_of_unlike_depth() -> None:
+    shape = model_shape(tiny_model("bert").config).model_copy(update={"n_layers": 20})
+    grid = Grid(shape, ProfileConfig(max_rounds=15), {"attention": 50.0, "ffn": 10.0}, stack_bytes=2000)
+    assert len({grid.depth(*cell) for cell in grid.cell_ids.values()}) > 3
+    samples, worker = Samples(WEIGHTS), StackedWorker(grid)
+    ids = ["dense", "base", "none", *grid.cell_ids]
+    profiling._measure(worker, ids, samples, grid, lambda rounds: None, seed=0)  # type: ignore[arg-type]
+    for cell in cells_of(samples, grid):
+        if cell.size:
+            each = [truth_ms(cell.kind, cell.size, call) for call in (0, 1)]
+            assert [call.median_ms for call in cell.timing.of_calls] == pytest.approx(each)
+
+
 def test_a_measured_table_has_a_column_for_every_call() -> None:
     quick = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.31, stack_depth=1)
     dense = tiny_model("bert", max_position_embeddings=400)

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from ziplm_deploy.errors import EnvironmentMismatchError
-from ziplm_deploy.machine.info import allowed_cpus, cgroup_quota, check_threads, cpu_model, machine_info, usable_cores
+from ziplm_deploy.machine.info import (
+    allowed_cpus,
+    cgroup_quota,
+    check_threads,
+    cpu_model,
+    last_level_cache_bytes,
+    machine_info,
+    usable_cores,
+)
 
 
 def write(path: Path, text: str) -> None:
@@ -77,6 +85,16 @@ def test_quota_of_part_of_a_core_counts_as_one(tmp_path: Path) -> None:
     write(tmp_path / "proc" / "self" / "cgroup", "0::/\n")
     write(tmp_path / "group" / "cpu.max", "50000 100000")
     assert usable_cores(tmp_path / "proc", tmp_path / "group") == 1
+
+
+def test_last_level_cache_is_the_largest(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "32K", "512K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert last_level_cache_bytes(tmp_path) == 32 * 2**20
+    (tmp_path / "index3" / "size").write_text("odd\n")
+    assert last_level_cache_bytes(tmp_path) == 512 * 2**10
+    assert last_level_cache_bytes(tmp_path / "missing") == 0
 
 
 def test_no_cgroup_at_all(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "prune.reconstruct": (False, {"prune"}),
     "prune.memory_limit_gb": (4.0, set()),
     "prune.search.n_sequences": (20, {"prune"}),
+    "prune.search.context": (16, set()),  # of causal language models
     "prune.search.n_rerank": (20, {"prune"}),
     "prune.search.sensitivity_levels": (2, {"prune"}),
     "prune.search.coefficient_steps": (2, {"prune"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -13,11 +14,16 @@ import torch
 
 from tests.helpers.pipeline import causal_recipe, save_causal, written_again
 from ziplm_deploy import load_runner
+from ziplm_deploy.compression.int8.quantize import quantized_linears
+from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.engines.runner import onnx_runner
+from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import parse_recipe
+from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.tasks.record import Scores
 
@@ -106,3 +112,66 @@ def test_longer_answers_are_timed_anew_for_the_same_models(finished: Path) -> No
     changed = written_again(finished, parse_recipe(longer))
     assert {"profile.json", "benchmark.json"} <= changed
     assert not {name for name in changed if name.startswith("dense/") and name.endswith((".safetensors", ".onnx"))}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 whose member was trained, with files in INT8."""
+    folder = tmp_path_factory.mktemp("causal-trained")
+    save_causal(folder, "gpt2")
+    training = {"mode": "one-shot", "max_steps": 40, "batch_size": 4, "learning_rate": 2e-3, "task_weight": 0.1}
+    compress = {"variants": ["int8"], "int8": {"max_loss": 0.02}}
+    search = {"search": {"context": 8}}
+    run_pipeline(parse_recipe(causal_recipe(folder, recover=training, compress=compress, prune=search)))
+    return folder / "runs" / "tiny"
+
+
+def test_members_learn_from_the_dense_model(trained: Path) -> None:
+    record = TrainingRecord.load(trained / "1.5x" / "training.json")
+    assert record.steps == 40
+    assert record.losses[-1][1] < 0.95 * record.losses[0][1]
+    assert "before training" in (trained / "report.md").read_text(encoding="utf-8")
+
+
+def test_trained_members_are_read_as_they_were_saved(trained: Path) -> None:
+    ids = np.arange(5, 17).reshape(1, 12)
+    answer = onnx_runner(trained / "1.5x" / "model.onnx")({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    with torch.no_grad():
+        expected = load(trained / "1.5x")(input_ids=torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(answer["logits"] - expected).max() < 1e-3
+
+
+def test_int8_files_are_scored_as_they_are(trained: Path) -> None:
+    folder = trained / "1.5x"
+    record = Int8Record.load(trained / "compression" / "1.5x" / "int8.json")
+    assert record.method == "dynamic"
+    assert {"head", "layers.0.attention.qkv"} <= {row.name for row in record.sensitivities}
+    assert set(quantized_linears(folder / "model_int8.onnx")) == {row.name for row in record.sensitivities} - set(
+        record.fp32_linears
+    )
+    before, after = (Scores.load(folder / name).scores for name in ("accuracy.json", "accuracy_int8.json"))
+    assert after["inverse_perplexity"] == pytest.approx(before["inverse_perplexity"], rel=0.05)
+    assert after["divergence"] != before["divergence"]
+    names = {variant.name for variant in BenchmarkRecord.load(trained / "benchmark.json").variants}
+    assert {"dense", "dense int8", "1.5x", "1.5x int8"} <= names
+
+
+def test_too_little_text_to_train_on_is_found_at_once(tmp_path: Path) -> None:
+    save_causal(tmp_path)
+    training = {"mode": "one-shot", "max_steps": 2, "batch_size": 512}
+    with pytest.raises(DataError, match="expected at least one batch of 512 training examples"):
+        run_pipeline(parse_recipe(causal_recipe(tmp_path, recover=training)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"compress": {"variants": ["sparse"]}}, "compress.variants"),
+        ({"compress": {"variants": ["int8"], "int8": {"method": "static"}}}, "compress.int8.method"),
+        ({"dense": {"train": True}, "data": {"train": "text.txt"}}, "dense.train"),
+    ],
+)
+def test_what_is_made_for_encoders_only_is_refused(changes: dict[str, Any], field: str, tmp_path: Path) -> None:
+    save_causal(tmp_path)
+    with pytest.raises(RecipeError, match=f"expected {field}"):
+        run_pipeline(parse_recipe(causal_recipe(tmp_path, **changes)))

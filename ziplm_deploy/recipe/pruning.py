@@ -19,6 +19,14 @@ class SearchConfig(Frozen):
     """Effort of the search for the best plan."""
 
     n_sequences: int = Field(96, ge=8, description="Calibration examples on which candidate plans are compared.")
+    context: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        exclude_if=lambda context: context is None,
+        description="Text-generation: tokens of these examples, the first of a window; default: `data.context`. An "
+        "evaluated plan costs a pass over all of them.",
+    )
     n_rerank: int = Field(256, ge=8, description="Examples on which the best candidates are compared again.")
     sensitivity_levels: int = Field(
         4, ge=1, le=16, description="Levels a module at which the loss is measured before the search; decides most."

@@ -31,7 +31,7 @@ class Student(nn.Module):
         with LayerOutputs(self.model, self.layers) as recorded:
             outputs = self.task.forward(self.model, batch)
         hidden = recorded.packed(batch.get("attention_mask"))
-        return {"outputs": outputs, "features": self.task.features(outputs, batch), "hidden": hidden}
+        return {"outputs": outputs, "features": self.task.distilled(outputs, batch), "hidden": hidden}
 
 
 @dataclass(frozen=True)

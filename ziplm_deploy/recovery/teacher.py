@@ -80,7 +80,7 @@ class Teacher:
             self._decide(device)
         if not self._caching:
             outputs, hidden = self._forward(batch)
-            return TeacherAnswers(self.task.features(outputs, batch), [_rounded(states) for states in hidden])
+            return TeacherAnswers(self.task.distilled(outputs, batch), [_rounded(states) for states in hidden])
         rows = positions.tolist()
         for row in rows:
             if row not in self._known:
@@ -123,7 +123,7 @@ class Teacher:
         device = next(iter(batch.values())).device
         outputs = {name: _join(name, self.task, batch, answers).to(device) for name in self.task.feature_outputs}
         hidden = torch.cat([answer.hidden for answer in answers], dim=1).to(device).float()  # [layers, N, hidden]
-        return TeacherAnswers(self.task.features(outputs, batch), list(hidden.unbind(0)))
+        return TeacherAnswers(self.task.distilled(outputs, batch), list(hidden.unbind(0)))
 
 
 def make_teacher(model: nn.Module, task: Task, examples: Examples, config: RecoverConfig) -> Teacher:

@@ -178,8 +178,8 @@ class RunData:
         rows, search = self.calibration_rows, self._recipe.prune.search
         return Calibration(
             hessian=self.encode(rows),
-            search=self.encode(rows[: search.n_sequences]),
-            rerank=self.encode(rows[-search.n_rerank :]),
+            search=self.encode(self._task.shortened(rows[: search.n_sequences], search.context)),
+            rerank=self.encode(self._task.shortened(rows[-search.n_rerank :], search.context)),
         )
 
     @property

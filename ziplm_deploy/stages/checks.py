@@ -8,7 +8,7 @@ from exporters import max_tokens
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
-from ziplm_deploy.recipe import Recipe, TrainConfig
+from ziplm_deploy.recipe import Recipe, TrainConfig, Variant
 from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.data_notes import leave_data_notes
@@ -39,8 +39,9 @@ def check_task(recipe: Recipe) -> None:
         "benchmark.baseline_engine": (recipe.baseline_engine, "onnxruntime"),
         "export.shapes": (recipe.export.shapes, "dynamic"),
         "dense.train": (recipe.dense.train, False),
-        "recover.mode": (recipe.recover.mode, "none"),
-        "compress.variants": (list(map(str, recipe.compress.variants)), []),
+        "compress.variants": ([str(variant) for variant in recipe.compress.variants if variant != Variant.INT8], []),
+        "compress.int8.method": (recipe.compress.int8.method, "dynamic"),
+        "compress.int8.backend": (recipe.compress.int8.backend, "onnxruntime"),
         "benchmark.baselines": (list(recipe.benchmark.baselines or ()), []),
     }
     for name, (found, possible) in asked.items():
@@ -104,7 +105,7 @@ def check_training(run: Run) -> None:
 
 
 def _check_batches(run: Run, config: TrainConfig, section: str) -> None:
-    batch, n_rows = config.batch_size * distributed.n_processes(), len(run.data.raw_train_rows)
+    batch, n_rows = config.batch_size * distributed.n_processes(), _n_examples(run)
     if n_rows < batch:
         raise DataError(
             f"expected at least one batch of {batch} training examples, found {n_rows}; give more data in data.train "
@@ -114,6 +115,11 @@ def _check_batches(run: Run, config: TrainConfig, section: str) -> None:
         raise RecipeError(
             f"expected {section}.precision fp32 or bf16 on a machine without a GPU, found fp16; change the recipe"
         )
+
+
+def _n_examples(run: Run) -> int:
+    """Training examples: rows, or the windows that are cut from them."""
+    return len(run.data.train_rows if run.task.is_causal else run.data.raw_train_rows)
 
 
 def _check_recovery(run: Run) -> None:

@@ -6,14 +6,18 @@ from dataclasses import asdict
 
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.int8.causal import linear_groups
+from ziplm_deploy.compression.int8.quantize import linear_names
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.records import LinearRanking, LinearSensitivity
 from ziplm_deploy.models.member_files import load
+from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
 
 LOOKED_AT = 32  # examples: each linear takes a forward pass over them
+LOOKED_AT_WINDOWS, WINDOW = 8, 64  # of text, and their tokens: a causal language model is a large one here
 
 
 def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[SensitivityRow]:
@@ -22,14 +26,19 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
     They are ranked in the float32 member, before zeros and training: a choice of linears by this list is judged by its
     score anyway.
     """
-    n_examples = min(LOOKED_AT, run.recipe.compress.int8.n_calibration)
+    is_causal = run.task.is_causal
+    most, cut = (LOOKED_AT_WINDOWS, {"window": WINDOW}) if is_causal else (LOOKED_AT, {})
+    n_examples = min(most, run.recipe.compress.int8.n_calibration)
 
     def work() -> None:
         model = load(member.folder)
-        looked_at = run.data.encode(run.data.calibration_rows[:n_examples])
+        rows = run.task.shortened(run.data.calibration_rows[:n_examples], cut.get("window"))
+        looked_at = run.data.encode(rows)
         divergence = divergence_from(run.task, model, looked_at)
-        rows = rank_linears(model, looked_at, divergence, settings, progress=run.progress.step)
-        linears = [LinearSensitivity(**asdict(row)) for row in rows]
+        onnx = member.folder / Variant.FP32.onnx_file
+        groups = linear_groups(model, linear_names(onnx)) if is_causal else None
+        ranked = rank_linears(model, looked_at, divergence, settings, progress=run.progress.step, groups=groups)
+        linears = [LinearSensitivity(**asdict(row)) for row in ranked]
         LinearRanking(linears=linears).save(member.linear_ranking)
 
     key = content_key(
@@ -38,6 +47,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         weight_limit=settings.weight_limit,
         calibration=run.data.calibration_key,
         n_examples=n_examples,
+        **cut,
     )
     run.folder.make(f"rank linears {member.name}", key, [member.linear_ranking], work)
     return [SensitivityRow(**row.model_dump()) for row in LinearRanking.load(member.linear_ranking).linears]

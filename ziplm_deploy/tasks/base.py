@@ -229,9 +229,17 @@ class Task(ABC):
         outputs = model(**{name: value for name, value in batch.items() if name in accepted})
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
+    def shortened(self, rows: list[Row], context: int | None) -> list[Row]:
+        """Rows for the search, which compares many plans on them; only windows of text can be cut."""
+        return rows
+
     @abstractmethod
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Features that :meth:`divergence` compares: rows of logits, or embeddings, without padding."""
+
+    def distilled(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Features that a student learns; those of the search, but for tasks that compare a part of them there."""
+        return self.features(outputs, batch)
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean KL(dense ‖ candidate) over the last dimension of logits ``[…, classes]``; a scalar ≥ 0."""

@@ -112,6 +112,13 @@ class TextGeneration(Task):
         rows = torch.cat([torch.full_like(each, index) for index, each in enumerate(chosen)])
         return outputs["logits"][rows[:, 0], torch.cat(chosen)[:, 0]]
 
+    def distilled(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Logits [tokens, vocabulary] at every token."""
+        return outputs["logits"][batch["attention_mask"].bool()]
+
+    def shortened(self, rows: list[Row], context: int | None) -> list[Row]:
+        return [{**row, "input_ids": row["input_ids"][:context]} for row in rows]
+
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         """Tokens ``scored`` in each window, those that were the likeliest (``right``), ``log_likelihood`` of all."""
         scored, right = (np.zeros(len(data.rows), np.int64) for _ in range(2))

@@ -116,8 +116,10 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linears inside the encoder's layers by module path: those that ``int8.quantize`` quantizes."""
+    """Linears inside the layers, and the head of a causal model, by module path: those that ``int8.quantize`` takes."""
     inside = set(layers_of(model).modules())
+    if architecture_of(model.config).causal is not None:  # type: ignore[arg-type]
+        inside.add(model.get_output_embeddings())  # type: ignore[operator]
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
     }
@@ -198,7 +200,7 @@ def insert_fake_quant(
     *,
     keep_fp32: Collection[str] = (),
 ) -> dict[str, QuantizedLinear]:
-    """Put quantized linears in place of the linears of the encoder's layers; returns them by module path.
+    """Put quantized linears in place of the plain ones; returns them by module path.
 
     :func:`remove_fake_quant` undoes it. Query, key and value of a layer share their activation's scale. Weights and
     biases stay the same parameters.

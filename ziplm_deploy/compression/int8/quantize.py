@@ -1,4 +1,4 @@
-"""INT8 ONNX files from float32 ones: the linears of the encoder's layers compute in integers, heads stay float32.
+"""INT8 ONNX files from float32 ones: the linears of the layers compute in integers, the heads of encoders in float32.
 
 Word embeddings are stored in 8 bits, too (:mod:`ziplm_deploy.compression.int8.embeddings`), unless the settings say no.
 
@@ -26,8 +26,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from exporters import ExportError, to_integer_matmul
-from exporters.names import linear_of
+from exporters.names import HEAD, linear_of
 from ziplm_deploy.artifacts import atomic_path
+from ziplm_deploy.compression.int8.causal import head_as_product, keep_tied_head
 from ziplm_deploy.compression.int8.embeddings import round_embeddings
 from ziplm_deploy.compression.int8.scales import (
     ACTIVATION_LEVELS,
@@ -101,6 +102,9 @@ def quantize(
     config, model = settings.config, load_onnx(source)
     linears = chosen_linears(model, source, keep_fp32)
     check_weights(model, linears)
+    if HEAD in linears:
+        head_as_product(model, linears[HEAD])
+        linears = chosen_linears(model, source, keep_fp32)
     if config.embeddings:
         round_embeddings(model)
         linears = chosen_linears(model, source, keep_fp32)  # the nodes are new ones
@@ -160,7 +164,8 @@ def _linears(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     found = {}
     for node in model.graph.node:
         name = linear_of(node.name)
-        if node.op_type == "MatMul" and name is not None and node.input[1] in weights:
+        is_product = node.op_type == "MatMul" or (name == HEAD and node.op_type == "Gemm")
+        if is_product and name is not None and node.input[1] in weights:
             found[name] = node
     return found
 
@@ -197,6 +202,8 @@ def _write_dynamic(
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    head = next((node for node in model.graph.node if linear_of(node.name) == HEAD and node.op_type == "Gemm"), None)
+    kept = None if head is None else onnx.NodeProto.FromString(head.SerializeToString())
     with atomic_path(destination) as temporary:
         with quiet():
             quantize_dynamic(
@@ -207,8 +214,13 @@ def _write_dynamic(
                 reduce_range=settings.reduce_range,
                 weight_type=QuantType.QInt8,
                 nodes_to_quantize=[node.name for node in linears.values()],
-                extra_options={"MatMulConstBOnly": True},
+                # Contrib operators end ONNX's inference of types.
+                extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
             )
+        if kept is not None:
+            made = onnx.load(str(temporary))
+            keep_tied_head(made, kept)
+            onnx.save(made, str(temporary))
         missing = set(linears) - set(quantized_linears(temporary))
         if missing:
             raise EngineError(

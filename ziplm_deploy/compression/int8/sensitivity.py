@@ -50,10 +50,12 @@ def rank_linears(
     divergence: Callable[[nn.Module], float],
     settings: Int8Settings,
     progress: StepProgress | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> list[SensitivityRow]:
-    """Every linear of the encoder's layers, the most sensitive first; the model is unchanged afterwards.
+    """Every linear that can be quantized, the most sensitive first; the model is unchanged afterwards.
 
     Args:
+        groups: by the name of each linear of the file, the module paths of those that it stands for; None: the same.
         batches: inputs that the ranges are taken from; gone through twice.
         divergence: of the model as it is now from the float32 model; called once a linear.
         progress: called with (linears done, linears in all).
@@ -66,9 +68,11 @@ def rank_linears(
     ranges = module_ranges(model, batches)
     outliers = _activation_outliers(model, batches, linears)
     rows = []
-    for done, (name, linear) in enumerate(linears.items(), start=1):
-        weight = _weight_outliers(name, linear.weight.detach(), settings.config.per_channel)
-        others = [other for other in linears if other != name]
+    groups = groups if groups is not None else {name: (name,) for name in linears}
+    for done, (name, paths) in enumerate(groups.items(), start=1):
+        per_channel = settings.config.per_channel
+        weight = max(_weight_outliers(path, linears[path].weight.detach(), per_channel) for path in paths)
+        others = [other for other in linears if other not in paths]
         insert_fake_quant(model, ranges, settings, keep_fp32=others)
         try:
             value = float(divergence(model))
@@ -78,9 +82,9 @@ def rank_linears(
             raise NumericalError(
                 f"expected a finite divergence with {name} in INT8, found {value}; check the checkpoint and the data"
             )
-        rows.append(SensitivityRow(name, value, outliers[name], weight))
+        rows.append(SensitivityRow(name, value, max(outliers[path] for path in paths), weight))
         if progress is not None:
-            progress(done, len(linears))
+            progress(done, len(groups))
     return sorted(rows, key=lambda row: (-row.divergence, row.name))
 
 
