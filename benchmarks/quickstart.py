@@ -1,6 +1,7 @@
 """The quickstart's own run, timed from nothing to the report, and its members as README shows them.
 
-``python benchmarks/quickstart.py`` runs ``benchmarks/quickstart.yaml`` in a fresh folder.
+``python benchmarks/quickstart.py`` runs ``benchmarks/quickstart.yaml`` in a fresh folder, with ``--recipe`` another, such as
+``benchmarks/quickstart_decoder.yaml``; the result is called after the recipe.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipe import load_recipe
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 
+# Of a run: its wall time, and what the worst member keeps of the dense model's score.
+GOALS = {"quickstart": ("<= 600", ">= 0.97"), "quickstart_decoder": ("<= 1500", "")}
 
-def figures(report: FamilyReport, seconds: float) -> dict[str, Figure]:
+
+def figures(report: FamilyReport, seconds: float, goals: tuple[str, str]) -> dict[str, Figure]:
     """Wall time, how close members come to their targets, and how far predictions are off."""
     members = report.members[1:]
     worst = min((_over_target(member) for member in members), key=lambda ratio: ratio.value)
     off = [100 * abs(m.served.measured_speedup / (m.predicted_speedup or 1.0) - 1.0) for m in members]
     found = {
-        "total_seconds": Figure(seconds, "s", "<= 600", 1),
+        "total_seconds": Figure(seconds, "s", goals[0], 1),
         "stage_seconds_over_total": Figure(sum(report.stage_seconds.values()) / seconds, "", ">= 0.97", 1),
         "worst_measured_over_target": Figure(
             worst.value, "", ">= 0.98", len(members), interval=(worst.low, worst.high)
@@ -37,7 +41,7 @@ def figures(report: FamilyReport, seconds: float) -> dict[str, Figure]:
         percent, low, high, n = min(
             (each.percent, each.percent_low, each.percent_high, each.n_examples) for each in kept
         )
-        found["worst_score_over_dense"] = Figure(percent / 100, "", ">= 0.97", n, interval=(low / 100, high / 100))
+        found["worst_score_over_dense"] = Figure(percent / 100, "", goals[1], n, interval=(low / 100, high / 100))
     return found
 
 
@@ -49,8 +53,9 @@ def _over_target(member: MemberReport) -> Ratio:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=ROOT / "benchmarks" / "quickstart.yaml")
-    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/quickstart.json")
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/ and the recipe's name")
     options = parser.parse_args()
+    name = options.recipe.stem
     load = load_average()
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(options.recipe, {"output_dir": folder})
@@ -70,7 +75,7 @@ def main() -> None:
         "load_average_before": load,
     }
     rows = [member.model_dump(mode="json") for member in report.members]
-    write_result("quickstart", figures(report, seconds), rows, settings, options.output)
+    write_result(name, figures(report, seconds, GOALS[name]), rows, settings, options.output)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ziplm_deploy.stages import (
     compress,
     evaluate,
     export,
+    formats,
     profile,
     prune,
     recover,
@@ -34,7 +35,7 @@ FIRST: tuple[Stage[Any], ...] = (profile.STAGE, train_dense.STAGE)
 PRUNING: tuple[Stage[Any], ...] = (calibrate.STAGE, settle.STAGE, prune.STAGE)
 OF_A_GENERATION: tuple[Stage[Any], ...] = (*PRUNING, export.PRUNED, closed_loop.STAGE, recover.STAGE)
 FILES: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, baselines.STAGE)
-LAST: tuple[Stage[Any], ...] = (*FILES, benchmark.STAGE, evaluate.STAGE, report.STAGE)
+LAST: tuple[Stage[Any], ...] = (*FILES, benchmark.STAGE, formats.STAGE, evaluate.STAGE, report.STAGE)
 
 
 def run_pipeline(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -45,6 +46,7 @@ def run_pipeline(recipe: Recipe, progress: Progress | None = None) -> FamilyRepo
     """
     with begin(recipe, progress) as run:
         measured(run)
+        formats.STAGE(run)
         evaluate.STAGE(run)
         return report.STAGE(run)
 

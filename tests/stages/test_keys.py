@@ -150,6 +150,8 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "environment.workload.batch_size": (2, FILES | TIMED | {"evaluate", "profile", "quantise"}),
     "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | INT8 | {"profile"}),
     "environment.workload.lengths": ({"8": 3, "32": 1}, TIMED | {"profile", "quantise"}),
+    "export.gguf": ("F16", set()),
+    "export.genai": (True, set()),
     "export.cache_form": ("portable", FILES),  # of causal language models
     "profile.table": ("@table.json", {"profile"}),
     "profile.allow_foreign_table": (True, set()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,7 +16,7 @@ from ziplm_deploy import load_runner
 from ziplm_deploy.compression.int8.quantize import quantized_linears
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.engines.runner import onnx_runner
-from ziplm_deploy.errors import DataError, RecipeError
+from ziplm_deploy.errors import DataError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.member_files import load
@@ -161,17 +160,3 @@ def test_too_little_text_to_train_on_is_found_at_once(tmp_path: Path) -> None:
     training = {"mode": "one-shot", "max_steps": 2, "batch_size": 512}
     with pytest.raises(DataError, match="expected at least one batch of 512 training examples"):
         run_pipeline(parse_recipe(causal_recipe(tmp_path, recover=training)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"compress": {"variants": ["sparse"]}}, "compress.variants"),
-        ({"compress": {"variants": ["int8"], "int8": {"method": "static"}}}, "compress.int8.method"),
-        ({"dense": {"train": True}, "data": {"train": "text.txt"}}, "dense.train"),
-    ],
-)
-def test_what_is_made_for_encoders_only_is_refused(changes: dict[str, Any], field: str, tmp_path: Path) -> None:
-    save_causal(tmp_path)
-    with pytest.raises(RecipeError, match=f"expected {field}"):
-        run_pipeline(parse_recipe(causal_recipe(tmp_path, **changes)))

@@ -102,6 +102,26 @@ def test_features_are_logits_of_tokens_that_are_no_padding(processor: Any) -> No
     assert torch.allclose(features, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gpt_neox", "qwen3", "mistral"])
+def test_what_the_search_compares_is_computed_where_it_is_wanted(model_type: str, processor: Any) -> None:
+    model = tiny_causal_model(model_type)
+    rows = [{"input_ids": list(range(5, 35)), "scored_from": 0}, {"input_ids": [5, 6, 7], "scored_from": 0}]
+    (batch,) = TASK.encode(EvaluationSet(rows, processor, 40))
+    with torch.no_grad():
+        expected = TASK.features(TASK.forward(model, batch), batch)
+        assert torch.allclose(TASK.compared(model, batch), expected, atol=1e-5)
+        whole = TASK.distilled(TASK.forward(model, batch), batch)
+    assert len(expected) == 16 + 3
+    assert len(whole) == 30 + 3
+
+
+def test_windows_of_the_search_are_the_beginnings_of_others() -> None:
+    rows = [{"input_ids": list(range(9)), "scored_from": 2}, {"input_ids": [1, 2], "scored_from": 0}]
+    cut = TASK.shortened(rows, 4)
+    assert [row["input_ids"] for row in cut] == [[0, 1, 2, 3], [1, 2]]
+    assert TASK.shortened(rows, None) == rows
+
+
 def test_the_dense_model_agrees_with_itself(tmp_path: Path, processor: Any) -> None:
     function = torch_function(TASK, tiny_causal_model("llama"))
     other = torch_function(TASK, tiny_causal_model("llama", seed=5))
@@ -178,8 +198,8 @@ def test_resampled_windows_weigh_by_their_tokens() -> None:
         ("environment", {"engine": "openvino"}),
         ("export", {"shapes": "static"}),
         ("dense", {"train": True}),
-        ("recover", {"mode": "gradual"}),
-        ("compress", {"variants": ["int8"]}),
+        ("compress", {"variants": ["int8", "sparse"]}),
+        ("compress", {"int8": {"method": "static"}, "variants": ["int8"]}),
         ("benchmark", {"baselines": ["torch"]}),
     ],
 )
@@ -187,7 +207,7 @@ def test_what_is_made_for_encoders_only_is_refused_by_name(
     tmp_path: Path, section: str, fields: dict[str, Any]
 ) -> None:
     raw = causal_recipe(tmp_path, **{section: fields})
-    with pytest.raises(RecipeError, match=f"expected {section}.{next(iter(fields))} .* for text-generation"):
+    with pytest.raises(RecipeError, match=f"expected {section}.{next(iter(fields))}.* for text-generation"):
         check_task(parse_recipe(raw))
 
 

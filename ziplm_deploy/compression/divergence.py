@@ -16,7 +16,7 @@ def divergence_from(task: Task, model: nn.Module, batches: Sequence[Batch]) -> C
 
     @torch.inference_mode()
     def features(candidate: nn.Module, batch: Batch) -> Tensor:
-        return task.features(task.forward(candidate, batch), batch)
+        return task.compared(candidate, batch)
 
     wanted = [features(model, batch) for batch in batches]
     sizes = [len(next(iter(batch.values()))) for batch in batches]

@@ -119,6 +119,7 @@ def _run(model: nn.Module, batches: list[Batch], moments: dict[str, _Moments], b
         return hook
 
     handles: list[RemovableHandle] = []
+    body: nn.Module = getattr(model, "base_model", model)  # nothing that is wanted lies in a head
     was_training = model.training
     model.eval()
     try:
@@ -126,7 +127,7 @@ def _run(model: nn.Module, batches: list[Batch], moments: dict[str, _Moments], b
             handles.append(output_linear(model, sums.module).register_forward_pre_hook(hook_of(sums)))
         for batch in batches:
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else None  # [B, S]
-            model(**batch)
+            body(**batch)
             batch_done()
     finally:
         for handle in handles:

@@ -13,6 +13,7 @@ calibration set that is too small leaves the weights as they are. A module that 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,22 +165,32 @@ def capture_calls(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Laye
         seen = sum(len(states) for states in hidden[:-1])
         held_out = (torch.arange(seen, seen + B) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)[:, None]  # [B, 1]
         calls.append(LayerCall(args[1:], rest, mask, held_out.expand(B, S)[mask]))
+        raise _AllRecorded
 
     handle = layers_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
     try:
         for batch in batches:
             batch_mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
-            model(**{k: v for k, v in batch.items() if k != "labels"})
+            with contextlib.suppress(_AllRecorded):
+                model(**{k: v for k, v in batch.items() if k != "labels"})
     finally:
         handle.remove()
     return calls, hidden
 
 
-class _Tap:
-    """Records input and output of a module's output linear and the residual it is added to, in one layer call."""
+class _AllRecorded(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
 
-    def __init__(self, model: nn.Module, module: PrunableModule) -> None:
+
+class _Tap:
+    """Records input and output of a module's output linear and the residual it is added to, in one layer call.
+
+    ``ends_call``: the call ends there, with :class:`_AllRecorded`; what follows costs as much again.
+    """
+
+    def __init__(self, model: nn.Module, module: PrunableModule, *, ends_call: bool = False) -> None:
         self.x = self.y = self.residual = torch.empty(0)
+        self._ends_call = ends_call
         self._handles = [
             output_module(model, module).register_forward_hook(self._linear),
             residual_module(model, module).register_forward_pre_hook(self._stream, with_kwargs=True),
@@ -189,6 +200,8 @@ class _Tap:
         self.y = output[0] if isinstance(output, tuple) else output
         if args:
             self.x = args[0]
+        if self._ends_call:
+            raise _AllRecorded
 
     def _stream(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.residual = layer_input(args, kwargs)
@@ -229,10 +242,11 @@ def _refit(
     weight, bias = getattr(linear, "weight", None), linear.bias
     d = weight.shape[1] if isinstance(weight, Tensor) else 0
     sums: tuple[_Moments, _Moments] | None = None
-    tap = _Tap(pruned, module)
+    tap = _Tap(pruned, module, ends_call=True)
     try:
         for call, states, target in zip(calls, hidden, targets, strict=True):
-            call.run(layer, states)
+            with contextlib.suppress(_AllRecorded):
+                call.run(layer, states)
             residual = call.tokens(tap.residual)  # [N, r]
             if not len(residual):
                 continue

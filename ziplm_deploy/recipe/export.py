@@ -1,4 +1,4 @@
-"""The section ``export``: form of the ONNX files."""
+"""The section ``export``: form of the ONNX files, and files for other runtimes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ziplm_deploy.recipe.base import Frozen
 
 
 class ExportConfig(Frozen):
+    """Form of the ONNX files, and files for other runtimes."""
+
     shapes: Literal["dynamic", "static"] = Field(
         "dynamic", description="`dynamic` accepts any batch and length; `static` fixes those of the environment."
     )
@@ -20,7 +22,23 @@ class ExportConfig(Frozen):
         description="Text-generation: `onnxruntime` files have fused attention and a cache in place, and run fastest "
         "there; `portable` ones have standard operators only. Default: the first for ONNX Runtime.",
     )
+    gguf: Literal["F16", "Q8_0", "Q4_0"] | None = Field(
+        None,
+        exclude_if=lambda kind: kind is None,
+        description="Text-generation: also write `model.gguf` with weights of this type, for llama.cpp; models of the "
+        "Llama kind only.",
+    )
+    genai: bool = Field(
+        False,
+        exclude_if=lambda asked: not asked,
+        description="Text-generation: also write `genai_config.json`, with which onnxruntime-genai loads the folder.",
+    )
     embed_in_graph: bool = Field(
         True,
         description="Sentence-similarity: add pooling, Dense layers and normalization as output `sentence_embedding`.",
     )
+
+    @property
+    def of_onnx(self) -> ExportConfig:
+        """These settings without those of other files."""
+        return self.model_copy(update={"gguf": None, "genai": False})

@@ -30,10 +30,21 @@ def check_task(recipe: Recipe) -> None:
     """Refuse settings that models of the task cannot have.
 
     Raises:
-        RecipeError: a causal language model with what is made for encoders only.
+        RecipeError: a causal language model with what is made for encoders only, or the other way round.
     """
+    export = recipe.export
     if not TASKS[recipe.model.task].is_causal:
+        if export.gguf is not None or export.genai:
+            raise RecipeError(
+                f"expected no export.gguf and no export.genai for {recipe.model.task}, found one: such files are those "
+                "of causal language models; leave the field out"
+            )
         return
+    if export.genai and export.cache_form == "portable":
+        raise RecipeError(
+            "expected export.cache_form onnxruntime for export.genai, found portable: onnxruntime-genai needs the "
+            "heads of each layer; change one of them"
+        )
     asked = {
         "environment.engine": (recipe.environment.engine, "onnxruntime"),
         "benchmark.baseline_engine": (recipe.baseline_engine, "onnxruntime"),

@@ -70,7 +70,7 @@ def export_key(run: Run, source: str) -> str:
     return content_key(
         source=source,
         model=run.model_settings,
-        export=run.recipe.export,
+        export=run.recipe.export.of_onnx,
         environment=shape,
     )
 
@@ -108,7 +108,7 @@ def export_stand_in(run: Run, member: Member) -> None:
         form=treatment.description,
         model=run.model_settings,
         seed=recipe.seed,
-        export=recipe.export,
+        export=recipe.export.of_onnx,
         environment=recipe.environment.fingerprint,
     )
 

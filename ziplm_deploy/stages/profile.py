@@ -14,6 +14,7 @@ from ziplm_deploy.pruning.planner import check_target
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import check_baselines
 from ziplm_deploy.stages.checks import check_compression, check_data, check_lengths, check_task
+from ziplm_deploy.stages.formats import check_formats
 from ziplm_deploy.stages.stage import Stage
 
 
@@ -30,6 +31,7 @@ def make_profile(run: Run) -> LatencyTable:
     check_compression(recipe)
     check_baselines(recipe)
     check_lengths(run)
+    check_formats(run)
     check_data(run)
     run.folder.make("profile", profile_key(run), [run.folder.profile], lambda: _profile(run))
     table = LatencyTable.load(run.folder.profile)

@@ -237,6 +237,10 @@ class Task(ABC):
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Features that :meth:`divergence` compares: rows of logits, or embeddings, without padding."""
 
+    def compared(self, model: nn.Module, batch: Batch) -> Tensor:
+        """:meth:`features` of a torch model's answer to ``batch``, computed as cheaply as they can be."""
+        return self.features(self.forward(model, batch), batch)
+
     def distilled(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Features that a student learns; those of the search, but for tasks that compare a part of them there."""
         return self.features(outputs, batch)

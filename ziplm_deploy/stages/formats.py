@@ -1,0 +1,96 @@
+"""Files of causal language models for other runtimes: GGUF for llama.cpp, and what onnxruntime-genai reads.
+
+They hold the weights of ``model.onnx``, or describe it; this run neither times nor scores them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporters import ExportError, GgufSettings, SpecialTokens, export_gguf, write_genai_config
+from exporters.gguf_checks import check_parts, check_types
+from exporters.gguf_tokenizer import tokenizer_keys
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.causal_parts import causal_parts
+from ziplm_deploy.models.gguf_source import gguf_file_of, gguf_package
+from ziplm_deploy.models.member_files import load
+from ziplm_deploy.recipe import Recipe, Variant
+from ziplm_deploy.run.member import Member
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.stage import Stage
+
+GGUF_FILE, GENAI_FILE = "model.gguf", "genai_config.json"
+
+
+def write_formats(run: Run) -> None:
+    """Further files of every model, as ``export.gguf`` and ``export.genai`` ask for them."""
+    for member in run.members:
+        if run.recipe.export.gguf is not None:
+            _write_gguf(run, member)
+        if run.recipe.export.genai:
+            _write_genai(run, member)
+
+
+def check_formats(run: Run) -> None:
+    """Refuse files that this model cannot have, before any long work.
+
+    Raises:
+        UnsupportedModelError: the model has a part, or a tokenizer, that GGUF cannot hold.
+        EnvironmentMismatchError: the package ``gguf`` is not installed.
+    """
+    file_type = run.recipe.export.gguf
+    if file_type is None:
+        return
+    gguf_package()
+    try:
+        check_types(file_type)
+        parts = causal_parts(run.dense.model)
+        check_parts(parts)
+        tokenizer_keys(_tokenizer_source(run), len(parts.embedding), None)
+    except ExportError as error:
+        raise UnsupportedModelError(f"export.gguf: {error}; or leave the field out") from error
+
+
+def _write_gguf(run: Run, member: Member) -> None:
+    path, file_type = member.folder / GGUF_FILE, run.recipe.export.gguf
+    assert file_type is not None
+
+    def work() -> None:
+        name = f"{run.recipe.name} {member.name}"
+        parts = causal_parts(load(member.folder))
+        try:
+            kept = export_gguf(parts, path, _tokenizer_source(run), GgufSettings(name, file_type))
+        except ExportError as error:
+            raise UnsupportedModelError(f"{member.name}: {error}; leave export.gguf out") from error
+        if kept:
+            run.progress.note(f"{member.name}: {len(kept)} tensors of {GGUF_FILE} stay in float16: rows of odd widths")
+
+    key = content_key(weights=run.file_hash(member.weights), type=file_type, name=run.recipe.name)
+    run.folder.make(f"gguf {member.name}", key, [path], work)
+
+
+def _tokenizer_source(run: Run) -> Any:
+    """The GGUF file that the model came from, whose tokenizer is copied as it is, or the model's tokenizer."""
+    return gguf_file_of(run.recipe.model.path) or run.dense.processor
+
+
+def _write_genai(run: Run, member: Member) -> None:
+    path, onnx = member.folder / GENAI_FILE, member.folder / Variant.FP32.onnx_file
+    tokenizer = run.dense.processor
+
+    def work() -> None:
+        tokens = SpecialTokens([tokenizer.eos_token_id], tokenizer.bos_token_id, tokenizer.pad_token_id)
+        try:
+            write_genai_config(onnx, tokens)
+        except ExportError as error:
+            raise UnsupportedModelError(f"{member.name}: {error}; leave export.genai out") from error
+
+    run.folder.make(f"genai {member.name}", content_key(onnx=run.file_hash(onnx)), [path], work)
+
+
+def _asked(recipe: Recipe) -> bool:
+    return recipe.export.gguf is not None or recipe.export.genai
+
+
+STAGE = Stage("formats", lambda run: "files for other runtimes, neither timed nor scored here", write_formats, _asked)
