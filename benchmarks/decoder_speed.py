@@ -1,7 +1,7 @@
 """Tokens a second of SmolLM2's files here and of other engines: prefill and decode, one thread, one interleaved run.
 
-``python benchmarks/decoder_speed.py --run FOLDER`` takes a finished run, such as ``benchmarks/quickstart_decoder.yaml``,
-its files in float32 and in INT8 if it has them, and beside them the dense model in torch, in llama.cpp
+``python benchmarks/decoder_speed.py --run FOLDER`` takes a finished run, such as ``quickstart_decoder.yaml``, its
+files in float32 and in INT8 if it has them, and beside them the dense model in torch, in llama.cpp
 (F16, Q8_0, Q4_0; the extra llamacpp), in stock ``ORTModelForCausalLM`` (``--optimum-python``: an interpreter with
 optimum-onnx) and in onnxruntime-genai (``--genai-python``). Each round starts every contestant once, in random order,
 in a process of its own with huge pages where the system grants them; a round's figure is the median of its runs.

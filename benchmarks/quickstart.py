@@ -1,7 +1,7 @@
 """The quickstart's own run, timed from nothing to the report, and its members as README shows them.
 
-``python benchmarks/quickstart.py`` runs ``benchmarks/quickstart.yaml`` in a fresh folder, with ``--recipe`` another, such as
-``benchmarks/quickstart_decoder.yaml``; the result is called after the recipe.
+``python benchmarks/quickstart.py`` runs ``benchmarks/quickstart.yaml`` in a fresh folder, with ``--recipe`` another,
+such as ``benchmarks/quickstart_decoder.yaml``; the result is called after the recipe.
 """
 
 from __future__ import annotations
