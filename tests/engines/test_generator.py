@@ -6,9 +6,11 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -17,8 +19,8 @@ from tests.helpers.models import random_entries, tiny_causal_model, tiny_tokeniz
 from tests.helpers.onnx_models import write_mlp
 from ziplm_deploy import load_runner
 from ziplm_deploy.engines.generator import Sampling, TextGenerator, _choose
-from ziplm_deploy.engines.worker.cache import CachedModel
-from ziplm_deploy.errors import CorruptArtifactError, UsageError
+from ziplm_deploy.engines.worker.cache import CachedModel, too_old
+from ziplm_deploy.errors import CorruptArtifactError, EngineError, UsageError
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.resizing import resize
 
@@ -140,6 +142,26 @@ def test_prompts_that_do_not_fit_are_refused(folder: Path, prompts: Any, setting
 def test_impossible_sampling_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected temperature >= 0"):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    ("needed", "version", "refused"),
+    [(">=1.24", "1.23.2", True), (">=1.24", "1.24.0", False), (">=1.20", "1.9.1", True), ("", "1.0.0", False)],
+)
+def test_files_of_newer_engines_are_told_by_their_metadata(needed: str, version: str, refused: bool) -> None:
+    metadata = SimpleNamespace(custom_metadata_map={"onnxruntime": needed} if needed else {})
+    reason = too_old(SimpleNamespace(get_modelmeta=lambda: metadata), version)
+    assert reason.startswith(f"expected onnxruntime {needed.lstrip('>=')} or later") == refused
+    assert bool(reason) == refused
+
+
+def test_a_file_that_this_engine_would_answer_wrong_for_is_refused(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "member"))
+    file = onnx.load(copied / "model.onnx")
+    next(item for item in file.metadata_props if item.key == "onnxruntime").value = ">=99.0"
+    onnx.save(file, copied / "model.onnx")
+    with pytest.raises(EngineError, match="pip install -U onnxruntime"):
+        load_runner(copied)
 
 
 def test_folders_that_hold_no_text_generator_are_refused(folder: Path, tmp_path: Path) -> None:

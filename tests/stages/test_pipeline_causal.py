@@ -24,7 +24,7 @@ from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
-from ziplm_deploy.tasks.record import Scores
+from ziplm_deploy.tasks.record import Continuations, Scores
 
 pytestmark = pytest.mark.transformers
 
@@ -99,6 +99,19 @@ def test_report_tells_of_the_workload(run_dir: Path) -> None:
     assert "12 tokens of prompt and 4 generated" in text
     assert "of a whole request" in text
     assert "| 1 | 1 after 15 | 2 a request |" in text
+
+
+def test_report_shows_perplexity_and_what_models_write(run_dir: Path) -> None:
+    written = Continuations.load(run_dir / "1.5x" / "continuations.json")
+    runner = load_runner(run_dir / "1.5x")
+    assert len(written.prompts) == len(written.texts) == 3
+    assert written.texts == [runner.generate(prompt, max_new_tokens=13) for prompt in written.prompts]
+    report = FamilyReport.load(run_dir / "report.json")
+    assert report.members[1].continued == dict(zip(written.prompts, written.texts, strict=True))
+    perplexity = 1 / report.members[1].served.accuracy["inverse_perplexity"]
+    text = (run_dir / "report.md").read_text(encoding="utf-8")
+    assert f"1.5x {perplexity:.2f}" in text
+    assert f"> {written.prompts[0]}" in text
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer  # type: ignore[import-untyped, unused-ignore]
 
 from ziplm_deploy.documents import read_json
-from ziplm_deploy.engines.runner import cpu_session
+from ziplm_deploy.engines.runner import cpu_session, refuse_if_too_old
 from ziplm_deploy.engines.worker.cache import CachedModel, is_causal
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 
@@ -73,6 +73,7 @@ class TextGenerator:
                 f"expected a causal language model with a cache in {folder / file}, found outputs "
                 f"{', '.join(entry.name for entry in self.session.get_outputs())}; members of encoders open in optimum"
             )
+        refuse_if_too_old(self.session)
         self.tokenizer = _tokenizer(folder)
         settings = [_settings(folder / name) for name in ("config.json", "generation_config.json")]
         self.end_ids = frozenset().union(*(_ids(each.get("eos_token_id")) for each in settings))

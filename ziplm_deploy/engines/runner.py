@@ -16,7 +16,7 @@ from onnx import TensorProto
 from exporters.decoder_logits import with_all_logits
 from exporters.files import temporary_name
 from ziplm_deploy.engines import WorkerOptions, get_engine
-from ziplm_deploy.engines.worker.cache import CachedModel, is_causal
+from ziplm_deploy.engines.worker.cache import CachedModel, is_causal, too_old
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.recipe import Environment
@@ -64,8 +64,16 @@ def onnx_runner(path: Path) -> ModelFunction:
     return run
 
 
+def refuse_if_too_old(session: Any) -> None:
+    """Raise :class:`EngineError` for a file that this release of ONNX Runtime would answer wrong for."""
+    reason = too_old(session, onnxruntime.__version__)
+    if reason:
+        raise EngineError(reason)
+
+
 def _causal_runner(path: Path, session: Any) -> ModelFunction:
     """A causal language model's file as a function that starts with no cache and answers for all tokens."""
+    refuse_if_too_old(session)
     graph = with_all_logits(path)
     outside = any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.graph.initializer)
     if outside:  # weights are looked for beside the graph

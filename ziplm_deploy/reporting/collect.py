@@ -116,6 +116,8 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     facts: dict[str, Any] = {}
     if family.short is not None and member.target is not None:
         facts["short_speedup"] = timing_of(family.short, member.label(variant)).ratio
+    if member.continuations is not None:
+        facts["continued"] = dict(zip(member.continuations.prompts, member.continuations.texts, strict=True))
     if member.plan is not None:
         plan = member.plan
         facts |= {

@@ -14,6 +14,7 @@ from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Recipe, Variant, file_label
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.tasks.lengths import TokenLengths
+from ziplm_deploy.tasks.record import Continuations
 from ziplm_deploy.tasks.resampling import Comparison
 from ziplm_deploy.tasks.uncertainty import FileUncertainty
 
@@ -50,6 +51,7 @@ class MemberFacts:
     training_effect: Comparison | None = None  # on the primary metric of model.onnx
     corrections: int = 0  # how often the closed loop solved the target again
     refused_plans: int = 0  # how often it had to, because the engine could not run the file
+    continuations: Continuations | None = None  # of causal language models
     speedup_in_loop: float | None = None  # as the closed loop measured it last
 
     def label(self, variant: Variant) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
@@ -46,6 +48,7 @@ def family_markdown(report: FamilyReport) -> str:
         *_search(report),
         *_scores(report),
         *_by_label(report),
+        *_continuations(report),
         *_training(report),
         *_lengths(report),
         ["## Measured on", "", *_environment(report)],
@@ -196,6 +199,28 @@ def _search(report: FamilyReport) -> list[list[str]]:
         "`relative error` is the plan without search."
     )
     return [["## Search", "", text, "", *markdown_table(["model", "chosen", *seeds], cells)]]
+
+
+def _continuations(report: FamilyReport) -> list[list[str]]:
+    """Perplexity, for those who know models by it, and what each model writes."""
+    written = [member for member in report.members if member.continued]
+    if not written:
+        return []
+    perplexities = [
+        f"{member.name} {1 / member.served.accuracy['inverse_perplexity']:.2f}"
+        for member in written
+        if member.served.accuracy.get("inverse_perplexity")
+    ]
+    lines = [f"Perplexity: {', '.join(perplexities)}. The likeliest tokens after beginnings of evaluation texts:"]
+    for prompt in written[0].continued:
+        cells = [[member.name, _one_line(member.continued.get(prompt, ""))] for member in written]
+        lines += ["", f"> {_one_line(prompt)}", "", *markdown_table(["model", "goes on"], cells)]
+    return [["## Continuations", "", *lines]]
+
+
+def _one_line(text: str) -> str:
+    """Text of a model as a cell of a table: no line breaks, nothing that Markdown or HTML would read."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
 
 
 def _scores(report: FamilyReport) -> list[list[str]]:

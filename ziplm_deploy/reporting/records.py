@@ -78,6 +78,7 @@ class MemberReport(BaseModel):
     parameters: int
     served: FileReport  # the file that the target is about
     files: list[FileReport] = Field(default_factory=list)  # every file, this one too
+    continued: dict[str, str] = Field(default_factory=dict)  # texts by prompt; of causal language models
     accuracy_before_training: dict[str, float] = Field(default_factory=dict)  # of the ONNX file as pruned
     short_speedup: Ratio | None = None  # on requests of ``FamilyReport.short_tokens``
     training: TrainingRecord | None = None

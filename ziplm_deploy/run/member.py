@@ -50,6 +50,11 @@ class Member:
         return self.folder / "training.json"
 
     @property
+    def continuations(self) -> Path:
+        """Texts that a causal language model wrote."""
+        return self.folder / "continuations.json"
+
+    @property
     def compressed_folder(self) -> Path:
         """Sparse checkpoint and records of how the member's variants were made."""
         return self.run_folder / "compression" / self.name

@@ -13,6 +13,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.continuations import continue_texts
 from ziplm_deploy.stages.gains import compare_with_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
@@ -39,6 +40,7 @@ def evaluate(run: Run) -> None:
         for each in made_baselines(run):
             if not each.page.answers_as_dense:
                 evaluate_baseline(run, each, dense)
+    continue_texts(run)
     estimate_uncertainty(run, files)
     compare_with_baselines(run, files)
 

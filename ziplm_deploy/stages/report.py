@@ -25,6 +25,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.continuations import continuations_of
 from ziplm_deploy.stages.evaluate import label_scores_of, scores_of
 from ziplm_deploy.stages.gains import baseline_scores, scored_as
 from ziplm_deploy.stages.prune import member_key
@@ -86,7 +87,8 @@ def _member_facts(run: Run, member: Member, record: BenchmarkRecord, beside: Bas
     uncertainty = uncertainty_of(run)
     files, parameters = _files(run, member, record, beside), parameter_count(member.weights)
     if not isinstance(member, PrunedMember):
-        return MemberFacts(member.name, None, None, full_sizes(run.table), parameters, files)
+        sizes, written = full_sizes(run.table), continuations_of(run, member)
+        return MemberFacts(member.name, None, None, sizes, parameters, files, continuations=written)
     plan = PruningPlan.load(member.plan)
     correction = run.folder.correction(member.name, member_key(run, member))
     parent = run.generation_of(member).parent.name
@@ -101,6 +103,7 @@ def _member_facts(run: Run, member: Member, record: BenchmarkRecord, beside: Bas
         scores_before_training=scores_of(run, member.as_pruned) if run.trains else {},
         training=TrainingRecord.load(member.training_record) if run.trains else None,
         training_effect=uncertainty.training.get(member.name) if run.trains and uncertainty else None,
+        continuations=continuations_of(run, member),
         corrections=correction.corrections + correction.float32_restarts if correction else 0,
         refused_plans=correction.refused_plans if correction else 0,
         speedup_in_loop=in_loop,

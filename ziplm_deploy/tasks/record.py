@@ -49,3 +49,12 @@ class Scores(Artifact):
     def primary(self) -> float:
         """Score of the primary metric."""
         return self.scores[self.metric]
+
+
+class Continuations(Artifact):
+    """Texts that a causal language model went on with, the likeliest token at each step."""
+
+    KIND: ClassVar[str] = "continuations"
+
+    prompts: list[str]
+    texts: list[str]  # what follows each prompt, without it

@@ -32,6 +32,26 @@ def form_of(session: Any) -> str:
     return str(session.get_modelmeta().custom_metadata_map.get("form", "portable"))
 
 
+def too_old(session: Any, version: str) -> str:
+    """Why this release of ONNX Runtime must not run a file, as the exporter has noted it there; empty if it may.
+
+    It would run it, and answer wrong.
+    """
+    metadata = getattr(session, "get_modelmeta", _NoMetadata)().custom_metadata_map
+    needed = metadata.get("onnxruntime", "").lstrip(">=")
+    if not needed or _numbers(version) >= _numbers(needed):
+        return ""
+    return (
+        f"expected onnxruntime {needed} or later, which answers right for this file, found {version}; "
+        "run: pip install -U onnxruntime"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split(".")[:2]
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
 class CachedModel:
     """One text a row, at most ``max_length`` tokens each; every call appends to what the calls before it left.
 
@@ -42,6 +62,9 @@ class CachedModel:
     def __init__(self, session: Any, batch_size: int, max_length: int) -> None:
         import onnxruntime
 
+        reason = too_old(session, onnxruntime.__version__)
+        if reason:
+            raise RuntimeError(reason)
         self.session, self.batch_size, self.max_length = session, batch_size, max_length
         self.takes_positions = any(entry.name == "position_ids" for entry in session.get_inputs())
         self.in_place = form_of(session) == "onnxruntime"
