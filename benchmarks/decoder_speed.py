@@ -29,6 +29,7 @@ from common import ROOT, Figure, load_average, write_result
 from scipy import stats
 
 from exporters import GgufSettings, export_gguf
+from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.machine.huge_pages import why_no_huge_pages, with_huge_pages
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.dense import load_dense
@@ -54,21 +55,18 @@ class Contestant:
 
 
 def ours(run: Path, report: FamilyReport) -> list[Contestant]:
-    """Every file of every model of the run."""
+    """Every file of every model of the run; INT8 files also where the run was stopped before its report had them."""
     found = []
     for member in report.members:
-        for file in member.files:
-            path = run / member.folder / file.file
-            score = file.accuracy.get("inverse_perplexity")
-            found.append(
-                Contestant(
-                    f"ours {member.name} {file.variant}",
-                    "onnxruntime",
-                    path,
-                    perplexity=None if score is None else 1 / score,
-                    bytes_read=bytes_read(path),
-                )
-            )
+        scores = {file.file: file.accuracy.get("inverse_perplexity") for file in member.files}
+        for path in sorted((run / member.folder).glob("model*.onnx")):
+            score = scores.get(path.name)
+            variant = "fp32" if path.stem == "model" else path.stem.removeprefix("model_")
+            if score is None and variant == "int8":
+                score = Int8Record.load(run / "compression" / member.name / "int8.json").whole_score
+            perplexity = None if score is None else 1 / score
+            name = f"ours {member.name} {variant}"
+            found.append(Contestant(name, "onnxruntime", path, perplexity=perplexity, bytes_read=bytes_read(path)))
     return found
 
 
