@@ -174,6 +174,14 @@ def figures_of(
     for phase in ("decode", "prefill"):
         quantized = found["llama.cpp Q8_0"]
         figures[f"{phase}_ratio_to_llama_cpp_q8"] = ratio(quantized, found[fastest.name], phase, ">= 1.3")
+    for each in dense:
+        if each is not plain and each is not fastest and each.perplexity and plain.perplexity:
+            name = each.name.split()[-1]
+            for phase in ("decode", "prefill"):
+                rate = ratio(found["llama.cpp Q8_0"], found[each.name], phase, "")
+                figures[f"{phase}_ratio_of_{name}_to_llama_cpp_q8"] = rate
+            loss = 100 * (each.perplexity / plain.perplexity - 1)
+            figures[f"perplexity_loss_of_{name}_percent"] = Figure(loss, "%", "", 1)
     ms = [each["decode_ms"] for each in found[plain.name]]
     shares = [plain.bytes_read / 1e6 / each / gigabytes_per_second for each in ms]
     figures["decode_bandwidth_share"] = Figure(

@@ -114,6 +114,7 @@ def load_gguf_model(file: Path) -> PreTrainedModel:
         )
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # of the file; the weights are plain numbers now
+    model.hf_quantizer = None  # else save_pretrained refuses them
     loaded: PreTrainedModel = model.eval()
     return loaded
 
