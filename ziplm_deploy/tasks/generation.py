@@ -108,7 +108,7 @@ class TextGeneration(Task):
         return outputs["logits"][_spread(batch)]
 
     def compared(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The same with the head computed at these positions only."""
+        """Features of a torch model's answer, the head computed at their positions only."""
         body, head = model.base_model, model.get_output_embeddings()  # type: ignore[operator]
         hidden = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state  # type: ignore[operator]
         logits: Tensor = head(hidden[_spread(batch)])
