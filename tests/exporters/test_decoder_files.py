@@ -73,7 +73,7 @@ def test_nodes_say_which_linear_they_are(uneven: DecoderParts, tmp_path: Path) -
     named = [linear_of(node.name) for node in nodes if linear_of(node.name)]
     feed_forwards = [f"layers.{layer}.feed_forward.{name}" for layer in range(3) for name in ("gate", "up", "down")]
     attentions = [f"layers.{layer}.attention.{name}" for layer in range(2) for name in ("qkv", "output")]
-    assert sorted(named) == sorted(feed_forwards + attentions)
+    assert sorted(named) == sorted([*feed_forwards, *attentions, "head"])
     assert [node.name for node in nodes if node.op_type == "Gemm"] == ["/head/Gemm"]
 
 

@@ -113,7 +113,11 @@ def test_reloaded_members_answer_exactly_as_saved(model_type: str, tmp_path: Pat
         folder = tmp_path / name
         save_member(folder, resized, tiny_tokenizer(tmp_path / "tokenizer"), CONFIG, {})
         again = load(folder)
-        assert difference(logits_of(again), logits_of(resized)) == 0.0
+        saved, read = resized.state_dict(), again.state_dict()
+        assert saved.keys() == read.keys()
+        assert all(torch.equal(saved[key], read[key]) for key in saved)
+        # Where a tensor lies in memory may change the last digit of a product.
+        assert difference(logits_of(again), logits_of(resized)) < 1e-5
         assert resize(again, {}).ziplm_kept == resized.ziplm_kept
 
 

@@ -150,12 +150,11 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "environment.workload.batch_size": (2, FILES | TIMED | {"evaluate", "profile", "quantise"}),
     "environment.workload.seq_len": (24, DENSE | FILES | SCORED | TIMED | INT8 | {"profile"}),
     "environment.workload.lengths": ({"8": 3, "32": 1}, TIMED | {"profile", "quantise"}),
-    "export.gguf": ("F16", set()),
-    "export.genai": (True, set()),
     "export.cache_form": ("portable", FILES),  # of causal language models
     "profile.table": ("@table.json", {"profile"}),
     "profile.allow_foreign_table": (True, set()),
     "profile.stack_depth": (3, {"profile"}),
+    "profile.stack_megabytes": (10.0, {"profile"}),
     "profile.width_ratio": (0.6, {"profile"}),
     "profile.width_align": (4, {"profile"}),
     "profile.min_rounds": (4, {"profile"}),
@@ -168,7 +167,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "prune.reconstruct": (False, {"prune"}),
     "prune.memory_limit_gb": (4.0, set()),
     "prune.search.n_sequences": (20, {"prune"}),
-    "prune.search.context": (16, set()),  # of causal language models
+    "prune.search.context": (16, {"prune"}),
     "prune.search.n_rerank": (20, {"prune"}),
     "prune.search.sensitivity_levels": (2, {"prune"}),
     "prune.search.coefficient_steps": (2, {"prune"}),
@@ -247,7 +246,8 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
 }
 # Not in the table: another folder, another member, another head.
 ANOTHER_RUN = {"name", "output_dir", "speedups", "model.task"}
-OF_CAUSAL_MODELS = {"environment.workload.prefill", "environment.workload.decode"}  # refused for encoders
+# Refused for encoders.
+OF_CAUSAL_MODELS = {"environment.workload.prefill", "environment.workload.decode", "export.gguf", "export.genai"}
 
 
 def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(

@@ -18,6 +18,7 @@ class ProfileConfig(Frozen):
     stack_megabytes: float | None = Field(
         None,
         ge=0,
+        exclude_if=lambda megabytes: megabytes is None,
         description="Text-generation: megabytes of weights in a cell, for a decode call reads them all. Default: three "
         "times the last-level cache, at most those of the model.",
     )
