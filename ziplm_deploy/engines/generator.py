@@ -177,7 +177,7 @@ class _Continuation:
             text = self._sure(text)
         piece = text[len(self.given) :]
         self.given = text
-        return piece
+        return str(piece)
 
     def _sure(self, text: str) -> str:
         """What no later token changes: no half characters, and nothing that may become a text to stop before."""

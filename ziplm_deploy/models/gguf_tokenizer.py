@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors  # type: ignore[import-untyped, unused-ignore]
 from transformers import PreTrainedTokenizerFast
 
 from exporters.gguf_sentencepiece import pairs_of
