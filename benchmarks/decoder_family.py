@@ -14,6 +14,7 @@ through log perplexity over log speedup of its neighbouring models, the dense on
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import tempfile
@@ -195,6 +196,7 @@ def pruned_rows(family: Family, method: str, folder: Path) -> list[dict[str, Any
         }
         options = family.options
         if method == OURS and options.recover_steps and target == options.recover_target:
+            model = copy.deepcopy(model)  # refitted weights are tensors of inference mode, which no step may change
             row |= {"recovery": family.recovered(model, folder / "checkpoints")}
             row["perplexity_recovered"] = family.perplexity(model)
         rows.append(row)
