@@ -24,6 +24,7 @@ EXPECTED = [
     "export",
     "inspect_model",
     "load",
+    "load_generation_model",
     "load_recipe",
     "load_runner",
     "machine_info",

@@ -13,6 +13,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it whe
 
 if TYPE_CHECKING:
     from ziplm_deploy.api import benchmark, compress, export, profile, prune, recover, report, run_recipe
+    from ziplm_deploy.engines.generation_model import load_generation_model
     from ziplm_deploy.engines.generator import load_runner
     from ziplm_deploy.errors import ZipLMError
     from ziplm_deploy.latency.benchmark import TimedFile, compare
@@ -41,6 +42,7 @@ __all__ = [
     "export",
     "inspect_model",
     "load",
+    "load_generation_model",
     "load_recipe",
     "load_runner",
     "machine_info",
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("benchmark", "compress", "export", "profile", "prune", "recover", "report", "run_recipe"),
+    "engines.generation_model": ("load_generation_model",),
     "engines.generator": ("load_runner",),
     "errors": ("ZipLMError",),
     "latency.benchmark": ("TimedFile", "compare"),

@@ -50,6 +50,25 @@ def load_runner(folder: Path | str, file: str = "model.onnx") -> TextGenerator:
     return TextGenerator(folder, file)
 
 
+def open_causal(folder: Path, file: str) -> Any:
+    """A session of a member's ONNX file that continues texts.
+
+    Raises:
+        CorruptArtifactError: no such file.  EngineError: ONNX Runtime rejects it, or is too old for it.
+        UsageError: it is of no causal language model with a cache.
+    """
+    if not (folder / file).is_file():
+        raise CorruptArtifactError(f"expected {file} in {folder}, found none; name a member's folder of a run")
+    session: Any = cpu_session(folder / file)
+    if not is_causal(session):
+        raise UsageError(
+            f"expected a causal language model with a cache in {folder / file}, found outputs "
+            f"{', '.join(entry.name for entry in session.get_outputs())}; members of encoders open in optimum"
+        )
+    refuse_if_too_old(session)
+    return session
+
+
 class TextGenerator:
     """A member's folder, opened to continue texts.
 
@@ -65,17 +84,9 @@ class TextGenerator:
 
     def __init__(self, folder: Path | str, file: str = "model.onnx") -> None:
         folder = Path(folder)
-        if not (folder / file).is_file():
-            raise CorruptArtifactError(f"expected {file} in {folder}, found none; name a member's folder of a run")
-        self.session: Any = cpu_session(folder / file)
-        if not is_causal(self.session):
-            raise UsageError(
-                f"expected a causal language model with a cache in {folder / file}, found outputs "
-                f"{', '.join(entry.name for entry in self.session.get_outputs())}; members of encoders open in optimum"
-            )
-        refuse_if_too_old(self.session)
+        self.session: Any = open_causal(folder, file)
         self.tokenizer = _tokenizer(folder)
-        settings = [_settings(folder / name) for name in ("config.json", "generation_config.json")]
+        settings = [read_settings(folder / name) for name in ("config.json", "generation_config.json")]
         self.end_ids = frozenset().union(*(_ids(each.get("eos_token_id")) for each in settings))
         meta = self.session.get_modelmeta().custom_metadata_map
         self.max_length = int(meta.get("max_length") or settings[0].get("max_position_embeddings") or 0)
@@ -217,8 +228,12 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """Fields of a JSON file; none where there is no such file."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Fields of a JSON file; none where there is no such file.
+
+    Raises:
+        CorruptArtifactError: it holds no JSON.
+    """
     if not path.is_file():
         return {}
     try:

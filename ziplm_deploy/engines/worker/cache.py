@@ -90,6 +90,23 @@ class CachedModel:
         if not self.in_place:
             self._fill(0)
 
+    def reorder(self, rows: np.ndarray) -> None:
+        """Let each row go on from what row ``rows[i]``, int64 ``[batch]``, held until now."""
+        for name, value in self.cache.items():
+            self.cache[name] = self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[rows]))
+        self.lengths, self.seen = self.lengths[rows], self.seen[rows]
+
+    def grow(self, max_length: int) -> None:
+        """Make room for ``max_length`` tokens a row, more than now; what is cached stays."""
+        self.max_length = max_length
+        if not self.in_place:
+            return
+        for name, value in self.cache.items():
+            held = value.numpy()  # [batch, heads, room, width]
+            longer = np.zeros((*held.shape[:2], max_length, held.shape[3]), np.float32)
+            longer[:, :, : held.shape[2]] = held
+            self.cache[name] = self.ort.OrtValue.ortvalue_from_numpy(longer)
+
     def _fill(self, length: int) -> None:
         """Portable: a cache of ``length`` tokens a row, whatever they are."""
         for name, value in self.cache.items():
