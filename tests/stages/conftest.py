@@ -1,0 +1,38 @@
+"""Whole runs here are not about the table that they begin with: tests/latency measures tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.latency.profile import measure_table
+from ziplm_deploy.latency.request import TableRequest
+from ziplm_deploy.latency.table import LatencyTable
+from ziplm_deploy.stages import profile
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tables_are_measured_once() -> Iterator[None]:
+    """Runs that ask for the same table share one measurement of it; each still writes and reads its own file."""
+    tables: dict[str, LatencyTable] = {}
+
+    def measured_once(request: TableRequest, *arguments: Any, **options: Any) -> LatencyTable:
+        key = content_key(
+            shape=request.shape,
+            graph=request.graph,
+            environment=request.environment,
+            baseline=request.baseline,
+            treatment=[request.treatment.variant, request.treatment.description],
+            profile=request.profile,
+            export=request.export,
+        )
+        if key not in tables:
+            tables[key] = measure_table(request, *arguments, **options)
+        return tables[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile, "measure_table", measured_once)
+        yield
