@@ -166,7 +166,7 @@ def test_an_interrupted_run_continues(made: Path, tmp_path: Path, number: int, c
         command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], start_new_session=True
     )
     table = folder / "runs" / "tiny" / "profile.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     manifest = folder / "runs" / "tiny" / "manifest.json"
     while time.monotonic() < deadline and process.poll() is None:
         if manifest.exists() and "profile" in json.loads(manifest.read_text(encoding="utf-8"))["stages"]:

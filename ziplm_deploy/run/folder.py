@@ -266,7 +266,8 @@ class RunFolder:
     @functools.cached_property
     def _recipe_text(self) -> str:
         """The recipe as resolved, in YAML, which is slow to write; a run saves dozens of times."""
-        return yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False)
+        text: str = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False)
+        return text
 
 
 def _files(outputs: list[Path]) -> Iterator[Path]:
