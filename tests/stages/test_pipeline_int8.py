@@ -28,7 +28,7 @@ COMPRESS = {"variants": ["int8", "sparse", "sparse-int8"], "int8": {"n_calibrati
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, data and a finished run of one member with every variant."""
     folder = tmp_path_factory.mktemp("int8")
-    save_dense(folder / "model", task="text-classification", num_hidden_layers=1)
+    save_dense(folder / "model", task="text-classification")
     write_rows(folder / "train.jsonl", 64, 0)
     write_rows(folder / "test.jsonl", 30, 1)
     run(recipe(folder, compress=COMPRESS))
