@@ -116,6 +116,7 @@ def test_cells_are_timed_as_finished_files_against_a_dense_float_model(
     assert LatencyTable.load(tmp_path / "table.json") == table
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_dense_model_may_be_timed_on_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     version = pytest.importorskip("openvino", reason="the extra openvino is not installed").__version__.split("-")[0]
     seen = loaded_models(monkeypatch)
@@ -144,6 +145,7 @@ def test_cells_on_deepsparse_against_onnx_runtime() -> None:
     assert (table.variant, table.baseline_engine) == ("sparse", "onnxruntime")
 
 
+@pytest.mark.usefixtures("one_process")
 def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "may_abort", True)
     trials: list[str] = []
@@ -162,6 +164,7 @@ def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytes
     assert len(trials) == len(set(trials)) > len(table.cells) - 2
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("needed", ["dense", "base", "both-dropped", "attention-4", "ffn-64"])
 def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "may_abort", True)

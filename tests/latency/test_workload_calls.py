@@ -210,9 +210,10 @@ def test_cells_follow_from_stacks_of_unlike_depth() -> None:
             assert [call.median_ms for call in cell.timing.of_calls] == pytest.approx(each)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_measured_table_has_a_column_for_every_call() -> None:
     quick = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.31, stack_depth=1)
-    dense = tiny_model("bert", max_position_embeddings=400)
+    dense = tiny_model("bert", max_position_embeddings=400, num_attention_heads=2)
     mixed = Environment(workload=Workload(lengths={8: 1, 384: 1}))
     asked = TableRequest(dense, ("last_hidden_state",), mixed, quick, ExportConfig())
     table = measure_table(asked)

@@ -23,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str) -> int:
-    environment = {"THP_MEM_ALLOC_ENABLE": "0", "PATH": ""}  # huge pages would hide the faults
+    environment = {"THP_MEM_ALLOC_ENABLE": "0", "PATH": "", "OMP_NUM_THREADS": "1"}  # huge pages would hide the faults
     command = [sys.executable, "-c", FAULTS, how]
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 

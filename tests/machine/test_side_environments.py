@@ -116,7 +116,7 @@ def test_the_named_interpreter_must_have_the_package(monkeypatch: pytest.MonkeyP
         ENVIRONMENTS[name].version()
 
 
-def test_an_environment_is_made_and_marked_only_when_the_package_can_be_imported(cache: Path) -> None:
+def test_an_environment_is_made_when_the_package_can_be_imported_and_stays_until_the_next_one_is(cache: Path) -> None:
     good, bad = environment("json", "pip"), environment("no_such_engine", "pip")
     assert Path(good.create()).is_file()
     assert good.interpreter().startswith(str(cache))
@@ -126,21 +126,16 @@ def test_an_environment_is_made_and_marked_only_when_the_package_can_be_imported
     with pytest.raises(EngineError, match="found it not set up"):
         bad.interpreter()
     assert sorted(path.name for path in good.folder.parent.iterdir() if path.is_dir()) == ["json"]
-
-
-def test_an_environment_that_works_stays_until_the_new_one_does() -> None:
-    works = environment("json", "pip")
-    works.create()
-    before = (works.folder / MARKER).stat().st_mtime_ns
+    before = (good.folder / MARKER).stat().st_mtime_ns
     with pytest.raises(EngineError, match="expected to set up json"):
         environment("json", "./no-such-package").create()
-    assert (works.folder / MARKER).stat().st_mtime_ns == before
-    assert subprocess.run([works.interpreter(), "-c", "import json, pip"], check=True).returncode == 0
-    works.create()
-    assert (works.folder / MARKER).stat().st_mtime_ns > before
+    assert (good.folder / MARKER).stat().st_mtime_ns == before
+    assert subprocess.run([good.interpreter(), "-c", "import json, pip"], check=True).returncode == 0
+    good.create()
+    assert (good.folder / MARKER).stat().st_mtime_ns > before
 
 
-def test_two_set_ups_at_once_are_refused() -> None:
+def test_two_set_ups_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = environment("json", "pip")
     made.folder.parent.mkdir(parents=True)
     other = FileLock(made.folder.with_name(".json.lock"))
@@ -148,12 +143,8 @@ def test_two_set_ups_at_once_are_refused() -> None:
     with pytest.raises(EngineError, match=r"found another set-up of it at work \(process \d+"):
         made.create()
     other.release()
+    monkeypatch.setattr(SideEnvironment, "_run", lambda self, command: None)
     made.create()
-
-
-def test_packages_that_cannot_be_installed_are_an_error() -> None:
-    with pytest.raises(EngineError, match="expected to set up json"):
-        environment("json", "./no-such-package").create()
 
 
 @pytest.mark.parametrize("python", [None, sys.executable, "/no/such/python"])

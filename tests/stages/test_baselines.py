@@ -22,6 +22,8 @@ from ziplm_deploy.recovery.distillation import Distillation
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.benchmark import is_benchmarked
 
 INT8 = "onnxruntime-int8"
 CONTROL = "dense-trained-on"
@@ -163,11 +165,15 @@ def test_another_dense_model_or_tool_makes_them_again(copied: Path, monkeypatch:
 
 def test_damaged_weights_beside_a_file_are_measured_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "openvino-int8")
+    given = recipe(copied, benchmark={"baselines": None})
+    with Run(given) as run:
+        assert is_benchmarked(run)
     config = copied / "runs" / "tiny" / "baselines" / "torch" / "config.json"
     text = config.read_text(encoding="utf-8")
     assert '"gelu"' in text
     config.write_text(text.replace('"gelu"', '"relu"'), encoding="utf-8")  # of another size it would be made again
-    assert "benchmark.json" in written_again(copied, recipe(copied, benchmark={"baselines": None}))
+    with Run(given) as run:
+        assert not is_benchmarked(run)
 
 
 def test_where_members_learn_from_labels_so_does_a_dense_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

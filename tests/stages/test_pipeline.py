@@ -36,7 +36,7 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.pipeline import run_pipeline as run
-from ziplm_deploy.recipe import Variant, parse_recipe
+from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.tasks import get_task
 from ziplm_deploy.tasks.outcomes import Outcomes
@@ -62,6 +62,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(made: Path, tmp_path: Path) -> Path:
     shutil.copytree(made, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def exported_again(folder: Path, changed: Recipe) -> set[str]:
+    """Files that are made again up to the ONNX files of members, which then stay unmeasured."""
+    before = stamps(folder)
+    api.export(changed)
+    return {name for name, stamp in stamps(folder).items() if before.get(name) != stamp}
 
 
 def test_every_member_has_a_complete_folder_and_a_place_in_the_report(made: Path) -> None:
@@ -132,36 +139,34 @@ def test_a_changed_field_reruns_only_what_depends_on_it(copied: Path) -> None:
     again = written_again(copied, recipe(copied, **fields))
     assert {"1.5x/accuracy.json", "1.5x/outcomes.json"} <= again
     assert not {name for name in again if name.endswith((".onnx", ".safetensors", "profile.json", "benchmark.json"))}
-    fields["benchmark"] = {"rounds": 6}
-    again = written_again(copied, recipe(copied, **fields))
-    assert "benchmark.json" in again
-    assert not {name for name in again if name.endswith((".onnx", ".safetensors", "profile.json"))}
     fields["prune"] = {"damping": 0.1}
-    again = written_again(copied, recipe(copied, **fields))
+    again = exported_again(copied, recipe(copied, **fields))
     assert {"pruning/database.safetensors", "1.5x/model.onnx"} <= again
     assert "profile.json" not in again
     assert "dense/model.onnx" not in again
 
 
 def test_a_new_target_costs_a_search_and_keeps_the_others(copied: Path) -> None:
-    again = written_again(copied, recipe(copied, speedups=[1.5, 2, 2.5]))
+    again = exported_again(copied, recipe(copied, speedups=[1.5, 2, 2.5]))
     assert "2x/model.onnx" in again
     kept = ("profile.json", "pruning/database.safetensors", "1.5x/model.onnx", "2.5x/model.onnx")
     assert not again.intersection(kept)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_continues(made: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "killed"
     shutil.copytree(made, folder, ignore=shutil.ignore_patterns("runs"))
-    raw = raw_recipe(folder)
+    raw = raw_recipe(folder, profile={"table": str(made / "runs" / "tiny" / "profile.json")})
     (folder / "recipe.yaml").write_text(json.dumps(raw), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "ziplm_deploy", "run", str(folder / "recipe.yaml"), "--quiet"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], start_new_session=True
     )
     table = folder / "runs" / "tiny" / "profile.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     manifest = folder / "runs" / "tiny" / "manifest.json"
     while time.monotonic() < deadline and process.poll() is None:
         if manifest.exists() and "profile" in json.loads(manifest.read_text(encoding="utf-8"))["stages"]:
@@ -195,17 +200,18 @@ def test_a_foreign_table_is_refused_unless_asked_for(copied: Path) -> None:
     foreign = table.model_copy(update={"machine": table.machine.model_copy(update={"cpu_model": "Z80"})})
     foreign.save(copied / "foreign.json")
     with pytest.raises(IncompatibleArtifactError, match="Z80"):
-        run(recipe(copied, profile={"table": str(copied / "foreign.json")}))
+        api.profile(recipe(copied, profile={"table": str(copied / "foreign.json")}))
     report = run(recipe(copied, profile={"table": str(copied / "foreign.json"), "allow_foreign_table": True}))
     assert len(report.members) == 2
     [note] = [note for note in report.notes if "another machine" in note]
     assert "Z80" in note
     with pytest.raises(IncompatibleArtifactError, match="Z80"):  # also in a folder that has taken it over
-        run(recipe(copied, profile={"table": str(copied / "foreign.json")}))
-    assert not any("another machine" in note for note in run(recipe(copied)).notes)
+        api.profile(recipe(copied, profile={"table": str(copied / "foreign.json")}))
+    api.profile(recipe(copied))
+    assert "another machine" not in (copied / "runs" / "tiny" / "manifest.json").read_text(encoding="utf-8")
     table.model_copy(update={"variant": Variant.INT8}).save(copied / "int8.json")
     with pytest.raises(IncompatibleArtifactError, match="int8"):
-        run(recipe(copied, profile={"table": str(copied / "int8.json"), "allow_foreign_table": True}))
+        api.profile(recipe(copied, profile={"table": str(copied / "int8.json"), "allow_foreign_table": True}))
 
 
 def test_a_file_is_compared_with_what_is_allowed_now(copied: Path) -> None:

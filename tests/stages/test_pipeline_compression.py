@@ -14,7 +14,7 @@ import pytest
 
 import ziplm_deploy
 from tests.helpers.models import save_dense
-from tests.helpers.pipeline import raw_recipe, recipe, write_rows, written_again
+from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.compression.int8 import budget as int8_budget
 from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
 from ziplm_deploy.compression.int8.budget import Fp32Choice
@@ -32,7 +32,7 @@ from ziplm_deploy.models.resizing import random_resized
 from ziplm_deploy.pipeline import run_pipeline as run
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import Variant, parse_recipe
+from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
@@ -65,8 +65,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    """The finished run once more, to go on from under other settings of compression."""
+    return Path(shutil.copytree(made / "runs" / "tiny", tmp_path / "runs" / "tiny"))
+
+
 def member(folder: Path, name: str = "1.5x") -> Path:
     return folder / "runs" / "tiny" / name
+
+
+STATIC = {"method": "static", "n_calibration": 8, "max_fp32_share": 0.0}
+
+
+def for_int8(made: Path, output_dir: Path, int8: dict[str, Any]) -> Recipe:
+    """A recipe whose targets are about files in static INT8."""
+    compress = {"variants": ["int8"], "target": "int8", "int8": int8}
+    return parse_recipe(raw_recipe(made, compress=compress, output_dir=str(output_dir), export={"shapes": "static"}))
 
 
 def test_every_variant_is_a_file_of_its_own_with_accuracy_latency_and_size(made: Path) -> None:
@@ -120,23 +135,22 @@ def test_report_and_card_list_every_file(made: Path) -> None:
     assert "INT8 dynamic" in card
 
 
-def test_a_finished_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(made: Path) -> None:
-    assert not {name for name in written_again(made, recipe(made, compress=COMPRESS)) if name.endswith(".onnx")}
+def test_a_finished_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(copied: Path, made: Path) -> None:
+    folder, output_dir = copied.parents[1], str(copied.parent)
+    again = written_again(folder, recipe(made, compress=COMPRESS, output_dir=output_dir))
+    assert not {name for name in again if name.endswith(".onnx")}
+    before = stamps(folder)
     changed = {**COMPRESS, "int8": {"n_calibration": 16, "per_channel": False}}
-    written = {name for name in written_again(made, recipe(made, compress=changed)) if name.endswith(".onnx")}
+    ziplm_deploy.compress(recipe(made, compress=changed, output_dir=output_dir))
+    written = {name for name, stamp in stamps(folder).items() if before.get(name) != stamp}
     files = ("model_int8.onnx", "model_sparse_int8.onnx")
-    assert written == {f"{name}/{file}" for name in ("dense", "1.5x") for file in files}
-    run(recipe(made, compress=COMPRESS))
+    assert {name for name in written if name.endswith(".onnx")} == {
+        f"{name}/{file}" for name in ("dense", "1.5x") for file in files
+    }
 
 
 def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made: Path) -> None:
-    settings = {
-        "variants": ["int8"],
-        "target": "int8",
-        "int8": {"method": "static", "n_calibration": 8, "max_fp32_share": 0.0},
-    }
-    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path), export={"shapes": "static"})
-    report = run(parse_recipe(data))
+    report = run(for_int8(made, tmp_path, STATIC))
     folder = tmp_path / "tiny"
     table = LatencyTable.load(folder / "profile.json")
     assert table.variant == "int8"
@@ -171,9 +185,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     monkeypatch.setattr(int8_budget, "keep_in_fp32", keep_two)
     stage = Stage("benchmark", benchmark_stage.STAGE.describe, slower_at_first)
     monkeypatch.setattr(benchmark_stage, "STAGE", stage)
-    settings = {"variants": ["int8"], "target": "int8", "int8": {"n_calibration": 8}}
-    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path))
-    run(parse_recipe(data))
+    run(for_int8(made, tmp_path, {**STATIC, "max_fp32_share": 0.5}))
     before, after = plans
     assert after.budget_ms < before.budget_ms
     assert after.predicted_speedup > before.predicted_speedup
@@ -182,38 +194,35 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     assert manifest["corrections"]["1.5x"]["float32_slowdown"] > 1
 
 
-def test_training_with_zeros_and_rounding_keeps_the_zeros(tmp_path: Path, made: Path) -> None:
+def test_training_with_zeros_and_rounding_keeps_the_zeros(copied: Path, made: Path) -> None:
     settings = {
         "variants": ["sparse", "sparse-int8"],
         "train": {"mode": "gradual", "max_steps": 2, "batch_size": 8},
         "int8": {"method": "qat", "n_calibration": 8},
         "sparsity": {"pattern": "block4", "passes": 2, "distribution": "sensitivity"},
     }
-    run(recipe(made, compress=settings, output_dir=str(tmp_path)))
-    folder = tmp_path / "tiny"
-    assert TrainingRecord.load(folder / "compression" / "1.5x" / "sparse" / "training.json").steps == 2
-    record = Int8Record.load(folder / "compression" / "1.5x" / "sparse-int8.json")
+    ziplm_deploy.compress(recipe(made, compress=settings, output_dir=str(copied.parent)))
+    assert TrainingRecord.load(copied / "compression" / "1.5x" / "sparse" / "training.json").steps == 2
+    record = Int8Record.load(copied / "compression" / "1.5x" / "sparse-int8.json")
     assert record.training is not None
     assert record.training.steps == 2
-    sparse = ziplm_deploy.load(folder / "compression" / "1.5x" / "sparse")
+    sparse = ziplm_deploy.load(copied / "compression" / "1.5x" / "sparse")
     for name in ("model_sparse.onnx", "model_sparse_int8.onnx"):
-        check_masks_in_onnx(folder / "1.5x" / name, sparse)
-    left = [path.name for path in (folder / "compression" / "1.5x").iterdir()]
-    assert sorted(left) == ["linears.json", "sparse", "sparse-int8.json", "sparsity.json"]
-    assert not (folder / "recovery").exists()
+        check_masks_in_onnx(copied / "1.5x" / name, sparse)
+    left = {path.name for path in (copied / "compression" / "1.5x").iterdir()} - {"int8.json"}  # of the run before
+    assert left == {"linears.json", "sparse", "sparse-int8.json", "sparsity.json"}
+    assert not (copied / "recovery").exists()
 
 
-def test_variants_that_are_no_longer_asked_for_go(tmp_path: Path, made: Path) -> None:
-    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
-    run(recipe(made, output_dir=str(tmp_path)))
+def test_variants_that_are_no_longer_asked_for_go(copied: Path, made: Path) -> None:
+    run(recipe(made, output_dir=str(copied.parent)))
     for name in ("dense", "1.5x"):
-        assert [path.name for path in (tmp_path / "tiny" / name).glob("*.onnx")] == ["model.onnx"]
-        assert not (tmp_path / "tiny" / name / "accuracy_int8.json").exists()
+        assert [path.name for path in (copied / name).glob("*.onnx")] == ["model.onnx"]
+        assert not (copied / name / "accuracy_int8.json").exists()
 
 
-def test_a_member_without_any_module_left_has_its_files_all_the_same(tmp_path: Path, made: Path) -> None:
-    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
-    started = Run(recipe(made, output_dir=str(tmp_path), compress=COMPRESS))
+def test_a_member_without_any_module_left_has_its_files_all_the_same(copied: Path, made: Path) -> None:
+    started = Run(recipe(made, output_dir=str(copied.parent), compress=COMPRESS))
     [left] = started.pruned_members
     empty = random_resized(
         ziplm_deploy.load(left.folder), dict.fromkeys(("0.attention", "0.ffn", "1.attention", "1.ffn"), 0)
@@ -231,9 +240,8 @@ def test_a_member_without_any_module_left_has_its_files_all_the_same(tmp_path: P
 
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scored(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, embeddings: bool
+    copied: Path, made: Path, monkeypatch: pytest.MonkeyPatch, embeddings: bool
 ) -> None:
-    shutil.copytree(made / "runs" / "tiny", tmp_path / "tiny")
     scored: list[bool] = []
 
     def tool(source: Path, target: Path, int8: Any, *, evaluate: Any, **others: Any) -> NeuralCompressorResult:
@@ -249,51 +257,53 @@ def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scor
     monkeypatch.setattr(quantize_stage, "quantize_with_neural_compressor", tool)
     monkeypatch.setattr("ziplm_deploy.stages.budget.BudgetJudge.score", score)
     settings = {"variants": ["int8"], "int8": {"backend": "neural-compressor", "embeddings": embeddings}}
-    [of] = Run(recipe(made, output_dir=str(tmp_path), compress=settings)).pruned_members
+    started = Run(recipe(made, output_dir=str(copied.parent), compress=settings))
+    [of] = started.pruned_members
     int8 = of.file(Variant.INT8)
-    quantize_stage.quantize_file(Run(recipe(made, output_dir=str(tmp_path), compress=settings)), int8)
+    quantize_stage.quantize_file(started, int8)
     assert scored == [embeddings]  # the float32 file's score is known
     assert has_rounded_embeddings(int8.onnx) is embeddings
     assert Int8Record.load(int8.int8_record).embeddings is embeddings
 
 
 def test_trained_scales_survive_a_failure_after_training(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
         "variants": ["int8"],
         "train": {"mode": "distil", "max_steps": 2, "batch_size": 8},
         "int8": {"method": "qat", "n_calibration": 8},
     }
-    changed = recipe(made, compress=settings, output_dir=str(tmp_path))
+    changed = recipe(made, compress=settings, output_dir=str(copied.parent))
     with monkeypatch.context() as broken:
         broken.setattr("ziplm_deploy.stages.budget.BudgetJudge.score", lambda *a: float("nan"))
         with pytest.raises(NumericalError, match="finite score"):
-            run(changed)
-    assert list((tmp_path / "tiny" / "recovery").glob("dense-int8-*/checkpoint-2"))
+            ziplm_deploy.compress(changed)
+    assert list((copied / "recovery").glob("dense-int8-*/checkpoint-2"))
     notes: list[str] = []
     progress = Progress()
     monkeypatch.setattr(progress, "note", notes.append)
-    run(changed, progress)
+    ziplm_deploy.compress(changed, progress)
     assert any("goes on from checkpoint-2" in note for note in notes)
 
 
-def test_without_evaluation_data_there_is_no_budget(tmp_path: Path, made: Path) -> None:
+def test_without_evaluation_data_there_is_no_budget(copied: Path, made: Path) -> None:
     settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
-    data = raw_recipe(made, compress=settings, output_dir=str(tmp_path))
+    data = raw_recipe(made, compress=settings, output_dir=str(copied.parent))
     del data["data"]["evaluation"]
-    run(parse_recipe(data))
-    record = Int8Record.load(tmp_path / "tiny" / "compression" / "1.5x" / "int8.json")
+    ziplm_deploy.compress(parse_recipe(data))
+    record = Int8Record.load(copied / "compression" / "1.5x" / "int8.json")
     assert record.within_budget is None
     assert record.fp32_linears == []
     assert record.scores == []
 
 
-def test_a_budget_that_cannot_be_held_is_said(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_cannot_be_held_is_said(copied: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter(np.linspace(0.5, 0.4, 100))
     monkeypatch.setattr("ziplm_deploy.stages.budget.BudgetJudge.reference_score", 0.9)
     monkeypatch.setattr("ziplm_deploy.stages.budget.BudgetJudge.score", lambda self, path: float(next(scores)))
-    report = run(recipe(made, compress={"variants": ["int8"], "int8": {"n_calibration": 8}}, output_dir=str(tmp_path)))
+    settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
+    report = run(recipe(made, compress=settings, output_dir=str(copied.parent)))
     file = report.members[1].files[1]
     assert file.facts["budget"] == "not held"
     assert any("accuracy budget" in note for note in report.notes)

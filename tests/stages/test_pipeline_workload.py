@@ -22,8 +22,10 @@ from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recipe import Call, Workload, load_recipe, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.run.run import Run
 from ziplm_deploy.run.workload import with_counted_lengths
-from ziplm_deploy.stages.benchmark import short_requests
+from ziplm_deploy.stages.benchmark import is_benchmarked, short_requests
+from ziplm_deploy.stages.profile import profile_key
 from ziplm_deploy.tasks import get_task
 from ziplm_deploy.tasks.lengths import TokenLengths
 
@@ -88,12 +90,10 @@ def test_counts_of_the_same_shares_repeat_nothing(finished: Path, tmp_path: Path
 
 def test_other_shares_are_another_table_and_benchmark(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    other = {**on_lengths(finished, {**LENGTHS, "8": 2}), "output_dir": str(tmp_path / "runs")}
-    before = stamps(tmp_path)
-    run_pipeline(parse_recipe(other))
-    made = {name for name, stamp in stamps(tmp_path).items() if before.get(name) != stamp}
-    assert {"profile.json", "benchmark.json"} <= made
-    assert "dense/model.onnx" not in made
+    for lengths, is_measured in ((LENGTHS, True), ({**LENGTHS, "8": 2}, False)):
+        raw = {**on_lengths(finished, lengths), "output_dir": str(tmp_path / "runs")}
+        with Run(parse_recipe(raw)) as run:
+            assert run.folder.is_made("profile", profile_key(run)) == is_benchmarked(run) == is_measured
 
 
 def test_the_recipe_in_the_folder_has_the_counted_lengths(finished: Path) -> None:
@@ -181,7 +181,10 @@ def test_lengths_beyond_the_model_are_refused_before_anything_is_measured(finish
 
 
 def test_a_run_counts_texts_and_times_what_they_came_to(finished: Path, tmp_path: Path) -> None:
-    path = texts_in(tmp_path, "a.txt", "\n".join(TEXTS))
+    texts = [" ".join(["cat"] * (int(tokens) - 2)) for tokens, count in LENGTHS.items() for _ in range(count)]
+    path = texts_in(tmp_path, "a.txt", "\n".join(texts))
+    shutil.copytree(finished / "runs", tmp_path / "runs")  # where these lengths were given as numbers
+    measured = (tmp_path / "runs" / "tiny" / "benchmark.json").stat().st_mtime_ns
     raw = {**on_lengths(finished, path), "output_dir": str(tmp_path / "runs")}
     told: list[str] = []
 
@@ -190,10 +193,11 @@ def test_a_run_counts_texts_and_times_what_they_came_to(finished: Path, tmp_path
             told.append(text)
 
     report = run_pipeline(parse_recipe(raw), Told())
-    assert [call.seq_len for call in report.members[1].served.calls] == [4, 5, 8]
+    assert [call.seq_len for call in report.members[1].served.calls] == [8, 24, 40]
+    assert (tmp_path / "runs" / "tiny" / "benchmark.json").stat().st_mtime_ns == measured
     assert any("texts in" in line for line in told)
     fields = yaml.safe_load((tmp_path / "runs" / "tiny" / "recipe.yaml").read_text(encoding="utf-8"))
-    assert fields["environment"]["workload"] == {"batch_size": 1, "seq_len": 8, "lengths": {"4": 1, "5": 2, "8": 1}}
+    assert fields["environment"]["workload"] == {"batch_size": 1, "seq_len": 40, "lengths": LENGTHS}
 
 
 def test_lengths_need_no_benchmark_of_short_requests(finished: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -259,9 +260,14 @@ class RunFolder:
         """Write the manifest and the recipe as resolved; nothing is on disk before the first stage begins."""
         if not distributed.is_first():
             return
-        recipe = self._recipe.model_dump(mode="json")
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_text(self.path / "recipe.yaml", self._recipe_text)
         self._manifest.save(self._manifest_path)
+
+    @functools.cached_property
+    def _recipe_text(self) -> str:
+        """The recipe as resolved, in YAML, which is slow to write; a run saves dozens of times."""
+        text: str = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False)
+        return text
 
 
 def _files(outputs: list[Path]) -> Iterator[Path]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.text import squad
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
@@ -312,6 +311,8 @@ def _answer_characters(row: Row, number: int) -> tuple[int, int]:
 
 def _answer_scores(predicted: str, answers: list[str]) -> dict[str, float]:
     """F1 and exact match, 0 to 1, of the answer to one question against the nearest of those in the data."""
+    from torchmetrics.functional.text import squad  # with all of torchmetrics: the longest import of a run
+
     starts = [0] * len(answers)  # the metric reads the texts only
     scores = squad(
         {"id": "", "prediction_text": predicted}, {"id": "", "answers": {"text": answers, "answer_start": starts}}
