@@ -23,5 +23,4 @@ class EngineFacts(NamedTuple):
     may_abort: bool = False  # whether a model that it cannot run may end its process
     needs_one_of: tuple[str, ...] = ()  # instruction sets; empty: any CPU
     imports: tuple[str, ...] = ()  # what a worker may import before it is bound to its CPUs, beside other workers
-    file_suffix: str = ".onnx"  # of the files that it runs
     has_own_environment: bool = False  # made by ``ziplm-deploy setup NAME``, because its packages do not fit here

@@ -19,9 +19,7 @@ from .facts import EngineFacts
 from .inputs import make_ids
 from .llama_h import Functions, LogitsOfTokens
 
-FACTS = EngineFacts(
-    "xllamacpp", install='pip install "ziplm-deploy[llamacpp]"', imports=("xllamacpp",), file_suffix=".gguf"
-)
+FACTS = EngineFacts("xllamacpp", install='pip install "ziplm-deploy[llamacpp]"', imports=("xllamacpp",))
 PAGE = 256  # tokens: llama.cpp rounds the room of a slot up to this
 
 
