@@ -34,8 +34,8 @@ from ziplm_deploy.stages.stage import Stage
 FIRST: tuple[Stage[Any], ...] = (profile.STAGE, train_dense.STAGE)
 PRUNING: tuple[Stage[Any], ...] = (calibrate.STAGE, settle.STAGE, prune.STAGE)
 OF_A_GENERATION: tuple[Stage[Any], ...] = (*PRUNING, export.PRUNED, closed_loop.STAGE, recover.STAGE)
-FILES: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, baselines.STAGE)
-LAST: tuple[Stage[Any], ...] = (*FILES, benchmark.STAGE, formats.STAGE, evaluate.STAGE, report.STAGE)
+FILES: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, formats.STAGE, baselines.STAGE)
+LAST: tuple[Stage[Any], ...] = (*FILES, benchmark.STAGE, evaluate.STAGE, report.STAGE)
 
 
 def run_pipeline(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -46,7 +46,6 @@ def run_pipeline(recipe: Recipe, progress: Progress | None = None) -> FamilyRepo
     """
     with begin(recipe, progress) as run:
         measured(run)
-        formats.STAGE(run)
         evaluate.STAGE(run)
         return report.STAGE(run)
 
@@ -72,6 +71,7 @@ def build(run: Run) -> None:
     """Every member as it will serve: planned, fast enough, trained and compressed if the recipe says so."""
     trained(run)
     compress.STAGE(run)
+    formats.STAGE(run)
 
 
 def trained(run: Run) -> None:

@@ -89,14 +89,14 @@ def test_a_page_more_is_an_engine_more(tmp_path: Path, model: Path) -> None:
     program.write_text(f"import sys; sys.path.insert(0, {str(package.parent)!r})\n{PROGRAM}", encoding="utf-8")
     done = subprocess.run([sys.executable, str(program), str(model)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["deepsparse", "onnxruntime", "openvino", "quick-one", "1.0"]
+    assert done.stdout.split() == ["deepsparse", "llamacpp", "onnxruntime", "openvino", "quick-one", "1.0"]
 
 
 def test_pages_are_listed_without_being_imported(copied_worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied_worker / "broken_session.py").write_text("raise ImportError", encoding="utf-8")
     monkeypatch.setattr(choices, "PACKAGE", copied_worker.parent)
     found = choices.page_names("worker", suffix="_session")
-    assert found == ("broken", "deepsparse", "onnxruntime", "openvino", "quick-one")
+    assert found == ("broken", "deepsparse", "llamacpp", "onnxruntime", "openvino", "quick-one")
     assert all((copied_worker / f"{page_of(name)}.py").is_file() for name in found)
 
 
@@ -136,7 +136,7 @@ def test_files_of_the_worker_do_not_hide_packages(copied_worker: Path, model: Pa
 
 
 def test_the_worker_imports_numpy_its_engine_and_its_own_files_only() -> None:
-    allowed = {"numpy", "onnx", "transformers", *ENGINES, *CHECKPOINT_ENGINES, *sys.stdlib_module_names}
+    allowed = {"numpy", "onnx", "transformers", "xllamacpp", *ENGINES, *CHECKPOINT_ENGINES, *sys.stdlib_module_names}
     for path in base.WORKER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -40,9 +40,9 @@ def alive(pid: int) -> bool:
 
 
 def test_registry_and_unknown_engine() -> None:
-    assert ENGINES == ("deepsparse", "onnxruntime", "openvino")
+    assert ENGINES == ("deepsparse", "llamacpp", "onnxruntime", "openvino")
     assert get_engine("onnxruntime").version()
-    with pytest.raises(EngineError, match="deepsparse, onnxruntime, openvino, found 'tensorrt'"):
+    with pytest.raises(EngineError, match="deepsparse, llamacpp, onnxruntime, openvino, found 'tensorrt'"):
         get_engine("tensorrt")
 
 

@@ -247,7 +247,13 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
 # Not in the table: another folder, another member, another head.
 ANOTHER_RUN = {"name", "output_dir", "speedups", "model.task"}
 # Refused for encoders.
-OF_CAUSAL_MODELS = {"environment.workload.prefill", "environment.workload.decode", "export.gguf", "export.genai"}
+OF_CAUSAL_MODELS = {
+    "environment.workload.prefill",
+    "environment.workload.decode",
+    "export.gguf",
+    "export.genai",
+    "benchmark.engines",
+}
 
 
 def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ziplm_deploy.recipe.benchmark import BenchmarkConfig
 from ziplm_deploy.recipe.compression import CompressConfig, CompressTrainConfig, Int8Config, SparsityConfig
 from ziplm_deploy.recipe.data import DataConfig
-from ziplm_deploy.recipe.export import ExportConfig
+from ziplm_deploy.recipe.export import ExportConfig, GgufType
 from ziplm_deploy.recipe.latency import ProfileConfig
 from ziplm_deploy.recipe.loading import load_recipe, parse_recipe
 from ziplm_deploy.recipe.model import ModelConfig, Pooling, Similarity, TaskName
@@ -26,6 +26,7 @@ __all__ = [
     "EngineName",
     "Environment",
     "ExportConfig",
+    "GgufType",
     "Int8Config",
     "MethodName",
     "ModelConfig",

@@ -55,6 +55,12 @@ class BenchmarkConfig(Frozen):
     baseline_engine: EngineName | None = Field(
         None, description="Engine of the dense baseline; default: that of `environment`, where the members serve."
     )
+    engines: tuple[Literal["llamacpp"], ...] = Field(
+        (),
+        exclude_if=lambda engines: not engines,
+        description="Text-generation: engines whose files are timed and scored beside the members' own: `llamacpp`, "
+        "those of `export.gguf`.",
+    )
     max_corrections: int = Field(3, ge=0, description="How often the closed loop may solve again a target.")
     parity_atol: float = Field(1e-4, gt=0, description="Largest difference between torch and ONNX outputs at export.")
     baselines: tuple[BaselineName, ...] | None = Field(

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from ziplm_deploy.recipe.base import Frozen
 
+GgufType = Literal["F16", "Q8_0", "Q4_0"]  # of weights
+
 
 class ExportConfig(Frozen):
     """Form of the ONNX files, and files for other runtimes."""
@@ -22,11 +24,11 @@ class ExportConfig(Frozen):
         description="Text-generation: `onnxruntime` files have fused attention and a cache in place, and run fastest "
         "there; `portable` ones have standard operators only. Default: the first for ONNX Runtime.",
     )
-    gguf: Literal["F16", "Q8_0", "Q4_0"] | None = Field(
+    gguf: GgufType | None = Field(
         None,
         exclude_if=lambda kind: kind is None,
         description="Text-generation: also write `model.gguf` with weights of this type, for llama.cpp; models of the "
-        "Llama kind only.",
+        "Llama kind only. `benchmark.engines: [llamacpp]` measures it.",
     )
     genai: bool = Field(
         False,

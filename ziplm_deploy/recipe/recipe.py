@@ -69,6 +69,28 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _llama_cpp_runs_beside(self) -> Recipe:
+        if "llamacpp" in (self.environment.engine, self.baseline_engine):
+            raise ValueError(
+                "expected an engine that runs ONNX files as environment.engine and benchmark.baseline_engine, found "
+                "llamacpp, in which no tables are measured yet: leave them out, and set export.gguf and "
+                "benchmark.engines: [llamacpp], so that members are timed and scored there, too"
+            )
+        if "llamacpp" not in self.benchmark.engines:
+            return self
+        if self.export.gguf is None:
+            raise ValueError(
+                "expected export.gguf for benchmark.engines: [llamacpp], found none: llama.cpp runs GGUF files only; "
+                "say which (Q8_0, Q4_0, F16), or leave the engine out"
+            )
+        if self.environment.workload.batch_size != 1:
+            raise ValueError(
+                "expected environment.workload.batch_size: 1 for benchmark.engines: [llamacpp], found "
+                f"{self.environment.workload.batch_size}: its calls are timed one request at a time; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _workload_is_of_the_task(self) -> Recipe:
         generates = self.model.task == "text-generation"
         if generates == self.environment.workload.generates:

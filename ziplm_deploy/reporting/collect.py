@@ -16,6 +16,7 @@ from ziplm_deploy.models.shape import ModuleId, ModuleKind
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.baselines import TRAINED_ON, baseline_report, beside_baselines, over_torch
 from ziplm_deploy.reporting.facts import FamilyFacts, FileFacts, MemberFacts
+from ziplm_deploy.reporting.gguf import gguf_reports
 from ziplm_deploy.reporting.judge import (
     budget_decision,
     harmed_by_training,
@@ -56,6 +57,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         environment=record.environment,
         members=members,
         baselines=[baseline_report(record, each) for each in facts.baselines],
+        gguf=gguf_reports(record, facts.gguf),
         aa_ratio=record.aa_ratio,
         aa_low=record.aa_low,
         aa_high=record.aa_high,

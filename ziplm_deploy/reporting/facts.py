@@ -72,6 +72,20 @@ class BaselineFacts:
 
 
 @dataclass(frozen=True)
+class GgufFacts:
+    """The GGUF file of one model of the family, in llama.cpp."""
+
+    member: str
+    served_as: str  # name of the member's ONNX file in the benchmark, which its target is about
+    file_type: str  # of its weights
+    path: Path
+    size_bytes: int
+    timing: FileTiming
+    scores: dict[str, float]
+    uncertainty: FileUncertainty | None = None
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """A whole run."""
 
@@ -85,4 +99,5 @@ class FamilyFacts:
     short: BenchmarkRecord | None = None  # of requests of the texts' median length, if that is much below seq_len
     lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts
     baselines: list[BaselineFacts] = field(default_factory=list)
+    gguf: list[GgufFacts] = field(default_factory=list)  # that of the dense model first
     stage_versions: dict[str, dict[str, str]] = field(default_factory=dict)  # of the packages that made each stage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
+from ziplm_deploy.reporting.gguf import gguf_section
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
@@ -48,6 +49,7 @@ def family_markdown(report: FamilyReport) -> str:
         *_search(report),
         *_scores(report),
         *_by_label(report),
+        *gguf_section(report),
         *_continuations(report),
         *_training(report),
         *_lengths(report),

@@ -31,6 +31,11 @@ class Timed(BaseModel):
     # Where the workload has several; all the others are of their weighted sum.
     calls: list[CallFigures] = Field(default_factory=list, exclude_if=lambda calls: not calls)
 
+    @property
+    def ratio(self) -> Ratio:
+        """Speedup over the dense float32 model, with its interval."""
+        return Ratio(self.measured_speedup, self.measured_low, self.measured_high)
+
     @staticmethod
     def figures(timing: FileTiming) -> dict[str, Any]:
         """Fields of this class from a file's timing."""
@@ -128,6 +133,23 @@ class BaselineReport(Timed):
     of_dense: dict[str, Comparison] = Field(default_factory=dict)  # by metric; empty where it answers as dense does
 
 
+class GgufReport(Timed):
+    """The GGUF file of a member in llama.cpp, timed in the same run and scored on the same rows as its ONNX files."""
+
+    name: str  # in the benchmark: "dense Q8_0" …
+    member: str
+    file: str  # in the member's folder
+    file_type: str  # of its weights
+    size_bytes: int
+    engine_version: str
+    over_dense: Ratio | None = None  # speedup over the dense model's GGUF file; None for that itself
+    over_onnx: Ratio  # speedup over the member's ONNX file that its target is about
+    accuracy: dict[str, float]  # empty: not evaluated
+    accuracy_intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)  # 95 %, by metric
+    of_dense: dict[str, Comparison] = Field(default_factory=dict)  # by metric; over the dense ONNX file
+    of_source: Comparison | None = None  # primary metric over the member's model.onnx
+
+
 class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
 
@@ -149,6 +171,7 @@ class FamilyReport(Artifact):
     environment: Environment
     members: list[MemberReport]
     baselines: list[BaselineReport] = Field(default_factory=list)
+    gguf: list[GgufReport] = Field(default_factory=list, exclude_if=lambda files: not files)  # that of dense first
     aa_ratio: float
     aa_low: float
     aa_high: float

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ziplm_deploy.latency.record import FileTiming
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
-from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, MemberReport, Timed
+from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, GgufReport, MemberReport, Timed
 from ziplm_deploy.tasks.resampling import Comparison
 
 Cell = Callable[[FileReport | BaselineReport], str]
@@ -62,7 +62,7 @@ def _score_columns(members: Sequence[MemberReport], metric: str) -> dict[str, Ce
     return columns
 
 
-def _score(file: FileReport | BaselineReport, metric: str) -> str:
+def _score(file: FileReport | BaselineReport | GgufReport, metric: str) -> str:
     return f"{file.accuracy[metric]:.4f}" if metric in file.accuracy else MISSING
 
 
@@ -98,7 +98,7 @@ def not_ahead(beaten_by: Sequence[str], undecided_against: Sequence[str]) -> str
     return "; ".join(filter(None, (beaten, undecided)))
 
 
-def score_text(file: FileReport | BaselineReport, metric: str) -> str:
+def score_text(file: FileReport | BaselineReport | GgufReport, metric: str) -> str:
     """A score with its interval, where one is known."""
     if metric not in file.accuracy_intervals:
         return _score(file, metric)
@@ -133,7 +133,7 @@ def _row(
         MISSING if dense else f"{member.speedup_target:g}x",
         MISSING if member.predicted_speedup is None else f"{member.predicted_speedup:.2f}x",
         "1x" if dense else _measured(member.served),
-        *([_short(member.served.over_torch)] if torch else []),
+        *([short_ratio(member.served.over_torch)] if torch else []),
         f"{member.parameters / 1e6:.2f} M",
         f"{member.served.onnx_bytes / 1e6:.1f}",
         f"{member.served.p50_ms:.2f} / {member.served.p99_ms:.2f}",
@@ -153,7 +153,7 @@ def baseline_rows(members: Sequence[MemberReport], baselines: Sequence[BaselineR
             MISSING,
             MISSING,
             _measured(baseline),
-            *([_short(baseline.over_torch)] if torch else []),
+            *([short_ratio(baseline.over_torch)] if torch else []),
             MISSING,
             f"{baseline.size_bytes / 1e6:.1f}",
             f"{baseline.p50_ms:.2f} / {baseline.p99_ms:.2f}",
@@ -165,7 +165,8 @@ def baseline_rows(members: Sequence[MemberReport], baselines: Sequence[BaselineR
     ]
 
 
-def _short(ratio: Ratio | None) -> str:
+def short_ratio(ratio: Ratio | None) -> str:
+    """A speedup with its interval; a dash where none is known."""
     return MISSING if ratio is None else f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
@@ -225,7 +226,7 @@ def call_rows(files: Sequence[Timed | FileTiming]) -> list[list[str]]:
                 f"{first.seq_len} after {first.cache_length}" if first.cache_length else str(first.seq_len),
                 f"{100 * first.weight:.3g} %" if first.cache_length is None else f"{first.weight:g} a request",
                 f"{first.p50_ms:.2f} ms",
-                *(f"{call.p50_ms:.2f} ms, {_short(call.ratio)}" for call in others),
+                *(f"{call.p50_ms:.2f} ms, {short_ratio(call.ratio)}" for call in others),
             ]
         )
     return rows

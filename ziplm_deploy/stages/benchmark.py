@@ -16,6 +16,7 @@ from ziplm_deploy.recipe import Environment, file_label
 from ziplm_deploy.run.member import DENSE
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import files_of_family, runnable_files
 
@@ -30,11 +31,11 @@ def benchmark(run: Run) -> BenchmarkRecord:
 
     A loop ends with the draw of noise that satisfied it: that one is not reported. This one ends when intervals are
     narrow, whatever they say: what ends as soon as a verdict is clear errs more often than its intervals admit.
-    Baselines do not prolong it.
+    Neither baselines nor files on further engines prolong it.
     """
-    baselines = {made.name for made in made_baselines(run)}
+    aside = {made.name for made in made_baselines(run)} | {file.label for file in measured_gguf_files(run)}
     files = files_of_family(run)
-    record = measure(run, "benchmark", run.folder.benchmark, files, aside=baselines, seed=FINAL_SEED)
+    record = measure(run, "benchmark", run.folder.benchmark, files, aside=aside, seed=FINAL_SEED)
     measure_short_requests(run)
     _weigh_files(run)
     return record
@@ -136,8 +137,8 @@ def benchmark_key(run: Run, files: Mapping[str, TimedFile], environment: Environ
 
 
 def _content(run: Run, path: Path) -> str:
-    """Hash of a model; one that is no ONNX file lies in several files, alone in their folder."""
-    return run.file_hash(path) if path.suffix == ".onnx" else source_hash(str(path.parent))
+    """Hash of a model; one that is neither ONNX nor GGUF lies in several files, alone in their folder."""
+    return run.file_hash(path) if path.suffix in (".onnx", ".gguf") else source_hash(str(path.parent))
 
 
 def is_benchmarked(run: Run) -> bool:

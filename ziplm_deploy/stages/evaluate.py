@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.recipe import EngineName, Variant
+from ziplm_deploy.run import gguf
 from ziplm_deploy.run.answers import Answers
 from ziplm_deploy.run.baseline import BaselineFiles
+from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.continuations import continue_texts
+from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.gains import compare_with_baselines
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
@@ -40,8 +44,12 @@ def evaluate(run: Run) -> None:
         for each in made_baselines(run):
             if not each.page.answers_as_dense:
                 evaluate_baseline(run, each, dense)
+    on_llama_cpp = measured_gguf_files(run)
+    for index, each_gguf in enumerate(on_llama_cpp):
+        evaluate_gguf(run, each_gguf)
+        run.progress.step(index + 1, len(on_llama_cpp))
     continue_texts(run)
-    estimate_uncertainty(run, files)
+    estimate_uncertainty(run, [*files, *on_llama_cpp])
     compare_with_baselines(run, files)
 
 
@@ -96,9 +104,24 @@ def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None
     run.folder.make(f"evaluate baseline {baseline.name}", key, [baseline.scores, baseline.outcomes], work)
 
 
+def evaluate_gguf(run: Run, file: GgufFile) -> None:
+    """Write the scores of a GGUF file in llama.cpp, which reads one window after the other."""
+    version = get_engine(gguf.ENGINE).version()
+    data = replace(run.data.evaluation_set(Variant.FP32), batch_size=1)
+    key = content_key(file=run.file_hash(file.path), engine=version, data=run.data.evaluation_key)
+
+    def work() -> None:
+        environment = run.recipe.environment.model_copy(update={"engine": gguf.ENGINE})
+        with open_runner(environment, file.path) as runner:
+            outcomes = run.task.outcomes(runner, data)
+        _save(run, file, outcomes, {}, gguf.ENGINE, version)
+
+    run.folder.make(f"evaluate {file.label}", key, [file.scores, file.outcomes], work)
+
+
 def _save(
     run: Run,
-    file: ModelFile | BaselineFiles,
+    file: ModelFile | BaselineFiles | GgufFile,
     outcomes: Outcomes,
     fidelity: dict[str, float],
     engine: EngineName,
@@ -130,7 +153,7 @@ def outcomes_on(run: Run, path: Path, variant: Variant, engine: EngineName | Non
         return run.task.outcomes(runner, run.data.evaluation_set(variant))
 
 
-def scores_of(run: Run, file: ModelFile | BaselineFiles) -> dict[str, float]:
+def scores_of(run: Run, file: ModelFile | BaselineFiles | GgufFile) -> dict[str, float]:
     """Scores of a file, the primary metric first; empty when it was not evaluated."""
     if run.recipe.data.evaluation is None or not file.scores.exists():
         return {}

@@ -1,6 +1,7 @@
 """Files of causal language models for other runtimes: GGUF for llama.cpp, and what onnxruntime-genai reads.
 
-They hold the weights of ``model.onnx``, or describe it; this run neither times nor scores them.
+They hold the weights of ``model.onnx``, or describe it. GGUF files are timed and scored in llama.cpp if the recipe asks
+for it (``benchmark.engines``).
 """
 
 from __future__ import annotations
@@ -11,33 +12,45 @@ from exporters import ExportError, GgufSettings, SpecialTokens, export_gguf, wri
 from exporters.gguf_checks import check_parts, check_types
 from exporters.gguf_tokenizer import tokenizer_keys
 from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.gguf_source import gguf_file_of, gguf_package
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Recipe, Variant
+from ziplm_deploy.run import gguf
+from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.stage import Stage
 
-GGUF_FILE, GENAI_FILE = "model.gguf", "genai_config.json"
+GENAI_FILE = "genai_config.json"
 
 
 def write_formats(run: Run) -> None:
     """Further files of every model, as ``export.gguf`` and ``export.genai`` ask for them."""
     for member in run.members:
         if run.recipe.export.gguf is not None:
-            _write_gguf(run, member)
+            _write_gguf(run, GgufFile(member, run.recipe.export.gguf))
         if run.recipe.export.genai:
             _write_genai(run, member)
 
 
+def measured_gguf_files(run: Run) -> list[GgufFile]:
+    """Files of all members that are timed and scored in llama.cpp; none unless the recipe asks for it."""
+    file_type = run.recipe.export.gguf
+    if file_type is None or gguf.ENGINE not in run.recipe.benchmark.engines:
+        return []
+    return [GgufFile(member, file_type) for member in run.members]
+
+
 def check_formats(run: Run) -> None:
-    """Refuse files that this model cannot have, before any long work.
+    """Refuse files that this model cannot have, or that nothing here can run, before any long work.
 
     Raises:
         UnsupportedModelError: the model has a part, or a tokenizer, that GGUF cannot hold.
         EnvironmentMismatchError: the package ``gguf`` is not installed.
+        EngineError: llama.cpp is not installed, or a release of it that cannot be asked for logits.
     """
     file_type = run.recipe.export.gguf
     if file_type is None:
@@ -50,23 +63,24 @@ def check_formats(run: Run) -> None:
         tokenizer_keys(_tokenizer_source(run), len(parts.embedding), None)
     except ExportError as error:
         raise UnsupportedModelError(f"export.gguf: {error}; or leave the field out") from error
+    for name in run.recipe.benchmark.engines:
+        get_engine(name).start_worker(WorkerOptions()).close()
 
 
-def _write_gguf(run: Run, member: Member) -> None:
-    path, file_type = member.folder / GGUF_FILE, run.recipe.export.gguf
-    assert file_type is not None
+def _write_gguf(run: Run, file: GgufFile) -> None:
+    member, path = file.member, file.path
 
     def work() -> None:
-        name = f"{run.recipe.name} {member.name}"
+        settings = GgufSettings(f"{run.recipe.name} {member.name}", file.file_type)
         parts = causal_parts(load(member.folder))
         try:
-            kept = export_gguf(parts, path, _tokenizer_source(run), GgufSettings(name, file_type))
+            kept = export_gguf(parts, path, _tokenizer_source(run), settings)
         except ExportError as error:
             raise UnsupportedModelError(f"{member.name}: {error}; leave export.gguf out") from error
         if kept:
-            run.progress.note(f"{member.name}: {len(kept)} tensors of {GGUF_FILE} stay in float16: rows of odd widths")
+            run.progress.note(f"{member.name}: {len(kept)} tensors of {path.name} stay in float16: rows of odd widths")
 
-    key = content_key(weights=run.file_hash(member.weights), type=file_type, name=run.recipe.name)
+    key = content_key(weights=run.file_hash(member.weights), type=file.file_type, name=run.recipe.name)
     run.folder.make(f"gguf {member.name}", key, [path], work)
 
 
@@ -93,4 +107,4 @@ def _asked(recipe: Recipe) -> bool:
     return recipe.export.gguf is not None or recipe.export.genai
 
 
-STAGE = Stage("formats", lambda run: "files for other runtimes, neither timed nor scored here", write_formats, _asked)
+STAGE = Stage("formats", lambda run: "files for other runtimes", write_formats, _asked)

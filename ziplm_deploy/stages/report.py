@@ -18,15 +18,17 @@ from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.collect import family_report, full_sizes, timing_of
-from ziplm_deploy.reporting.facts import BaselineFacts, FamilyFacts, FileFacts, MemberFacts
+from ziplm_deploy.reporting.facts import BaselineFacts, FamilyFacts, FileFacts, GgufFacts, MemberFacts
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.baseline import BaselineFiles
+from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.continuations import continuations_of
 from ziplm_deploy.stages.evaluate import label_scores_of, scores_of
+from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.gains import baseline_scores, scored_as
 from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
@@ -68,6 +70,21 @@ def family_facts(run: Run) -> FamilyFacts:
         stage_seconds=run.folder.stage_seconds,
         stage_versions=run.folder.stage_versions,
         baselines=[_baseline_facts(run, files, record, beside) for files in made_baselines(run)],
+        gguf=[_gguf_facts(run, file, record) for file in measured_gguf_files(run)],
+    )
+
+
+def _gguf_facts(run: Run, file: GgufFile, record: BenchmarkRecord) -> GgufFacts:
+    variant = Variant.FP32 if file.member.is_dense else run.recipe.compress.target
+    return GgufFacts(
+        file.member.name,
+        file.member.file(variant).label,
+        file.file_type,
+        file.path,
+        file.path.stat().st_size,
+        timing_of(record, file.label),
+        scores_of(run, file),
+        uncertainty_of_file(run, file),
     )
 
 

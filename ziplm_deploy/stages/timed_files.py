@@ -1,4 +1,4 @@
-"""The ONNX files that a run times: which ones, under which name, on which engine."""
+"""The files that a run times: which ones, under which name, on which engine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from ziplm_deploy.engines.trial import ModelRefusedError, RefusedFiles, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
 from ziplm_deploy.recipe import Variant, file_label
+from ziplm_deploy.run import gguf
 from ziplm_deploy.run.member import DENSE, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Generation, Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.formats import measured_gguf_files
 
 
 def files_of_generation(run: Run, generation: Generation) -> dict[str, TimedFile]:
@@ -41,10 +43,11 @@ def trial_name(generation: Generation) -> str:
 
 def files_of_family(run: Run) -> dict[str, TimedFile]:
     """Every file of every member that its engine can run; the dense model also where the members serve, if its baseline
-    is elsewhere; and what users get from it without pruning."""
+    is elsewhere; what users get from it without pruning; and members in llama.cpp, where the recipe asks for it."""
     refused = refused_files(run)
     files = {name: file for name, file in _all_files(run).items() if name not in refused}
-    return files | {made.name: TimedFile(made.paths[0], made.page.engine) for made in made_baselines(run)}
+    files |= {made.name: TimedFile(made.paths[0], made.page.engine) for made in made_baselines(run)}
+    return files | {file.label: TimedFile(file.path, gguf.ENGINE) for file in measured_gguf_files(run)}
 
 
 def try_files(run: Run) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.recipe import Variant
+from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.tasks.outcomes import Outcomes, halves
@@ -13,21 +16,23 @@ from ziplm_deploy.tasks.record import Scores
 from ziplm_deploy.tasks.resampling import N_RESAMPLES, Comparison, ResampledScores
 from ziplm_deploy.tasks.uncertainty import FileUncertainty, Uncertainty
 
+ScoredFile = ModelFile | GgufFile
+
 
 @dataclass(frozen=True)
 class _Scored:
     """A file that was evaluated on the examples of this run."""
 
-    file: ModelFile
+    file: ScoredFile
     outcomes_hash: str
     outcomes: Outcomes
     resampled: ResampledScores
 
 
-def estimate_uncertainty(run: Run, files: list[ModelFile]) -> None:
+def estimate_uncertainty(run: Run, files: Sequence[ScoredFile]) -> None:
     """Write the intervals of these files' scores, and how the scores compare with each other."""
     path, task = run.folder.uncertainty, run.task
-    hashes = {str(file.onnx.relative_to(run.folder.path)): Scores.load(file.scores).outcomes_hash for file in files}
+    hashes = {str(_path(file).relative_to(run.folder.path)): Scores.load(file.scores).outcomes_hash for file in files}
     key = content_key(outcomes=hashes, metrics=list(task.metrics), primary=task.metric_name, seed=run.recipe.seed)
     run.folder.make("uncertainty", key, [path], lambda: _estimate(run, files).save(path))
 
@@ -39,7 +44,11 @@ def uncertainty_of(run: Run) -> Uncertainty | None:
     return Uncertainty.load(run.folder.uncertainty)
 
 
-def uncertainty_of_file(run: Run, file: ModelFile) -> FileUncertainty | None:
+def _path(file: ScoredFile) -> Path:
+    return file.path if isinstance(file, GgufFile) else file.onnx
+
+
+def uncertainty_of_file(run: Run, file: ScoredFile) -> FileUncertainty | None:
     """Intervals of a file's scores as they are now; None where they are of others, or of none."""
     found = None if (known := uncertainty_of(run)) is None else known.files.get(file.label)
     if found is None or not file.scores.exists():
@@ -47,21 +56,25 @@ def uncertainty_of_file(run: Run, file: ModelFile) -> FileUncertainty | None:
     return found if found.outcomes_hash == Scores.load(file.scores).outcomes_hash else None
 
 
-def _estimate(run: Run, files: list[ModelFile]) -> Uncertainty:
-    scored = {file: found for file in files if (found := _scored(run, file)) is not None}
+def _estimate(run: Run, files: Sequence[ScoredFile]) -> Uncertainty:
+    scored: dict[ScoredFile, _Scored] = {file: found for file in files if (found := _scored(run, file)) is not None}
     dense = scored.get(run.dense_member.file(Variant.FP32))
     return Uncertainty(
         n_resamples=N_RESAMPLES,
         files={
             file.label: _of_file(run, found, dense, scored.get(_source(file)))
             for file, found in scored.items()
-            if not file.is_before_training
+            if not _is_before_training(file)
         },
         training=_of_training(run, scored),
     )
 
 
-def _scored(run: Run, file: ModelFile) -> _Scored | None:
+def _is_before_training(file: ScoredFile) -> bool:
+    return isinstance(file, ModelFile) and file.is_before_training
+
+
+def _scored(run: Run, file: ScoredFile) -> _Scored | None:
     scores = Scores.load(file.scores)
     if scores.outcomes_hash is None or scores.examples != run.data.evaluation_rows_key:
         return None
@@ -77,17 +90,21 @@ def _of_file(run: Run, found: _Scored, dense: _Scored | None, source: _Scored | 
         outcomes_hash=found.outcomes_hash,
         intervals={metric: found.resampled.interval(metric) for metric in metrics},
         of_dense=of_dense,
-        of_source=None if source is None else _on_reported_half(run, found, source),
+        of_source=None if source is None else _beside_source(run, found, source),
     )
 
 
-def _source(file: ModelFile) -> ModelFile:
-    """The float32 file that an INT8 file was made from; others are their own."""
+def _source(file: ScoredFile) -> ModelFile:
+    """The float32 file that an INT8 or GGUF file was made from; others are their own."""
+    if isinstance(file, GgufFile):
+        return file.member.file(Variant.FP32)
     return file.member.file(Variant.SPARSE if file.variant.is_sparse else Variant.FP32)
 
 
-def _on_reported_half(run: Run, found: _Scored, source: _Scored) -> Comparison | None:
-    """An INT8 file beside its source, on the examples that its linears in float32 were not chosen by."""
+def _beside_source(run: Run, found: _Scored, source: _Scored) -> Comparison | None:
+    """A file beside its source; an INT8 file on the examples that its linears in float32 were not chosen by."""
+    if isinstance(found.file, GgufFile):
+        return found.resampled.beside(source.resampled, run.task.metric_name)
     if not found.file.variant.is_int8:
         return None
     _, reported = halves(len(found.outcomes), run.recipe.seed)
@@ -95,8 +112,8 @@ def _on_reported_half(run: Run, found: _Scored, source: _Scored) -> Comparison |
     return own.beside(other, run.task.metric_name)
 
 
-def _of_training(run: Run, scored: dict[ModelFile, _Scored]) -> dict[str, Comparison]:
-    pairs = {file.member.name: (file.member.file(Variant.FP32), file) for file in scored if file.is_before_training}
+def _of_training(run: Run, scored: dict[ScoredFile, _Scored]) -> dict[str, Comparison]:
+    pairs = {file.member.name: (file.member.file(Variant.FP32), file) for file in scored if _is_before_training(file)}
     return {
         name: scored[trained].resampled.beside(scored[pruned].resampled, run.task.metric_name)
         for name, (trained, pruned) in pairs.items()

@@ -16,7 +16,7 @@ class FileUncertainty(BaseModel):
     outcomes_hash: str  # of the outcomes that this was computed from
     intervals: dict[str, tuple[float, float]]  # 95 %, by metric
     of_dense: dict[str, Comparison] = Field(default_factory=dict)  # by metric; empty for the dense file itself
-    of_source: Comparison | None = None  # primary metric of an INT8 file beside the float32 file it was made from
+    of_source: Comparison | None = None  # primary metric of an INT8 or GGUF file beside the float32 one
 
 
 class Uncertainty(Artifact):
