@@ -192,6 +192,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "compress.int8.embeddings": (False, {"quantise"}),
     "compress.int8.max_loss": (0.02, {"quantise"}),
     "compress.int8.max_fp32_share": (0.4, {"quantise"}),
+    "compress.int8.fallback": ("float32", set()),  # of causal language models
     "benchmark.rounds": (6, TIMED),
     "benchmark.processes": (3, TIMED),
     "benchmark.max_processes": (3, TIMED),
@@ -248,6 +249,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
 ANOTHER_RUN = {"name", "output_dir", "speedups", "model.task"}
 # Refused for encoders.
 OF_CAUSAL_MODELS = {"environment.workload.prefill", "environment.workload.decode", "export.gguf", "export.genai"}
+OF_CAUSAL_MODELS |= {"compress.int8.weight_only_4"}
 
 
 def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(
