@@ -38,7 +38,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         looked_at = run.data.encode(rows)
         divergence = divergence_from(run.task, model, looked_at)
         onnx = member.folder / Variant.FP32.onnx_file
-        names = linear_names(onnx)
+        names = linear_names(onnx) if is_causal else ()
         if member is run.dense_member and names:
             check_patterns(names, patterns)
         groups = linear_groups(model, names) if is_causal else None
