@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from exporters.gguf import GgufSettings, export_gguf
     from exporters.heads import EmbeddingModel
     from exporters.integer_matmul import to_integer_matmul
+    from exporters.nbits_matmul import to_nbits_matmul
     from exporters.parity import ParityMismatch, check_parity
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "input_names",
     "max_tokens",
     "to_integer_matmul",
+    "to_nbits_matmul",
     "write_genai_config",
 ]
 
@@ -61,6 +63,7 @@ _HOMES = {
     "gguf": ("GgufSettings", "export_gguf"),
     "heads": ("EmbeddingModel",),
     "integer_matmul": ("to_integer_matmul",),
+    "nbits_matmul": ("to_nbits_matmul",),
     "parity": ("ParityMismatch", "check_parity"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.reports import FinishedRun, benchmark_record, finished_run, int8_record, variant
-from ziplm_deploy.compression.records import int8_note
+from ziplm_deploy.compression.records import facts_of, int8_note, spared_from_int8
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.engines.trial import RefusedFiles
 from ziplm_deploy.errors import CorruptArtifactError
@@ -189,6 +189,20 @@ def test_notes_name_the_linears_that_they_are_about() -> None:
     assert int8_note("2x int8", int8_record(), 0.01) == int8_note("2x int8", int8_record(**outliers), 0.01) == ""
     kept = int8_note("2x int8", int8_record(fp32_linears=["a", "b"]), 0.01)
     assert kept == "2x int8: stayed float32 to hold the accuracy budget: a, b"
+    eight = {"a": 8, "b": 8, "c": 4}  # four bits are asked for, not spared
+    spared = int8_note("2x int8", int8_record(weight_only=eight), 0.01)
+    assert spared == "2x int8: became weight-only 8-bit to hold the accuracy budget: a, b"
+    lost = int8_note("2x int8", int8_record(weight_only=eight, within_budget=False), 0.01)
+    assert "with 2 of 12 linears in weight-only 8-bit form: a, b; most sensitive" in lost
+    assert facts_of(None, int8_record(weight_only=eight)) == {
+        "INT8": "static, 8-bit weights",
+        "weight-only 8-bit": "2 of 12 linears",
+        "weight-only 4-bit": "1 of 12 linears",
+    }
+    assert spared_from_int8(int8_record(weight_only=eight)).startswith(
+        "2 of 12 linears became weight-only 8-bit to hold"
+    )
+    assert spared_from_int8(int8_record(weight_only={"c": 4})) == ""
     unjudged = int8_record(**outliers, reference_score=None, scores=[], within_budget=None)
     assert "outliers ruin c, d, and nothing judged its accuracy" in int8_note("2x int8", unjudged, 0.01)
     lost = int8_record(**outliers, scores=[0.7, 0.71], fp32_linears=["a"], within_budget=False)

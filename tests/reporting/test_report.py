@@ -25,7 +25,7 @@ from tests.helpers.reports import (
     plan,
 )
 from ziplm_deploy.cli import console
-from ziplm_deploy.compression.records import kept_in_float32
+from ziplm_deploy.compression.records import spared_from_int8
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 from ziplm_deploy.latency.statistics import Ratio
@@ -80,7 +80,7 @@ def test_open_intervals_and_noise_leave_a_verdict_undecided() -> None:
 
 
 def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the_table() -> None:
-    slowed_by = kept_in_float32(int8_record(fp32_linears=["a", "b", "c"]))
+    slowed_by = spared_from_int8(int8_record(fp32_linears=["a", "b", "c"]))
     for corrections in (0, 1, 3):
         verdict, reason = judge(around(1.9), QUIET, 2.0, SETTINGS, corrections, largest=4.0, slowed_by=slowed_by)
         assert verdict == "missed"
@@ -89,7 +89,7 @@ def test_linears_in_float32_are_the_reason_before_corrections_but_not_before_the
     assert "latency table" in judge(around(1.9), QUIET, 5.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
     assert judge(around(2.0), QUIET, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by) == ("reached", "")
     assert "3 corrections" in judge(around(2.3), QUIET, 2.0, SETTINGS, 3, largest=4.0, slowed_by=slowed_by)[1]
-    assert kept_in_float32(int8_record()) == kept_in_float32(None) == ""
+    assert spared_from_int8(int8_record()) == spared_from_int8(None) == ""
 
 
 def test_a_member_that_training_made_worse_is_named() -> None:

@@ -244,7 +244,7 @@ class SlowedMachine(Machine):
         self.recipe.compress = SimpleNamespace(target=Variant.INT8)
         monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: self.measure()))
         monkeypatch.setattr(closed_loop, "int8_record", lambda file: file.member.name)
-        monkeypatch.setattr(closed_loop, "kept_in_float32", lambda name: kept if name == "4x" else "")
+        monkeypatch.setattr(closed_loop, "spared_from_int8", lambda name: kept if name == "4x" else "")
 
     def final(self) -> Any:
         def measured(name: str) -> float:

@@ -192,6 +192,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "compress.int8.embeddings": (False, {"quantise"}),
     "compress.int8.max_loss": (0.02, {"quantise"}),
     "compress.int8.max_fp32_share": (0.4, {"quantise"}),
+    "compress.int8.fallback": ("float32", set()),  # of causal language models
     "benchmark.rounds": (6, TIMED),
     "benchmark.processes": (3, TIMED),
     "benchmark.max_processes": (3, TIMED),
@@ -253,6 +254,7 @@ OF_CAUSAL_MODELS = {
     "export.gguf",
     "export.genai",
     "benchmark.engines",
+    "compress.int8.weight_only_4",
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from tests.helpers.pipeline import causal_recipe, save_causal, written_again
 from ziplm_deploy import load_runner
 from ziplm_deploy.compression.int8.quantize import quantized_linears
+from ziplm_deploy.compression.int8.weight_only import weight_only_linears
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import DataError
@@ -135,7 +136,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("causal-trained")
     save_causal(folder, "gpt2")
     training = {"mode": "one-shot", "max_steps": 40, "batch_size": 4, "learning_rate": 2e-3, "task_weight": 0.1}
-    compress = {"variants": ["int8"], "int8": {"max_loss": 0.02}}
+    compress = {"variants": ["int8"], "int8": {"max_loss": 0.02, "weight_only_4": ["*.feed_forward.up"]}}
     search = {"search": {"context": 8}}
     run_pipeline(parse_recipe(causal_recipe(folder, recover=training, compress=compress, prune=search)))
     return folder / "runs" / "tiny"
@@ -161,9 +162,17 @@ def test_int8_files_are_scored_as_they_are(trained: Path) -> None:
     record = Int8Record.load(trained / "compression" / "1.5x" / "int8.json")
     assert record.method == "dynamic"
     assert {"head", "layers.0.attention.qkv"} <= {row.name for row in record.sensitivities}
-    assert set(quantized_linears(folder / "model_int8.onnx")) == {row.name for row in record.sensitivities} - set(
-        record.fp32_linears
-    )
+    names, others = {row.name for row in record.sensitivities}, set(record.fp32_linears) | record.weight_only.keys()
+    assert set(quantized_linears(folder / "model_int8.onnx")) == names - others
+    assert weight_only_linears(folder / "model_int8.onnx") == record.weight_only
+    asked = {name for name in names if name.endswith("feed_forward.up")}
+    assert asked <= others
+    assert asked >= {name for name, bits in record.weight_only.items() if bits == 4}
+    report = FamilyReport.load(trained / "report.json")
+    facts = next(file for file in report.members[1].files if file.file == "model_int8.onnx").facts
+    for bits in set(record.weight_only.values()):
+        count = list(record.weight_only.values()).count(bits)
+        assert facts[f"weight-only {bits}-bit"] == f"{count} of {len(names)} linears"
     before, after = (Scores.load(folder / name).scores for name in ("accuracy.json", "accuracy_int8.json"))
     assert after["inverse_perplexity"] == pytest.approx(before["inverse_perplexity"], rel=0.05)
     assert after["divergence"] != before["divergence"]

@@ -17,7 +17,7 @@ from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.compression.int8 import budget as int8_budget
 from ziplm_deploy.compression.int8 import embeddings as int8_embeddings
-from ziplm_deploy.compression.int8.budget import Fp32Choice
+from ziplm_deploy.compression.int8.budget import Spared, SparedChoice
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings
 from ziplm_deploy.compression.int8.neural_compressor import NeuralCompressorResult
 from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
@@ -169,9 +169,9 @@ def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made:
 def test_a_target_that_float32_linears_cost_is_solved_again(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> Fp32Choice:
+    def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> SparedChoice:
         kept = tuple(row.name for row in rows[: min(2, len(rows) - 1)])  # a noisy table may leave few linears
-        return Fp32Choice(kept, evaluate(kept), reference, ((2, reference),), True)
+        return SparedChoice(Spared(kept), evaluate(Spared(kept)), reference, ((2, reference),), True)
 
     plans: list[PruningPlan] = []
 
@@ -182,7 +182,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
         record.variant("1.5x int8").__dict__.update(figures)
         return record
 
-    monkeypatch.setattr(int8_budget, "keep_in_fp32", keep_two)
+    monkeypatch.setattr(int8_budget, "spare_linears", keep_two)
     stage = Stage("benchmark", benchmark_stage.STAGE.describe, slower_at_first)
     monkeypatch.setattr(benchmark_stage, "STAGE", stage)
     run(for_int8(made, tmp_path, {**STATIC, "max_fp32_share": 0.5}))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ziplm_deploy.artifacts import Artifact
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.recovery.record import TrainingRecord
 
+_BECAME = {"float32": "stayed float32", "weight-only 8-bit form": "became weight-only 8-bit"}
+
 
 class LinearSensitivity(BaseModel):
-    """A linear, and what changes if it alone computes in INT8."""
+    """A linear, and what changes if it alone computes in INT8, or has 4-bit weights where the recipe says so."""
 
     name: str
     divergence: float  # of the model's answers from those before INT8
@@ -45,6 +47,8 @@ class Int8Record(Artifact):
     embeddings: bool = False  # word embeddings in 8 bits, too; files from before: float32
     n_linears: int
     fp32_linears: list[str]  # stayed float32 to hold the budget
+    # Bits a weight: 8 to hold the budget, 4 because the recipe asks.
+    weight_only: dict[str, int] = Field(default_factory=dict)
     reference_score: float | None  # of the file before INT8; None: no evaluation data, so no budget
     scores: list[float]  # of the candidates, in the order in which they were tried
     within_budget: bool | None  # by the examples that chose
@@ -74,34 +78,52 @@ def outside_budget(record: Int8Record | None, served_score: float | None = None,
     return ""
 
 
-def kept_in_float32(record: Int8Record | None) -> str:
-    """Why a file is slower than INT8 throughout; empty if no linear stayed float32."""
-    if record is None or not record.fp32_linears:
+def spared_from_int8(record: Int8Record | None) -> str:
+    """Why a file is slower than INT8 throughout; empty if no linear was spared to hold the budget."""
+    spared = {} if record is None else _spared(record)
+    if record is None or not spared:
         return ""
-    return (
-        f"{len(record.fp32_linears)} of {record.n_linears} linears stayed float32 to hold the accuracy budget; raise "
-        "compress.int8.max_loss or lower max_fp32_share"
+    counts = " and ".join(
+        f"{len(names)} of {record.n_linears} linears {_BECAME[form]}" for form, names in spared.items()
     )
+    return f"{counts} to hold the accuracy budget; raise compress.int8.max_loss or lower max_fp32_share"
+
+
+def _spared(record: Int8Record) -> dict[str, list[str]]:
+    """Linears that are not INT8 so that the budget holds, by their form."""
+    eight = [name for name, bits in record.weight_only.items() if bits == 8]
+    forms = {"float32": record.fp32_linears, "weight-only 8-bit form": eight}
+    return {form: names for form, names in forms.items() if names}
 
 
 def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
     """What to know about an INT8 file, with the names of the linears it is about; empty if nothing."""
     outliers = f"outliers ruin {', '.join(record.ruined_by_outliers)}" if record.ruined_by_outliers else ""
-    kept = f": {', '.join(record.fp32_linears)}" if record.fp32_linears else ""
+    spared = _spared(record)
+    kept = "; ".join(
+        f"{_BECAME[form]} to hold the accuracy budget: {', '.join(names)}" for form, names in spared.items()
+    )
     if record.within_budget is False:
         why = outliers or f"most sensitive are {', '.join(row.name for row in record.sensitivities[:3])}"
         embeddings = ", int8.embeddings: false" if record.embeddings else ""
         return (
             f"{title}: {max(record.scores):.4f} is outside the accuracy budget (max_loss {max_loss:g} of "
             f"{record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
-            f"{len(record.fp32_linears)} of {record.n_linears} linears in float32{kept}; {why}; try "
-            f"int8.method qat{embeddings}, or a larger max_fp32_share"
+            f"{_counted(record)}; {why}; try int8.method qat{embeddings}, or a larger max_fp32_share"
         )
     if kept:
-        return f"{title}: stayed float32 to hold the accuracy budget{kept}"
+        return f"{title}: {kept}"
     if outliers and record.within_budget is None:
         return f"{title}: {outliers}, and nothing judged its accuracy; give data.evaluation, or try int8.method qat"
     return ""
+
+
+def _counted(record: Int8Record) -> str:
+    counts = [
+        f"{len(names)} of {record.n_linears} linears in {form}: {', '.join(names)}"
+        for form, names in _spared(record).items()
+    ]
+    return " and ".join(counts) or f"0 of {record.n_linears} linears in float32"
 
 
 def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[str, str]:
@@ -115,6 +137,9 @@ def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[s
         facts["INT8"] = f"{int8.method}{by}, {int8.weight_bits}-bit weights{embeddings}"
         if int8.fp32_linears:
             facts["float32"] = f"{len(int8.fp32_linears)} of {int8.n_linears} linears"
+        for bits in sorted(set(int8.weight_only.values()), reverse=True):
+            count = list(int8.weight_only.values()).count(bits)
+            facts[f"weight-only {bits}-bit"] = f"{count} of {int8.n_linears} linears"
         if int8.n_choosing is not None:
             looks = f"{len(int8.scores)} look{'s' if len(int8.scores) > 1 else ''}"
             facts["chosen by"] = f"{looks} at {int8.n_choosing} examples"

@@ -15,16 +15,38 @@ from ziplm_deploy.compression.int8.embeddings import round_embeddings_of
 from ziplm_deploy.compression.int8.quantize import linear_names, quantize
 from ziplm_deploy.compression.int8.scales import default_reduce_range
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.int8.weight_only import asked_bits, has_bits
 from ziplm_deploy.compression.sparsity.masks import random_masks
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.models.deployed import Treatment
 from ziplm_deploy.recipe import Int8Config, Recipe, Variant
 
 
 def served_int8(recipe: Recipe) -> Int8Config:
-    """INT8 settings as the engine can run them: DeepSparse's fast kernels take one weight scale for each tensor."""
+    """INT8 settings as the engine can run them: DeepSparse's fast kernels take one weight scale for each tensor.
+
+    ``fallback`` is ``weight-only-8``, or None for float32.
+    """
     per_channel = recipe.compress.int8.per_channel and recipe.environment.engine != "deepsparse"
-    return recipe.compress.int8.model_copy(update={"per_channel": per_channel})
+    fallback = "weight-only-8" if spares_weight_only(recipe) else None
+    return recipe.compress.int8.model_copy(update={"per_channel": per_channel, "fallback": fallback})
+
+
+def spares_weight_only(recipe: Recipe) -> bool:
+    """Whether linears that INT8 hurts too much become weight-only 8-bit: as asked for, or where that pays."""
+    return recipe.compress.int8.fallback == "weight-only-8" or (
+        suits_weight_only(recipe) and has_bits(get_engine("onnxruntime").version(), 8)
+    )
+
+
+def suits_weight_only(recipe: Recipe) -> bool:
+    """Whether weight-only 8-bit linears would be the default fallback in a release of ONNX Runtime that has them.
+
+    In decode steps they read a quarter of what float32 linears read; in prefill they compute slower.
+    """
+    decodes = recipe.compress.int8.fallback is None and bool(recipe.environment.workload.decode)
+    return decodes and recipe.compress.int8.has_weight_only_forms and recipe.export.cache_form != "portable"
 
 
 def reduces_range(config: Int8Config) -> bool:
@@ -47,6 +69,8 @@ def target_treatment(recipe: Recipe) -> Treatment | None:
         scales = "scale for each output" if timed.per_channel else "scale for each tensor"
         embeddings = ", 8-bit embeddings" if timed.embeddings else ""
         words.append(f"{timed.method} INT8, {7 if reduces_range(int8) else 8}-bit weights, {scales}{embeddings}")
+        if timed.weight_only_4:
+            words.append(f"4-bit weights of {', '.join(timed.weight_only_4)}")
 
     def prepare(model: nn.Module) -> nn.Module:
         if variant.is_sparse:
@@ -56,13 +80,15 @@ def target_treatment(recipe: Recipe) -> Treatment | None:
     def finish(path: Path, inputs: Mapping[str, Tensor]) -> None:
         if not variant.is_int8:
             return
-        if linear_names(path):
+        names = linear_names(path)
+        if names:
             batch = {name: value.numpy() for name, value in inputs.items()}
             quantize(
                 path,
                 path,
                 Int8Settings(timed, recipe.environment.engine, reduces_range(int8)),
                 batches=[] if timed.method == "dynamic" else [batch],
+                weight_only=asked_bits(names, timed.weight_only_4),
             )
         elif timed.embeddings:
             round_embeddings_of(path)

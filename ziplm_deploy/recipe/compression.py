@@ -65,6 +65,33 @@ class Int8Config(Frozen):
     max_fp32_share: float = Field(
         0.5, ge=0, le=1, description="At most this share of the linears stays float32 to hold `max_loss`."
     )
+    fallback: Literal["float32", "weight-only-8"] | None = Field(
+        None,
+        exclude_if=lambda form: form is None,
+        description="Text-generation: what linears are that INT8 hurts too much, up to `max_fp32_share`. "
+        "`weight-only-8` reads a quarter of the bytes in each decode step, but is slower in prefill. Default: that one "
+        "where requests decode and ONNX Runtime has it, else float32.",
+    )
+    weight_only_4: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda patterns: not patterns,
+        description="Text-generation: linears with 4-bit weights in place of INT8, by their names in the file or by "
+        "patterns such as `*.feed_forward.up`; those that hurt most still get what `fallback` says.",
+    )
+
+    @model_validator(mode="after")
+    def _weight_only_is_dynamic(self) -> Int8Config:
+        asked = "weight_only_4" if self.weight_only_4 else "fallback weight-only-8"
+        if (self.weight_only_4 or self.fallback == "weight-only-8") and not self.has_weight_only_forms:
+            raise ValueError(
+                f"int8.{asked} needs method: dynamic and backend: onnxruntime, found {self.method} and {self.backend}"
+            )
+        return self
+
+    @property
+    def has_weight_only_forms(self) -> bool:
+        """Whether linears can have weight-only forms beside INT8."""
+        return self.method == "dynamic" and self.backend == "onnxruntime"
 
 
 class CompressTrainConfig(TrainConfig):

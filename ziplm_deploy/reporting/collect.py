@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
-from ziplm_deploy.compression.records import facts_of, int8_note, kept_in_float32
+from ziplm_deploy.compression.records import facts_of, int8_note, spared_from_int8
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
@@ -150,7 +150,7 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
 def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Variant) -> tuple[str, str]:
     settings = family.recipe.benchmark
     served = next(file for file in member.files if file.variant is variant)
-    slowed_by = kept_in_float32(served.int8) or was_fast_enough(member.speedup_in_loop, target, settings)
+    slowed_by = spared_from_int8(served.int8) or was_fast_enough(member.speedup_in_loop, target, settings)
     largest = family.table.largest_speedup()
     verdict, reason = judge(
         served.timing.ratio, family.record.itself, target, settings, member.corrections, largest, slowed_by

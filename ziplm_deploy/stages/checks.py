@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from exporters import max_tokens
+from ziplm_deploy.compression.int8.weight_only import check_bits
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
-from ziplm_deploy.recipe import Recipe, TrainConfig, Variant
+from ziplm_deploy.recipe import CompressConfig, Recipe, TrainConfig, Variant
 from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.data_notes import leave_data_notes
@@ -20,10 +22,23 @@ def check_compression(recipe: Recipe) -> None:
     """Refuse settings of ``compress`` that cannot work here.
 
     Raises:
-        EngineError: neural-compressor is not set up, or of another version; says which command brings it.
+        EngineError: neural-compressor is not set up, or of another version; says which command brings it. ONNX Runtime
+            has no weight-only linears of the bits that are asked for.
     """
     if recipe.compress.makes_int8 and recipe.compress.int8.backend == "neural-compressor":
         NEURAL_COMPRESSOR.check()
+    for bits, field in _weight_only_fields(recipe.compress).items():
+        if recipe.compress.makes_int8:
+            check_bits(get_engine("onnxruntime").version(), bits, field)
+
+
+def _weight_only_fields(compress: CompressConfig) -> dict[int, str]:
+    """Fields that ask for weight-only linears, by the bits."""
+    asked = {
+        8: ("fallback", compress.int8.fallback == "weight-only-8"),
+        4: ("weight_only_4", compress.int8.weight_only_4),
+    }
+    return {bits: f"compress.int8.{field}" for bits, (field, is_asked) in asked.items() if is_asked}
 
 
 def check_task(recipe: Recipe) -> None:
@@ -32,14 +47,24 @@ def check_task(recipe: Recipe) -> None:
     Raises:
         RecipeError: a causal language model with what is made for encoders only, or the other way round.
     """
-    export = recipe.export
+    export, weight_only = recipe.export, list(_weight_only_fields(recipe.compress).values())
     if not TASKS[recipe.model.task].is_causal:
+        if weight_only:
+            raise RecipeError(
+                f"expected no weight-only linears for {recipe.model.task}, found {weight_only[0]}: they are those of "
+                "causal language models; leave the field out"
+            )
         if export.gguf is not None or export.genai:
             raise RecipeError(
                 f"expected no export.gguf and no export.genai for {recipe.model.task}, found one: such files are those "
                 "of causal language models; leave the field out"
             )
         return
+    if weight_only and export.cache_form == "portable":
+        raise RecipeError(
+            f"expected export.cache_form onnxruntime for {weight_only[0]}, found portable: weight-only linears are "
+            "MatMulNBits, an operator of ONNX Runtime alone; change one of them"
+        )
     if export.genai and export.cache_form == "portable":
         raise RecipeError(
             "expected export.cache_form onnxruntime for export.genai, found portable: onnxruntime-genai needs the "

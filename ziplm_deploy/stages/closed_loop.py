@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ziplm_deploy.compression.records import kept_in_float32
+from ziplm_deploy.compression.records import spared_from_int8
 from ziplm_deploy.errors import EngineError, TargetUnreachableError
 from ziplm_deploy.latency.benchmark import STEERING_PROCESSES
 from ziplm_deploy.latency.record import BenchmarkRecord
@@ -119,7 +119,7 @@ def _compensate_float32(run: Run, member: PrunedMember, record: BenchmarkRecord)
     before = run.folder.correction(member.name, key) or Correction(member.target)
     measured = record.variant(file.label).ratio
     missed = outcome(measured, member.target, run.recipe.benchmark) == "missed"
-    if not missed or not kept_in_float32(int8_record(file)) or before.float32_restarts == MAX_FLOAT32_RESTARTS:
+    if not missed or not spared_from_int8(int8_record(file)) or before.float32_restarts == MAX_FLOAT32_RESTARTS:
         return False
     aim = before.predicted_target * MARGIN * member.target / measured.value
     if not is_reachable(run, member, aim):

@@ -14,8 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from exporters import ExportError, to_integer_matmul
+from exporters.nbits_matmul import OLDEST_ENGINE
 from ziplm_deploy.artifacts import atomic_path, content_key
-from ziplm_deploy.compression.int8.budget import Fp32Choice, within_budget
+from ziplm_deploy.compression.int8.budget import Spared, SparedChoice, within_budget
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings_of
 from ziplm_deploy.compression.int8.fake_quant import (
     insert_fake_quant,
@@ -29,9 +30,10 @@ from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
 from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.int8.weight_only import asked_bits, weight_only_linears
 from ziplm_deploy.compression.records import Int8Record, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
-from ziplm_deploy.compression.treatment import reduces_range, served_int8
+from ziplm_deploy.compression.treatment import reduces_range, served_int8, suits_weight_only
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import distributed
@@ -108,6 +110,11 @@ class _Quantization:
 
     def make(self) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
+        if suits_weight_only(self.run.recipe) and self.config.fallback is None:
+            self.run.progress.note(
+                f"{self.file.label}: linears that INT8 hurts stay float32; onnxruntime from {OLDEST_ENGINE[8]} on has "
+                "weight-only ones of 8 bits, which decode faster"
+            )
         model = load(self.source)
         with tempfile.TemporaryDirectory(prefix="int8-", dir=scratch_root()) as scratch:
             made = Path(scratch) / "made.onnx"
@@ -126,12 +133,12 @@ class _Quantization:
             if self.file.variant.is_sparse:
                 check_masks_in_onnx(made, model)
             _publish(made, self.file.onnx)
-            found = self._record(choice, training, has_rounded_embeddings(made), judge)
+            found = self._record(choice, training, has_rounded_embeddings(made), judge, weight_only_linears(made))
         found.save(self.file.int8_record)
 
     def _make(
         self, model: nn.Module, made: Path, scratch: Path, judge: BudgetJudge | None
-    ) -> tuple[TrainingRecord | None, Fp32Choice | None]:
+    ) -> tuple[TrainingRecord | None, SparedChoice | None]:
         """Write the file, as the first process; all of them train."""
         run, onnx, batches = self.run, self.source / Variant.FP32.onnx_file, self.run.data.ranges_batches
         training: TrainingRecord | None = None
@@ -141,7 +148,7 @@ class _Quantization:
             onnx = scratch / Variant.FP32.onnx_file
             difference = export_checked(run, model, onnx, f"{self.file.label}, trained")
             run.folder.set_difference(quantization_stage(self.file), difference)
-        choice: Fp32Choice | None = None
+        choice: SparedChoice | None = None
         if distributed.is_first():
             calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
             if self.config.backend == "neural-compressor":
@@ -168,25 +175,31 @@ class _Quantization:
         destination: Path,
         ranges: Ranges,
         judge: BudgetJudge | None,
-    ) -> Fp32Choice | None:
-        """Write the file with as few linears in float32 as the budget needs; None: nothing to judge it by."""
+    ) -> SparedChoice | None:
+        """Write the file with as few linears spared as the budget needs; None: nothing to judge it by."""
+        asked = asked_bits((row.name for row in self.sensitivities), self.config.weight_only_4)
 
-        def write(keep: tuple[str, ...], path: Path) -> None:
+        def write(spared: Spared, path: Path) -> None:
+            keep = spared.names if spared.form == "float32" else ()
+            weight_only = {name: bits for name, bits in asked.items() if name not in spared.names}
+            if spared.form == "weight-only-8":
+                weight_only |= dict.fromkeys(spared.names, 8)
             quantize(
                 onnx,
                 path,
                 self.settings,
                 keep_fp32=keep,
                 ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
+                weight_only=weight_only,
             )
 
         if judge is None:
-            write((), destination)
+            write(Spared(), destination)
             return None
         title = self.file.label
 
-        def tried(count: int, score: float) -> None:
-            self.run.progress.note(f"{title}: {score:.4f} with {count} linears in float32")
+        def tried(spared: Spared, score: float) -> None:
+            self.run.progress.note(f"{title}: {score:.4f} with {len(spared.names)} linears in {spared.form}")
 
         return within_budget(
             destination, write, judge.score, self.sensitivities, judge.reference_score, self.config, tried
@@ -206,7 +219,7 @@ class _Quantization:
         destination: Path,
         ranges: dict[str, ActivationRange] | None,
         judge: BudgetJudge | None,
-    ) -> Fp32Choice | None:
+    ) -> SparedChoice | None:
         """The file as neural-compressor tunes it; its candidates are scored by ONNX Runtime."""
         scores: list[float] = []
         with tempfile.TemporaryDirectory(prefix="int8-", dir=scratch_root()) as folder:
@@ -250,14 +263,15 @@ class _Quantization:
         reference, *tried = scores
         kept = result.fp32_linears
         counted = tuple((len(kept), score) for score in tried)
-        return Fp32Choice(kept, max(tried), reference, counted, within_budget=bool(result.met))
+        return SparedChoice(Spared(kept), max(tried), reference, counted, within_budget=bool(result.met))
 
     def _record(
         self,
-        choice: Fp32Choice | None,
+        choice: SparedChoice | None,
         training: TrainingRecord | None,
         embeddings: bool,
         judge: BudgetJudge | None = None,
+        weight_only: dict[str, int] | None = None,
     ) -> Int8Record:
         judged: dict[str, Any] = {}
         if judge is not None and choice is not None:
@@ -275,7 +289,8 @@ class _Quantization:
             weight_bits=self.settings.weight_bits,
             embeddings=embeddings,
             n_linears=len(self.sensitivities),
-            fp32_linears=[] if choice is None else list(choice.kept),
+            fp32_linears=[] if choice is None or choice.spared.form != "float32" else list(choice.spared.names),
+            weight_only=weight_only or {},
             reference_score=None if choice is None else choice.reference_score,
             scores=[] if choice is None else [score for _, score in choice.tried],
             within_budget=None if choice is None else choice.within_budget,

@@ -10,6 +10,7 @@ from ziplm_deploy.compression.int8.causal import linear_groups
 from ziplm_deploy.compression.int8.quantize import linear_names
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.int8.weight_only import asked_bits, check_patterns
 from ziplm_deploy.compression.records import LinearRanking, LinearSensitivity
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
@@ -29,6 +30,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
     is_causal = run.task.is_causal
     most, cut = (LOOKED_AT_WINDOWS, {"window": WINDOW}) if is_causal else (LOOKED_AT, {})
     n_examples = min(most, run.recipe.compress.int8.n_calibration)
+    patterns = settings.config.weight_only_4
 
     def work() -> None:
         model = load(member.folder)
@@ -36,8 +38,20 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         looked_at = run.data.encode(rows)
         divergence = divergence_from(run.task, model, looked_at)
         onnx = member.folder / Variant.FP32.onnx_file
-        groups = linear_groups(model, linear_names(onnx)) if is_causal else None
-        ranked = rank_linears(model, looked_at, divergence, settings, progress=run.progress.step, groups=groups)
+        names = linear_names(onnx) if is_causal else ()
+        if member is run.dense_member and names:
+            check_patterns(names, patterns)
+        groups = linear_groups(model, names) if is_causal else None
+        weight_only = asked_bits(names, patterns)
+        ranked = rank_linears(
+            model,
+            looked_at,
+            divergence,
+            settings,
+            progress=run.progress.step,
+            groups=groups,
+            weight_only=weight_only,
+        )
         linears = [LinearSensitivity(**asdict(row)) for row in ranked]
         LinearRanking(linears=linears).save(member.linear_ranking)
 
@@ -48,6 +62,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         calibration=run.data.calibration_key,
         n_examples=n_examples,
         **cut,
+        **({"weight_only_4": patterns} if patterns else {}),
     )
     run.folder.make(f"rank linears {member.name}", key, [member.linear_ranking], work)
     return [SensitivityRow(**row.model_dump()) for row in LinearRanking.load(member.linear_ranking).linears]

@@ -1,4 +1,7 @@
-"""The accuracy budget of an INT8 file: as few linears in float32 as hold it, the most sensitive ones first."""
+"""The accuracy budget of an INT8 file: as few linears spared from INT8 as hold it, the most sensitive ones first.
+
+What is spared becomes weight-only 8-bit where the settings say so, and float32 where that does not hold the budget.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,36 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.errors import NumericalError, UsageError
 from ziplm_deploy.recipe import Int8Config
 
-Write = Callable[[tuple[str, ...], Path], None]  # the file with these linears in float32
+Fallback = Literal["float32", "weight-only-8"]
+
+
+@dataclass(frozen=True)
+class Spared:
+    """Linears that do not compute in INT8, and what they are in its place."""
+
+    names: tuple[str, ...] = ()
+    form: Fallback = "float32"
+
+
+Write = Callable[[Spared, Path], None]
 Judge = Callable[[Path], float]  # score of a file, the higher, the better
 
 
 @dataclass(frozen=True)
-class Fp32Choice:
-    """Which linears stay float32, and whether that holds the budget.
+class SparedChoice:
+    """Which linears are spared from INT8, and whether that holds the budget.
 
-    ``tried``: (number kept, score) in the order of the search. If the budget does not hold, ``kept`` is what scored
+    ``tried``: (number spared, score) in the order of the search. If the budget does not hold, ``spared`` is what scored
     best, with the fewest linears.
     """
 
-    kept: tuple[str, ...]
+    spared: Spared
     score: float
     reference_score: float
     tried: tuple[tuple[int, float], ...]
@@ -38,9 +53,9 @@ def within_budget(
     ranking: Sequence[SensitivityRow],
     reference_score: float,
     config: Int8Config,
-    tried: Callable[[int, float], None] | None = None,
-) -> Fp32Choice:
-    """Write ``destination`` with as few linears in float32 as the budget needs, see :func:`keep_in_fp32`.
+    tried: Callable[[Spared, float], None] | None = None,
+) -> SparedChoice:
+    """Write ``destination`` with as few linears spared from INT8 as the budget needs, see :func:`spare_linears`.
 
     Candidates lie in a folder beside ``destination`` until the chosen one takes its place; nothing else is left.
 
@@ -49,40 +64,41 @@ def within_budget(
         judge: called once for each candidate, after it was written.
         ranking: the most sensitive first, as ``rank_linears`` returns them.
         reference_score: of the model before INT8, by the same measure.
-        tried: called with (linears in float32, score) after each candidate.
+        tried: called with (what was spared, score) after each candidate.
 
     Raises:
         UsageError: no ranking.  NumericalError: a score is not finite.
     """
     with tempfile.TemporaryDirectory(prefix=".candidates-", suffix=".tmp", dir=destination.parent) as folder:
-        candidates: dict[tuple[str, ...], Path] = {}
+        candidates: dict[Spared, Path] = {}
 
-        def evaluate(kept: tuple[str, ...]) -> float:
-            candidates[kept] = Path(folder) / f"candidate-{len(candidates)}.onnx"
-            write(kept, candidates[kept])
-            score = judge(candidates[kept])
+        def evaluate(spared: Spared) -> float:
+            candidates[spared] = Path(folder) / f"candidate-{len(candidates)}.onnx"
+            write(spared, candidates[spared])
+            score = judge(candidates[spared])
             if tried is not None:
-                tried(len(kept), score)
+                tried(spared, score)
             return score
 
-        choice = keep_in_fp32(ranking, evaluate, reference_score, config)
-        candidates[choice.kept].replace(destination)
+        choice = spare_linears(ranking, evaluate, reference_score, config)
+        candidates[choice.spared].replace(destination)
     return choice
 
 
-def keep_in_fp32(
+def spare_linears(
     ranking: Sequence[SensitivityRow],
-    evaluate: Callable[[tuple[str, ...]], float],
+    evaluate: Callable[[Spared], float],
     reference_score: float,
     config: Int8Config,
-) -> Fp32Choice:
-    """Leave 0, 1, 2, 4, … of the most sensitive linears in float32 until the loss is within ``config.max_loss``.
+) -> SparedChoice:
+    """Spare 0, 1, 2, 4, … of the most sensitive linears until the loss is within ``config.max_loss``.
 
-    The last number tried is ``config.max_fp32_share`` of the linears, or all but one.
+    The last number tried is ``config.max_fp32_share`` of the linears, or all but one. They become what
+    ``config.fallback`` says; if the last number is not enough as weight-only, it is tried in float32, too.
 
     Args:
         ranking: the most sensitive first, as ``rank_linears`` returns them.
-        evaluate: score, higher is better, of the quantized file with these linears in float32.
+        evaluate: score, higher is better, of the quantized file with these linears spared.
         reference_score: of the model before INT8.
 
     Raises:
@@ -91,16 +107,29 @@ def keep_in_fp32(
     if not ranking:
         raise UsageError("expected linears to choose from, found none; rank them by their sensitivity first")
     _check_score("of the model before INT8", reference_score)
-    names = tuple(row.name for row in ranking)
-    tried: list[tuple[int, float]] = []
-    for count in _counts(min(int(config.max_fp32_share * len(names)), len(names) - 1)):
-        score = evaluate(names[:count])
-        _check_score(f"with {count} linear(s) in float32", score)
-        tried.append((count, score))
+    tried: list[tuple[Spared, float]] = []
+
+    def choice(spared: Spared, score: float, holds: bool) -> SparedChoice:
+        counts = tuple((len(each.names), found) for each, found in tried)
+        return SparedChoice(spared, score, reference_score, counts, within_budget=holds)
+
+    for spared in _candidates(tuple(row.name for row in ranking), config):
+        score = evaluate(spared)
+        _check_score(f"with {len(spared.names)} linear(s) in {spared.form}", score)
+        tried.append((spared, score))
         if reference_score - score <= config.max_loss * abs(reference_score):
-            return Fp32Choice(names[:count], score, reference_score, tuple(tried), within_budget=True)
-    count, score = max(tried, key=lambda item: (item[1], -item[0]))
-    return Fp32Choice(names[:count], score, reference_score, tuple(tried), within_budget=False)
+            return choice(spared, score, holds=True)
+    best, score = max(tried, key=lambda item: (item[1], -len(item[0].names)))
+    return choice(best, score, holds=False)
+
+
+def _candidates(names: tuple[str, ...], config: Int8Config) -> Iterator[Spared]:
+    largest = min(int(config.max_fp32_share * len(names)), len(names) - 1)
+    form: Fallback = config.fallback or "float32"
+    for count in _counts(largest):
+        yield Spared(names[:count], form if count else "float32")
+    if largest and form != "float32":
+        yield Spared(names[:largest])
 
 
 def _check_score(what: str, score: float) -> None:

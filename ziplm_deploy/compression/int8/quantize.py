@@ -2,7 +2,8 @@
 
 Word embeddings are stored in 8 bits, too (:mod:`ziplm_deploy.compression.int8.embeddings`), unless the settings say no.
 
-``dynamic`` is ONNX Runtime's ``quantize_dynamic``. ``static`` and ``qat`` are written here as QuantizeLinear and
+``dynamic`` is ONNX Runtime's ``quantize_dynamic``; linears beside it can have weight-only forms
+(:mod:`ziplm_deploy.compression.int8.weight_only`). ``static`` and ``qat`` are written here as QuantizeLinear and
 DequantizeLinear around every linear, with the scales that ``quantize_static`` would choose. It is not called because it
 rounds a linear's input for *every* reader: the residual stream would pass through 8 bits, too.
 
@@ -41,6 +42,7 @@ from ziplm_deploy.compression.int8.scales import (
     weight_scales,
 )
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.int8.weight_only import write_weight_only
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.scratch import scratch_root
@@ -57,7 +59,7 @@ def linear_names(path: Path) -> tuple[str, ...]:
 
 
 def quantized_linears(path: Path) -> tuple[str, ...]:
-    """Linears of a file that compute in integers, of any form that :func:`quantize` writes.
+    """Linears of a file that are INT8, of any method of :func:`quantize`; weight-only ones are not.
 
     Raises:
         CorruptArtifactError: no ONNX file.
@@ -81,6 +83,7 @@ def quantize(
     batches: Sequence[ArrayBatch] = (),
     keep_fp32: Collection[str] = (),
     ranges: Mapping[str, ActivationRange | LinearScales] | None = None,
+    weight_only: Mapping[str, int] | None = None,
 ) -> None:
     """Write ``source`` with INT8 linears to ``destination``, in the form that the engine runs fast, or nothing at all.
 
@@ -89,10 +92,11 @@ def quantize(
         batches: calibration inputs by name, for ``static`` without ``ranges``.
         keep_fp32: module paths of linears that stay float32.
         ranges: by module path; spares the calibration (:func:`linear_ranges`) or is what ``qat`` learned.
+        weight_only: 8 or 4 bits by module path, for linears that get weight-only forms beside ``dynamic``.
 
     Raises:
         UsageError: the engine cannot run what is asked for, nothing is left to quantize, an unknown name in
-            ``keep_fp32``, or ``ranges`` that are missing or do not fit.
+            ``keep_fp32`` or ``weight_only``, one in both, or ``ranges`` that are missing or do not fit.
         DataError: no calibration batches, or batches that the model does not take.
         NumericalError: NaN or infinite weights or activations; names the linear.
         CorruptArtifactError: ``source`` is no ONNX file.  StorageError: ``destination`` cannot be written.
@@ -102,12 +106,16 @@ def quantize(
     config, model = settings.config, load_onnx(source)
     linears = chosen_linears(model, source, keep_fp32)
     check_weights(model, linears)
+    if weight_only:
+        _check_weight_only(settings, linears, weight_only, keep_fp32)
+        write_weight_only(model, linears, weight_only)
+        linears = _linears(model, keep_fp32)
     if HEAD in linears:
         head_as_product(model, linears[HEAD])
-        linears = chosen_linears(model, source, keep_fp32)
+        linears = _linears(model, keep_fp32)
     if config.embeddings:
         round_embeddings(model)
-        linears = chosen_linears(model, source, keep_fp32)  # the nodes are new ones
+        linears = _linears(model, keep_fp32)  # the nodes are new ones
     if config.method == "dynamic":
         _write_dynamic(model, linears, destination, settings)
         return
@@ -159,13 +167,34 @@ def _check_request(settings: Int8Settings, ranges: Mapping[str, ActivationRange 
         )
 
 
-def _linears(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+def _check_weight_only(
+    settings: Int8Settings,
+    linears: Mapping[str, onnx.NodeProto],
+    weight_only: Mapping[str, int],
+    keep_fp32: Collection[str],
+) -> None:
+    if settings.config.method != "dynamic":
+        raise UsageError(
+            f"expected int8.method dynamic for weight-only linears, found {settings.config.method}; change it"
+        )
+    twice = sorted(set(weight_only).intersection(keep_fp32))
+    if twice:
+        raise UsageError(f"expected {twice[0]} in keep_fp32 or in weight_only, found it in both; choose one")
+    unknown = sorted(set(weight_only) - linears.keys())
+    if unknown:
+        raise UsageError(
+            f"expected names of linears in weight_only, such as {next(iter(linears))}, found {unknown[0]!r}; correct it"
+        )
+
+
+def _linears(model: onnx.ModelProto, leave_out: Collection[str] = ()) -> dict[str, onnx.NodeProto]:
+    """Float32 linears of a graph by module path."""
     weights = {item.name for item in model.graph.initializer if item.data_type == onnx.TensorProto.FLOAT}
     found = {}
     for node in model.graph.node:
         name = linear_of(node.name)
         is_product = node.op_type == "MatMul" or (name == HEAD and node.op_type == "Gemm")
-        if is_product and name is not None and node.input[1] in weights:
+        if is_product and name is not None and name not in leave_out and node.input[1] in weights:
             found[name] = node
     return found
 
@@ -202,6 +231,10 @@ def _write_dynamic(
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    if not linears:  # all are weight-only or float32
+        with atomic_path(destination) as temporary:
+            onnx.save(model, str(temporary))
+        return
     head = next((node for node in model.graph.node if linear_of(node.name) == HEAD and node.op_type == "Gemm"), None)
     kept = None if head is None else onnx.NodeProto.FromString(head.SerializeToString())
     with atomic_path(destination) as temporary:

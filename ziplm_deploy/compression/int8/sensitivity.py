@@ -16,7 +16,9 @@ from ziplm_deploy.compression.int8.fake_quant import (
     remove_fake_quant,
     watch_inputs,
 )
+from ziplm_deploy.compression.int8.scales import ActivationRange
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.int8.weight_only import weights_rounded
 from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.progress import StepProgress
 
@@ -27,7 +29,7 @@ _SHARE = 0.999
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """A linear, and what changes if it alone computes in INT8.
+    """A linear, and what changes if it alone computes in INT8, or has 4-bit weights where the settings say so.
 
     The outlier ratios are the largest magnitude over the one that 99.9 % of the values do not pass: what the largest
     values cost the others in resolution. Weights are looked at for each scale; the worst counts.
@@ -51,6 +53,7 @@ def rank_linears(
     settings: Int8Settings,
     progress: StepProgress | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
+    weight_only: Mapping[str, int] | None = None,
 ) -> list[SensitivityRow]:
     """Every linear that can be quantized, the most sensitive first; the model is unchanged afterwards.
 
@@ -59,6 +62,7 @@ def rank_linears(
         batches: inputs that the ranges are taken from; gone through twice.
         divergence: of the model as it is now from the float32 model; called once a linear.
         progress: called with (linears done, linears in all).
+        weight_only: bits of those linears that get weight-only forms, by name, in place of INT8.
 
     Raises:
         DataError: no data reached a linear.
@@ -69,23 +73,39 @@ def rank_linears(
     outliers = _activation_outliers(model, batches, linears)
     rows = []
     groups = groups if groups is not None else {name: (name,) for name in linears}
+    weight_only = weight_only or {}
     for done, (name, paths) in enumerate(groups.items(), start=1):
         per_channel = settings.config.per_channel
         weight = max(_weight_outliers(path, linears[path].weight.detach(), per_channel) for path in paths)
-        others = [other for other in linears if other not in paths]
-        insert_fake_quant(model, ranges, settings, keep_fp32=others)
-        try:
-            value = float(divergence(model))
-        finally:
-            remove_fake_quant(model)
+        if name in weight_only:
+            with weights_rounded([linears[path] for path in paths], weight_only[name]):
+                value = float(divergence(model))
+        else:
+            value = _divergence_in_int8(model, divergence, ranges, settings, paths)
         if not math.isfinite(value):
+            form = f"{weight_only[name]}-bit weights" if name in weight_only else "INT8"
             raise NumericalError(
-                f"expected a finite divergence with {name} in INT8, found {value}; check the checkpoint and the data"
+                f"expected a finite divergence with {name} in {form}, found {value}; check the checkpoint and the data"
             )
         rows.append(SensitivityRow(name, value, max(outliers[path] for path in paths), weight))
         if progress is not None:
             progress(done, len(groups))
     return sorted(rows, key=lambda row: (-row.divergence, row.name))
+
+
+def _divergence_in_int8(
+    model: nn.Module,
+    divergence: Callable[[nn.Module], float],
+    ranges: Mapping[str, ActivationRange],
+    settings: Int8Settings,
+    paths: Sequence[str],
+) -> float:
+    others = [other for other in quantizable_linears(model) if other not in paths]
+    insert_fake_quant(model, ranges, settings, keep_fp32=others)
+    try:
+        return float(divergence(model))
+    finally:
+        remove_fake_quant(model)
 
 
 def _activation_outliers(

@@ -1,0 +1,104 @@
+"""Weight-only forms of linears beside INT8: 8 or 4 bits a weight, a scale for each block of inputs.
+
+They suit linears whose inputs are massive: INT8 has one scale for all inputs of a token. See
+:mod:`exporters.nbits_matmul` for the operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from exporters import ExportError, to_nbits_matmul
+from exporters.names import linear_of
+from exporters.nbits_matmul import OLDEST_ENGINE, OPERATOR, round_blocks
+from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx
+from ziplm_deploy.errors import EngineError, UsageError
+
+BITS_ASKED = 4  # of `compress.int8.weight_only_4`
+
+
+def asked_bits(names: Iterable[str], patterns: Sequence[str]) -> dict[str, int]:
+    """Bits of the linears of a file that a recipe wants weight-only, by name; a pattern may fit none of them."""
+    return {name: BITS_ASKED for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raise :class:`UsageError` for a pattern that fits no linear of the dense model's file."""
+    for pattern in patterns:
+        if not asked_bits(names, [pattern]):
+            raise UsageError(
+                f"expected names of linears in compress.int8.weight_only_4, such as {names[0]}, or patterns of them, "
+                f"found {pattern!r}, which fits none of {len(names)}; correct it"
+            )
+
+
+def write_weight_only(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], bits: Mapping[str, int]) -> None:
+    """Give linears weight-only forms, in place.
+
+    Args:
+        linears: nodes of the linears, by name.
+        bits: 8 or 4, by name; names are among ``linears``.
+
+    Raises:
+        UsageError: the file has the portable form.
+    """
+    try:
+        to_nbits_matmul(model, {linears[name].name: count for name, count in bits.items()})
+    except ExportError as error:
+        raise UsageError(f"linears cannot be weight-only: {error}") from error
+    drop_unread(model.graph)
+
+
+def weight_only_linears(path: Path) -> dict[str, int]:
+    """Bits a weight of the weight-only linears of a file, by name.
+
+    Raises:
+        CorruptArtifactError: no ONNX file.
+    """
+    found = {}
+    for node in load_onnx(path).graph.node:
+        name = linear_of(node.name)
+        if node.op_type == OPERATOR and name is not None:
+            found[name] = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+    return found
+
+
+@contextlib.contextmanager
+def weights_rounded(linears: Sequence[nn.Linear], bits: int) -> Iterator[None]:
+    """Let linears compute with the weights that a weight-only form stands for; afterwards they have their own again."""
+    own = [linear.weight for linear in linears]
+    try:
+        for linear, weight in zip(linears, own, strict=True):
+            rounded = round_blocks(weight.detach().float().cpu().numpy(), bits).weight  # [out, in]
+            # A parameter of its own: a head's may be the embedding, which is not rounded.
+            linear.weight = nn.Parameter(torch.from_numpy(rounded).to(weight), requires_grad=False)
+        yield
+    finally:
+        for linear, weight in zip(linears, own, strict=True):
+            linear.weight = weight
+
+
+def has_bits(version: str, bits: int) -> bool:
+    """Whether a release of ONNX Runtime runs weight-only linears of these bits."""
+    return _release(version) >= _release(OLDEST_ENGINE[bits])
+
+
+def check_bits(version: str, bits: int, field: str) -> None:
+    """Raise :class:`EngineError`, naming the field that asks, if :func:`has_bits` says no."""
+    if not has_bits(version, bits):
+        raise EngineError(
+            f"expected onnxruntime >= {OLDEST_ENGINE[bits]} for {field}, found {version}, which has no {bits}-bit "
+            "weight-only linears; upgrade it, or leave the field out"
+        )
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
