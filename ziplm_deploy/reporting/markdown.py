@@ -8,6 +8,7 @@ from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
+    RETRIEVAL_TITLES,
     aa_line,
     baseline_lines,
     baseline_of,
@@ -21,6 +22,7 @@ from ziplm_deploy.reporting.table import (
     header,
     markdown_table,
     ratio_text,
+    retrieval_rows,
     rows,
     score_text,
     shows_no_speedup,
@@ -47,6 +49,7 @@ def family_markdown(report: FamilyReport) -> str:
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
         *_scores(report),
+        *_retrieval(report),
         *_by_label(report),
         *_continuations(report),
         *_training(report),
@@ -251,6 +254,19 @@ def _differences(report: FamilyReport, keys: list[str]) -> list[str]:
         "score; one whose interval includes 0 is within noise:"
     )
     return ["", text, "", *markdown_table(["model", *known], cells)]
+
+
+def _retrieval(report: FamilyReport) -> list[list[str]]:
+    """What the files find; nothing where there was no data to search."""
+    found = report.retrieval
+    if found is None:
+        return []
+    text = (
+        f"nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages, with 95 % intervals (bootstrap "
+        "over the queries). *Symmetric*: each file embeds queries and passages. *Asymmetric*: it embeds queries only, and "
+        "the dense model the passages, as in an index that exists; its percent is of dense for both, too."
+    )
+    return [["## Retrieval", "", text, "", *markdown_table(RETRIEVAL_TITLES, retrieval_rows(found, [*found.files]))]]
 
 
 def _by_label(report: FamilyReport) -> list[list[str]]:
