@@ -263,7 +263,7 @@ def _retrieval(report: FamilyReport) -> list[list[str]]:
         return []
     text = (
         f"nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages, with 95 % intervals (bootstrap "
-        "over the queries). *Symmetric*: each file embeds queries and passages. *Asymmetric*: it embeds queries only, and "
+        "over the queries). *Symmetric*: each file embeds queries and passages. *Asymmetric*: it embeds queries, and "
         "the dense model the passages, as in an index that exists; its percent is of dense for both, too."
     )
     return [["## Retrieval", "", text, "", *markdown_table(RETRIEVAL_TITLES, retrieval_rows(found, [*found.files]))]]

@@ -141,8 +141,8 @@ class RunData:
         size, dimensions = embedding_size(self.dense.model), model.dimensions or ()
         if any(asked > size for asked in dimensions):
             raise RecipeError(
-                f"expected model.dimensions up to {size}, the size of this model's embeddings, found {max(dimensions)}; leave "
-                "it out"
+                f"expected model.dimensions up to {size}, the size of the embeddings, found {max(dimensions)}; "
+                "leave it out"
             )
         assert isinstance(self._task, SentenceSimilarity)  # other tasks were refused with the recipe
         return Retrieval(
