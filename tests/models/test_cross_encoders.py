@@ -60,10 +60,9 @@ def save_exported(folder: Path, dense_folder: Path) -> torch.nn.Module:
     model, processor = load_dense(settings(dense_folder))
     model = resize(model, random_entries(model, {"0.attention": 2, "1.ffn": 24, "2.attention": 0}))
     save_member(folder, model, processor, settings(dense_folder), {})
-    recipe = parse_recipe(
-        {"name": "a", "model": {"path": str(dense_folder), "task": "reranking"}, "speedups": [2]}, source="test"
-    )
-    OnnxExport.from_recipe(recipe, get_task("reranking")).write(model, folder / "model.onnx")
+    raw = {"name": "a", "model": {"path": str(dense_folder), "task": "reranking"}, "speedups": [2]}
+    recipe = parse_recipe({**raw, "environment": {"workload": {"seq_len": 32}}}, source="test")
+    OnnxExport.from_recipe(recipe, get_task("reranking")).write(model, folder / "model.onnx", "member")
     return model
 
 
