@@ -47,11 +47,13 @@ def retrieval_scores_of(run: Run) -> RetrievalScores | None:
 
 def _embeddings(run: Run) -> Path:
     """Embeddings of the dense model: ``queries`` and ``passages``."""
-    return run.folder.retrieval / "dense.safetensors"
+    path: Path = run.folder.retrieval / "dense.safetensors"
+    return path
 
 
 def _outcomes(run: Run, file: ModelFile) -> Path:
-    return run.folder.retrieval / f"{file.label.replace(' ', '-')}.json"
+    path: Path = run.folder.retrieval / f"{file.label.replace(' ', '-')}.json"
+    return path
 
 
 def _embed_dense(run: Run, dense: ModelFile) -> None:
@@ -73,8 +75,8 @@ def _search(run: Run, file: ModelFile) -> None:
 
     def work() -> None:
         known = _dense_embeddings(run)
-        own = (known["queries"], known["passages"]) if file == dense else _embed(run, file)
-        run.data.retrieval.outcomes(*own, known["passages"]).save(path)
+        queries, passages = (known["queries"], known["passages"]) if file == dense else _embed(run, file)
+        run.data.retrieval.outcomes(queries, passages, known["passages"]).save(path)
 
     run.folder.make(f"retrieval {file.label}", _key(run, file, dense), [path], work)
 
