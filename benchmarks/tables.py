@@ -231,6 +231,31 @@ def install(result: dict[str, Any]) -> str:
     )
 
 
+@of_result("retrieval")
+def retrieval_table(result: dict[str, Any]) -> str:
+    """What members find, both ways, and what was searched."""
+    cells = []
+    for row in result["rows"]:
+        dense = row["target"] is None
+        speedup = interval_text(row["measured_speedup"], row["measured_low"], row["measured_high"])
+        found = [text for kind in ("symmetric", "asymmetric") for text in _found_cells(row[kind], kind, dense)]
+        cells.append([row["model"], "1x" if dense else speedup, *found])
+    settings = result["settings"]
+    titles = ["model", "measured [95 %]", "symmetric", "of dense", "asymmetric", "of dense"]
+    text = (
+        f"nDCG@10 of {settings['n_queries']:,} questions among {settings['n_passages']:,} paragraphs; "
+        f"{settings['environment']}, {result['date'][:10]}."
+    )
+    return "\n".join([*markdown_table(titles, cells), "", text])
+
+
+def _found_cells(found: dict[str, Any], kind: str, dense: bool) -> list[str]:
+    if dense and kind == "asymmetric":
+        return [MISSING, MISSING]
+    score = f"{found['score']:.4f} [{found['score_low']:.4f}, {found['score_high']:.4f}]"
+    return [score, MISSING if dense else percent_of_dense_text(found)]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "install": install,
     "headline": headline,
@@ -242,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family": family_table,
     "ablation": ablation_table,
     "pareto": pareto_table,
+    "retrieval": retrieval_table,
     "compound": compound_table,
     "compound_tables": compound_targets_table,
     "sparsity_accuracy": sparsity_accuracy_table,

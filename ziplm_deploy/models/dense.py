@@ -42,6 +42,7 @@ from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.models.processors import check_processor
+from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
 from ziplm_deploy.recipe import ModelConfig
@@ -83,6 +84,7 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
         setattr(config, name, value)
+    keep_score_activation(config, own.activation)
     model = _load_weights(path, config, task.auto_class, source, may_lack_head=new_head is not None)
     processor = _load_processor(path, task.input_kind, source)
     check_processor(model, processor, task.input_kind, path)

@@ -11,13 +11,13 @@ from torch import nn
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.sentence_dense import embedding_size, layers_of_dense, write_folders
+from ziplm_deploy.models.sentence_files import SentenceFiles
 from ziplm_deploy.models.sentence_modules import (
     LENGTH_FILES,
     MODULES_FILE,
     POOLING_FILE,
     POOLING_FLAGS,
     SETTINGS_FILE,
-    SentenceFiles,
     SentenceModules,
     length_files,
 )
@@ -54,22 +54,27 @@ def write_sentence_files(folder: Path, model: nn.Module, settings: ModelConfig, 
         texts, whole = {}, {}
     if texts:
         _write(folder / LENGTH_FILES[0], texts)
-    whole = _with_settings(whole, settings)
+    whole = _with_settings(whole, settings, own)
     if whole:
         _write(folder / SETTINGS_FILE, whole)
 
 
-def _with_settings(whole: dict[str, Any], settings: ModelConfig) -> dict[str, Any]:
-    """Settings of the whole model with the prompt and the similarity that the member was judged with."""
+def _with_settings(whole: dict[str, Any], settings: ModelConfig, own: SentenceModules) -> dict[str, Any]:
+    """Settings of the whole model with the prompts and the similarity that the member was judged with."""
     prompts = dict(whole.get("prompts") or {})
     names = [name for name, text in prompts.items() if text == settings.prompt]
-    own = whole.get("default_prompt_name")
+    default = whole.get("default_prompt_name")
     changes: dict[str, Any] = {}
-    if settings.prompt and own not in names:
+    if settings.prompt and default not in names:
         name = names[0] if names else "default"
         changes |= {"prompts": {**prompts, name: settings.prompt}, "default_prompt_name": name}
-    elif not settings.prompt and own is not None and prompts.get(own):
+    elif not settings.prompt and default is not None and prompts.get(default):
         changes["default_prompt_name"] = None
+    asked = {"query": settings.query_prompt, "document": settings.passage_prompt}
+    said = {"query": own.query_prompt, "document": own.passage_prompt}
+    others = {name: text for name, text in asked.items() if text is not None and text != said[name]}
+    if others:
+        changes["prompts"] = {**changes.get("prompts", prompts), **others}
     if settings.similarity != "cosine" or whole.get("similarity_fn_name"):
         changes["similarity_fn_name"] = settings.similarity
     return {**whole, **changes}

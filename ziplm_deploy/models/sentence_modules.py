@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from ziplm_deploy.documents import read_json, shortened, shown
-from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
-from ziplm_deploy.models.location import find_file, resolve_model_path
+from ziplm_deploy.documents import shortened, shown
+from ziplm_deploy.errors import RecipeError, UnsupportedModelError
+from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.score_activation import read_score_activation
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
+from ziplm_deploy.models.sentence_files import Fields, SentenceFiles, check_neutral, checked, damaged
 from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
 
 MODULES_FILE = "modules.json"
@@ -36,6 +38,7 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first that there is, as encode_document does
 _POOLINGS = ("mean", "cls", "max")
 _SIMILARITIES: dict[str, Similarity] = {
     **{"cosine": "cosine", "cos_sim": "cosine", "dot": "dot", "dot_score": "dot", "dot_product": "dot"},
@@ -50,6 +53,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("processing_kwargs", "processor_kwargs", "tokenizer_args", "config_kwargs", "config_args"), ({},)),
     **dict.fromkeys(("query_expansion", "query_length", "document_length"), ()),
 }
+_PAIR_LOGITS = {"method": "forward", "method_output_name": "logits"}
+_OF_PAIRS = _NEUTRAL | {
+    "transformer_task": ("sequence-classification",),
+    "module_output_name": ("scores",),
+    "modality_config": ({"text": _PAIR_LOGITS},),
+}
 _ON_EMBEDDINGS: dict[str, tuple[Any, ...]] = {
     "module_input_name": ("sentence_embedding",),
     "module_output_name": ("sentence_embedding",),
@@ -57,40 +66,36 @@ _ON_EMBEDDINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Fields(BaseModel):
-    """Fields of a JSON file; those that are not read here may be anything."""
-
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
-
-
-_Read = TypeVar("_Read", bound=_Fields)
-
-
-class _Module(_Fields):
+class _Module(Fields):
     path: str
     type: str
 
 
-class _Lengths(_Fields):
+class _Lengths(Fields):
     max_seq_length: int | None = Field(None, ge=1)
     do_lower_case: bool = False
 
 
-class _Pooling(_Fields):
+class _Pooling(Fields):
     pooling_mode: str | list[str] | None = None
     include_prompt: bool = True
     word_embedding_dimension: int | None = None
     embedding_dimension: int | None = None
 
 
-class _Dense(_Fields):
+class _Dense(Fields):
     in_features: int
     out_features: int
     bias: bool = True
     activation_function: str = "torch.nn.modules.activation.Tanh"
 
 
-class _Settings(_Fields):
+class _Encoder(Fields):
+    matryoshka_dimensions: list[Annotated[int, Field(ge=1)]] | None = None
+
+
+class _Settings(Fields):
+    truncate_dim: Annotated[int, Field(ge=1)] | None = None
     prompts: dict[str, str | None] | None = None
     default_prompt_name: str | None = None
     similarity_fn_name: str | None = None
@@ -104,6 +109,9 @@ class SentenceModules:
     pooling: Pooling | None = None
     normalize: bool | None = None
     prompt: str | None = None  # put before every text by default
+    query_prompt: str | None = None  # put before queries, and the next before passages
+    passage_prompt: str | None = None
+    dimensions: tuple[int, ...] | None = None  # numbers that embeddings may be cut to
     similarity: Similarity | None = None
     include_prompt: bool = True  # whether the tokens of a prompt are pooled, too
     transformer: str = ""  # sub-folder of the transformers model: old ones have it in 0_Transformer
@@ -112,6 +120,7 @@ class SentenceModules:
     dense_folders: tuple[str, ...] = ()  # where their weights are
     max_seq_length: int | None = None  # tokens
     do_lower_case: bool = False
+    activation: str | None = None  # over the score of a cross-encoder; full name of a class of torch
 
     def answers(self, seq_len: int) -> dict[str, Any]:
         """What changes answers beside the settings of the recipe, for content keys; empty for a plain model."""
@@ -126,15 +135,17 @@ class SentenceModules:
 
 
 def read_sentence_modules(model: ModelConfig) -> SentenceModules:
-    """What a model for sentence similarity says about itself; models for other tasks say nothing.
+    """What a model of embeddings, or a cross-encoder, says about itself; models for other tasks say nothing.
 
     Raises:
         UnsupportedModelError: it has a module, a pooling or a setting that cannot be reproduced.
         CorruptArtifactError: a file is damaged.
     """
-    if model.task != "sentence-similarity":
+    if model.task not in ("sentence-similarity", "reranking"):
         return SentenceModules()
     files = SentenceFiles(resolve_model_path(model.path), model.revision)
+    if model.task == "reranking":
+        return _read_cross_encoder(files)
     modules = files.read(MODULES_FILE, must_know=True)
     if modules is not None:
         return _read_modules(files, modules)
@@ -165,51 +176,14 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
             )
         found[name] = asked if says is None else says
     found["prompt"] = own.prompt if model.prompt is None else model.prompt
+    for name in ("query_prompt", "passage_prompt", "dimensions"):
+        found[name] = getattr(own, name) if getattr(model, name) is None else getattr(model, name)
     if found["prompt"] and not own.include_prompt:
         raise UnsupportedModelError(
             f"expected a pooling of all tokens, found one in {own.source} that leaves out those of the prompt "
             f"{found['prompt']!r} (include_prompt: false); set model.prompt: '' or choose another model"
         )
     return model.model_copy(update=found).with_defaults()
-
-
-@dataclass(frozen=True)
-class SentenceFiles:
-    """JSON files of a folder or hub id."""
-
-    path: str
-    revision: str | None = None
-
-    def read(self, name: str, *, must_know: bool = False) -> Any:
-        """Content of a file; None if there is none. ``must_know``: see :func:`find_file`.
-
-        Raises:
-            CorruptArtifactError: it is no JSON, or null.  UnsupportedModelError: see :func:`find_file`.
-        """
-        file = find_file(self.path, name, self.revision, must_know=must_know)
-        if file is None:
-            return None
-        try:
-            found = read_json(file)
-        except (OSError, ValueError) as error:
-            raise _damaged(f"{self.path}/{name}", error) from error
-        if found is None:
-            raise _damaged(f"{self.path}/{name}", "null")
-        return found
-
-    def mapping(self, *names: str) -> tuple[str, dict[str, Any]]:
-        """The first of these files that there is, and its fields; the first name and no fields if there is none.
-
-        Raises:
-            CorruptArtifactError, UnsupportedModelError: as :meth:`read`, and a file holds something else.
-        """
-        for name in names:
-            found = self.read(name)
-            if isinstance(found, dict):
-                return name, found
-            if found is not None:
-                raise _damaged(f"{self.path}/{name}", f"a {type(found).__name__} where fields should be")
-        return names[0], {}
 
 
 def length_files(transformer: str) -> list[str]:
@@ -219,30 +193,60 @@ def length_files(transformer: str) -> list[str]:
 
 def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
     where = f"{files.path}/{MODULES_FILE}"
-    if not isinstance(raw, list):
-        raise _damaged(where, f"a {type(raw).__name__} where a list of modules should be")
-    modules = [_checked(_Module, each, where) for each in raw]
-    kinds = [_kind(module, where) for module in modules]
+    modules = _modules(raw, where)
+    kinds = [kind for _, kind in modules]
     usual = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense")]
     if kinds not in (usual, [*usual, "Normalize"]):
         raise UnsupportedModelError(
             f"expected Transformer, Pooling, then any Dense layers and at most one Normalize in {where}, found "
             f"{shortened(', '.join(kinds)) or 'no modules'}; choose another model"
         )
-    found = SentenceModules(files.path, normalize="Normalize" in kinds, transformer=modules[0].path)
-    found = _with_prompt(_with_texts(found, files), files)
-    for module, kind in zip(modules[1:], kinds[1:], strict=True):
+    found = SentenceModules(files.path, normalize="Normalize" in kinds, transformer=modules[0][0].path)
+    found = _with_dimensions(_with_prompt(_with_texts(found, files, _NEUTRAL), files), files)
+    for module, kind in modules[1:]:
         name, fields = files.mapping(f"{module.path}/config.json")
         if kind == "Pooling":
             if not fields:
-                raise _damaged(f"{files.path}/{name}", "no pooling")
+                raise damaged(f"{files.path}/{name}", "no pooling")
             found = _with_pooling(found, name, fields)
             continue
-        _check_neutral(fields, _ON_EMBEDDINGS, f"{files.path}/{name}")
+        check_neutral(fields, _ON_EMBEDDINGS, f"{files.path}/{name}")
         if kind == "Dense":
             layer = _dense_layer(fields, f"{files.path}/{name}")
             found = replace(found, dense=(*found.dense, layer), dense_folders=(*found.dense_folders, module.path))
     return found
+
+
+def _read_cross_encoder(files: SentenceFiles) -> SentenceModules:
+    """What a folder of CrossEncoder says; before release 5.4 that was the activation alone."""
+    name, settings = files.mapping(SETTINGS_FILE)
+    found = SentenceModules(activation=read_score_activation(files.mapping("config.json")[1], settings, files.path))
+    raw = files.read(MODULES_FILE, must_know=True)
+    if raw is None:
+        return found
+    modules = _modules(raw, f"{files.path}/{MODULES_FILE}")
+    if [kind for _, kind in modules] != ["Transformer"]:
+        raise UnsupportedModelError(
+            f"expected a Transformer alone for reranking in {files.path}/{MODULES_FILE}, found "
+            f"{shortened(', '.join(kind for _, kind in modules)) or 'no modules'}; choose another model, or the task "
+            "sentence-similarity for one of embeddings"
+        )
+    found = replace(found, source=files.path, transformer=modules[0][0].path)
+    found = _with_prompt(_with_texts(found, files, _OF_PAIRS), files)
+    if found.prompt:
+        raise UnsupportedModelError(
+            f"expected a cross-encoder without a default prompt in {files.path}/{name}, found {shown(found.prompt)}; "
+            "set its default_prompt_name to null and put the prompt into the data"
+        )
+    return found
+
+
+def _modules(raw: Any, where: str) -> list[tuple[_Module, str]]:
+    """Modules with the names of their classes, from the content of ``modules.json``."""
+    if not isinstance(raw, list):
+        raise damaged(where, f"a {type(raw).__name__} where a list of modules should be")
+    modules = [checked(_Module, each, where) for each in raw]
+    return [(module, _kind(module, where)) for module in modules]
 
 
 def _kind(module: _Module, where: str) -> str:
@@ -257,11 +261,11 @@ def _kind(module: _Module, where: str) -> str:
     return kind
 
 
-def _with_texts(found: SentenceModules, files: SentenceFiles) -> SentenceModules:
+def _with_texts(found: SentenceModules, files: SentenceFiles, neutral: dict[str, tuple[Any, ...]]) -> SentenceModules:
     """Add what is said about lengths and lower case."""
     name, fields = files.mapping(*length_files(found.transformer))
-    _check_neutral(fields, _NEUTRAL, f"{files.path}/{name}")
-    lengths = _checked(_Lengths, fields, f"{files.path}/{name}")
+    check_neutral(fields, neutral, f"{files.path}/{name}")
+    lengths = checked(_Lengths, fields, f"{files.path}/{name}")
     return replace(found, max_seq_length=lengths.max_seq_length, do_lower_case=lengths.do_lower_case)
 
 
@@ -269,25 +273,38 @@ def _with_prompt(found: SentenceModules, files: SentenceFiles) -> SentenceModule
     """Add what is said about the default prompt and the similarity."""
     name, fields = files.mapping(SETTINGS_FILE)
     where = f"{files.path}/{name}"
-    settings = _checked(_Settings, fields, where)
+    settings = checked(_Settings, fields, where)
     prompts, default, similarity = settings.prompts or {}, settings.default_prompt_name, settings.similarity_fn_name
     if default is not None and default not in prompts:
-        raise _damaged(where, f"default_prompt_name {default!r} and only prompts {list(prompts)}")
+        raise damaged(where, f"default_prompt_name {default!r} and only prompts {list(prompts)}")
     if similarity is not None and similarity not in _SIMILARITIES:
         raise UnsupportedModelError(
             f"expected similarity_fn_name {', '.join(_SIMILARITIES)} in {where}, found {similarity!r}; choose another "
             "model"
         )
+    of_passages = next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), None)
     return replace(
         found,
         prompt=None if default is None else prompts[default],
+        query_prompt=prompts.get("query"),
+        passage_prompt=of_passages,
         similarity=None if similarity is None else _SIMILARITIES[similarity],
     )
 
 
+def _with_dimensions(found: SentenceModules, files: SentenceFiles) -> SentenceModules:
+    """Add the sizes that embeddings may be cut to: ``matryoshka_dimensions`` of the encoder, else ``truncate_dim``."""
+    name, fields = files.mapping(f"{found.transformer}/config.json" if found.transformer else "config.json")
+    encoder = checked(_Encoder, fields, f"{files.path}/{name}")
+    name, fields = files.mapping(SETTINGS_FILE)
+    size = checked(_Settings, fields, f"{files.path}/{name}").truncate_dim
+    named = encoder.matryoshka_dimensions or ([] if size is None else [size])
+    return replace(found, dimensions=tuple(sorted(set(named))) or None)
+
+
 def _with_pooling(found: SentenceModules, name: str, fields: Any) -> SentenceModules:
     where = f"{found.source}/{name}"
-    settings = _checked(_Pooling, fields, where)
+    settings = checked(_Pooling, fields, where)
     flags = {mode: fields[flag] for flag, mode in POOLING_FLAGS.items() if flag in fields}
     modes = settings.pooling_mode
     if modes is None:
@@ -308,7 +325,7 @@ def _with_pooling(found: SentenceModules, name: str, fields: Any) -> SentenceMod
 
 
 def _dense_layer(fields: dict[str, Any], where: str) -> DenseLayer:
-    settings = _checked(_Dense, fields, where)
+    settings = checked(_Dense, fields, where)
     module, _, activation = settings.activation_function.rpartition(".")
     if not module.startswith("torch.nn") or activation not in ACTIVATIONS:
         raise UnsupportedModelError(
@@ -319,27 +336,4 @@ def _dense_layer(fields: dict[str, Any], where: str) -> DenseLayer:
     try:
         return DenseLayer.model_validate({**sizes, "activation": activation})
     except ValidationError as error:
-        raise _damaged(where, error) from error
-
-
-def _check_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
-    """Refuse settings that change answers in a way that is not known here."""
-    for name, values in neutral.items():
-        if fields.get(name) is not None and fields[name] not in values:
-            found = shortened(json.dumps(fields[name]))
-            raise UnsupportedModelError(
-                f"expected {where} without {name}: {found}, which is not supported; choose another model"
-            )
-
-
-def _checked(kind: type[_Read], fields: Any, where: str) -> _Read:
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _damaged(where, error) from error
-
-
-def _damaged(where: str, found: object) -> CorruptArtifactError:
-    return CorruptArtifactError(
-        f"expected settings of sentence-transformers in {where}, found {shortened(str(found))}; get it anew"
-    )
+        raise damaged(where, error) from error

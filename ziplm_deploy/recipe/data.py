@@ -17,9 +17,15 @@ class DataConfig(Frozen):
     train: str | None = Field(
         None, description="Training data of `recover` and `dense`; may be unlabelled text. Default: `calibration`."
     )
+    retrieval: str | None = Field(
+        None,
+        description="Queries with passages that answer them, one pair a row (sentence-similarity): embeddings are "
+        "judged by search among all these passages, too.",
+    )
     calibration_split: str = Field("train", description="Split, when `calibration` is a `datasets` name.")
     train_split: str = Field("train", description="Split, when `train` is a `datasets` name.")
     evaluation_split: str = Field("validation", description="Split, when `evaluation` is a `datasets` name.")
+    retrieval_split: str = Field("test", description="Split, when `retrieval` is a `datasets` name.")
     config_name: str | None = Field(None, description="Configuration of a `datasets` name, e.g. `sst2` of `glue`.")
     revision: str | None = Field(
         None,
@@ -29,6 +35,9 @@ class DataConfig(Frozen):
         None, description="Columns with the text (or image); default: found from the task's usual names."
     )
     label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
+    retrieval_columns: tuple[str, ...] | None = Field(
+        None, description="Columns with query and passage; default: found from the usual names."
+    )
     context: int | None = Field(
         None,
         ge=8,
@@ -45,5 +54,10 @@ class DataConfig(Frozen):
     n_calibration: int = Field(
         512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."
     )
-    n_evaluation: int | None = Field(None, ge=1, description="Evaluation examples; default: all of them.")
+    n_evaluation: int | None = Field(
+        None, ge=1, description="Evaluation examples (reranking: queries with all their passages); default: all."
+    )
+    n_retrieval: int | None = Field(
+        None, ge=1, description="Queries of `retrieval`, searched for among all its passages; default: all of them."
+    )
     n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")

@@ -22,7 +22,7 @@ RENAMED = {
 }
 PATHS = {  # sections and their fields with paths, which are taken from the recipe's folder if they exist there
     "model": ("path",),
-    "data": ("calibration", "evaluation", "train"),
+    "data": ("calibration", "evaluation", "train", "retrieval"),
     "environment.workload": ("lengths",),
     "recover": ("teacher",),
     "profile": ("table",),

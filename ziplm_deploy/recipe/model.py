@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ TaskName = Literal[
     "text-classification",
     "multi-label-classification",
     "text-regression",
+    "reranking",
     "question-answering",
     "token-classification",
     "fill-mask",
@@ -23,6 +24,7 @@ TaskName = Literal[
 Pooling = Literal["mean", "cls", "max"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 _DEFAULTS: dict[str, Any] = {"pooling": "mean", "normalize": True, "prompt": "", "similarity": "cosine"}
+_OF_RETRIEVAL = ("query_prompt", "passage_prompt", "dimensions")
 
 
 class ModelConfig(Frozen):
@@ -48,6 +50,21 @@ class ModelConfig(Frozen):
         None,
         description="Text put before every text (sentence-similarity); default: the model's own default prompt.",
     )
+    query_prompt: str | None = Field(
+        None,
+        description="Text put before every query of `data.retrieval`; default: the prompt `query` of the model's "
+        "files, else `prompt`.",
+    )
+    passage_prompt: str | None = Field(
+        None,
+        description="Text put before every passage of `data.retrieval`; default: the prompt `document`, `passage` or "
+        "`corpus` of the model's files, else `prompt`.",
+    )
+    dimensions: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="Numbers of an embedding that retrieval is scored with, too, of Matryoshka models; default: the "
+        "sizes that the model's files name.",
+    )
     similarity: Similarity | None = Field(
         None,
         description="How embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`; default: as the model's "
@@ -59,6 +76,16 @@ class ModelConfig(Frozen):
         """Pooling and normalization, as they are given or as is usual."""
         return self.pooling or "mean", self.normalize is not False
 
+    @property
+    def prompt_of_queries(self) -> str:
+        """Text before every query."""
+        return (self.prompt or "") if self.query_prompt is None else self.query_prompt
+
+    @property
+    def prompt_of_passages(self) -> str:
+        """Text before every passage."""
+        return (self.prompt or "") if self.passage_prompt is None else self.passage_prompt
+
     def with_defaults(self) -> ModelConfig:
         """A copy in which every setting of embeddings has a value: its own, or that of a model that says nothing."""
         own = self.model_dump(include=set(_DEFAULTS), exclude_none=True)
@@ -67,10 +94,10 @@ class ModelConfig(Frozen):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on, for content keys: not where the model lies, whose content has a hash of its own, nor
-        by what it is judged.
+        by what it is judged, search included.
 
         Prompt and similarity are left out where they are as they were before there were such fields.
         """
-        settings = self.with_defaults().model_dump(exclude={"path", "revision", "metric"})
+        settings = self.with_defaults().model_dump(exclude={"path", "revision", "metric", *_OF_RETRIEVAL})
         added = {"prompt", "similarity"}
         return {name: value for name, value in settings.items() if name not in added or value != _DEFAULTS[name]}

@@ -120,6 +120,15 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _search_is_of_embeddings(self) -> Recipe:
+        if self.data.retrieval is not None and self.model.task != "sentence-similarity":
+            raise ValueError(
+                f"expected model.task sentence-similarity for data.retrieval, which is searched by embeddings, found "
+                f"{self.model.task}; leave the field out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_takes_the_integers(self) -> Recipe:
         engine, int8 = self.environment.engine, self.compress.int8
         if engine != "onnxruntime" and int8.method == "dynamic" and self.compress.makes_int8:

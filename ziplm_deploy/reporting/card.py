@@ -7,9 +7,10 @@ import yaml
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.models.location import is_hub_id, public_name
 from ziplm_deploy.models.shape import ModuleId
-from ziplm_deploy.recipe import Variant
+from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
+    RETRIEVAL_TITLES,
     baseline_of,
     call_header,
     call_rows,
@@ -19,6 +20,7 @@ from ziplm_deploy.reporting.table import (
     markdown_table,
     not_ahead,
     percent_text,
+    retrieval_rows,
     score_text,
     shows_no_speedup,
 )
@@ -34,6 +36,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
         "\n".join(
             ["## Measured", "", *_measured(report, member, dense), *_calls(member, dense), "", *_conditions(report)]
         ),
+        *(["\n".join(["## Retrieval", "", *_retrieval(report, member)])] if report.retrieval is not None else []),
         *(["\n".join(["## Without pruning", "", *_baselines(report, member)])] if report.baselines else []),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
@@ -44,7 +47,11 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str) -> st
 
 
 # Tasks that a model hub knows by another name.
-_PIPELINE_TAGS = {"multi-label-classification": "text-classification", "text-regression": "text-classification"}
+_PIPELINE_TAGS = {
+    "multi-label-classification": "text-classification",
+    "text-regression": "text-classification",
+    "reranking": "text-ranking",
+}
 
 
 def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, object]:
@@ -125,6 +132,19 @@ def _baselines(report: FamilyReport, member: MemberReport) -> list[str]:
     titles = ["same run", "speedup, measured", "95 % interval", report.metric, "made by"]
     verdict = not_ahead(member.served.beaten_by, member.served.undecided_against)
     return [*markdown_table(titles, cells), *(["", f"This model is {verdict}: see report.md."] if verdict else [])]
+
+
+def _retrieval(report: FamilyReport, member: MemberReport) -> list[str]:
+    """What this member's files find, beside the dense model."""
+    found = report.retrieval
+    assert found is not None
+    own = [file_label(member.name, file.variant) for file in member.files]
+    labels = [label for label in dict.fromkeys([report.members[0].name, *own]) if label in found.files]
+    text = (
+        f"nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages; asymmetric: queries by this "
+        "model, passages by the dense one, so that its index stays valid."
+    )
+    return [text, "", *markdown_table(RETRIEVAL_TITLES, retrieval_rows(found, labels))]
 
 
 def _before_training(member: MemberReport) -> str:

@@ -73,6 +73,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         ],
         stage_seconds=facts.stage_seconds,
         lengths=facts.lengths,
+        retrieval=facts.retrieval,
         short_tokens=facts.short.environment.workload.seq_len if facts.short else None,
         versions=measured_with,
         other_versions=_differing(facts.stage_versions, measured_with),

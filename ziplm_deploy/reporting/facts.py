@@ -16,6 +16,7 @@ from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.tasks.lengths import TokenLengths
 from ziplm_deploy.tasks.record import Continuations
 from ziplm_deploy.tasks.resampling import Comparison
+from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 from ziplm_deploy.tasks.uncertainty import FileUncertainty
 
 
@@ -100,4 +101,5 @@ class FamilyFacts:
     lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts
     baselines: list[BaselineFacts] = field(default_factory=list)
     gguf: list[GgufFacts] = field(default_factory=list)  # that of the dense model first
+    retrieval: RetrievalScores | None = None  # of embedding models, where the recipe has data for it
     stage_versions: dict[str, dict[str, str]] = field(default_factory=dict)  # of the packages that made each stage

@@ -9,6 +9,7 @@ from ziplm_deploy.reporting.gguf import gguf_section
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.table import (
     MISSING,
+    RETRIEVAL_TITLES,
     aa_line,
     baseline_lines,
     baseline_of,
@@ -22,6 +23,7 @@ from ziplm_deploy.reporting.table import (
     header,
     markdown_table,
     ratio_text,
+    retrieval_rows,
     rows,
     score_text,
     shows_no_speedup,
@@ -48,6 +50,7 @@ def family_markdown(report: FamilyReport) -> str:
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
         *_scores(report),
+        *_retrieval(report),
         *_by_label(report),
         *gguf_section(report),
         *_continuations(report),
@@ -253,6 +256,19 @@ def _differences(report: FamilyReport, keys: list[str]) -> list[str]:
         "score; one whose interval includes 0 is within noise:"
     )
     return ["", text, "", *markdown_table(["model", *known], cells)]
+
+
+def _retrieval(report: FamilyReport) -> list[list[str]]:
+    """What the files find; nothing where there was no data to search."""
+    found = report.retrieval
+    if found is None:
+        return []
+    text = (
+        f"nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages, with 95 % intervals (bootstrap "
+        "over the queries). *Symmetric*: each file embeds queries and passages. *Asymmetric*: it embeds queries, and "
+        "the dense model the passages, as in an index that exists; its percent is of dense for both, too."
+    )
+    return [["## Retrieval", "", text, "", *markdown_table(RETRIEVAL_TITLES, retrieval_rows(found, [*found.files]))]]
 
 
 def _by_label(report: FamilyReport) -> list[list[str]]:

@@ -15,6 +15,7 @@ from ziplm_deploy.recipe import Environment, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.tasks.lengths import TokenLengths
 from ziplm_deploy.tasks.resampling import Comparison, Decision
+from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 
 
 class Timed(BaseModel):
@@ -181,6 +182,7 @@ class FamilyReport(Artifact):
     lengths: dict[str, TokenLengths] = Field(
         default_factory=dict
     )  # of the texts by data set; empty: images, or unknown
+    retrieval: RetrievalScores | None = None  # by file; of embedding models, where there was data to search
     stage_seconds: dict[str, float]
     versions: dict[str, str]  # that the latencies were measured with
     # of stages that were made with others: stage -> package -> version

@@ -11,6 +11,8 @@ import torch
 
 from exporters import input_names
 from ziplm_deploy.artifacts import content_key, source_hash
+from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.models.sentence_dense import embedding_size
 from ziplm_deploy.models.sentence_modules import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
@@ -22,6 +24,8 @@ from ziplm_deploy.tasks.base import Which
 from ziplm_deploy.tasks.batching import Batch, fitted
 from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 from ziplm_deploy.tasks.generation import CONTEXT
+from ziplm_deploy.tasks.retrieval import Retrieval, read_retrieval_set
+from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
 
 class RunData:
@@ -34,6 +38,7 @@ class RunData:
             **recipe.model.fingerprint,
             **own.answers(recipe.environment.workload.seq_len),
         }
+        self._pools_prompts = own.include_prompt
         self.calibration_hash = self._hash_of(recipe.data.calibration)
         self.evaluation_hash = self._hash_of(recipe.data.evaluation)
         self.train_hash = self._hash_of(recipe.data.train or recipe.data.calibration)
@@ -103,6 +108,54 @@ class RunData:
         return content_key(data=self.evaluation_hash, columns=columns, seed=self._recipe.seed)
 
     @property
+    def retrieval_key(self) -> str:
+        """Stands for what is searched for, and where, as the model sees it."""
+        recipe = self._recipe
+        names = {"retrieval_split", "config_name", "retrieval_columns", "n_retrieval"}
+        return content_key(
+            data=self._hash_of(recipe.data.retrieval),
+            columns=recipe.data.model_dump(include=names),
+            inputs=self.dense.input_key,
+            model=self.model_settings,
+            prompts=[recipe.model.prompt_of_queries, recipe.model.prompt_of_passages],
+            dimensions=recipe.model.dimensions,
+            seed=recipe.seed,
+            seq_len=self._seq_len,
+        )
+
+    @functools.cached_property
+    def retrieval(self) -> Retrieval:
+        """Queries and passages of ``data.retrieval``, and how embeddings are compared on them.
+
+        Raises:
+            DataError: see :func:`read_retrieval_set`.
+            RecipeError: sizes that embeddings cannot be cut to, or prompts that the pooling leaves out.
+        """
+        model = self._recipe.model
+        prompts = list(filter(None, (model.prompt_of_queries, model.prompt_of_passages)))
+        if prompts and not self._pools_prompts:
+            raise RecipeError(
+                "expected a pooling of all tokens for data.retrieval with prompts, found one that leaves out those of "
+                f"{prompts[0]!r} (include_prompt: false); set model.query_prompt and model.passage_prompt to ''"
+            )
+        size, dimensions = embedding_size(self.dense.model), model.dimensions or ()
+        if any(asked > size for asked in dimensions):
+            raise RecipeError(
+                f"expected model.dimensions up to {size}, the size of the embeddings, found {max(dimensions)}; "
+                "leave it out"
+            )
+        assert isinstance(self._task, SentenceSimilarity)  # other tasks were refused with the recipe
+        return Retrieval(
+            self._task,
+            read_retrieval_set(self._recipe.data, self._recipe.seed),
+            tuple(asked for asked in dimensions if asked < size),
+        )
+
+    def passages_taken_by(self, variant: Variant) -> EvaluationSet:
+        """How a file of this variant takes queries and passages; see :meth:`evaluation_set`."""
+        return self._taken([], as_served=self._scales_span_batch(variant))
+
+    @property
     def train_columns(self) -> dict[str, Any]:
         """Settings that decide which training examples there are."""
         data = self._recipe.data
@@ -158,14 +211,20 @@ class RunData:
 
         A call holds as many as served where answers depend on it: if the graph fixes it, or a scale spans the batch.
         """
-        return self.evaluation_set_of(as_served=variant.is_int8 and self._recipe.compress.int8.method == "dynamic")
+        return self.evaluation_set_of(as_served=self._scales_span_batch(variant))
+
+    def _scales_span_batch(self, variant: Variant) -> bool:
+        return variant.is_int8 and self._recipe.compress.int8.method == "dynamic"
 
     def evaluation_set_of(self, *, as_served: bool) -> EvaluationSet:
         """Evaluation examples for the dense model's graph in any form; ``as_served``: a scale spans the batch."""
+        return self._taken(self.evaluation_rows, as_served=as_served)
+
+    def _taken(self, rows: list[dict[str, Any]], *, as_served: bool) -> EvaluationSet:
         recipe = self._recipe
         static = recipe.export.shapes == "static"
         return EvaluationSet(
-            self.evaluation_rows,
+            rows,
             self.dense.processor,
             self._seq_len,
             recipe.environment.workload.batch_size if as_served or static else BATCH_SIZE,

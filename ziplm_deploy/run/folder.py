@@ -49,6 +49,8 @@ class RunFolder:
     benchmark = property(lambda self: self.path / "benchmark.json")
     short_benchmark = property(lambda self: self.path / "benchmark-of-short-requests.json")
     dense_checkpoint = property(lambda self: self.path / "dense-checkpoint")
+    retrieval = property(lambda self: self.path / "retrieval")
+    retrieval_scores = property(lambda self: self.path / "retrieval.json")
     uncertainty = property(lambda self: self.path / "uncertainty.json")
     settling = property(lambda self: self.path / "pruning" / "settling.json")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")

@@ -109,13 +109,15 @@ def check_data(run: Run) -> None:
     """Read all data sets, so that bad data ends the run in its first second.
 
     Raises:
-        DataError: data are missing or do not fit the model; and what :func:`check_training` raises.
+        DataError, RecipeError: data are missing or do not fit the model; and what :func:`check_training` raises.
     """
     run.task.check_labels([], run.dense.model.config)  # refuses heads that the task cannot compare
     if not run.folder.database(run.dense_member.name).exists():
         run.data.calibration_rows  # noqa: B018
     if run.recipe.data.evaluation is not None:
         run.data.evaluation_rows  # noqa: B018
+    if run.recipe.data.retrieval is not None:
+        run.data.retrieval  # noqa: B018
     if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
         check_training(run)
     leave_data_notes(run)  # only now, for a run that is refused writes nothing

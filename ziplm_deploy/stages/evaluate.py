@@ -19,6 +19,7 @@ from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.continuations import continue_texts
 from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.gains import compare_with_baselines
+from ziplm_deploy.stages.retrieval import score_retrieval
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import refused_files, runnable_files
 from ziplm_deploy.stages.uncertainty import estimate_uncertainty
@@ -28,8 +29,9 @@ from ziplm_deploy.tasks.record import Scores
 
 
 def evaluate(run: Run) -> None:
-    """Scores of all files, those from before training included."""
+    """Scores of all files, those from before training included, and what they find where there is data to search."""
     recipe = run.recipe
+    score_retrieval(run)
     if recipe.data.evaluation is None:
         run.progress.note("no data.evaluation in the recipe: accuracy is not reported")
         return

@@ -32,6 +32,7 @@ from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.gains import baseline_scores, scored_as
 from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
+from ziplm_deploy.stages.retrieval import retrieval_scores_of
 from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import dense_as_served, refused_files
 from ziplm_deploy.stages.uncertainty import uncertainty_of, uncertainty_of_file
@@ -67,6 +68,7 @@ def family_facts(run: Run) -> FamilyFacts:
         notes=run.folder.notes,
         lengths=run.folder.lengths,
         short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
+        retrieval=retrieval_scores_of(run),
         stage_seconds=run.folder.stage_seconds,
         stage_versions=run.folder.stage_versions,
         baselines=[_baseline_facts(run, files, record, beside) for files in made_baselines(run)],

@@ -13,6 +13,7 @@ from ziplm_deploy.tasks.images import ImageClassification
 from ziplm_deploy.tasks.masking import FillMask
 from ziplm_deploy.tasks.multilabel import MultiLabelClassification
 from ziplm_deploy.tasks.regression import TextRegression
+from ziplm_deploy.tasks.reranking import Reranking
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 from ziplm_deploy.tasks.tokens import TokenClassification
 
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
         TextClassification,
         MultiLabelClassification,
         TextRegression,
+        Reranking,
         QuestionAnswering,
         TokenClassification,
         FillMask,

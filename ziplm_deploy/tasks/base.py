@@ -83,7 +83,15 @@ class Task(ABC):
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
         counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
-        return sample_rows(rows, counts[which], seed, field=f"n_{which}", shuffle=which != "evaluation")
+        return self.sample(rows, which, counts[which], seed)
+
+    def sample(self, rows: list[Row], which: Which, count: int | None, seed: int) -> list[Row]:
+        """``count`` normalized rows, drawn with ``seed``; all for None.
+
+        Raises:
+            DataError: there are fewer.
+        """
+        return sample_rows(rows, count, seed, field=f"n_{which}", shuffle=which != "evaluation")
 
     def settle_rows(self, rows: list[Row], data: DataConfig, which: Which, seed: int, processor: Any) -> list[Row]:
         """Rows as examples are made of them, once the processor is known: what :meth:`load_rows` gives, for most tasks.

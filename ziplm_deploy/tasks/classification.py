@@ -50,7 +50,7 @@ class TextTask(Task):
     auto_class = "AutoModelForSequenceClassification"
     ort_class = "ORTModelForSequenceClassification"
     output_names = ("logits",)
-    text_columns = (
+    text_columns: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("sentence1", "sentence2"),
         ("premise", "hypothesis"),
         ("question1", "question2"),

@@ -81,9 +81,10 @@ def _lengths(examples: list[Example]) -> list[int]:
 
 
 def cache_embeddings(function: ModelFunction, known: Embeddings | None = None) -> ModelFunction:
-    """Wrap a function so that sentence embeddings, which metric and fidelity both read, are computed once a batch.
+    """Wrap a function so that what metric and fidelity both read is computed once a batch.
 
-    The answers are those of ``function``; for a batch that came before, the embeddings only.
+    That is sentence embeddings, or scores of pairs. The answers are those of ``function``; for a batch that came
+    before, these only.
 
     ``known``: what was computed before, and where new ones are kept.
     """
@@ -96,6 +97,8 @@ def cache_embeddings(function: ModelFunction, known: Embeddings | None = None) -
         outputs = function(inputs)
         if "sentence_embedding" in outputs:  # other outputs may be vocabulary-wide
             known[key] = {"sentence_embedding": outputs["sentence_embedding"]}
+        elif "logits" in outputs and outputs["logits"].shape[1:] == (1,):
+            known[key] = {"logits": outputs["logits"]}
         return outputs
 
     return remembered

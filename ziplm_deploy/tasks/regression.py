@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.recipe import TaskName
 from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
@@ -21,7 +22,7 @@ from ziplm_deploy.tasks.scores import CORRELATIONS, parse_score, value_outcomes
 class TextRegression(TextTask):
     """Labels are floats in the data's own scale, which is also the scale of the output ``logits`` [batch, 1]."""
 
-    name = "text-regression"
+    name: ClassVar[TaskName] = "text-regression"
     metric_name = "spearman"
     metrics = CORRELATIONS
     label_columns = ("label", "labels", "score", "similarity")
@@ -33,7 +34,7 @@ class TextRegression(TextTask):
         """The rows; raises :class:`DataError` for a head with more outputs than one."""
         if config.num_labels != 1:
             raise DataError(
-                f"expected a head with one output for text-regression, found one with {config.num_labels}; set "
+                f"expected a head with one output for {self.name}, found one with {config.num_labels}; set "
                 "model.task to text-classification if these are classes, or use a model with num_labels 1"
             )
         return rows

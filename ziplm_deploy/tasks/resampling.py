@@ -9,13 +9,12 @@ difference of binomial proportions based on paired data".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel
 
-from ziplm_deploy.tasks.base import Task
 from ziplm_deploy.tasks.metrics import Floats, Metric, score
 from ziplm_deploy.tasks.outcomes import Outcomes
 
@@ -46,15 +45,28 @@ class Comparison(BaseModel):
         return "missed" if self.percent_high < percent else "undecided"
 
 
+class Judge(Protocol):
+    """What scores are computed by: a task, or another way to look at what models did."""
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Functions of the outcomes by name."""
+        ...
+
+    def right_and_wrong(self, outcomes: Outcomes) -> Outcomes | None:
+        """See :meth:`ziplm_deploy.tasks.base.Task.right_and_wrong`."""
+        ...
+
+
 class ResampledScores:
     """One model's scores on resamples of the evaluation examples, each metric computed once.
 
     Models that were evaluated on the same examples meet the same resamples, so that their scores compare one by one.
     """
 
-    def __init__(self, task: Task, outcomes: Outcomes, seed: int = 0, n_resamples: int = N_RESAMPLES) -> None:
+    def __init__(self, judge: Judge, outcomes: Outcomes, seed: int = 0, n_resamples: int = N_RESAMPLES) -> None:
         self.n_examples = len(outcomes)
-        self._task, self._outcomes, self._seed, self._n_resamples = task, outcomes, seed, n_resamples
+        self._judge, self._outcomes, self._seed, self._n_resamples = judge, outcomes, seed, n_resamples
         self._known: dict[tuple[str, bool], Floats] = {}
 
     def interval(self, metric: str) -> tuple[float, float]:
@@ -70,7 +82,7 @@ class ResampledScores:
         if self.n_examples != other.n_examples:
             raise ValueError(f"expected the same examples, found {self.n_examples} and {other.n_examples}")
         own, others = self._resampled(metric, is_reference=False), other._resampled(metric, is_reference=True)
-        value, other_value = self._score(metric), other._score(metric)
+        value, other_value = self.score(metric), other.score(metric)
         low, high = interval(own - others)
         comparable = other_value > 0 and bool((others > 0).all())
         percent_low, percent_high = interval(100 * own / others) if comparable else (None, None)
@@ -84,16 +96,17 @@ class ResampledScores:
             n_examples=self.n_examples,
         )
 
-    def _score(self, metric: str) -> float:
-        return score(self._task.metrics[metric], self._outcomes)
+    def score(self, metric: str) -> float:
+        """The score on the examples as they are."""
+        return score(self._judge.metrics[metric], self._outcomes)
 
     def _resampled(self, metric: str, *, is_reference: bool) -> Floats:
         """Scores [resamples]; a reference is wrong where the model beside it is right, of the two made-up examples."""
         key = (metric, is_reference)
         if key not in self._known:
-            added = self._task.right_and_wrong(self._outcomes)
+            added = self._judge.right_and_wrong(self._outcomes)
             outcomes = self._outcomes if added is None else self._outcomes.followed_by(added, reverse=is_reference)
-            self._known[key] = resampled(self._task.metrics[metric], outcomes, self._seed, self._n_resamples)
+            self._known[key] = resampled(self._judge.metrics[metric], outcomes, self._seed, self._n_resamples)
         return self._known[key]
 
 

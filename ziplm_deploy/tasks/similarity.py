@@ -209,13 +209,19 @@ def embedding_fidelity(
     }
 
 
+def similarity_matrix(left: np.ndarray, right: np.ndarray, kind: Similarity) -> np.ndarray:
+    """Similarity ``[n, m]`` of every row of ``[n, size]`` to every row of ``[m, size]``; see :func:`similarities`."""
+    left, right = (np.asarray(each, dtype=np.float64) for each in (left, right))
+    if kind in ("euclidean", "manhattan"):
+        return -np.asarray(cdist(left, right, "cityblock" if kind == "manhattan" else "euclidean"))
+    if kind == "cosine":
+        left, right = _unit(left), _unit(right)
+    return np.asarray(left @ right.T)
+
+
 def _nearest(vectors: np.ndarray, similarity: Similarity, neighbours: int) -> np.ndarray:
     """Positions ``[n, neighbours]`` of the other vectors that are most similar to each, in no order."""
-    if similarity in ("cosine", "dot"):
-        vectors = _unit(vectors) if similarity == "cosine" else np.asarray(vectors, dtype=np.float64)
-        nearness = vectors @ vectors.T  # [n, n]
-    else:
-        nearness = -cdist(vectors, vectors, "cityblock" if similarity == "manhattan" else "euclidean")
+    nearness = similarity_matrix(vectors, vectors, similarity)  # [n, n]
     np.fill_diagonal(nearness, -np.inf)
     return np.argpartition(-nearness, neighbours - 1, axis=1)[:, :neighbours]
 

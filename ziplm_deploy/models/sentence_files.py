@@ -1,0 +1,86 @@
+"""JSON files of a sentence-transformers model: read from a folder or hub id, and checked field by field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ziplm_deploy.documents import read_json, shortened
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
+from ziplm_deploy.models.location import find_file
+
+
+class Fields(BaseModel):
+    """Fields of a JSON file; those that are not read here may be anything."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+_Read = TypeVar("_Read", bound=Fields)
+
+
+@dataclass(frozen=True)
+class SentenceFiles:
+    """JSON files of a folder or hub id."""
+
+    path: str
+    revision: str | None = None
+
+    def read(self, name: str, *, must_know: bool = False) -> Any:
+        """Content of a file; None if there is none. ``must_know``: see :func:`find_file`.
+
+        Raises:
+            CorruptArtifactError: it is no JSON, or null.  UnsupportedModelError: see :func:`find_file`.
+        """
+        file = find_file(self.path, name, self.revision, must_know=must_know)
+        if file is None:
+            return None
+        try:
+            found = read_json(file)
+        except (OSError, ValueError) as error:
+            raise damaged(f"{self.path}/{name}", error) from error
+        if found is None:
+            raise damaged(f"{self.path}/{name}", "null")
+        return found
+
+    def mapping(self, *names: str) -> tuple[str, dict[str, Any]]:
+        """The first of these files that there is, and its fields; the first name and no fields if there is none.
+
+        Raises:
+            CorruptArtifactError, UnsupportedModelError: as :meth:`read`, and a file holds something else.
+        """
+        for name in names:
+            found = self.read(name)
+            if isinstance(found, dict):
+                return name, found
+            if found is not None:
+                raise damaged(f"{self.path}/{name}", f"a {type(found).__name__} where fields should be")
+        return names[0], {}
+
+
+def check_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
+    """Refuse settings that change answers in a way that is not known here."""
+    for name, values in neutral.items():
+        if fields.get(name) is not None and fields[name] not in values:
+            found = shortened(json.dumps(fields[name]))
+            raise UnsupportedModelError(
+                f"expected {where} without {name}: {found}, which is not supported; choose another model"
+            )
+
+
+def checked(kind: type[_Read], fields: Any, where: str) -> _Read:
+    """Fields as an object of this kind; raises :class:`CorruptArtifactError` for values of other types."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise damaged(where, error) from error
+
+
+def damaged(where: str, found: object) -> CorruptArtifactError:
+    """The error for a file that does not hold what it should."""
+    return CorruptArtifactError(
+        f"expected settings of sentence-transformers in {where}, found {shortened(str(found))}; get it anew"
+    )

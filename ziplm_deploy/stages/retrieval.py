@@ -1,0 +1,132 @@
+"""What the ONNX files of embedding models find: nDCG@10 with passages embedded by each file, and by the dense one.
+
+The dense model embeds queries and passages once; its embeddings stay in the run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ziplm_deploy.artifacts import content_key, file_hash, write_bytes_with
+from ziplm_deploy.engines.runner import open_runner
+from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.recipe import Variant
+from ziplm_deploy.run.member import ModelFile
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.timed_files import runnable_files
+from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.resampling import N_RESAMPLES, ResampledScores
+from ziplm_deploy.tasks.retrieval import Vectors
+from ziplm_deploy.tasks.retrieval_scores import FileRetrieval, RetrievalScores
+
+
+def score_retrieval(run: Run) -> None:
+    """Write the retrieval scores of all files; nothing without ``data.retrieval``."""
+    if run.recipe.data.retrieval is None:
+        return
+    dense = run.dense_member.file(Variant.FP32)
+    _embed_dense(run, dense)
+    files = [dense, *(file for file in runnable_files(run) if file != dense)]
+    for index, file in enumerate(files):
+        _search(run, file)
+        run.progress.step(index + 1, len(files))
+    hashes = {file.label: file_hash(_outcomes(run, file)) for file in files}
+    key = content_key(outcomes=hashes, seed=run.recipe.seed, n_resamples=N_RESAMPLES)
+    path = run.folder.retrieval_scores
+    run.folder.make("retrieval scores", key, [path], lambda: _scores(run, files).save(path))
+
+
+def retrieval_scores_of(run: Run) -> RetrievalScores | None:
+    """What the last evaluation left; None where the recipe asks for none, or there was no evaluation yet."""
+    path = run.folder.retrieval_scores
+    return None if run.recipe.data.retrieval is None or not path.exists() else RetrievalScores.load(path)
+
+
+def _embeddings(run: Run) -> Path:
+    """Embeddings of the dense model: ``queries`` and ``passages``."""
+    path: Path = run.folder.retrieval / "dense.safetensors"
+    return path
+
+
+def _outcomes(run: Run, file: ModelFile) -> Path:
+    path: Path = run.folder.retrieval / f"{file.label.replace(' ', '-')}.json"
+    return path
+
+
+def _embed_dense(run: Run, dense: ModelFile) -> None:
+    key = _key(run, dense, dense)
+    path = _embeddings(run)
+
+    def work() -> None:
+        queries, passages = _embed(run, dense)
+        tensors = {"queries": queries, "passages": passages}
+        write_bytes_with(path, lambda target: save_file(tensors, target))
+
+    run.folder.make("embed passages", key, [path], work)
+
+
+def _search(run: Run, file: ModelFile) -> None:
+    """Write what a file finds for every query."""
+    dense = run.dense_member.file(Variant.FP32)
+    path = _outcomes(run, file)
+
+    def work() -> None:
+        known = _dense_embeddings(run)
+        queries, passages = (known["queries"], known["passages"]) if file == dense else _embed(run, file)
+        run.data.retrieval.outcomes(queries, passages, known["passages"]).save(path)
+
+    run.folder.make(f"retrieval {file.label}", _key(run, file, dense), [path], work)
+
+
+def _key(run: Run, file: ModelFile, dense: ModelFile) -> str:
+    return content_key(
+        file=run.file_hash(file.onnx),
+        dense=run.file_hash(dense.onnx),
+        engines=run.engine_versions,
+        batch_size=run.data.passages_taken_by(file.variant).batch_size,
+        data=run.data.retrieval_key,
+    )
+
+
+def _embed(run: Run, file: ModelFile) -> tuple[Vectors, Vectors]:
+    """Queries [queries, size] and passages [passages, size] by one file, on the engine that serves it."""
+    recipe, retrieval = run.recipe, run.data.retrieval
+    is_baseline = file == run.dense_member.file(Variant.FP32)
+    engine = recipe.baseline_engine if is_baseline else recipe.environment.engine
+    how = run.data.passages_taken_by(file.variant)
+    with open_runner(recipe.environment.model_copy(update={"engine": engine}), file.onnx) as runner:
+        return retrieval.embed_queries(runner, how), retrieval.embed_passages(runner, how)
+
+
+def _dense_embeddings(run: Run) -> dict[str, np.ndarray]:
+    try:
+        return load_file(_embeddings(run))
+    except Exception as error:  # safetensors raises errors of several kinds
+        raise CorruptArtifactError(
+            f"expected embeddings of the dense model in {_embeddings(run)}, found: {error}; delete the file and run "
+            "the same command again"
+        ) from error
+
+
+def _scores(run: Run, files: list[ModelFile]) -> RetrievalScores:
+    retrieval, seed = run.data.retrieval, run.recipe.seed
+    paths = {file.label: _outcomes(run, file) for file in files}
+    resampled = {
+        label: ResampledScores(retrieval, Outcomes.load(path, file_hash(path)), seed) for label, path in paths.items()
+    }
+    dense = resampled[files[0].label]
+    return RetrievalScores(
+        n_queries=len(retrieval.data.queries),
+        n_passages=len(retrieval.data.passages),
+        files={
+            label: FileRetrieval(
+                scores={metric: found.score(metric) for metric in retrieval.metrics},
+                intervals={metric: found.interval(metric) for metric in retrieval.metrics},
+                of_dense={} if found is dense else {name: found.beside(dense, name) for name in retrieval.metrics},
+            )
+            for label, found in resampled.items()
+        },
+    )
