@@ -40,6 +40,7 @@ from ziplm_deploy.models.gguf_source import (
 )
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
+from ziplm_deploy.models.layer_scale import fold_layer_scales
 from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.sentence_dense import load_layers
@@ -197,8 +198,7 @@ def _load_config(path: str, source: dict[str, Any]) -> Any:
 def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any], may_lack_head: bool) -> nn.Module:
     loader = getattr(transformers, auto_class)
     try:
-        model_class = loader._model_mapping[type(config)]
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        model_class = _class_of(loader._model_mapping[type(config)], config)
     except KeyError:
         raise UnsupportedModelError(
             f"expected a model with a head for {auto_class}, found a {config.model_type}; choose another task"
@@ -241,8 +241,15 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = without_cache(as_linears(model.eval()))
+    dense: nn.Module = without_cache(fold_layer_scales(as_linears(model.eval())))
     return dense
+
+
+def _class_of(classes: Any, config: Any) -> Any:
+    """The class that the configuration names where several do a task: distilled DeiTs have a second head."""
+    if not isinstance(classes, tuple):
+        return classes
+    return next((each for each in classes if each.__name__ in (config.architectures or ())), classes[0])
 
 
 def _check_sizes(model_class: Any, config: Any, folder: Path, options: dict[str, Any]) -> None:

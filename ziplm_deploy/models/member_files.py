@@ -33,6 +33,7 @@ from ziplm_deploy.models.config_file import (
     stored_shapes,
 )
 from ziplm_deploy.models.label_maps import settle_class_names
+from ziplm_deploy.models.layer_scale import fold_layer_scales
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_bias_name, output_linear, prunable_modules
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
@@ -201,7 +202,7 @@ def _build(config: Any, member: MemberConfig, weights: Path) -> nn.Module:
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     check_parameter_count(model_class, config, shapes, MAX_PRUNING * stored + FREE_PARAMETERS, **options)
     with torch.random.fork_rng(devices=[]):  # the initial weights must not consume the caller's random numbers
-        model: nn.Module = as_linears(model_class(config, **options))
+        model: nn.Module = fold_layer_scales(as_linears(model_class(config, **options)))
     for module in prunable_modules(model):
         indices = member.kept[module.name]
         if len(indices) > module.structures:

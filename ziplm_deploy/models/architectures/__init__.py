@@ -1,6 +1,6 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py`` or ``decoders.py``.
+An architecture is one entry of ``encoders.py``, ``image_encoders.py`` or ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -13,10 +13,11 @@ from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
+from ziplm_deploy.models.architectures.image_encoders import IMAGE_ENCODERS
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
 
-ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *IMAGE_ENCODERS, *DECODERS)}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -51,15 +52,15 @@ def why_not(config: PretrainedConfig) -> str | None:
         return f"chunk_size_feed_forward {config.chunk_size_feed_forward}: set it to 0, it only saves training memory"
     if getattr(config, "pruned_heads", None):
         return f"a {model_type} whose heads were pruned before (pruned_heads): save it without them"
-    return _causal_reason(config) or _heads_reason(config)
+    if getattr(config, "drop_path_rate", 0):
+        return f"drop_path_rate {config.drop_path_rate}: set it to 0, it only leaves blocks out in training"
+    return _settings_reason(config) or _heads_reason(config)
 
 
-def _causal_reason(config: PretrainedConfig) -> str | None:
-    """Reason of a causal language model's own."""
-    causal = ARCHITECTURES[config.model_type].causal
-    if causal is None:
-        return None
-    for name, known in causal.refused.items():
+def _settings_reason(config: PretrainedConfig) -> str | None:
+    """Reason of settings that few architectures have."""
+    architecture = ARCHITECTURES[config.model_type]
+    for name, known in architecture.refused.items():
         if getattr(config, name, known[0]) not in known:
             return f"a {config.model_type} with {name} {getattr(config, name)!r}: its blocks are other ones"
     size = getattr(config, "word_embed_proj_dim", config.hidden_size)
