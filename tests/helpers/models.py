@@ -11,10 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ziplm_deploy.models.causal import as_linears
-from ziplm_deploy.models.layer_scale import fold_layer_scales
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
+from ziplm_deploy.models.preparation import prepared
 
 IMAGE_TYPES = ("vit", "deit", "dinov2")
 # Blocks of these are line by line those of another type: what is costly, and goes by blocks alone, leaves them out.
@@ -109,13 +108,13 @@ def tiny_causal_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.M
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return as_linears(model.eval())
+    return prepared(model.eval())
 
 
 def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
     """A random model in eval mode. Weights, biases and norms are all far from their initial 0 and 1, so that a lost
     bias or a swapped LayerNorm shows. ``task`` defaults to sentence-similarity, image-classification for images."""
-    return fold_layer_scales(plain_model(model_type, task, seed=seed, **changes))
+    return prepared(plain_model(model_type, task, seed=seed, **changes))
 
 
 def plain_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:

@@ -23,7 +23,7 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.models.architectures import Architecture, architecture_of
-from ziplm_deploy.models.causal import as_linears, without_cache
+from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -40,8 +40,8 @@ from ziplm_deploy.models.gguf_source import (
 )
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
-from ziplm_deploy.models.layer_scale import fold_layer_scales
 from ziplm_deploy.models.member_files import MEMBER_FILE
+from ziplm_deploy.models.preparation import prepared
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
@@ -241,7 +241,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = without_cache(fold_layer_scales(as_linears(model.eval())))
+    dense: nn.Module = without_cache(prepared(model.eval()))
     return dense
 
 

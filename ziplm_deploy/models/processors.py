@@ -8,10 +8,14 @@ import numpy as np
 from torch import nn
 
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.image_positions import settle_positions
 
 
 def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str) -> None:
     """Refuse a tokenizer with more tokens than the model has embeddings, or images of another shape.
+
+    A model that interpolates its positions takes the size of the images that its processor gives: see
+    :func:`settle_positions`.
 
     Raises:
         UnsupportedModelError: they do not fit; says how.
@@ -51,6 +55,8 @@ def _check_images(model: nn.Module, processor: Any, path: str) -> None:
             f"expected an image processor that takes RGB images in {path}, found: {error}; correct "
             "preprocessor_config.json"
         ) from error
+    if len(found) == 3 and settle_positions(model, (found[1], found[2])):
+        return
     if found != wanted:
         raise UnsupportedModelError(
             f"expected an image processor that gives {_shape(wanted)} pixels, as image_size of the model in {path} "

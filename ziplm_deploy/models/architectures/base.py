@@ -61,6 +61,7 @@ class Architecture:
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
     shared_input: str | None = None  # argument of every layer that the model computes once for all of them
     refused: dict[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
+    sized_embeddings: type[nn.Module] | None = None  # class of `embeddings` whose positions fit images of one size only
 
     def block(self, kind: ModuleKind) -> str:
         """Path of the block that is replaced when a module of this kind shrinks."""

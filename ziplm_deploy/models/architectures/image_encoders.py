@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from transformers.models.deit import modeling_deit
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.vit import modeling_vit
 
 from ziplm_deploy.models.architectures.base import Architecture
+
+
+class SizedDinov2Embeddings(modeling_dinov2.Dinov2Embeddings):
+    """DINOv2's embeddings for images of one size, whose positions no call interpolates anew; traced graphs did so."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return self.position_embeddings
+
 
 _OLDER_VIT = Architecture(
     "vit",
@@ -53,6 +62,7 @@ def _dinov2() -> Architecture:
         config_ffn_width=None,
         config_ffn_ratio="mlp_ratio",
         refused={"use_swiglu_ffn": (False,)},
+        sized_embeddings=SizedDinov2Embeddings,
     )
 
 
