@@ -90,7 +90,7 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     if own.source:
         _check_widths(model, settings, own)
         load_layers(model, own.dense, root, own.dense_folders, settings.revision)
-        _prepare_texts(processor, settings, own)
+        _prepare_texts(processor, own)
     _check_finite(model, path)
     return model, processor
 
@@ -130,7 +130,7 @@ def load_processor(model_config: ModelConfig) -> Any:
     path, source = _transformer_of(root, model_config, own)
     processor = _load_processor(path, TASKS[model_config.task].input_kind, source)
     if own.source:
-        _prepare_texts(processor, completed(model_config, own), own)
+        _prepare_texts(processor, own)
     return processor
 
 
@@ -165,17 +165,12 @@ def _check_widths(model: nn.Module, settings: ModelConfig, own: SentenceModules)
         size = given
 
 
-def _prepare_texts(processor: Any, settings: ModelConfig, own: SentenceModules) -> None:
+def _prepare_texts(processor: Any, own: SentenceModules) -> None:
     """Make a tokenizer cut and lower texts as sentence-transformers would."""
     if own.max_seq_length is not None:
         processor.model_max_length = own.max_seq_length
     if own.do_lower_case:
         lower_texts(processor)
-    if settings.pooling == "cls" and processor.padding_side == "left":
-        raise UnsupportedModelError(
-            f"expected a tokenizer that pads on the right for the pooling cls, found one in {settings.path} that pads "
-            "on the left; set padding_side in its tokenizer_config.json"
-        )
 
 
 def lower_texts(processor: Any) -> None:

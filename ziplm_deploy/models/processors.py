@@ -8,11 +8,12 @@ import numpy as np
 from torch import nn
 
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.image_positions import settle_positions
 
 
 def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings, or images of another shape.
+    """Refuse a tokenizer of more tokens than the model has, or that pads an encoder on the left; or images that differ.
 
     A model that interpolates its positions takes the size of the images that its processor gives: see
     :func:`settle_positions`.
@@ -35,6 +36,11 @@ def _check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:
             f"expected a tokenizer with tokens 0 to {embeddings - 1} in {path}, as many as the model has embeddings, "
             f"found {len(beyond)} more, the first {token!r} ({number}); take the tokenizer that the model was trained "
             "with, or call resize_token_embeddings and train them"
+        )
+    if architecture_of(model.config).causal is None and tokenizer.padding_side == "left":  # type: ignore[arg-type]
+        raise UnsupportedModelError(
+            f"expected a tokenizer that pads on the right for an encoder, whose first token and positions would differ "
+            f"with every batch, found one in {path} that pads on the left; set padding_side in its tokenizer_config.json"
         )
 
 

@@ -14,8 +14,9 @@ from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
 from ziplm_deploy.models.architectures.image_encoders import IMAGE_ENCODERS
+from ziplm_deploy.models.architectures.others import OTHERS, native_type, why_unsupported
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
+__all__ = ["ARCHITECTURES", "OTHERS", "Architecture", "architecture_of", "native_type", "why_not", "why_unsupported"]
 
 ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *IMAGE_ENCODERS, *DECODERS)}
 
@@ -40,7 +41,7 @@ def why_not(config: PretrainedConfig) -> str | None:
     """Reason why a configuration cannot be pruned, in words; None if it can."""
     model_type = getattr(config, "model_type", "") or type(config).__name__
     if model_type not in ARCHITECTURES:
-        return f"model type {model_type!r}"
+        return why_unsupported(model_type)
     if getattr(config, "is_decoder", False):
         return f"a {model_type} decoder (is_decoder: true): its cached keys and values cannot be resized here"
     if getattr(config, "add_cross_attention", False):
