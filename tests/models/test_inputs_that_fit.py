@@ -127,9 +127,7 @@ def test_padding_on_the_left_is_refused_for_encoders(tmp_path: Path, task: str) 
     save_dense(tmp_path, task=task)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
-    with pytest.raises(
-        UnsupportedModelError, match=r"pads on the left; set padding_side in its tokenizer_config\.json"
-    ):
+    with pytest.raises(UnsupportedModelError, match="pads on the left; set padding_side in its"):
         load(tmp_path, task)
 
 

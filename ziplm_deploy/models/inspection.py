@@ -104,7 +104,8 @@ def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, n_layers: i
         return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model_or_config)]
     config, built = copy.deepcopy(model_or_config), min(n_layers, DIFFERENT_LAYERS)
     setattr(config, ARCHITECTURES[config.model_type].config_layers, built)
+    auto_class: Any = AutoModel
     with torch.device("meta"):  # takes no memory for weights
-        model = prepared(AutoModel.from_config(config, attn_implementation="eager"))
+        model: nn.Module = prepared(auto_class.from_config(config, attn_implementation="eager"))
     first = _layer_parameters(model, built)
     return [*first, *([first[-1]] * (n_layers - built))]

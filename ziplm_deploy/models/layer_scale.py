@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -36,11 +36,10 @@ def fold_layer_scales(model: _Module) -> _Module:
         if path is None:
             continue
         for layer in layers_of(model):
-            scale = layer.get_submodule(path)
+            scale: Any = layer.get_submodule(path)
             if isinstance(scale, FoldedScale):
                 continue
-            values = scale.lambda1.detach()
-            assert isinstance(values, torch.Tensor)
+            values: torch.Tensor = scale.lambda1.detach()  # [hidden]
             linear = layer.get_submodule(architecture.output(kind))
             assert isinstance(linear, nn.Linear)
             with torch.no_grad():

@@ -56,7 +56,7 @@ def _pruned(architecture: Architecture) -> tuple[str, ...]:
 def _dense(architecture: Architecture) -> tuple[str, ...]:
     if architecture.causal is not None:
         return ("hidden size", "token embeddings", "norms", "positions", "head over the vocabulary")
-    of_images = hasattr(transformers.CONFIG_MAPPING[architecture.model_type], "image_size")
+    of_images = hasattr(transformers.CONFIG_MAPPING[architecture.model_type](), "image_size")
     inputs = "patch and position embeddings" if of_images else "word and position embeddings"
     shared = f"{architecture.shared_input} of all layers, cut to the heads that are kept"
     more = (shared.replace("_", " "),) if architecture.shared_input is not None else ()

@@ -14,7 +14,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def prepared(model: _Module) -> _Module:
-    """The same model, changed in place, with the same answers but for rounding.
+    """Change a model in place, and give it back; its answers stay, but for rounding.
 
     Every linear is a :class:`torch.nn.Linear`, no layer scale is left, and positions are those of one image size.
     """

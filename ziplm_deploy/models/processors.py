@@ -39,8 +39,9 @@ def _check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:
         )
     if architecture_of(model.config).causal is None and tokenizer.padding_side == "left":  # type: ignore[arg-type]
         raise UnsupportedModelError(
-            f"expected a tokenizer that pads on the right for an encoder, whose first token and positions would differ "
-            f"with every batch, found one in {path} that pads on the left; set padding_side in its tokenizer_config.json"
+            "expected a tokenizer that pads on the right for an encoder, whose first token and positions would differ "
+            f"with every batch, found one in {path} that pads on the left; set padding_side in its "
+            "tokenizer_config.json"
         )
 
 
