@@ -32,7 +32,7 @@ from ziplm_deploy.models.resizing import masked, random_resized, first_structure
 from ziplm_deploy.models.modules import prunable_modules
 
 config = transformers.AutoConfig.for_model(
-    "data2vec-text", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=60,
+    "rembert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=60,
     max_position_embeddings=40, pad_token_id=1, attn_implementation="eager",
 )
 model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()

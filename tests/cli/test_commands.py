@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.helpers.models import save_dense
 from tests.helpers.onnx_models import write_mlp
 from tests.helpers.reports import benchmark_record, family_report, latency_table, member, plan
 from ziplm_deploy import api
@@ -313,26 +312,6 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "a.onnx" in result.stderr
     assert result.stderr.startswith("error: ")
-
-
-def test_inspect_lists_layers(tmp_path: Path) -> None:
-    save_dense(tmp_path)
-    rows = json.loads(invoke("inspect", tmp_path, "--json").stdout)
-    assert [(row["layer"], row["heads"], row["ffn_width"]) for row in rows] == [(0, 4, 64), (1, 4, 64), (2, 4, 64)]
-    assert "ffn_width" in invoke("inspect", tmp_path).stdout
-
-
-def test_inspect_refuses_other_models_by_naming_what_is_supported(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "bloom"}', encoding="utf-8")
-    result = invoke("inspect", tmp_path)
-    assert result.exit_code == 2
-    assert "bert" in result.stderr
-
-
-@pytest.mark.parametrize(("content", "exit_code"), [("{", 1), ("[]", 1), ('{"model_type": "no-such-type"}', 2)])
-def test_inspect_of_a_damaged_config(tmp_path: Path, content: str, exit_code: int) -> None:
-    (tmp_path / "config.json").write_text(content, encoding="utf-8")
-    assert invoke("inspect", tmp_path).exit_code == exit_code
 
 
 def test_doctor_examines_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.int8_files import answer, constants, exported, int8
-from tests.helpers.models import MODEL_TYPES, tiny_model
+from tests.helpers.models import TEXT_TYPES, tiny_model
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings, round_embeddings_of
 from ziplm_deploy.compression.int8.quantize import linear_names, quantized_linears
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError
 from ziplm_deploy.recipe import EngineName, Int8Config
 
 VOCABULARY = 24_000  # times 16 (ELECTRA) or 32 columns: worth rounding
-TEXT_MODELS = [name for name in MODEL_TYPES if name != "vit"]
 
 
-@pytest.mark.parametrize("model_type", TEXT_MODELS)
+@pytest.mark.parametrize("model_type", TEXT_TYPES)
 def test_word_embeddings_of_every_architecture_are_rounded_to_half_a_step(tmp_path: Path, model_type: str) -> None:
     source = exported(tmp_path, model=tiny_model(model_type, vocab_size=VOCABULARY))
     before = constants(onnx.load(str(source.path)).graph)

@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tests.helpers.int8_files import Exported, answer, exported, pair_parameters, settings_of, tensors
-from tests.helpers.models import MODEL_TYPES, output_tensors, tiny_inputs, tiny_model
+from tests.helpers.models import BLOCK_TYPES, output_tensors, tiny_inputs, tiny_model
 from ziplm_deploy.compression.int8.fake_quant import (
     ActivationQuantizer,
     QuantizedLinear,
@@ -111,7 +111,7 @@ def test_before_training_scales_are_those_of_static_quantization(tmp_path: Path,
             np.testing.assert_array_equal(a[key], value)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", BLOCK_TYPES)
 def test_insert_and_remove_on_every_architecture(model_type: str) -> None:
     model = tiny_model(model_type)
     inputs = tiny_inputs(model)

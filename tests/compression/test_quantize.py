@@ -25,7 +25,7 @@ from tests.helpers.int8_files import (
     settings_of,
     without_padding,
 )
-from tests.helpers.models import MODEL_TYPES, tiny_model
+from tests.helpers.models import BLOCK_TYPES, tiny_model
 from tests.helpers.onnx_models import kernels_of, write_mlp
 from ziplm_deploy.compression.int8.fake_quant import quantizable_linears
 from ziplm_deploy.compression.int8.quantize import linear_names, linear_ranges, quantize, quantized_linears
@@ -50,7 +50,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return exported(tmp_path_factory.mktemp("dynamic"), "dynamic", opset=17)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", BLOCK_TYPES)
 def test_the_linears_of_every_architecture_are_found(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type, num_hidden_layers=1) if model_type != "distilbert" else tiny_model(model_type)
     found = exported(tmp_path, model=model)

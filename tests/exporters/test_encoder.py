@@ -27,6 +27,8 @@ from exporters import (
 )
 from exporters.heads import pool
 from tests.helpers.models import (
+    BLOCK_TYPES,
+    IMAGE_TYPES,
     MODEL_TYPES,
     TEXT_TASKS,
     output_tensors,
@@ -71,7 +73,7 @@ def resized_model(model_type: str, task: str | None = None) -> nn.Module:
 
 
 def default_outputs(model_type: str) -> list[str]:
-    return ["logits"] if model_type == "vit" else ["last_hidden_state"]
+    return ["logits"] if model_type in IMAGE_TYPES else ["last_hidden_state"]
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -82,13 +84,13 @@ def test_dynamic_export_answers_for_any_shape(model_type: str, tmp_path: Path) -
     export_encoder(model, dummy_inputs(model, settings), default_outputs(model_type), path, settings)
     for batch_size, seq_len in ((1, 5), (3, 30)):
         inputs = tiny_inputs(model, batch_size, seq_len)
-        segments = {"token_type_ids": torch.zeros_like(inputs["input_ids"])} if model_type != "vit" else {}
+        segments = {"token_type_ids": torch.zeros_like(inputs["input_ids"])} if model_type not in IMAGE_TYPES else {}
         inputs |= {name: value for name, value in segments.items() if name in input_names(model)}
         assert check_parity(model, path, inputs, atol=1e-4) < 1e-4
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", BLOCK_TYPES)
 def test_static_export_fixes_the_shapes(model_type: str, tmp_path: Path) -> None:
     model = resized_model(model_type)
     settings = ExportSettings(shapes="static", batch_size=2, seq_len=11)
@@ -101,7 +103,7 @@ def test_static_export_fixes_the_shapes(model_type: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("opset", [16, 17])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", BLOCK_TYPES)
 def test_onnx_runtime_does_not_merge_residuals_into_its_slow_kernel(
     model_type: str, opset: int, tmp_path: Path
 ) -> None:

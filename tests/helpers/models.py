@@ -11,12 +11,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
+from ziplm_deploy.models.preparation import prepared
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "vit")
-TEXT_TYPES = MODEL_TYPES[:-1]
+IMAGE_TYPES = ("vit", "deit", "dinov2")
+# Blocks of these are line by line those of another type: what is costly, and goes by blocks alone, leaves them out.
+COPIES = ("camembert", "data2vec-text", "ernie", "deit")
+TEXT_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "xlm-roberta-xl", *COPIES[:3])
+MODEL_TYPES = (*TEXT_TYPES, *IMAGE_TYPES)
+LIKE_ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text")
+BLOCK_TYPES = tuple(name for name in MODEL_TYPES if name not in COPIES)
 AUTO_CLASSES = {
     "sentence-similarity": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",
@@ -45,16 +50,22 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
     common: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     if model_type == "distilbert":
         common |= {"hidden_dim": 64}
+    elif model_type == "dinov2":
+        common |= {"mlp_ratio": 2, "layerscale_value": 0.7}
+    elif model_type == "deit":
+        common |= {"intermediate_size": 64, "architectures": ["DeiTForImageClassification"]}  # there are two
     else:
         common |= {"intermediate_size": 64}
-    if model_type == "vit":
+    if model_type in IMAGE_TYPES:
         common |= {"image_size": 16, "patch_size": 8, "num_channels": 3}
     else:
         common |= {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0}
-    if model_type in ("roberta", "xlm-roberta", "mpnet"):
+    if model_type in (*LIKE_ROBERTA, "mpnet"):
         common |= {"pad_token_id": 1}
-    if model_type in ("roberta", "xlm-roberta"):
+    if model_type in LIKE_ROBERTA:
         common |= {"type_vocab_size": 1}
+    if model_type == "ernie":
+        common |= {"use_task_id": True}
     if model_type == "electra":
         common |= {"embedding_size": 16}
     common |= {"attn_implementation": "eager"}
@@ -97,20 +108,25 @@ def tiny_causal_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.M
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return as_linears(model.eval())
+    return prepared(model.eval())
 
 
 def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
     """A random model in eval mode. Weights, biases and norms are all far from their initial 0 and 1, so that a lost
-    bias or a swapped LayerNorm shows. ``task`` defaults to sentence-similarity, image-classification for ViT."""
-    task = task or ("image-classification" if model_type == "vit" else "sentence-similarity")
+    bias or a swapped LayerNorm shows. ``task`` defaults to sentence-similarity, image-classification for images."""
+    return prepared(plain_model(model_type, task, seed=seed, **changes))
+
+
+def plain_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
+    """The model of :func:`tiny_model` as transformers builds it, with layer scales."""
+    task = task or default_task(model_type)
     if "num_labels" not in changes and task in NUM_LABELS:
         changes["num_labels"] = NUM_LABELS[task]
     config = tiny_config(model_type, **changes)
     auto_class = getattr(transformers, AUTO_CLASSES[task])
     torch.manual_seed(seed)
     no_pooler = {"add_pooling_layer": False} if auto_class is transformers.AutoModel else {}
-    if model_type in ("distilbert", "electra"):
+    if model_type in ("distilbert", "electra", "dinov2"):
         no_pooler = {}
     model: nn.Module = auto_class.from_config(config, attn_implementation="eager", **no_pooler)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -121,11 +137,16 @@ def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **cha
     return model.eval()
 
 
+def default_task(model_type: str, of_texts: str = "sentence-similarity") -> str:
+    """A task that models of this type can do: one of texts, or of images."""
+    return "image-classification" if model_type in IMAGE_TYPES else of_texts
+
+
 def tiny_inputs(model: nn.Module, batch_size: int = 2, seq_len: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs with padding in the last row (text), or random images."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
-    if config.model_type == "vit":
+    if config.model_type in IMAGE_TYPES:
         size = (batch_size, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(size, generator=generator)}
     # Ids from 5 on: no special tokens, so the models derive no positions from padding ids.
@@ -168,9 +189,9 @@ def tiny_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
 
 def save_dense(folder: Path, model_type: str = "bert", task: str = "sentence-similarity", **changes: Any) -> nn.Module:
     """Write a tiny model with tokenizer or image processor as a transformers checkpoint; returns the model."""
-    model = tiny_model(model_type, task, **changes)
+    model = plain_model(model_type, task, **changes)
     copy.deepcopy(model).save_pretrained(folder)  # type: ignore[operator]
-    if model_type == "vit":
+    if model_type in IMAGE_TYPES:
         transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     else:
         tiny_tokenizer(folder).save_pretrained(folder)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # type: ignore[import-untyped, unused-ignore]
 
 from tests.helpers.models import VOCABULARY, tiny_model
 
@@ -51,17 +52,18 @@ class TinySentenceModel:
     age: str = "old"
     transformer: str = ""  # sub-folder of the transformers model
     lowers: bool = True  # the tokenizer itself
+    model_type: str = "bert"
+    pieces: bool = False  # a tokenizer of pieces, as XLM-R's, in place of words
+    card: str = ""  # text of its README.md
 
     def save(self, folder: Path, **changes: Any) -> Path:
         """Write the model; ``changes`` are for the configuration of its encoder."""
         inner = folder / self.transformer
         inner.mkdir(parents=True, exist_ok=True)
-        tiny_model("bert", **changes).save_pretrained(inner)  # type: ignore[operator]
-        (inner / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
-        tokenizer = transformers.BertTokenizerFast.from_pretrained(
-            inner, model_max_length=40, do_lower_case=self.lowers
-        )
-        tokenizer.save_pretrained(inner)
+        tiny_model(self.model_type, **changes).save_pretrained(inner)  # type: ignore[operator]
+        self._save_tokenizer(inner)
+        if self.card:
+            (folder / "README.md").write_text(self.card, encoding="utf-8")
         kinds = [(self.transformer, "Transformer"), ("1_Pooling", "Pooling")]
         kinds += [(f"{2 + number}_Dense", "Dense") for number in range(len(self.dense))]
         kinds += [(f"{len(kinds)}_Normalize", "Normalize")] * self.normalize
@@ -71,6 +73,16 @@ class TinySentenceModel:
         write(folder / "config_sentence_transformers.json", self.settings)
         self._save_dense(folder)
         return folder
+
+    def _save_tokenizer(self, inner: Path) -> None:
+        if self.pieces:
+            piece_tokenizer().save_pretrained(inner)
+            return
+        (inner / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+        tokenizer = transformers.BertTokenizerFast.from_pretrained(
+            inner, model_max_length=40, do_lower_case=self.lowers
+        )
+        tokenizer.save_pretrained(inner)
 
     def _save_dense(self, folder: Path) -> None:
         generator, width = torch.Generator().manual_seed(7), 32
@@ -120,6 +132,23 @@ class TinySentenceModel:
         return str(mode if isinstance(mode, str) else mode[0])
 
 
+def piece_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of pieces with XLM-R's special tokens, in its order."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [*special, *(f"▁{word}" for word in VOCABULARY[5:]), *VOCABULARY[5:], "<mask>"]
+    backend = Tokenizer(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(pieces)], unk_id=3))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=38,
+        **{"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"},
+        **{"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"},
+    )
+
+
 def module(number: int, path: str, kind: str, age: str = "old") -> dict[str, Any]:
     """An entry of modules.json."""
     return {
@@ -141,19 +170,23 @@ def load(path: Path) -> dict[str, np.ndarray]:
     return load_file(path)
 
 
-def by_sentence_transformers(folders: list[Path], texts: list[str], scratch: Path, **settings: Any) -> list[np.ndarray]:
-    """Embeddings of every folder, from sentence-transformers with these settings of its models.
+def by_sentence_transformers(
+    folders: list[Path], texts: list[str], scratch: Path, prompts: list[str | None] | None = None, **settings: Any
+) -> list[np.ndarray]:
+    """Embeddings of every folder, from sentence-transformers with these settings of its models, and names of prompts.
 
     In a process of its own: its import changes settings of other packages.
     """
     write(scratch / "texts.json", texts)
+    write(scratch / "prompts.json", prompts or [None] * len(folders))
     code = (
         "import json, sys, numpy; from sentence_transformers import SentenceTransformer as S\n"
-        "texts, settings, out, *folders = sys.argv[1:]\n"
+        "texts, prompts, settings, out, *folders = sys.argv[1:]\n"
         "models = [S(folder, device='cpu', **json.loads(settings)) for folder in folders]\n"
-        "numpy.savez(out, *[model.encode(json.load(open(texts))) for model in models])"
+        "pairs = zip(models, json.load(open(prompts)))\n"
+        "numpy.savez(out, *[model.encode(json.load(open(texts)), prompt_name=name) for model, name in pairs])"
     )
-    arguments = [scratch / "texts.json", json.dumps(settings), scratch / "found.npz", *folders]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], check=True)
+    files = [scratch / "texts.json", scratch / "prompts.json", json.dumps(settings), scratch / "found.npz"]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, [*files, *folders])], check=True)
     found = np.load(scratch / "found.npz")
     return [found[f"arr_{number}"] for number in range(len(folders))]

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from exporters import EmbeddingModel
-from tests.helpers.models import MODEL_TYPES, tiny_inputs, tiny_model
+from tests.helpers.models import BLOCK_TYPES, IMAGE_TYPES, tiny_inputs, tiny_model
 from ziplm_deploy.engines import Engine, WorkerHandle
 from ziplm_deploy.errors import EngineError, EnvironmentMismatchError, IncompatibleArtifactError, UnsupportedModelError
 from ziplm_deploy.latency import models as profiling_models
@@ -74,10 +74,10 @@ def test_table_holds_every_size_with_intervals(table: LatencyTable, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "bert"])
+@pytest.mark.parametrize("model_type", [name for name in BLOCK_TYPES if name != "bert"])
 def test_every_architecture_can_be_profiled(model_type: str) -> None:
     few = QUICK.model_copy(update={"width_ratio": 0.31})
-    names = ("logits",) if model_type == "vit" else HIDDEN
+    names = ("logits",) if model_type in IMAGE_TYPES else HIDDEN
     done: list[tuple[int, int]] = []
     asked = request(tiny_model(model_type, num_attention_heads=2), profile=few, output_names=names)
     table = measure_table(asked, lambda step, total: done.append((step, total)))

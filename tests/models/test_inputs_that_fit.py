@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.models import save_dense
+from tests.helpers.models import output_tensors, save_dense, tiny_inputs
 from ziplm_deploy.errors import UnsupportedModelError, ZipLMError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.recipe import ModelConfig
@@ -119,3 +119,24 @@ def test_images_that_are_no_squares(tmp_path: Path) -> None:
     model, _ = load(tmp_path, "image-classification")
     with torch.no_grad():
         assert model(pixel_values=torch.zeros(2, 3, 16, 24)).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "sentence-similarity", "token-classification"])
+def test_padding_on_the_left_is_refused_for_encoders(tmp_path: Path, task: str) -> None:
+    """Positions and the first token would depend on what else is in a batch."""
+    save_dense(tmp_path, task=task)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    with pytest.raises(UnsupportedModelError, match="pads on the left; set padding_side in its"):
+        load(tmp_path, task)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa", "somebody/kernels"])
+def test_settings_of_attention_do_not_matter(tmp_path: Path, name: str, attention: str) -> None:
+    original = save_dense(tmp_path, task="text-classification")
+    edit(tmp_path, **{name: attention, "use_flash_attn": True})
+    model, _ = load(tmp_path)
+    assert model.config._attn_implementation == "eager"
+    inputs = tiny_inputs(original)
+    torch.testing.assert_close(output_tensors(model, inputs), output_tensors(original, inputs), rtol=0, atol=0)

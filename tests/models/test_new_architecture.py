@@ -32,9 +32,12 @@ from ziplm_deploy.pruning.reconstruction import reconstruct
 from ziplm_deploy.recipe import Int8Config, ModelConfig, PruneConfig
 
 # What an entry says: nothing, for a model with BERT's names; where the norms are, for one that normalizes before.
-LIKE_BERT = Architecture("camembert")
+LIKE_BERT = Architecture("rembert")
 NORMALIZED_BEFORE = Architecture("megatron-bert", ffn_residual="ln", attention_norm="attention.ln", ffn_norm="ln")
-CHANGES: dict[str, dict[str, Any]] = {"camembert": {"pad_token_id": 1, "type_vocab_size": 1}, "megatron-bert": {}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
+    "megatron-bert": {},
+}
 SIZES = {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attention": 3}
 
 

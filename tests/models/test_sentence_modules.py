@@ -303,14 +303,6 @@ def test_dense_layers_need_the_graph(tmp_path: Path) -> None:
         OnnxExport.from_recipe(recipe, get_task(recipe.model)).inputs(model)
 
 
-def test_cls_and_padding_on_the_left(tmp_path: Path) -> None:
-    folder = MODELS["cls, as one name"].save(tmp_path)
-    fields = json.loads((folder / "tokenizer_config.json").read_text())
-    write(folder / "tokenizer_config.json", {**fields, "padding_side": "left"})
-    with pytest.raises(UnsupportedModelError, match="pads on the right"):
-        load_dense(settings(folder))
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub; there is no network in tests."""

@@ -182,3 +182,16 @@ def test_rectangular_images_count_their_patches(tmp_path: Path) -> None:
     assert run.folder.lengths == {}
     assert any("16 of 16 evaluation examples" in note for note in run.folder.notes)
     assert run.onnx_export.write(run.dense.model, tmp_path / "model.onnx", "dense") < 1e-3
+
+
+def test_a_pooling_that_nobody_names_is_noted(tmp_path: Path) -> None:
+    save_dense(tmp_path / "model")
+    pairs = [{"text": a, "text_pair": b, "label": 1.0} for a, b in zip(sentences(20), sentences(20, 1), strict=True)]
+    settings = {"path": str(tmp_path / "model"), "task": "sentence-similarity"}
+    data = {"text_columns": ["text", "text_pair"], "label_column": "label"}
+    for named in ({}, {"pooling": "cls"}):
+        folder = f"{tmp_path}/{len(named)}"
+        run = checked(tmp_path, pairs, pairs[:4], model={**settings, **named}, data=data, output_dir=folder)
+        noted = [note for note in run.folder.notes if "names a pooling" in note]
+        assert len(noted) == (0 if named else 1)
+        assert named or "the mean of all token vectors, of length 1" in noted[0]

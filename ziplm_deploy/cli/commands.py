@@ -44,15 +44,30 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, package:NAME, or the folder of a family member.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, hub id, package:NAME, the folder of a family member, or a model type."),
+    ] = None,
+    types: Annotated[bool, typer.Option("--types", help="All model types: what can be pruned, or why not.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what can be pruned in a model, layer by layer."""
+    """Show what can be pruned in a model, layer by layer, or in every type of models."""
     from ziplm_deploy.cli import console
-    from ziplm_deploy.models.inspection import inspect_model
+    from ziplm_deploy.models import inspection
+    from ziplm_deploy.models.model_types import model_type_of, model_types
 
-    rows = inspect_model(model)
-    console.print_json(rows) if as_json else console.print_rows(model, rows)
+    if types == (model is not None):
+        raise UsageError("expected a model or --types, found " + ("both" if types else "none") + "; give one of them")
+    if model is None:
+        found = model_types()
+        console.print_json([each.as_row() for each in found]) if as_json else console.print_types(found)
+        return
+    rows = inspection.inspect_model(model)
+    if as_json:
+        console.print_json(rows)
+        return
+    console.print_rows(model, rows)
+    console.print_type(model_type_of(inspection.model_type_name(model)))
 
 
 def _stage(work: Callable[[Recipe, Progress], None]) -> Callable[[Recipe, Progress], None]:

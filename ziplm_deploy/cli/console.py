@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,9 @@ from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport, Timed
 from ziplm_deploy.reporting.table import aa_line, ratio_text
+
+if TYPE_CHECKING:
+    from ziplm_deploy.models.model_types import ModelType
 
 WIDE = 200  # columns of a stream that is no terminal: tables are not folded in files and pipes
 
@@ -94,6 +97,22 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     titles = [key for key in rows[0] if key not in ("prunable", "reason")]
     cells = [[f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in titles] for row in rows]
     _console().print(_table(title, titles, cells))
+
+
+def print_type(kind: ModelType) -> None:
+    """What can be pruned in a model of this type, and what stays."""
+    _console().print(
+        f"pruned: {'; '.join(kind.pruned)}\nstays: {', '.join(kind.dense)}\nproved with: {kind.proof}", style="dim"
+    )
+
+
+def print_types(kinds: list[ModelType]) -> None:
+    """One line a type."""
+    cells = [
+        [kind.model_type, kind.proof or "no", "; ".join(kind.pruned) or kind.reason.partition(": ")[2]]
+        for kind in kinds
+    ]
+    _console().print(_table("model types", ["type", "proved with", "what can be pruned, or why not"], cells))
 
 
 def print_findings(findings: dict[str, Any]) -> None:

@@ -17,12 +17,13 @@ from safetensors import safe_open
 
 from ziplm_deploy.documents import read_json, shown
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
-from ziplm_deploy.models.architectures import ARCHITECTURES
+from ziplm_deploy.models.architectures import ARCHITECTURES, native_type, why_unsupported
 from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_VOCABULARY = 1 << 22
+MAX_RATIO = 64  # FFN columns a hidden unit
 # Names that the supported architectures give their sizes, and the largest of each.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer"), MAX_LAYERS),
@@ -32,6 +33,7 @@ _SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "patch_size"), MAX_SIZE),
     **dict.fromkeys(("image_size", "num_channels", "relative_attention_num_buckets"), MAX_SIZE),
     "vocab_size": MAX_VOCABULARY,
+    "mlp_ratio": MAX_RATIO,
 }
 _MAY_BE_ZERO = {"type_vocab_size": MAX_SIZE, "num_labels": MAX_SIZE}
 _SHARES = (
@@ -109,11 +111,11 @@ def _check_support(fields: Mapping[str, Any], path: str) -> None:
     if "auto_map" in fields:
         raise UnsupportedModelError(
             f"expected a model of transformers in {path}, found one with code of its own (auto_map, model type "
-            f"{shown(model_type)}), which is never run; choose a model without, or remove auto_map if it is none"
+            f"{shown(model_type)}), which is never run; {_instead(fields)}"
         )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"expected a model of type {', '.join(ARCHITECTURES)} in {path}, found model type {shown(model_type)}; "
+            f"expected a model of type {', '.join(ARCHITECTURES)} in {path}, found {why_unsupported(model_type)}; "
             "choose a supported model"
         )
     if fields.get("quantization_config") is not None:
@@ -121,6 +123,19 @@ def _check_support(fields: Mapping[str, Any], path: str) -> None:
             f"expected weights of full precision in {path}, found quantized ones (quantization_config); prune the "
             "model that they were made from"
         )
+
+
+def _instead(fields: Mapping[str, Any]) -> str:
+    """What to do with a model that has code of its own."""
+    native = native_type(fields)
+    if native is None:
+        return "transformers has no type for it: choose a model without"
+    if native not in transformers.CONFIG_MAPPING:
+        return f"newer versions of transformers have it natively as type {native}: update, and take such a checkpoint"
+    support = "can be pruned" if native in ARCHITECTURES else "cannot be pruned here either"
+    if native == fields.get("model_type"):
+        return f"transformers has the type {native} natively, which {support}: remove auto_map if its weights are those"
+    return f"transformers has it natively as type {native}, which {support}: take a checkpoint of that type"
 
 
 def _wrong_sizes(fields: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.models.architectures import Architecture, architecture_of
-from ziplm_deploy.models.causal import as_linears, without_cache
+from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -41,6 +41,7 @@ from ziplm_deploy.models.gguf_source import (
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.member_files import MEMBER_FILE
+from ziplm_deploy.models.preparation import prepared
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
@@ -91,7 +92,7 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     if own.source:
         _check_widths(model, settings, own)
         load_layers(model, own.dense, root, own.dense_folders, settings.revision)
-        _prepare_texts(processor, settings, own)
+        _prepare_texts(processor, own)
     _check_finite(model, path)
     return model, processor
 
@@ -131,7 +132,7 @@ def load_processor(model_config: ModelConfig) -> Any:
     path, source = _transformer_of(root, model_config, own)
     processor = _load_processor(path, TASKS[model_config.task].input_kind, source)
     if own.source:
-        _prepare_texts(processor, completed(model_config, own), own)
+        _prepare_texts(processor, own)
     return processor
 
 
@@ -166,17 +167,12 @@ def _check_widths(model: nn.Module, settings: ModelConfig, own: SentenceModules)
         size = given
 
 
-def _prepare_texts(processor: Any, settings: ModelConfig, own: SentenceModules) -> None:
+def _prepare_texts(processor: Any, own: SentenceModules) -> None:
     """Make a tokenizer cut and lower texts as sentence-transformers would."""
     if own.max_seq_length is not None:
         processor.model_max_length = own.max_seq_length
     if own.do_lower_case:
         lower_texts(processor)
-    if settings.pooling == "cls" and processor.padding_side == "left":
-        raise UnsupportedModelError(
-            f"expected a tokenizer that pads on the right for the pooling cls, found one in {settings.path} that pads "
-            "on the left; set padding_side in its tokenizer_config.json"
-        )
 
 
 def lower_texts(processor: Any) -> None:
@@ -199,8 +195,7 @@ def _load_config(path: str, source: dict[str, Any]) -> Any:
 def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any], may_lack_head: bool) -> nn.Module:
     loader = getattr(transformers, auto_class)
     try:
-        model_class = loader._model_mapping[type(config)]
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        model_class = _class_of(loader._model_mapping[type(config)], config)
     except KeyError:
         raise UnsupportedModelError(
             f"expected a model with a head for {auto_class}, found a {config.model_type}; choose another task"
@@ -243,8 +238,15 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = without_cache(as_linears(model.eval()))
+    dense: nn.Module = without_cache(prepared(model.eval()))
     return dense
+
+
+def _class_of(classes: Any, config: Any) -> Any:
+    """The class that the configuration names where several do a task: distilled DeiTs have a second head."""
+    if not isinstance(classes, tuple):
+        return classes
+    return next((each for each in classes if each.__name__ in (config.architectures or ())), classes[0])
 
 
 def _check_sizes(model_class: Any, config: Any, folder: Path, options: dict[str, Any]) -> None:

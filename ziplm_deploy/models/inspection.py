@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
-from ziplm_deploy.models.config_file import read_config
+from ziplm_deploy.models.config_file import config_of, read_config
 from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
-from ziplm_deploy.models.shape import ModelShape, ModuleId
+from ziplm_deploy.models.preparation import prepared
+from ziplm_deploy.models.shape import ModuleId
+
+DIFFERENT_LAYERS = 2  # the first layer of a model may lack what all others have
 
 
 def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
     """One row a layer: ``layer, heads, head_dim, ffn_width, parameters, prunable, reason``.
 
-    ``model`` is a local folder, a hub id, ``package:NAME``, the folder of a family member, or a loaded model.
+    ``model`` is a local folder, a hub id, ``package:NAME``, the folder of a family member, a loaded model, or a
+    ``model_type`` of transformers, which stands for its default configuration.
 
     Raises:
         UnsupportedModelError: no such model, or one that cannot be pruned; names what is supported.
@@ -33,13 +39,37 @@ def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
     return rows
 
 
+def model_type_name(model: str) -> str:
+    """The ``model_type`` of what :func:`inspect_model` takes; raises as it does, but for members reads no weights."""
+    resolved = _place(model)
+    if resolved.endswith(GGUF_SUFFIX):
+        check_gguf(Path(resolved))
+        return str(load_gguf_config(Path(resolved)).model_type)
+    return str(_config(resolved).model_type)
+
+
 def _open(path: str) -> Any:
-    resolved = model_place(path)
+    resolved = _place(path)
     if resolved.endswith(GGUF_SUFFIX):
         check_gguf(Path(resolved))
         return load_gguf_config(Path(resolved))
     if (Path(resolved) / MEMBER_FILE).exists():
         return load(resolved)
+    return _config(resolved)
+
+
+def _place(path: str) -> str:
+    """Folder, file or hub id; a model type stays as it is."""
+    return path if _is_type(path) else model_place(path)
+
+
+def _is_type(path: str) -> bool:
+    return (path in CONFIG_MAPPING or path in ARCHITECTURES) and not Path(path).exists()
+
+
+def _config(resolved: str) -> Any:
+    if _is_type(resolved):
+        return config_of({"model_type": resolved}, f"the defaults of {resolved}")
     return read_config(resolved, trust_remote_code=False)
 
 
@@ -58,21 +88,24 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
         ]
     shape = model_shape(config)
     kept: dict[str, list[int]] = getattr(model_or_config, "ziplm_kept", {})
+    parameters = _layer_parameters(model_or_config, shape.n_layers)
     rows: list[dict[str, Any]] = []
     for layer in range(shape.n_layers):
         heads = len(kept.get(str(ModuleId(layer, "attention")), range(shape.n_heads)))
         width = len(kept.get(str(ModuleId(layer, "ffn")), range(shape.intermediate_size)))
-        parameters = _layer_parameters(model_or_config, layer, shape)
-        rows.append(
-            {"layer": layer, "heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters}
-            | {"prunable": True, "reason": ""}
-        )
+        sizes = {"heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters[layer]}
+        rows.append({"layer": layer, **sizes} | {"prunable": True, "reason": ""})
     return rows
 
 
-def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, layer: int, shape: ModelShape) -> int:
+def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, n_layers: int) -> list[int]:
+    """Parameters of each layer; of a configuration, those of the layers that it describes."""
     if isinstance(model_or_config, nn.Module):
-        return sum(parameter.numel() for parameter in layers_of(model_or_config)[layer].parameters())
-    h, w = shape.hidden_size, shape.intermediate_size
-    qkv_biases = 3 * h if getattr(model_or_config, "qkv_bias", True) else 0
-    return 4 * h * h + h + qkv_biases + 2 * h * w + w + h + 4 * h  # two LayerNorms of 2 h each
+        return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model_or_config)]
+    config, built = copy.deepcopy(model_or_config), min(n_layers, DIFFERENT_LAYERS)
+    setattr(config, ARCHITECTURES[config.model_type].config_layers, built)
+    auto_class: Any = AutoModel
+    with torch.device("meta"):  # takes no memory for weights
+        model: nn.Module = prepared(auto_class.from_config(config, attn_implementation="eager"))
+    first = _layer_parameters(model, built)
+    return [*first, *([first[-1]] * (n_layers - built))]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
-from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.architectures import Architecture, architecture_of
 from ziplm_deploy.models.shape import ModelShape, ModuleId, ModuleKind
 
 
@@ -113,6 +113,13 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         hidden_size=hidden,
         n_heads=n_heads,
         head_dim=getattr(config, "head_dim", None) or hidden // n_queries,
-        intermediate_size=getattr(config, architecture.config_ffn_width) or 4 * hidden,  # GPT-2 leaves it open
+        intermediate_size=_ffn_width(config, architecture),
         queries_per_head=n_queries // n_heads,
     )
+
+
+def _ffn_width(config: PretrainedConfig, architecture: Architecture) -> int:
+    if architecture.config_ffn_ratio is not None:
+        return int(config.hidden_size * getattr(config, architecture.config_ffn_ratio))
+    width: int | None = getattr(config, architecture.config_ffn_width or "", None)
+    return width or 4 * int(config.hidden_size)  # GPT-2 leaves it open

@@ -8,10 +8,15 @@ import numpy as np
 from torch import nn
 
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.image_positions import settle_positions
 
 
 def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings, or images of another shape.
+    """Refuse a tokenizer of more tokens than the model has, or that pads an encoder on the left; or images that differ.
+
+    A model that interpolates its positions takes the size of the images that its processor gives: see
+    :func:`settle_positions`.
 
     Raises:
         UnsupportedModelError: they do not fit; says how.
@@ -32,6 +37,12 @@ def _check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:
             f"found {len(beyond)} more, the first {token!r} ({number}); take the tokenizer that the model was trained "
             "with, or call resize_token_embeddings and train them"
         )
+    if architecture_of(model.config).causal is None and tokenizer.padding_side == "left":  # type: ignore[arg-type]
+        raise UnsupportedModelError(
+            "expected a tokenizer that pads on the right for an encoder, whose first token and positions would differ "
+            f"with every batch, found one in {path} that pads on the left; set padding_side in its "
+            "tokenizer_config.json"
+        )
 
 
 def _check_images(model: nn.Module, processor: Any, path: str) -> None:
@@ -51,6 +62,8 @@ def _check_images(model: nn.Module, processor: Any, path: str) -> None:
             f"expected an image processor that takes RGB images in {path}, found: {error}; correct "
             "preprocessor_config.json"
         ) from error
+    if len(found) == 3 and settle_positions(model, (found[1], found[2])):
+        return
     if found != wanted:
         raise UnsupportedModelError(
             f"expected an image processor that gives {_shape(wanted)} pixels, as image_size of the model in {path} "

@@ -7,6 +7,7 @@ Files of every age are read, of folders and hub ids alike; what cannot be reprod
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -24,6 +25,9 @@ from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
 MODULES_FILE = "modules.json"
 POOLING_FILE = "1_Pooling/config.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
+CARD_FILE = "README.md"
+MAX_CARD_BYTES = 1 << 20
+_DIMENSIONS = re.compile(r'"?matryoshka_dim(?:ension)?s"?\s*:\s*\[([\d,\s]{1,400})\]')
 # One name a family of models in old releases; all have the same fields.
 LENGTH_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -121,6 +125,7 @@ class SentenceModules:
     max_seq_length: int | None = None  # tokens
     do_lower_case: bool = False
     activation: str | None = None  # over the score of a cross-encoder; full name of a class of torch
+    matryoshka_dims: tuple[int, ...] = ()  # sizes that embeddings may be cut to, largest first
 
     def answers(self, seq_len: int) -> dict[str, Any]:
         """What changes answers beside the settings of the recipe, for content keys; empty for a plain model."""
@@ -214,7 +219,24 @@ def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
         if kind == "Dense":
             layer = _dense_layer(fields, f"{files.path}/{name}")
             found = replace(found, dense=(*found.dense, layer), dense_folders=(*found.dense_folders, module.path))
-    return found
+    return replace(found, matryoshka_dims=_matryoshka_dims(found, files))
+
+
+def _matryoshka_dims(found: SentenceModules, files: SentenceFiles) -> tuple[int, ...]:
+    """Sizes that a model was trained to be cut to, from the first file that lists them: settings, or its model card.
+
+    No release of sentence-transformers has a field for them; its cards show the settings of the loss.
+    """
+    size = found.dense[-1].out_features if found.dense else found.width
+    config = f"{found.transformer}/config.json" if found.transformer else "config.json"
+    for name in (SETTINGS_FILE, config, CARD_FILE):
+        file = find_file(files.path, name, files.revision)
+        text = "" if file is None else file.read_bytes()[:MAX_CARD_BYTES].decode("utf-8", "replace")
+        listed = _DIMENSIONS.search(text)
+        if listed is not None:
+            sizes = {int(each) for each in re.findall(r"\b\d{1,6}\b", listed[1])}
+            return tuple(sorted((each for each in sizes if 0 < each <= (size or each)), reverse=True))
+    return ()
 
 
 def _read_cross_encoder(files: SentenceFiles) -> SentenceModules:

@@ -70,6 +70,7 @@ class Run:
 
     def _open(self, recipe: Recipe) -> None:
         own = read_sentence_modules(recipe.model)
+        self.names_pooling = (recipe.model.pooling or own.pooling) is not None  # recipe or files of the model
         recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
         self.task: Task = get_task(recipe.model)
         self.recipe = recipe = with_counted_lengths(recipe, self.task, self.progress.note)

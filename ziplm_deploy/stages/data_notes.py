@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ziplm_deploy.artifacts import content_key
+from ziplm_deploy.models.location import public_name
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.tasks.batching import length_limit
 from ziplm_deploy.tasks.lengths import TokenLengths
@@ -14,6 +15,7 @@ Which = Literal["calibration", "evaluation"]
 
 def leave_data_notes(run: Run) -> None:
     """Count tokens and compare the data sets; once for the same examples."""
+    run.folder.set_note("pooling", _pooling_note(run))
     keys: dict[Which, str] = {"calibration": run.data.calibration_key}
     if run.recipe.data.evaluation is not None:
         keys["evaluation"] = content_key(evaluation=run.data.evaluation_key, train=run.data.train_hash)
@@ -28,6 +30,19 @@ def leave_data_notes(run: Run) -> None:
     run.folder.set_note("lengths", _length_note(run, lengths))
     if "evaluation" in rows:
         run.folder.set_note("overlap", _overlap_note(run, rows["evaluation"], rows["calibration"]))
+
+
+def _pooling_note(run: Run) -> str | None:
+    """What embeddings were taken to be where nobody says it."""
+    model = run.recipe.model
+    if run.names_pooling or model.task != "sentence-similarity":
+        return None
+    length = "of length 1" if model.normalize else "not normalized"
+    return (
+        f"neither the recipe nor a file of {public_name(model.path)} names a pooling: embeddings are the "
+        f"{model.pooling} of all token vectors, {length}; if the model was trained with another one, name it in "
+        "model.pooling"
+    )
 
 
 def _lengths(run: Run, rows: list[dict[str, Any]], key: str) -> TokenLengths | None:

@@ -1,6 +1,6 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py`` or ``decoders.py``.
+An architecture is one entry of ``encoders.py``, ``image_encoders.py`` or ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -13,10 +13,12 @@ from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
+from ziplm_deploy.models.architectures.image_encoders import IMAGE_ENCODERS
+from ziplm_deploy.models.architectures.others import OTHERS, native_type, why_unsupported
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
+__all__ = ["ARCHITECTURES", "OTHERS", "Architecture", "architecture_of", "native_type", "why_not", "why_unsupported"]
 
-ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *IMAGE_ENCODERS, *DECODERS)}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -39,7 +41,7 @@ def why_not(config: PretrainedConfig) -> str | None:
     """Reason why a configuration cannot be pruned, in words; None if it can."""
     model_type = getattr(config, "model_type", "") or type(config).__name__
     if model_type not in ARCHITECTURES:
-        return f"model type {model_type!r}"
+        return why_unsupported(model_type)
     if getattr(config, "is_decoder", False):
         return f"a {model_type} decoder (is_decoder: true): its cached keys and values cannot be resized here"
     if getattr(config, "add_cross_attention", False):
@@ -51,15 +53,15 @@ def why_not(config: PretrainedConfig) -> str | None:
         return f"chunk_size_feed_forward {config.chunk_size_feed_forward}: set it to 0, it only saves training memory"
     if getattr(config, "pruned_heads", None):
         return f"a {model_type} whose heads were pruned before (pruned_heads): save it without them"
-    return _causal_reason(config) or _heads_reason(config)
+    if getattr(config, "drop_path_rate", 0):
+        return f"drop_path_rate {config.drop_path_rate}: set it to 0, it only leaves blocks out in training"
+    return _settings_reason(config) or _heads_reason(config)
 
 
-def _causal_reason(config: PretrainedConfig) -> str | None:
-    """Reason of a causal language model's own."""
-    causal = ARCHITECTURES[config.model_type].causal
-    if causal is None:
-        return None
-    for name, known in causal.refused.items():
+def _settings_reason(config: PretrainedConfig) -> str | None:
+    """Reason of settings that few architectures have."""
+    architecture = ARCHITECTURES[config.model_type]
+    for name, known in architecture.refused.items():
         if getattr(config, name, known[0]) not in known:
             return f"a {config.model_type} with {name} {getattr(config, name)!r}: its blocks are other ones"
     size = getattr(config, "word_embed_proj_dim", config.hidden_size)

@@ -25,7 +25,6 @@ class CausalPaths:
     query_norm: str | None = None  # relative to `attention`; over each head
     key_norm: str | None = None
     parallel: str | None = None  # setting that has attention and FFN read the same input
-    refused: dict[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,17 @@ class Architecture:
     ffn_residual: str = "intermediate"  # its first input is what the FFN's output is added to
     attention_norm: str | None = None  # LayerNorm before the block (pre-LN): nobody reads it if the block is dropped
     ffn_norm: str | None = None
+    attention_scale: str | None = None  # module whose `lambda1` [hidden] multiplies what the block adds (layer scale)
+    ffn_scale: str | None = None
     config_layers: str = "num_hidden_layers"
-    config_ffn_width: str = "intermediate_size"
+    config_ffn_width: str | None = "intermediate_size"
+    config_ffn_ratio: str | None = None  # FFN columns a hidden unit, for configurations without a width
     config_kv_heads: str | None = None  # cached heads, each read by several query heads
     causal: CausalPaths | None = None  # causal language models only: what lies outside of the layers
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
     shared_input: str | None = None  # argument of every layer that the model computes once for all of them
+    refused: dict[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
+    sized_embeddings: type[nn.Module] | None = None  # class of `embeddings` whose positions fit images of one size only
 
     def block(self, kind: ModuleKind) -> str:
         """Path of the block that is replaced when a module of this kind shrinks."""
@@ -70,6 +74,10 @@ class Architecture:
     def norm(self, kind: ModuleKind) -> str | None:
         """Path of the LayerNorm that only this kind of module reads; ``None`` in post-LN models."""
         return self.attention_norm if kind == "attention" else self.ffn_norm
+
+    def scale(self, kind: ModuleKind) -> str | None:
+        """Path of the layer scale that only this kind of module goes through; ``None`` where models have none."""
+        return self.attention_scale if kind == "attention" else self.ffn_scale
 
     def output_in_block(self, kind: ModuleKind) -> str | None:
         """Path of the output linear relative to the block, or ``None`` if it lies outside of it."""

@@ -51,8 +51,8 @@ _GPT2 = Architecture(
         final_norm="ln_f",
         positions="wpe",
         rotary=None,
-        refused={"scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,)},
     ),
+    refused={"scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,)},
 )
 _OPT = Architecture(
     "opt",
@@ -77,12 +77,12 @@ _OPT = Architecture(
         positions="decoder.embed_positions",
         first_position=2,
         rotary=None,
-        refused={
-            "do_layer_norm_before": (True,),
-            "_remove_final_layer_norm": (False,),
-            "layer_norm_elementwise_affine": (True,),
-        },
     ),
+    refused={
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "layer_norm_elementwise_affine": (True,),
+    },
 )
 _GPT_NEOX = Architecture(
     "gpt_neox",

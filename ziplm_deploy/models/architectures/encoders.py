@@ -1,4 +1,4 @@
-"""The encoders that can be pruned, one entry each; a new one needs no other line of code.
+"""The text encoders that can be pruned, one entry each; a new one needs no other line of code.
 
 An entry names what differs from BERT, by attribute paths in the classes of transformers: :class:`Architecture`.
 """
@@ -6,12 +6,10 @@ An entry names what differs from BERT, by attribute paths in the classes of tran
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
-from transformers.models.vit import modeling_vit
 
 from ziplm_deploy.models.architectures.base import Architecture
 
@@ -31,37 +29,20 @@ class HeadSlicedMPNetAttention(MPNetSelfAttention):
         return outputs
 
 
-def _vit() -> Architecture:
-    """ViT; its modules have other places and names since transformers 5.9."""
-    older = Architecture(
-        "vit",
-        attention="attention.attention",
-        ffn_residual="layernorm_after",
-        attention_norm="layernorm_before",
-        ffn_norm="layernorm_after",
-    )
-    if not hasattr(modeling_vit, "ViTMLP"):
-        return older
-    return replace(
-        older,
-        layers="layers",
-        attention="attention",
-        query="q_proj",
-        key="k_proj",
-        value="v_proj",
-        head_width=None,
-        attention_output="attention.o_proj",
-        ffn="mlp",
-        ffn_input="fc1",
-        ffn_output="mlp.fc2",
-    )
-
-
 ENCODERS = (
     Architecture("bert"),
     Architecture("roberta"),
     Architecture("xlm-roberta"),
+    Architecture("camembert"),
+    Architecture("data2vec-text"),
+    Architecture("ernie"),
     Architecture("electra"),
+    Architecture(
+        "xlm-roberta-xl",
+        ffn_residual="LayerNorm",
+        attention_norm="attention.self_attn_layer_norm",
+        ffn_norm="LayerNorm",
+    ),
     Architecture(
         "distilbert",
         layers="transformer.layer",
@@ -89,5 +70,4 @@ ENCODERS = (
         sliced_attention=HeadSlicedMPNetAttention,
         shared_input="position_bias",
     ),
-    _vit(),
 )
