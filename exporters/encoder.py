@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import nn
 
+from exporters.constants import fold_products
 from exporters.files import atomic_path
 from exporters.heads import EmbeddingModel, evaluation_mode
 from exporters.residuals import residuals_as_sums
@@ -131,6 +132,7 @@ def export_encoder(
             )
             exported = onnx.load(str(temporary))
             residuals_as_sums(exported)
+            fold_products(exported)
             onnx.save(exported, str(temporary))
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(

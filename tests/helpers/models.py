@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ziplm_deploy.models.causal import as_linears
+from ziplm_deploy.models.adapted import adapted
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "vit")
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "deberta-v2", "vit")
 TEXT_TYPES = MODEL_TYPES[:-1]
 AUTO_CLASSES = {
     "sentence-similarity": "AutoModel",
@@ -57,6 +57,10 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
         common |= {"type_vocab_size": 1}
     if model_type == "electra":
         common |= {"embedding_size": 16}
+    if model_type == "deberta-v2":  # as DeBERTa-v3; sequences of 9 tokens reach buckets of several distances
+        common |= {"position_biased_input": False, "type_vocab_size": 0, "norm_rel_ebd": "layer_norm"}
+        common |= {"relative_attention": True, "position_buckets": 8, "share_att_key": True}
+        common |= {"pos_att_type": ["p2c", "c2p"]}
     common |= {"attn_implementation": "eager"}
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"
@@ -97,7 +101,7 @@ def tiny_causal_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.M
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return as_linears(model.eval())
+    return adapted(model.eval())
 
 
 def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
@@ -110,7 +114,7 @@ def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **cha
     auto_class = getattr(transformers, AUTO_CLASSES[task])
     torch.manual_seed(seed)
     no_pooler = {"add_pooling_layer": False} if auto_class is transformers.AutoModel else {}
-    if model_type in ("distilbert", "electra"):
+    if model_type in ("distilbert", "electra", "deberta-v2"):
         no_pooler = {}
     model: nn.Module = auto_class.from_config(config, attn_implementation="eager", **no_pooler)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -118,7 +122,7 @@ def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **cha
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return model.eval()
+    return adapted(model.eval())
 
 
 def tiny_inputs(model: nn.Module, batch_size: int = 2, seq_len: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, NO_LAYERS
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.shared_input import with_shared_input
+from ziplm_deploy.models.adapted import adapted
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
 from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import random_resized, shared_copy
@@ -105,4 +105,4 @@ def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
     if architecture_of(config).causal is not None:
         auto_class, config.pad_token_id = AutoModelForCausalLM, None  # which the vocabulary need not have
     model: nn.Module = auto_class.from_config(config, attn_implementation="eager")
-    return as_linears(model.eval())
+    return adapted(model.eval())

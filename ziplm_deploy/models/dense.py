@@ -22,8 +22,9 @@ from ziplm_deploy.errors import (
     UnsupportedModelError,
     ZipLMError,
 )
+from ziplm_deploy.models.adapted import adapted
 from ziplm_deploy.models.architectures import Architecture, architecture_of
-from ziplm_deploy.models.causal import as_linears, without_cache
+from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -241,7 +242,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = without_cache(as_linears(model.eval()))
+    dense: nn.Module = without_cache(adapted(model.eval()))
     return dense
 
 

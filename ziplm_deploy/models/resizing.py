@@ -218,7 +218,9 @@ def _constant(architecture: Architecture, module: PrunableModule, bias: torch.Te
 
 
 def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableModule, kept: torch.Tensor) -> None:
-    for name, rows in _projection_rows(architecture, module, kept).items():
+    projections = _projection_rows(architecture, module, kept)
+    positions = [name for name in architecture.position_projections if name in block._modules]
+    for name, rows in (projections | dict.fromkeys(positions, _columns(kept, module.key_size))).items():
         block._modules[name] = _keep_rows(block.get_submodule(name), rows)
     if architecture.head_count is not None:
         setattr(block, architecture.head_count, kept.numel())

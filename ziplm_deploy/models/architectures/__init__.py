@@ -1,6 +1,6 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py`` or ``decoders.py``.
+An architecture is one entry of ``encoders.py``, ``relative.py`` or ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -13,10 +13,11 @@ from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
+from ziplm_deploy.models.architectures.relative import RELATIVE
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
 
-ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *RELATIVE, *DECODERS)}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -51,7 +52,15 @@ def why_not(config: PretrainedConfig) -> str | None:
         return f"chunk_size_feed_forward {config.chunk_size_feed_forward}: set it to 0, it only saves training memory"
     if getattr(config, "pruned_heads", None):
         return f"a {model_type} whose heads were pruned before (pruned_heads): save it without them"
-    return _causal_reason(config) or _heads_reason(config)
+    return _setting_reason(config) or _causal_reason(config) or _heads_reason(config)
+
+
+def _setting_reason(config: PretrainedConfig) -> str | None:
+    """Reason of a setting that an entry does not know."""
+    for name, (known, why) in ARCHITECTURES[config.model_type].refused.items():
+        if getattr(config, name, known[0]) not in known:
+            return f"a {config.model_type} with {name} {getattr(config, name)!r}: {why}"
+    return None
 
 
 def _causal_reason(config: PretrainedConfig) -> str | None:
@@ -72,6 +81,9 @@ def _heads_reason(config: PretrainedConfig) -> str | None:
     """Reason of head counts that do not fit together."""
     if getattr(config, "head_dim", None) is None and config.hidden_size % config.num_attention_heads:
         return f"hidden_size {config.hidden_size} that {config.num_attention_heads} heads do not divide"
+    head_size = getattr(config, "attention_head_size", None)  # DeBERTa's
+    if head_size is not None and head_size * config.num_attention_heads != config.hidden_size:
+        return f"attention_head_size {head_size}, which {config.num_attention_heads} times is not the hidden_size"
     cached = ARCHITECTURES[config.model_type].config_kv_heads
     n_cached = getattr(config, cached or "", None) or config.num_attention_heads
     if config.num_attention_heads % n_cached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,9 +56,12 @@ class Architecture:
     config_layers: str = "num_hidden_layers"
     config_ffn_width: str = "intermediate_size"
     config_kv_heads: str | None = None  # cached heads, each read by several query heads
+    position_projections: tuple[str, ...] = ()  # relative to `attention`, where there are: rows of heads, of no token
     causal: CausalPaths | None = None  # causal language models only: what lies outside of the layers
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
     shared_input: str | None = None  # argument of every layer that the model computes once for all of them
+    adapt: Callable[[nn.Module], None] | None = None  # of a model just built, in place: the same answers otherwise
+    refused: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)  # settings: values known; why
 
     def block(self, kind: ModuleKind) -> str:
         """Path of the block that is replaced when a module of this kind shrinks."""
