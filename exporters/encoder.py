@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,9 +170,9 @@ def _check_size(model: nn.Module) -> None:
 
 
 def max_tokens(model: nn.Module) -> int:
-    """Tokens that a text model has positions for."""
+    """Tokens that a text model has positions for; no limit, a very large number, for T5's distances."""
     config: Any = model.config
-    positions: int = config.max_position_embeddings
+    positions: int = getattr(config, "max_position_embeddings", sys.maxsize)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa and MPNet count from there

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
-from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
+from ziplm_deploy.models.adapted import model_class
+from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of, why_not
 from ziplm_deploy.models.config_file import read_config
 from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
@@ -59,10 +62,9 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     shape = model_shape(config)
     kept: dict[str, list[int]] = getattr(model_or_config, "ziplm_kept", {})
     rows: list[dict[str, Any]] = []
-    for layer in range(shape.n_layers):
+    for layer, parameters in enumerate(_parameters(model_or_config, shape)):
         heads = len(kept.get(str(ModuleId(layer, "attention")), range(shape.n_heads)))
         width = len(kept.get(str(ModuleId(layer, "ffn")), range(shape.intermediate_size)))
-        parameters = _layer_parameters(model_or_config, layer, shape)
         rows.append(
             {"layer": layer, "heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters}
             | {"prunable": True, "reason": ""}
@@ -70,9 +72,14 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     return rows
 
 
-def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, layer: int, shape: ModelShape) -> int:
+def _parameters(model_or_config: nn.Module | PretrainedConfig, shape: ModelShape) -> list[int]:
+    """Parameters of every layer."""
     if isinstance(model_or_config, nn.Module):
-        return sum(parameter.numel() for parameter in layers_of(model_or_config)[layer].parameters())
-    h, w = shape.hidden_size, shape.intermediate_size
-    qkv_biases = 3 * h if getattr(model_or_config, "qkv_bias", True) else 0
-    return 4 * h * h + h + qkv_biases + 2 * h * w + w + h + 4 * h  # two LayerNorms of 2 h each
+        return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model_or_config)]
+    config: Any = copy.deepcopy(model_or_config)
+    setattr(config, architecture_of(config).config_layers, min(shape.n_layers, 2))  # all but the first are alike
+    causal = architecture_of(config).causal is not None
+    with torch.device("meta"):  # takes no memory
+        model = model_class(config, "AutoModelForCausalLM" if causal else "AutoModel")(config)
+    found = _parameters(model, shape)
+    return [*found, *found[-1:] * (shape.n_layers - len(found))]

@@ -33,7 +33,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"expected a model of type {', '.join(ARCHITECTURES)} with plain self-attention, found {reason}; "
             "choose a supported model"
         )
-    return ARCHITECTURES[config.model_type]
+    entry = ARCHITECTURES[config.model_type]
+    return entry if entry.variant is None else entry.variant(config)
 
 
 def why_not(config: PretrainedConfig) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ziplm_deploy.models.shape import ModuleKind
 
@@ -61,6 +61,9 @@ class Architecture:
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
     shared_input: str | None = None  # argument of every layer that the model computes once for all of them
     adapt: Callable[[nn.Module], None] | None = None  # of a model just built, in place: the same answers otherwise
+    dropped_attention: Callable[[Tensor, nn.Module], nn.Module] | None = None  # of a bias and the old block
+    model_classes: Mapping[str, str | None] = field(default_factory=dict)  # for auto classes; None: it has a decoder
+    variant: Callable[[Any], Architecture] | None = None  # of a configuration whose layers have other parts
     refused: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)  # settings: values known; why
 
     def block(self, kind: ModuleKind) -> str:
