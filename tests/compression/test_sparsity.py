@@ -79,7 +79,7 @@ def test_heads_poolers_and_dropped_modules_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block4"])
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit"])
 def test_zeros_are_exact_and_better_than_magnitude(model_type: str, pattern: str) -> None:
     dense = tiny_model(model_type)
     model = copy.deepcopy(dense).train()

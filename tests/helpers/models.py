@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ziplm_deploy.models.adapted import adapted
+from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 
@@ -61,6 +62,9 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
         common |= {"position_biased_input": False, "type_vocab_size": 0, "norm_rel_ebd": "layer_norm"}
         common |= {"relative_attention": True, "position_buckets": 8, "share_att_key": True}
         common |= {"pos_att_type": ["p2c", "c2p"]}
+    if model_type == "t5":  # heads wider than their share of the hidden size, buckets for up to 20 tokens
+        common = {"d_model": 32, "num_layers": 3, "num_heads": 4, "d_kv": 16, "d_ff": 64, "vocab_size": 60}
+        common |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "pad_token_id": 0}
     common |= {"attn_implementation": "eager"}
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"
@@ -111,12 +115,10 @@ def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **cha
     if "num_labels" not in changes and task in NUM_LABELS:
         changes["num_labels"] = NUM_LABELS[task]
     config = tiny_config(model_type, **changes)
-    auto_class = getattr(transformers, AUTO_CLASSES[task])
+    own_class = model_class(config, AUTO_CLASSES[task])
     torch.manual_seed(seed)
-    no_pooler = {"add_pooling_layer": False} if auto_class is transformers.AutoModel else {}
-    if model_type in ("distilbert", "electra", "deberta-v2"):
-        no_pooler = {}
-    model: nn.Module = auto_class.from_config(config, attn_implementation="eager", **no_pooler)
+    takes_pooler = AUTO_CLASSES[task] == "AutoModel" and "add_pooling_layer" in inspect.signature(own_class).parameters
+    model: nn.Module = own_class(config, **({"add_pooling_layer": False} if takes_pooler else {}))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

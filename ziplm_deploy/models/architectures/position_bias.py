@@ -81,7 +81,9 @@ class SharedBiasT5Stack(T5Stack):
         length, farthest = hidden.size(1), self.bucket_of_distance.size(0) // 2
         positions = torch.arange(length, device=hidden.device)
         distances = (positions[None] - positions[:, None]).clamp(-farthest, farthest)  # [length, length]
-        by_distance = self.bias_table[0].weight[self.bucket_of_distance].T  # [heads, 2 * farthest + 1]
+        # Traced as a constant: a stack without layers, as tables time it, has no module of its own for the parameter.
+        table = self.bias_table[0].weight.data if torch.jit.is_tracing() else self.bias_table[0].weight
+        by_distance = table[self.bucket_of_distance].T  # [heads, 2 * farthest + 1]
         bias = by_distance[:, distances + farthest][None]  # [1, heads, length, length]
         if attention_mask is None:
             return bias
