@@ -15,15 +15,19 @@ holds no position embeddings, LayerNorm of those, buckets or indices.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deberta_v2.modeling_deberta_v2 import (
-    DebertaV2Encoder,
-    DisentangledSelfAttention,
-    make_log_bucket_position,
-)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # transformers 4 uses torch.jit.script
+    from transformers.models.deberta_v2.modeling_deberta_v2 import (
+        DebertaV2Encoder,
+        DisentangledSelfAttention,
+        make_log_bucket_position,
+    )
 
 
 class DistanceAttention(DisentangledSelfAttention):

@@ -51,7 +51,7 @@ class DroppedT5Attention(nn.Module):
         return self.bias, None, None
 
 
-class SharedBiasT5Stack(T5Stack):
+class SharedBiasT5Stack(T5Stack):  # type: ignore[no-untyped-call, unused-ignore]
     """T5's encoder, which computes position bias and mask once for all layers; only without a decoder."""
 
     bucket_of_distance: Tensor  # int64 [2 * farthest + 1], buffer
@@ -82,7 +82,8 @@ class SharedBiasT5Stack(T5Stack):
         positions = torch.arange(length, device=hidden.device)
         distances = (positions[None] - positions[:, None]).clamp(-farthest, farthest)  # [length, length]
         # Traced as a constant: a stack without layers, as tables time it, has no module of its own for the parameter.
-        table = self.bias_table[0].weight.data if torch.jit.is_tracing() else self.bias_table[0].weight
+        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+        table = self.bias_table[0].weight.data if traced else self.bias_table[0].weight
         by_distance = table[self.bucket_of_distance].T  # [heads, 2 * farthest + 1]
         bias = by_distance[:, distances + farthest][None]  # [1, heads, length, length]
         if attention_mask is None:
