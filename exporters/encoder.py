@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from exporters.constants import fold_products
 from exporters.files import atomic_path
 from exporters.heads import EmbeddingModel, evaluation_mode
 from exporters.residuals import residuals_as_sums
@@ -131,6 +133,7 @@ def export_encoder(
             )
             exported = onnx.load(str(temporary))
             residuals_as_sums(exported)
+            fold_products(exported)
             onnx.save(exported, str(temporary))
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(
@@ -167,9 +170,9 @@ def _check_size(model: nn.Module) -> None:
 
 
 def max_tokens(model: nn.Module) -> int:
-    """Tokens that a text model has positions for."""
+    """Tokens that a text model has positions for; no limit, a very large number, for T5's distances."""
     config: Any = model.config
-    positions: int = config.max_position_embeddings
+    positions: int = getattr(config, "max_position_embeddings", sys.maxsize)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa and MPNet count from there

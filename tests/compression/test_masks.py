@@ -17,9 +17,9 @@ from tests.helpers.int8_files import settings_of
 from tests.helpers.models import random_entries, tiny_batches, tiny_inputs, tiny_model
 from tests.helpers.onnx_models import write
 from ziplm_deploy.compression.int8.quantize import quantize
-from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, random_masks, zero_masks, zeros_held
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError, ParityError, UsageError
+from ziplm_deploy.models.modules import layer_linears
 from ziplm_deploy.models.resizing import random_resized, resize
 from ziplm_deploy.recipe import EngineName, Int8Config, SparsityConfig
 
@@ -53,7 +53,7 @@ def test_zeros_stay_in_training(optimizer: type[torch.optim.Optimizer], bf16: bo
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             steps.step()
             steps.zero_grad()
-    for name, linear in prunable_linears(model).items():
+    for name, linear in layer_linears(model).items():
         assert torch.equal(linear.weight == 0, masks[name])
         assert not torch.equal(linear.weight, start[f"{name}.weight"])
         assert not linear.weight._backward_hooks
@@ -63,7 +63,7 @@ def test_frozen_linears_are_held_as_they_are() -> None:
     model = tiny_model("bert").requires_grad_(False)
     random_masks(model, SparsityConfig(sparsity=0.6), 0)
     with zeros_held(model, zero_masks(model)):
-        assert not prunable_linears(model)[QUERY].weight._backward_hooks
+        assert not layer_linears(model)[QUERY].weight._backward_hooks
 
 
 def test_momentum_from_before_is_noticed() -> None:
@@ -94,14 +94,14 @@ def test_masks_of_another_model_are_refused() -> None:
         pass
     with pytest.raises(UsageError, match="no such linear"), zeros_held(tiny_model("distilbert"), masks):
         pass
-    assert not prunable_linears(model)[QUERY].weight._backward_hooks
+    assert not layer_linears(model)[QUERY].weight._backward_hooks
 
 
 def test_hooks_go_when_training_fails() -> None:
     model = tiny_model("bert")
     with pytest.raises(RuntimeError, match="disk"), zeros_held(model, zero_masks(model)):
         raise RuntimeError("disk")
-    assert not prunable_linears(model)[QUERY].weight._backward_hooks
+    assert not layer_linears(model)[QUERY].weight._backward_hooks
 
 
 # --- random zeros ----------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_other_zeros_name_the_linear(tmp_path: Path) -> None:
     random_masks(model, SparsityConfig(sparsity=0.5), 0)
     path = export(model, tmp_path / "model.onnx")
     name = "encoder.layer.1.output.dense"
-    linear = prunable_linears(model)[name]
+    linear = layer_linears(model)[name]
     place = tuple(linear.weight.detach().nonzero()[0].tolist())
     value = linear.weight[place].item()
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_integer_weights_keep_the_zeros(form: str, asymmetric: bool, tmp_path: P
     random_masks(model, SparsityConfig(sparsity=0.6), 0)
     path = quantized(export(model, tmp_path / "a.onnx"), tmp_path / "b.onnx", form, asymmetric=asymmetric)
     check_masks_in_onnx(path, model)  # small weights round to zero, too: they are no error
-    linear = prunable_linears(model)[QUERY]
+    linear = layer_linears(model)[QUERY]
     with torch.no_grad():
         linear.weight[linear.weight.abs() == linear.weight.abs().max()] = 0
     with pytest.raises(ParityError, match="1 of them lost"):
@@ -238,7 +238,7 @@ def test_a_gemm_with_transposed_weights_and_a_product_of_two_activations(tmp_pat
     """Forms that other exporters write: Gemm with [outputs, inputs]; and a right-hand side that is not constant."""
     model = random_resized(tiny_model("bert", num_hidden_layers=1), {"0.attention": 0, "0.ffn": 8})
     random_masks(model, SparsityConfig(sparsity=0.5), 0)
-    first, second = prunable_linears(model).items()
+    first, second = layer_linears(model).items()
     weights = {"a": first[1].weight.detach().numpy(), "b": second[1].weight.detach().numpy()}
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 32])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 32])]

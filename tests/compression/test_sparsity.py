@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from tests.helpers.models import MODEL_TYPES, last_states, random_entries, tiny_batches, tiny_inputs, tiny_model
 from ziplm_deploy.compression.sparsity import sparsegpt
 from ziplm_deploy.compression.sparsity.densities import allocate_densities
-from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.masks import random_masks, sparsity_of, zero_masks
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model, sparsity_bytes
 from ziplm_deploy.errors import DataError, NumericalError, UnsupportedModelError, UsageError
-from ziplm_deploy.models.modules import layers_of
+from ziplm_deploy.models.modules import layer_linears, layers_of
 from ziplm_deploy.models.resizing import random_resized, resize
 from ziplm_deploy.recipe import SparsityConfig
 from ziplm_deploy.tasks.batching import Batch
@@ -62,7 +61,7 @@ def divergence_from(dense: nn.Module, data: list[Batch]) -> Callable[[nn.Module]
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_six_linears_a_layer_and_nothing_else(model_type: str) -> None:
     model = tiny_model(model_type)
-    linears = prunable_linears(model)
+    linears = layer_linears(model)
     assert len(linears) == 3 * 6
     inside = {id(linear) for layer in layers_of(model) for linear in layer.modules()}
     assert all(model.get_submodule(name) is linear and id(linear) in inside for name, linear in linears.items())
@@ -71,7 +70,7 @@ def test_six_linears_a_layer_and_nothing_else(model_type: str) -> None:
 
 def test_heads_poolers_and_dropped_modules_are_left_out() -> None:
     model = random_resized(tiny_model("bert", "text-classification"), SIZES)
-    names = list(prunable_linears(model))
+    names = list(layer_linears(model))
     assert all(name.startswith("bert.encoder.layer.") for name in names)
     assert [sum(f"layer.{layer}." in name for name in names) for layer in range(3)] == [6, 2, 4]
 
@@ -80,7 +79,7 @@ def test_heads_poolers_and_dropped_modules_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block4"])
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit"])
 def test_zeros_are_exact_and_better_than_magnitude(model_type: str, pattern: str) -> None:
     dense = tiny_model(model_type)
     model = copy.deepcopy(dense).train()
@@ -88,12 +87,12 @@ def test_zeros_are_exact_and_better_than_magnitude(model_type: str, pattern: str
     assert model.training
     assert record.sparsity == sparsity_of(model) == 0.5
     assert [(row.name, row.shape) for row in record.linears] == [
-        (name, tuple(linear.weight.shape)) for name, linear in prunable_linears(dense).items()
+        (name, tuple(linear.weight.shape)) for name, linear in layer_linears(dense).items()
     ]
     assert all(row.density == 0.5 and 0 < row.relative_error < 1 and row.damping > 0 for row in record.linears)
     model.eval()
     masked = copy.deepcopy(dense)
-    for linear in prunable_linears(masked).values():
+    for linear in layer_linears(masked).values():
         scores = linear.weight.detach().abs()
         if pattern == "block4":
             groups = scores.reshape(len(scores), -1, 4)
@@ -112,7 +111,7 @@ def test_a_resized_model_keeps_its_shapes_and_gets_its_zeros() -> None:
     dense = tiny_model("bert", "text-classification")
     model = resize(dense, random_entries(dense, SIZES))
     record = sparsify(model, sparsity=0.75)
-    total = sum(linear.weight.numel() for linear in prunable_linears(model).values())
+    total = sum(linear.weight.numel() for linear in layer_linears(model).values())
     assert record.sparsity == pytest.approx(0.75, abs=6 / total)
     assert len(record.linears) == 12
     assert {row.shape for row in record.linears if ".1.output" in row.name} == {(32, 13)}
@@ -124,7 +123,7 @@ def test_one_linear_is_a_least_squares_fit_of_weights_and_bias(monkeypatch: pyte
     dense = tiny_model("bert")
     model, data = copy.deepcopy(dense), tiny_batches(dense, 20)
     record = sparsify(model, data, sparsity=0.5, damping=1e-6)
-    before, after = (prunable_linears(m)[QUERY] for m in (dense, model))
+    before, after = (layer_linears(m)[QUERY] for m in (dense, model))
     x, y = inputs_and_outputs(dense, before, data)
     found = x @ after.weight.detach().double().T + after.bias.detach().double()
     for row in range(0, 32, 5):
@@ -141,9 +140,9 @@ def test_a_linear_without_bias_is_fitted_to_plain_moments() -> None:
     dense = tiny_model("vit", qkv_bias=False)
     model, data = copy.deepcopy(dense), tiny_batches(dense)
     record = sparsify(model, data, sparsity=0.5)
-    name = next(name for name, linear in prunable_linears(dense).items() if linear.bias is None)
-    x, y = inputs_and_outputs(dense, prunable_linears(dense)[name], data)
-    found = x @ prunable_linears(model)[name].weight.detach().double().T
+    name = next(name for name, linear in layer_linears(dense).items() if linear.bias is None)
+    x, y = inputs_and_outputs(dense, layer_linears(dense)[name], data)
+    found = x @ layer_linears(model)[name].weight.detach().double().T
     relative = float((found - y).square().sum() / y.square().sum())
     assert next(row for row in record.linears if row.name == name).relative_error == pytest.approx(relative, rel=1e-3)
 
@@ -154,7 +153,7 @@ def test_later_linears_see_the_sparse_ones_before_them() -> None:
     model, data = copy.deepcopy(dense), tiny_batches(dense)
     record = sparsify(model, data, sparsity=0.6)
     for name in ("encoder.layer.1.attention.self.value", "encoder.layer.2.output.dense"):
-        before, after = (prunable_linears(m)[name] for m in (dense, model))
+        before, after = (layer_linears(m)[name] for m in (dense, model))
         x, found = inputs_and_outputs(model, after, data)
         wanted = x @ before.weight.detach().double().T + before.bias.detach().double()
         relative = float((found - wanted).square().sum() / wanted.square().sum())
@@ -194,7 +193,7 @@ def test_passes_keep_zeros_and_end_at_the_sparsity(monkeypatch: pytest.MonkeyPat
     )
     assert record.sparsity == 0.75
     assert steps == [(done, 2 * 12) for done in range(1, 25)]  # q, k and v are one input
-    for name in prunable_linears(model):
+    for name in layer_linears(model):
         first, second = (zeros for other, zeros in history if other == name)
         assert int(first.sum()) == first.numel() // 2  # half the weights in each of two passes
         assert bool((second | ~first).all())
@@ -227,7 +226,7 @@ def test_inputs_that_never_vary_lose_their_weights_first_and_cost_nothing() -> N
         dense.get_submodule("encoder.layer.0.attention.output.LayerNorm").weight[:6] = 0
     model = copy.deepcopy(dense)
     sparsify(model, sparsity=0.3)
-    assert not prunable_linears(model)["encoder.layer.0.intermediate.dense"].weight[:, :6].any()
+    assert not layer_linears(model)["encoder.layer.0.intermediate.dense"].weight[:, :6].any()
     assert bool(torch.isfinite(last_states(model, tiny_batches(model))).all())
 
 
@@ -264,9 +263,9 @@ def test_sensitive_linears_stay_denser_at_the_same_number_of_zeros() -> None:
     # what was measured is the model with that linear alone sparse: here the last one, whose inputs stay dense
     alone, last = copy.deepcopy(dense), "encoder.layer.2.output.dense"
     sparsify(alone, data, sparsity=0.6)
-    for name, linear in prunable_linears(alone).items():
+    for name, linear in layer_linears(alone).items():
         if name != QUERY:
-            linear.load_state_dict(prunable_linears(dense)[name].state_dict())
+            linear.load_state_dict(layer_linears(dense)[name].state_dict())
     measured = {row.name: row.sensitivity for row in record.linears}
     assert measured[QUERY] == pytest.approx(divergence(alone), rel=1e-3)
     assert measured[last] is not None
@@ -349,15 +348,15 @@ def test_a_linear_that_is_never_called_is_named() -> None:
 def test_broken_activations_and_weights_name_the_linear() -> None:
     model = tiny_model("bert")
     with torch.no_grad():
-        prunable_linears(model)["encoder.layer.0.attention.output.dense"].bias[0] = float("nan")
+        layer_linears(model)["encoder.layer.0.attention.output.dense"].bias[0] = float("nan")
     with pytest.raises(NumericalError, match=r"encoder\.layer\.0\.intermediate\.dense"):
         sparsify(model)
     model = tiny_model("bert")
     with torch.no_grad():
-        prunable_linears(model)[QUERY].weight[0, 0] = float("inf")
+        layer_linears(model)[QUERY].weight[0, 0] = float("inf")
     with pytest.raises(NumericalError, match="query"):
         sparsify(model)
-    assert not prunable_linears(model)[QUERY]._forward_pre_hooks
+    assert not layer_linears(model)[QUERY]._forward_pre_hooks
 
 
 def test_a_model_without_linears_is_refused_for_fitting_only() -> None:

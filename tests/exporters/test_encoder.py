@@ -198,6 +198,7 @@ CASES = [("bert", task) for task in TEXT_TASKS] + [
     ("distilbert", "text-classification"),
     ("roberta", "question-answering"),
     ("mpnet", "fill-mask"),
+    ("deberta-v2", "text-classification"),
     ("electra", "token-classification"),
     ("xlm-roberta", "sentence-similarity"),
     ("vit", "image-classification"),

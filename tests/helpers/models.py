@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
-from ziplm_deploy.models.preparation import prepared
 
 IMAGE_TYPES = ("vit", "deit", "dinov2")
 # Blocks of these are line by line those of another type: what is costly, and goes by blocks alone, leaves them out.
 COPIES = ("camembert", "data2vec-text", "ernie", "deit")
-TEXT_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "xlm-roberta-xl", *COPIES[:3])
+TEXT_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "deberta-v2", "xlm-roberta-xl")
+TEXT_TYPES += COPIES[:3]
 MODEL_TYPES = (*TEXT_TYPES, *IMAGE_TYPES)
 LIKE_ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text")
 BLOCK_TYPES = tuple(name for name in MODEL_TYPES if name not in COPIES)
@@ -68,6 +70,13 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
         common |= {"use_task_id": True}
     if model_type == "electra":
         common |= {"embedding_size": 16}
+    if model_type == "deberta-v2":  # as DeBERTa-v3; sequences of 9 tokens reach buckets of several distances
+        common |= {"position_biased_input": False, "type_vocab_size": 0, "norm_rel_ebd": "layer_norm"}
+        common |= {"relative_attention": True, "position_buckets": 8, "share_att_key": True}
+        common |= {"pos_att_type": ["p2c", "c2p"]}
+    if model_type == "t5":  # heads wider than their share of the hidden size, buckets for up to 20 tokens
+        common = {"d_model": 32, "num_layers": 3, "num_heads": 4, "d_kv": 16, "d_ff": 64, "vocab_size": 60}
+        common |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "pad_token_id": 0}
     common |= {"attn_implementation": "eager"}
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"
@@ -108,13 +117,13 @@ def tiny_causal_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.M
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return prepared(model.eval())
+    return adapted(model.eval())
 
 
 def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
     """A random model in eval mode. Weights, biases and norms are all far from their initial 0 and 1, so that a lost
     bias or a swapped LayerNorm shows. ``task`` defaults to sentence-similarity, image-classification for images."""
-    return prepared(plain_model(model_type, task, seed=seed, **changes))
+    return adapted(plain_model(model_type, task, seed=seed, **changes))
 
 
 def plain_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
@@ -123,12 +132,10 @@ def plain_model(model_type: str, task: str | None = None, *, seed: int = 0, **ch
     if "num_labels" not in changes and task in NUM_LABELS:
         changes["num_labels"] = NUM_LABELS[task]
     config = tiny_config(model_type, **changes)
-    auto_class = getattr(transformers, AUTO_CLASSES[task])
+    own_class = model_class(config, AUTO_CLASSES[task])
     torch.manual_seed(seed)
-    no_pooler = {"add_pooling_layer": False} if auto_class is transformers.AutoModel else {}
-    if model_type in ("distilbert", "electra", "dinov2"):
-        no_pooler = {}
-    model: nn.Module = auto_class.from_config(config, attn_implementation="eager", **no_pooler)
+    takes_pooler = AUTO_CLASSES[task] == "AutoModel" and "add_pooling_layer" in inspect.signature(own_class).parameters
+    model: nn.Module = own_class(config, **({"add_pooling_layer": False} if takes_pooler else {}))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""MPNet's position bias, computed once a model: in the base of a table, and in no cell."""
+"""What layers share, such as MPNet's position bias, is computed once a model: in the base of a table, in no cell."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def test_every_model_of_a_table_computes_the_bias_once(tmp_path: Path) -> None:
     found = graphs("mpnet", tmp_path)
     assert {BASE, DENSE, NO_LAYERS, "both dropped", "attention 1"} < found.keys()
     counted = {model_id: biases(graph) for model_id, graph in found.items() if not model_id.startswith("whole")}
+    assert counted == dict.fromkeys(counted, 1)
+
+
+@pytest.mark.parametrize("model_type", ["deberta-v2", "t5"])
+def test_every_model_of_a_table_computes_the_mask_of_scores_once(model_type: str, tmp_path: Path) -> None:
+    found = graphs(model_type, tmp_path)
+    counted = {
+        model_id: sum(node.name.endswith("/encoder/Sub") for node in graph.node)
+        for model_id, graph in found.items()
+        if not model_id.startswith("whole")
+    }
+    assert {BASE, NO_LAYERS, "both dropped", "attention 1"} < counted.keys()
     assert counted == dict.fromkeys(counted, 1)
 
 

@@ -29,7 +29,7 @@ def inputs_of(model: nn.Module, linear: nn.Linear, batches: list[dict[str, Tenso
     return torch.cat(rows).double()
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, "t5"])
 def test_moments_equal_the_inputs_moments(model_type: str) -> None:
     model = tiny_model(model_type)
     batches = [tiny_inputs(model, 3, 9, seed) for seed in range(3)]

@@ -179,7 +179,7 @@ def test_an_unreachable_target_names_the_speedup_over_the_dense_model() -> None:
     assert caught.value.largest_speedup == pytest.approx(10 / 1.3)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit"])
 def test_targets_one_after_the_other_from_the_model_before(model_type: str) -> None:
     model = tiny_model(model_type)
     for target in (1.5, 2.5, 5.0):

@@ -38,7 +38,7 @@ def last_states(model: nn.Module, data: list[Batch]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "electra", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "electra", "deberta-v2", "t5", "vit"])
 def test_the_refit_brings_the_outputs_closer_on_new_data(model_type: str) -> None:
     dense = tiny_model(model_type)
     sizes = {"0.attention": 2, "0.ffn": 16, "1.attention": 0, "1.ffn": 0, "2.ffn": 24}
@@ -51,7 +51,7 @@ def test_the_refit_brings_the_outputs_closer_on_new_data(model_type: str) -> Non
     assert after < 0.8 * before
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit"])
 def test_a_shrunk_model_can_be_the_reference(model_type: str) -> None:
     model = pruned(tiny_model(model_type), {"0.attention": 0, "0.ffn": 40, "1.ffn": 0, "2.attention": 3})
     modules = {module.name: module for module in prunable_modules(model)}

@@ -39,7 +39,7 @@ def make(model_type: str, shrunk: bool = False) -> tuple[nn.Module, Task, Databa
     return model, task, Database(levels), SearchSpace(tuple(levels), tuple(map(tuple, levels.values())), costs, errors)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit"])
 @pytest.mark.parametrize("cache_bytes", [0, 2**24])
 @pytest.mark.parametrize("shrunk", [False, True])
 def test_features_equal_those_of_the_resized_model(model_type: str, cache_bytes: int, shrunk: bool) -> None:

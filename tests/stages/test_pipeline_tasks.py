@@ -32,6 +32,8 @@ CASES = [
     ("distilbert", "text-regression", "dynamic"),
     ("mpnet", "sentence-similarity", "dynamic"),
     ("mpnet", "sentence-similarity", "static"),
+    ("deberta-v2", "text-regression", "static"),
+    ("t5", "sentence-similarity", "dynamic"),
     ("vit", "image-classification", "dynamic"),
 ]
 
@@ -118,6 +120,6 @@ def assert_optimum_serves(folder: Path, task: str, model_type: str) -> None:
     else:
         ids = torch.randint(5, 19, (1, 32))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        if model_type in ("distilbert", "roberta", "xlm-roberta", "mpnet"):
+        if model_type in ("distilbert", "roberta", "xlm-roberta", "mpnet", "deberta-v2", "t5"):
             del inputs["token_type_ids"]
     assert served(**inputs)

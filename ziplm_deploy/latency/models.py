@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from exporters import ExportError, ExportSettings
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, NO_LAYERS
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.shared_input import with_shared_input
+from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.models.preparation import prepared
 from ziplm_deploy.models.resizing import random_resized, shared_copy
 from ziplm_deploy.models.shape import ModuleKind
 
@@ -101,8 +101,9 @@ def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
     setattr(config, architecture_of(config).config_layers, depth)
     if hasattr(config, "vocab_size"):
         config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
-    auto_class: Any = AutoModel
+    name = "AutoModel"
     if architecture_of(config).causal is not None:
-        auto_class, config.pad_token_id = AutoModelForCausalLM, None  # which the vocabulary need not have
-    model: nn.Module = auto_class.from_config(config, attn_implementation="eager")
-    return prepared(model.eval())
+        name, config.pad_token_id = "AutoModelForCausalLM", None  # which the vocabulary need not have
+    config._attn_implementation = "eager"
+    model: nn.Module = model_class(config, name)(config)
+    return adapted(model.eval())

@@ -27,6 +27,8 @@ CACHES = 3
 USUAL_CACHE_BYTES = 32 * 2**20  # where the system does not tell
 STACKS_MEMORY_SHARE = 4  # all stacks together may take one in so many bytes of the machine's memory
 
+_ACTIVATIONS = ("hidden_act", "activation", "feed_forward_proj")
+
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -93,7 +95,8 @@ class TableRequest:
     def graph(self) -> str:
         """What the graph holds beside the prunable shapes, in words; a table of another graph does not fit."""
         config: Any = self.dense.config
-        parts = [type(self.dense).__name__, str(getattr(config, "hidden_act", getattr(config, "activation", "")))]
+        activation = next((getattr(config, name) for name in _ACTIVATIONS if hasattr(config, name)), "")
+        parts = [type(self.dense).__name__, str(activation)]
         if hasattr(config, "image_size"):
             parts.append(f"images of {config.image_size} in patches of {config.patch_size}")
         else:

@@ -1,5 +1,7 @@
 """What a model computes once for all of its layers, such as MPNet's position bias: the base of a table holds it.
 
+DeBERTa's is its mask of token pairs; what its attention reads of distances depends on no input, and costs nothing.
+
 A graph leaves out what nobody reads: a model without layers would be timed without it, and a stack of four layers with
 it. Cells would then hold a quarter of it each, and twelve layers would count it three times. So every model of a table
 but the whole ones reads it, by one more layer that does nothing else: the base holds it once, and in the difference of
@@ -26,11 +28,11 @@ class _Reader(nn.Module):
         super().__init__()
         self._name, self._signature = name, signature
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         given = self._signature.bind(self, *args, **kwargs).arguments
         hidden: Tensor = given["hidden_states"]  # [batch, length, hidden]
-        shared: Tensor = given[self._name]  # [1, heads, length, length]
-        return (hidden + shared[:, 0, :1, :1],)
+        shared: Tensor = given[self._name]  # [1 or batch, heads or 1, length, length]
+        return hidden + shared[:, 0, :1, :1], None
 
 
 def with_shared_input(model: _Model, layer: type[nn.Module]) -> _Model:

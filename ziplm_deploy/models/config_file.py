@@ -26,21 +26,23 @@ MAX_VOCABULARY = 1 << 22
 MAX_RATIO = 64  # FFN columns a hidden unit
 # Names that the supported architectures give their sizes, and the largest of each.
 _SIZES = {
-    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer"), MAX_LAYERS),
-    **dict.fromkeys(("hidden_size", "dim", "n_embd", "word_embed_proj_dim", "embedding_size"), MAX_SIZE),
-    **dict.fromkeys(("intermediate_size", "hidden_dim", "ffn_dim"), MAX_SIZE),
-    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "num_key_value_heads"), MAX_SIZE),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers"), MAX_LAYERS),
+    **dict.fromkeys(("hidden_size", "dim", "n_embd", "word_embed_proj_dim", "embedding_size", "d_model"), MAX_SIZE),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", "d_kv"), MAX_SIZE),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "num_heads", "num_key_value_heads"), MAX_SIZE),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "patch_size"), MAX_SIZE),
     **dict.fromkeys(("image_size", "num_channels", "relative_attention_num_buckets"), MAX_SIZE),
+    "relative_attention_max_distance": MAX_SIZE,
     "vocab_size": MAX_VOCABULARY,
     "mlp_ratio": MAX_RATIO,
 }
 _MAY_BE_ZERO = {"type_vocab_size": MAX_SIZE, "num_labels": MAX_SIZE}
+_MAY_BE_NONE = {"position_buckets": MAX_SIZE, "max_relative_positions": MAX_SIZE}  # -1, for none, or another default
 _SHARES = (
     *("layer_norm_eps", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"),
-    *("attention_dropout", "classifier_dropout", "qa_dropout", "seq_classif_dropout"),
+    *("attention_dropout", "classifier_dropout", "qa_dropout", "seq_classif_dropout", "dropout_rate"),
 )
-_NAMES = ("hidden_act", "activation", "position_embedding_type")
+_NAMES = ("hidden_act", "activation", "feed_forward_proj", "position_embedding_type")
 # What would fetch or choose code by name; every model here is built with eager attention.
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -139,7 +141,8 @@ def _instead(fields: Mapping[str, Any]) -> str:
 
 
 def _wrong_sizes(fields: Mapping[str, Any]) -> list[str]:
-    limits = [*((name, 1, most) for name, most in _SIZES.items()), *((n, 0, most) for n, most in _MAY_BE_ZERO.items())]
+    least_of = {1: _SIZES, 0: _MAY_BE_ZERO, -1: _MAY_BE_NONE}
+    limits = [(name, least, most) for least, sizes in least_of.items() for name, most in sizes.items()]
     return [
         f"{name}: {shown(fields[name])} (expected {least} to {most})"
         for name, least, most in limits
@@ -182,11 +185,15 @@ def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 def check_layer_count(config: Any, shapes: Shapes, where: str) -> None:
     """Refuse weights of another number of layers than ``config.json`` says: some would be left out, or random.
 
+    Layers go by their name here, or by what most models call them: names of older checkpoints differ.
+
     Raises:
         CorruptArtifactError: names the first layer that only one of them has.
     """
-    layers = {name: int(match[1]) for name in shapes if (match := _LAYER.search(name)) is not None}
-    expected, found = getattr(config, ARCHITECTURES[config.model_type].config_layers), max(layers.values(), default=-1)
+    architecture = ARCHITECTURES[config.model_type]
+    own = re.compile(rf"(?:^|\.){re.escape(architecture.layers)}\.(\d+)\.")
+    layers = _numbered(own, shapes) or _numbered(_LAYER, shapes)
+    expected, found = getattr(config, architecture.config_layers), max(layers.values(), default=-1)
     if layers and found + 1 != expected:
         extra = next((name for name, layer in layers.items() if layer >= expected), "")
         more = f", among them {extra}, which would be left out" if extra else ""
@@ -194,6 +201,10 @@ def check_layer_count(config: Any, shapes: Shapes, where: str) -> None:
             f"expected weights of {expected} layers in {where}, as config.json says, found those of {found + 1}{more}; "
             "correct config.json, or copy the folder again"
         )
+
+
+def _numbered(layer: re.Pattern[str], shapes: Shapes) -> dict[str, int]:
+    return {name: int(match[1]) for name in shapes if (match := layer.search(name)) is not None}
 
 
 def check_parameter_count(model_class: Any, config: Any, shapes: Shapes, most: int, **options: Any) -> None:

@@ -22,6 +22,7 @@ from ziplm_deploy.errors import (
     UnsupportedModelError,
     ZipLMError,
 )
+from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import Architecture, architecture_of
 from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
@@ -41,7 +42,6 @@ from ziplm_deploy.models.gguf_source import (
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.member_files import MEMBER_FILE
-from ziplm_deploy.models.preparation import prepared
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
@@ -193,20 +193,14 @@ def _load_config(path: str, source: dict[str, Any]) -> Any:
 
 
 def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any], may_lack_head: bool) -> nn.Module:
-    loader = getattr(transformers, auto_class)
-    try:
-        model_class = _class_of(loader._model_mapping[type(config)], config)
-    except KeyError:
-        raise UnsupportedModelError(
-            f"expected a model with a head for {auto_class}, found a {config.model_type}; choose another task"
-        ) from None
-    options = {"add_pooling_layer": False} if _pooler_is_optional(model_class, auto_class) else {}
+    chosen = model_class(config, auto_class)
+    options = {"add_pooling_layer": False} if _pooler_is_optional(chosen, auto_class) else {}
     try:
         if Path(path).is_dir():
-            _check_sizes(model_class, config, Path(path), options)
+            _check_sizes(chosen, config, Path(path), options)
         # What it warns about, missing weights, is an error below.
         with quiet_transformers(downloads=not Path(path).is_dir()):
-            model, report = model_class.from_pretrained(
+            model, report = chosen.from_pretrained(
                 path,
                 config=config,
                 attn_implementation="eager",
@@ -231,14 +225,14 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
     check_layer_count(config, dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ()), path)  # of the hub
     missing = sorted(report["missing_keys"])
     if may_lack_head:
-        inside = f"{model_class.base_model_prefix}."
+        inside = f"{chosen.base_model_prefix}."
         missing = [name for name in missing if name.startswith(inside) and ".pooler." not in name]
     if missing:
         raise UnsupportedModelError(
-            f"expected all weights of {model_class.__name__} in {path}, found none for {_first(missing)}: they would "
+            f"expected all weights of {chosen.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
-    dense: nn.Module = without_cache(prepared(model.eval()))
+    dense: nn.Module = without_cache(adapted(model.eval()))
     return dense
 
 

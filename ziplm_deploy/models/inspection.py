@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
 from ziplm_deploy.models.config_file import config_of, read_config
 from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
-from ziplm_deploy.models.preparation import prepared
 from ziplm_deploy.models.shape import ModuleId
 
 DIFFERENT_LAYERS = 2  # the first layer of a model may lack what all others have
@@ -104,8 +104,8 @@ def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, n_layers: i
         return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model_or_config)]
     config, built = copy.deepcopy(model_or_config), min(n_layers, DIFFERENT_LAYERS)
     setattr(config, ARCHITECTURES[config.model_type].config_layers, built)
-    auto_class: Any = AutoModel
     with torch.device("meta"):  # takes no memory for weights
-        model: nn.Module = prepared(auto_class.from_config(config, attn_implementation="eager"))
+        causal = ARCHITECTURES[config.model_type].causal is not None
+        model: nn.Module = adapted(model_class(config, "AutoModelForCausalLM" if causal else "AutoModel")(config))
     first = _layer_parameters(model, built)
     return [*first, *([first[-1]] * (n_layers - built))]

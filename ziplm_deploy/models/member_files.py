@@ -23,6 +23,7 @@ from torch import nn
 from ziplm_deploy.artifacts import Artifact, Fields, atomic_folder, file_hash, write_bytes_with, write_text
 from ziplm_deploy.documents import read_json, shortened
 from ziplm_deploy.errors import CorruptArtifactError, StorageError, UnsupportedModelError
+from ziplm_deploy.models.adapted import adapted
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
@@ -35,7 +36,6 @@ from ziplm_deploy.models.config_file import (
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_bias_name, output_linear, prunable_modules
-from ziplm_deploy.models.preparation import prepared
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
 from ziplm_deploy.models.sentence_dense import DenseLayer, attach, layers_of_dense
 from ziplm_deploy.models.sentence_folder import write_sentence_files
@@ -202,7 +202,7 @@ def _build(config: Any, member: MemberConfig, weights: Path) -> nn.Module:
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     check_parameter_count(model_class, config, shapes, MAX_PRUNING * stored + FREE_PARAMETERS, **options)
     with torch.random.fork_rng(devices=[]):  # the initial weights must not consume the caller's random numbers
-        model: nn.Module = prepared(model_class(config, **options))
+        model: nn.Module = adapted(model_class(config, **options))
     for module in prunable_modules(model):
         indices = member.kept[module.name]
         if len(indices) > module.structures:

@@ -58,6 +58,22 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def layer_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside the layers that tokens pass, by its dotted name in ``model``, in the order of the model.
+
+    Query, key, value, attention output and those of the FFN; a dropped module has none. Projections of positions alone
+    are none of them: what they give is a constant.
+    """
+    layers = layers_of(model)
+    positions = architecture_of(model.config).position_projections  # type: ignore[arg-type]
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    return {
+        f"{prefix}.{name}": module
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in positions
+    }
+
+
 def output_linear(model: nn.Module, module: PrunableModule) -> nn.Linear:
     """The linear whose input columns are pruned, ``[hidden, structures * group_size]``.
 

@@ -94,7 +94,7 @@ def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeig
     _check_entry(model, module, entry)
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     if entry.kept.numel() == 0:
-        return _dropped(architecture, module, entry)
+        return _dropped(model, module, entry)
     layer = layers_of(model)[module.layer]
     block = _shell(layer.get_submodule(architecture.block(module.kind)))
     if module.kind == "attention":
@@ -201,24 +201,30 @@ def masked(dense: _Module, entries: dict[str, LevelWeights]) -> _Module:
     return model
 
 
-def _dropped(architecture: Architecture, module: PrunableModule, entry: LevelWeights) -> Replacement:
+def _dropped(model: nn.Module, module: PrunableModule, entry: LevelWeights) -> Replacement:
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
     block, output = architecture.block(module.kind), architecture.output(module.kind)
     norm = architecture.norm(module.kind)
     unread: Replacement = {norm: nn.Identity()} if norm is not None else {}
     if architecture.output_in_block(module.kind) is not None:
-        return {block: _constant(architecture, module, entry.bias), **unread}
+        owner = layers_of(model)[module.layer].get_submodule(block)
+        return {block: _constant(architecture, module, entry.bias, owner), **unread}
     return {block: DroppedBlock(returns_tuple=module.kind == "attention"), output: BiasOnly(entry.bias), **unread}
 
 
-def _constant(architecture: Architecture, module: PrunableModule, bias: torch.Tensor) -> nn.Module:
-    """Block that owned its output linear, and now only adds a bias."""
+def _constant(architecture: Architecture, module: PrunableModule, bias: torch.Tensor, block: nn.Module) -> nn.Module:
+    """What stands for a block that owned its output linear, and only adds a bias now."""
     if module.kind == "ffn":
         return BiasOnly(bias)
+    if architecture.dropped_attention is not None:
+        return architecture.dropped_attention(bias, block)
     return DroppedAttention(bias) if architecture.causal is None else DroppedCachedAttention(bias, module.layer)
 
 
 def _keep_heads(architecture: Architecture, block: nn.Module, module: PrunableModule, kept: torch.Tensor) -> None:
-    for name, rows in _projection_rows(architecture, module, kept).items():
+    projections = _projection_rows(architecture, module, kept)
+    positions = [name for name in architecture.position_projections if name in block._modules]
+    for name, rows in (projections | dict.fromkeys(positions, _columns(kept, module.key_size))).items():
         block._modules[name] = _keep_rows(block.get_submodule(name), rows)
     if architecture.head_count is not None:
         setattr(block, architecture.head_count, kept.numel())

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from ziplm_deploy.documents import shortened, shown
 from ziplm_deploy.errors import RecipeError, UnsupportedModelError
-from ziplm_deploy.models.location import resolve_model_path
+from ziplm_deploy.models.location import find_file, resolve_model_path
 from ziplm_deploy.models.score_activation import read_score_activation
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
 from ziplm_deploy.models.sentence_files import Fields, SentenceFiles, check_neutral, checked, damaged

@@ -11,13 +11,13 @@ from torch import nn
 
 from ziplm_deploy.artifacts import atomic_folder, atomic_path, content_key
 from ziplm_deploy.compression.divergence import divergence_from
-from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model
 from ziplm_deploy.errors import ParityError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.models.member_files import WEIGHTS_FILE, load, replace_member
+from ziplm_deploy.models.modules import layer_linears
 from ziplm_deploy.recipe import CompressConfig, SparsityConfig, Variant
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
@@ -93,7 +93,7 @@ def _zero(step: _Step, source: Path) -> Path:
 
     def work() -> None:
         model = load(source)
-        if not prunable_linears(model):  # every module was dropped: there is nothing to zero
+        if not layer_linears(model):  # every module was dropped: there is nothing to zero
             record = SparsityRecord.of_nothing(config)
         else:
             by_sensitivity = config.distribution == "sensitivity"

@@ -34,7 +34,7 @@ from ziplm_deploy.compression.int8.scales import (
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.errors import DataError, NumericalError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.modules import layers_of
+from ziplm_deploy.models.modules import layer_linears, layers_of
 
 
 class _Round(torch.autograd.Function):
@@ -117,12 +117,11 @@ class QuantizedLinear(nn.Linear):
 
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Linears inside the layers, and the head of a causal model, by module path: those that ``int8.quantize`` takes."""
-    inside = set(layers_of(model).modules())
+    linears = layer_linears(model)
     if architecture_of(model.config).causal is not None:  # type: ignore[arg-type]
-        inside.add(model.get_output_embeddings())  # type: ignore[operator]
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
-    }
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        linears |= {name: module for name, module in model.named_modules() if module is head}
+    return linears
 
 
 def module_ranges(

@@ -15,9 +15,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from exporters.names import linear_of
-from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.sparsegpt import GROUP_SIZES
 from ziplm_deploy.errors import CorruptArtifactError, NumericalError, ParityError, UsageError
+from ziplm_deploy.models.modules import layer_linears
 from ziplm_deploy.recipe import SparsityConfig
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -27,7 +27,7 @@ _PRODUCTS: dict[str, tuple[int, int | None]] = {"MatMul": (1, None), "Gemm": (1,
 
 def zero_masks(model: nn.Module) -> dict[str, Tensor]:
     """Bool [outputs, inputs] of every linear in the layers, True where its weight is zero; by dotted name."""
-    return {name: linear.weight.detach() == 0 for name, linear in prunable_linears(model).items()}
+    return {name: linear.weight.detach() == 0 for name, linear in layer_linears(model).items()}
 
 
 def sparsity_of(model: nn.Module) -> float:
@@ -47,7 +47,7 @@ def zeros_held(model: nn.Module, masks: dict[str, Tensor]) -> Iterator[None]:
         UsageError: masks of another model, or a masked weight is not zero at the start.
         NumericalError: a masked weight is no longer zero at the end.
     """
-    linears = prunable_linears(model)
+    linears = layer_linears(model)
     for name, mask in masks.items():
         if name not in linears or linears[name].weight.shape != mask.shape:
             found = list(linears[name].weight.shape) if name in linears else "no such linear"
@@ -99,7 +99,7 @@ def random_masks(model: nn.Module, config: SparsityConfig, seed: int) -> None:
     Every linear gets the sparsity of the recipe, whatever its ``distribution``. A model without layers stays as it is.
     """
     generator = torch.Generator().manual_seed(seed)
-    for linear in prunable_linears(model).values():
+    for linear in layer_linears(model).values():
         zeros = _random_zeros(linear.weight, config, generator)
         with torch.no_grad():
             linear.weight.masked_fill_(zeros.to(linear.weight.device), 0)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from ziplm_deploy.compression.sparsity import sparsegpt
 from ziplm_deploy.compression.sparsity.densities import allocate_densities
-from ziplm_deploy.compression.sparsity.linears import prunable_linears
 from ziplm_deploy.compression.sparsity.record import LinearSparsity, SparsityRecord
 from ziplm_deploy.errors import NumericalError, UnsupportedModelError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.modules import layers_of
+from ziplm_deploy.models.modules import layer_linears, layers_of
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.kernels.obs import damp
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
@@ -194,10 +193,10 @@ def _inputs(model: nn.Module) -> list[_Input]:
     together = {
         f"{architecture.attention}.{leaf}" for leaf in (architecture.query, architecture.key, architecture.value)
     }
-    names = {linear: name for name, linear in prunable_linears(model).items()}
+    names = {linear: name for name, linear in layer_linears(model).items()}
     inputs: list[_Input] = []
     for index, layer in enumerate(layers_of(model)):
-        linears = {path: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        linears = {path: module for path, module in layer.named_modules() if module in names}
         shared = {names[linear]: linear for path, linear in linears.items() if path in together}
         alone = [{names[linear]: linear} for path, linear in linears.items() if path not in together]
         inputs += [_Input(index, group) for group in (shared, *alone) if group]

@@ -1,6 +1,6 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py``, ``image_encoders.py`` or ``decoders.py``.
+An architecture is one entry of ``encoders.py``, ``relative.py``, ``image_encoders.py`` or ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -15,10 +15,13 @@ from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
 from ziplm_deploy.models.architectures.image_encoders import IMAGE_ENCODERS
 from ziplm_deploy.models.architectures.others import OTHERS, native_type, why_unsupported
+from ziplm_deploy.models.architectures.relative import RELATIVE
 
 __all__ = ["ARCHITECTURES", "OTHERS", "Architecture", "architecture_of", "native_type", "why_not", "why_unsupported"]
 
-ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *IMAGE_ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, Architecture] = {
+    entry.model_type: entry for entry in (*ENCODERS, *RELATIVE, *IMAGE_ENCODERS, *DECODERS)
+}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -34,7 +37,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"expected a model of type {', '.join(ARCHITECTURES)} with plain self-attention, found {reason}; "
             "choose a supported model"
         )
-    return ARCHITECTURES[config.model_type]
+    entry = ARCHITECTURES[config.model_type]
+    return entry if entry.variant is None else entry.variant(config)
 
 
 def why_not(config: PretrainedConfig) -> str | None:
@@ -63,7 +67,8 @@ def _settings_reason(config: PretrainedConfig) -> str | None:
     architecture = ARCHITECTURES[config.model_type]
     for name, known in architecture.refused.items():
         if getattr(config, name, known[0]) not in known:
-            return f"a {config.model_type} with {name} {getattr(config, name)!r}: its blocks are other ones"
+            why = architecture.why_refused.get(name, "its blocks are other ones")
+            return f"a {config.model_type} with {name} {getattr(config, name)!r}: {why}"
     size = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if size != config.hidden_size:
         return f"a {config.model_type} with embeddings of {size} for a hidden size of {config.hidden_size}"
@@ -74,6 +79,9 @@ def _heads_reason(config: PretrainedConfig) -> str | None:
     """Reason of head counts that do not fit together."""
     if getattr(config, "head_dim", None) is None and config.hidden_size % config.num_attention_heads:
         return f"hidden_size {config.hidden_size} that {config.num_attention_heads} heads do not divide"
+    head_size = getattr(config, "attention_head_size", None)  # DeBERTa's
+    if head_size is not None and head_size * config.num_attention_heads != config.hidden_size:
+        return f"attention_head_size {head_size}, which {config.num_attention_heads} times is not the hidden_size"
     cached = ARCHITECTURES[config.model_type].config_kv_heads
     n_cached = getattr(config, cached or "", None) or config.num_attention_heads
     if config.num_attention_heads % n_cached:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ziplm_deploy.models.shape import ModuleKind
 
@@ -57,11 +58,17 @@ class Architecture:
     config_ffn_width: str | None = "intermediate_size"
     config_ffn_ratio: str | None = None  # FFN columns a hidden unit, for configurations without a width
     config_kv_heads: str | None = None  # cached heads, each read by several query heads
+    position_projections: tuple[str, ...] = ()  # relative to `attention`, where there are: rows of heads, of no token
     causal: CausalPaths | None = None  # causal language models only: what lies outside of the layers
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
     shared_input: str | None = None  # argument of every layer that the model computes once for all of them
-    refused: dict[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
     sized_embeddings: type[nn.Module] | None = None  # class of `embeddings` whose positions fit images of one size only
+    adapt: Callable[[nn.Module], None] | None = None  # of a model just built, in place: the same answers otherwise
+    dropped_attention: Callable[[Tensor, nn.Module], nn.Module] | None = None  # of a bias and the old block
+    model_classes: Mapping[str, str | None] = field(default_factory=dict)  # for auto classes; None: it has a decoder
+    variant: Callable[[Any], Architecture] | None = None  # of a configuration whose layers have other parts
+    refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
+    why_refused: Mapping[str, str] = field(default_factory=dict)  # more of those settings, in words
 
     def block(self, kind: ModuleKind) -> str:
         """Path of the block that is replaced when a module of this kind shrinks."""

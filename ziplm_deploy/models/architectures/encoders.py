@@ -5,28 +5,14 @@ An entry names what differs from BERT, by attribute paths in the classes of tran
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
-import torch
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from ziplm_deploy.models.architectures.base import Architecture
+from ziplm_deploy.models.architectures.position_bias import HeadsOfBias
 
 
-class HeadSlicedMPNetAttention(MPNetSelfAttention):
-    """MPNet attention with fewer heads: the shared position bias ``[1, heads, q, k]`` is cut to the kept heads."""
-
-    kept_heads: torch.Tensor  # int64 [k], buffer
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        # By name: transformers 5 has no head_mask in front of position_bias.
-        call = inspect.signature(super().forward).bind(*args, **kwargs)
-        position_bias: torch.Tensor | None = call.arguments.get("position_bias")
-        if position_bias is not None:
-            call.arguments["position_bias"] = position_bias.index_select(1, self.kept_heads)  # [1, k, q, k_len]
-        outputs: tuple[torch.Tensor, ...] = super().forward(*call.args, **call.kwargs)  # type: ignore[no-untyped-call]
-        return outputs
+class HeadSlicedMPNetAttention(HeadsOfBias, MPNetSelfAttention):
+    """MPNet attention with fewer heads."""
 
 
 ENCODERS = (

@@ -48,14 +48,14 @@ class _ByteCache(Generic[_Value]):
 class _Skipped(nn.Module):
     """Stands in for a layer whose output is already known; returns it in the layer's own format."""
 
-    def __init__(self, returns_tuple: bool) -> None:
+    def __init__(self, output: Any) -> None:
         super().__init__()
         self.output: Tensor | None = None
-        self._returns_tuple = returns_tuple
+        self._more = (None,) * (len(output) - 1) if isinstance(output, tuple) else None  # values after the first
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.output if self.output is not None else layer_input(args, kwargs)
-        return (hidden,) if self._returns_tuple else hidden
+        return hidden if self._more is None else (hidden, *self._more)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -108,7 +108,7 @@ class StitchedModel:
 
     def _note_format(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         if not self._skipped:
-            self._skipped = [_Skipped(isinstance(output, tuple)) for _ in self._own_layers]
+            self._skipped = [_Skipped(output) for _ in self._own_layers]
 
     def stitch(self, plan: Plan) -> None:
         """Install the plan's modules; only those that differ from what is installed are touched."""
