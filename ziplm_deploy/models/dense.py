@@ -78,7 +78,7 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         _check_files(Path(path), TASKS[model_config.task].auto_class)
     config = _load_config(path, source)
     task = TASKS[model_config.task]
-    _check_task(architecture_of(config), task)
+    _check_task(architecture_of(config), task, with_head=task.is_causal)
     if new_head is None and task.has_classes:
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
@@ -99,15 +99,23 @@ def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
     check_gguf(file)
     with quiet_transformers():
         config: Any = load_gguf_config(file)
-        _check_task(architecture_of(config), task)
+        _check_task(architecture_of(config), task, with_head=True)
         model: Any = load_gguf_model(file)
     model.config.return_dict, model.config._attn_implementation = True, "eager"
     _check_finite(model, str(file))
     return without_cache(model), load_gguf_tokenizer(file)
 
 
-def _check_task(architecture: Architecture, task: type[Task]) -> None:
-    if (architecture.causal is not None) != task.is_causal:
+def _check_task(architecture: Architecture, task: type[Task], *, with_head: bool) -> None:
+    causal = architecture.causal
+    if causal is not None and task.takes_causal and not with_head:
+        if causal.rotary is None:
+            raise UnsupportedModelError(
+                f"expected a causal model with rotary positions for {task.name}, found a {architecture.model_type}, "
+                "whose learned positions depend on the side of the padding; choose another model"
+            )
+        return
+    if (causal is not None) != task.is_causal:
         kind = "causal language model" if architecture.causal is not None else "encoder"
         wanted = "a causal language model" if task.is_causal else "an encoder"
         raise UnsupportedModelError(

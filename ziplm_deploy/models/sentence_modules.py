@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ziplm_deploy.documents import read_json, shortened, shown
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
-from ziplm_deploy.models.location import find_file, resolve_model_path
+from ziplm_deploy.models.architectures import ARCHITECTURES
+from ziplm_deploy.models.location import CONFIG_FILE, find_file, resolve_model_path
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
 from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
 
@@ -36,7 +37,7 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_POOLINGS = ("mean", "cls", "max")
+_POOLINGS = ("mean", "cls", "max", "lasttoken")
 _SIMILARITIES: dict[str, Similarity] = {
     **{"cosine": "cosine", "cos_sim": "cosine", "dot": "dot", "dot_score": "dot", "dot_product": "dot"},
     **{"euclidean": "euclidean", "manhattan": "manhattan"},
@@ -164,6 +165,11 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
                 f"found {json.dumps(asked)}; change the recipe or leave the field out"
             )
         found[name] = asked if says is None else says
+    if found["pooling"] is None and model.task == "sentence-similarity" and _is_causal(model):
+        raise RecipeError(
+            f"expected model.pooling for the causal model {model.path}, whose files name none, found none; give the "
+            "one that it was trained with: mostly lasttoken"
+        )
     found["prompt"] = own.prompt if model.prompt is None else model.prompt
     if found["prompt"] and not own.include_prompt:
         raise UnsupportedModelError(
@@ -171,6 +177,16 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
             f"{found['prompt']!r} (include_prompt: false); set model.prompt: '' or choose another model"
         )
     return model.model_copy(update=found).with_defaults()
+
+
+def _is_causal(model: ModelConfig) -> bool:
+    """Whether a model reads from left to right, so that its last token alone has read all others."""
+    try:
+        _, fields = SentenceFiles(resolve_model_path(model.path), model.revision).mapping(CONFIG_FILE)
+    except CorruptArtifactError:  # refused with its reason when the model is loaded
+        return False
+    entry = ARCHITECTURES.get(str(fields.get("model_type")))
+    return entry is not None and entry.causal is not None
 
 
 @dataclass(frozen=True)
