@@ -11,6 +11,7 @@ from ziplm_deploy.compression.int8.quantize import linear_names
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.records import LinearRanking, LinearSensitivity
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
@@ -36,7 +37,8 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         looked_at = run.data.encode(rows)
         divergence = divergence_from(run.task, model, looked_at)
         onnx = member.folder / Variant.FP32.onnx_file
-        groups = linear_groups(model, linear_names(onnx)) if is_causal else None
+        causal = architecture_of(model.config).causal is not None  # type: ignore[arg-type]
+        groups = linear_groups(model, linear_names(onnx)) if causal else None
         ranked = rank_linears(model, looked_at, divergence, settings, progress=run.progress.step, groups=groups)
         linears = [LinearSensitivity(**asdict(row)) for row in ranked]
         LinearRanking(linears=linears).save(member.linear_ranking)
