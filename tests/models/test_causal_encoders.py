@@ -184,8 +184,8 @@ def test_folders_are_read_as_sentence_transformers_reads_them(folders: dict[str,
 
 
 def test_sentence_transformers_opens_members_as_the_original(folders: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     pytest.importorskip("optimum.onnxruntime", reason="optimum is not installed")
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     members = []
     for name, folder in folders.items():
         model = settings(folder)

@@ -25,6 +25,7 @@ from ziplm_deploy.stages.profile import table_request
 
 pytestmark = pytest.mark.transformers
 
+TRAIN = {"mode": "distil", "max_steps": 1, "batch_size": 8}
 MODEL = TinySentenceModel({"pooling_mode_lasttoken": True}, causal="qwen3", padding_side="left")
 
 
@@ -79,7 +80,7 @@ def test_a_table_is_of_the_form_of_the_files(folder: Path, tmp_path: Path) -> No
     ("changes", "said"),
     [
         ({"variants": ["sparse"]}, "compress.variants"),
-        ({"variants": ["int8"], "int8": {"method": "qat"}}, "compress.int8.method"),
+        ({"variants": ["int8"], "int8": {"method": "qat"}, "train": TRAIN}, "compress.int8.method"),
         ({"variants": ["int8"], "int8": {"backend": "neural-compressor"}}, "compress.int8.backend"),
     ],
     ids=["sparse", "qat", "neural-compressor"],

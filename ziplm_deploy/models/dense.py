@@ -23,6 +23,7 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.models.architectures import Architecture, architecture_of
+from ziplm_deploy.models.architectures.towers import WITHOUT_TASK
 from ziplm_deploy.models.causal import as_linears, without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
@@ -44,6 +45,8 @@ from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
+from ziplm_deploy.models.text_projection import load_projection
+from ziplm_deploy.models.two_towers import Reads, without_other_tower
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS, Task
 
@@ -76,8 +79,8 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     path, source = _transformer_of(root, model_config, own)
     if Path(root).is_dir():
         _check_files(Path(path), TASKS[model_config.task].auto_class)
-    config = _load_config(path, source)
     task = TASKS[model_config.task]
+    config = _load_config(path, source, task.input_kind)
     _check_task(architecture_of(config), task, with_head=task.is_causal)
     if new_head is None and task.has_classes:
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
@@ -88,7 +91,10 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     check_processor(model, processor, task.input_kind, path)
     if own.source:
         _check_widths(model, settings, own)
-        load_layers(model, own.dense, root, own.dense_folders, settings.revision)
+        if own.is_tower and own.dense:
+            load_projection(model, own.dense[0], root, settings.revision)
+        else:
+            load_layers(model, own.dense, root, own.dense_folders, settings.revision)
         _prepare_texts(processor, settings, own)
     _check_finite(model, path)
     return model, processor
@@ -108,6 +114,11 @@ def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
 
 def _check_task(architecture: Architecture, task: type[Task], *, with_head: bool) -> None:
     causal = architecture.causal
+    if architecture.model_type in WITHOUT_TASK:
+        raise UnsupportedModelError(
+            f"expected a model for {task.name}, found a {architecture.model_type}: "
+            f"{WITHOUT_TASK[architecture.model_type]}; choose another model"
+        )
     if causal is not None and task.takes_causal and not with_head:
         if causal.rotary is None:
             raise UnsupportedModelError(
@@ -178,9 +189,10 @@ def _prepare_texts(processor: Any, settings: ModelConfig, own: SentenceModules) 
         processor.model_max_length = own.max_seq_length
     if own.do_lower_case:
         lower_texts(processor)
-    if settings.pooling == "cls" and processor.padding_side == "left":
+    if (settings.pooling == "cls" or own.is_tower) and processor.padding_side == "left":
+        needs = "CLIP's positions" if own.is_tower else "the pooling cls"
         raise UnsupportedModelError(
-            f"expected a tokenizer that pads on the right for the pooling cls, found one in {settings.path} that pads "
+            f"expected a tokenizer that pads on the right for {needs}, found one in {settings.path} that pads "
             "on the left; set padding_side in its tokenizer_config.json"
         )
 
@@ -195,8 +207,8 @@ def lower_texts(processor: Any) -> None:
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
-def _load_config(path: str, source: dict[str, Any]) -> Any:
-    config: Any = read_config(path, **source)
+def _load_config(path: str, source: dict[str, Any], reads: Reads) -> Any:
+    config: Any = read_config(path, reads, **source)
     # Members, exporters and tasks read outputs by name and want nothing else in the graph.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     return config
@@ -239,7 +251,8 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected weights that fit config.json in {path}, found: {type(error).__name__}: {shortened(str(error))}; "
             "copy the checkpoint again"
         ) from error
-    check_layer_count(config, dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ()), path)  # of the hub
+    names = dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ())
+    check_layer_count(config, without_other_tower(names, config.model_type), path)  # of the hub
     missing = sorted(report["missing_keys"])
     if may_lack_head:
         inside = f"{model_class.base_model_prefix}."
@@ -256,7 +269,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
 def _check_sizes(model_class: Any, config: Any, folder: Path, options: dict[str, Any]) -> None:
     """Refuse a configuration that its weights do not bear out, before memory is taken for it."""
     shapes = stored_shapes(sorted(folder.glob("*.safetensors")))
-    check_layer_count(config, shapes, str(folder))
+    check_layer_count(config, without_other_tower(shapes, config.model_type), str(folder))
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     check_parameter_count(model_class, config, shapes, 2 * stored + HEAD_PARAMETERS, **options)
 

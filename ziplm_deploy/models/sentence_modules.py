@@ -18,6 +18,7 @@ from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedMo
 from ziplm_deploy.models.architectures import ARCHITECTURES
 from ziplm_deploy.models.location import CONFIG_FILE, find_file, resolve_model_path
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
+from ziplm_deploy.models.text_projection import projection_of
 from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
 
 MODULES_FILE = "modules.json"
@@ -113,6 +114,7 @@ class SentenceModules:
     dense_folders: tuple[str, ...] = ()  # where their weights are
     max_seq_length: int | None = None  # tokens
     do_lower_case: bool = False
+    is_tower: bool = False  # CLIP's: with its projection as a Dense layer, the weights in its own file
 
     def answers(self, seq_len: int) -> dict[str, Any]:
         """What changes answers beside the settings of the recipe, for content keys; empty for a plain model."""
@@ -141,7 +143,30 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
         return _read_modules(files, modules)
     # sentence-transformers would not look at a pooling alone, but somebody has put it there.
     pooling = files.read(POOLING_FILE) if Path(files.path).is_dir() else None
-    return SentenceModules() if pooling is None else _with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
+    if pooling is not None:
+        return _with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
+    return _tower_modules(files)
+
+
+def _tower_modules(files: SentenceFiles) -> SentenceModules:
+    """What is known of CLIP's text tower, whose files say nothing; nothing of other models."""
+    fields = _config_fields(files)
+    if fields.get("model_type") not in ("clip", "clip_text_model"):
+        return SentenceModules()
+    try:
+        projection = projection_of(fields)
+    except ValidationError as error:
+        raise _damaged(f"{files.path}/{CONFIG_FILE}", error) from error
+    dense = () if projection is None else (projection,)
+    return SentenceModules(files.path, pooling="lasttoken", dense=dense, is_tower=True)
+
+
+def _config_fields(files: SentenceFiles) -> dict[str, Any]:
+    """Configuration of a model; nothing where it is damaged, which is refused when the model is loaded."""
+    try:
+        return files.mapping(CONFIG_FILE)[1]
+    except CorruptArtifactError:
+        return {}
 
 
 def with_own_settings(model: ModelConfig) -> ModelConfig:
@@ -161,7 +186,7 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
         asked, says = getattr(model, name), getattr(own, name)
         if None not in (asked, says) and asked != says:
             raise RecipeError(
-                f"expected model.{name}: {json.dumps(says)}, as the sentence-transformers files of {own.source} say, "
+                f"expected model.{name}: {json.dumps(says)}, as the files of {own.source} say, "
                 f"found {json.dumps(asked)}; change the recipe or leave the field out"
             )
         found[name] = asked if says is None else says
@@ -181,10 +206,7 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
 
 def _is_causal(model: ModelConfig) -> bool:
     """Whether a model reads from left to right, so that its last token alone has read all others."""
-    try:
-        _, fields = SentenceFiles(resolve_model_path(model.path), model.revision).mapping(CONFIG_FILE)
-    except CorruptArtifactError:  # refused with its reason when the model is loaded
-        return False
+    fields = _config_fields(SentenceFiles(resolve_model_path(model.path), model.revision))
     entry = ARCHITECTURES.get(str(fields.get("model_type")))
     return entry is not None and entry.causal is not None
 
