@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -144,9 +144,9 @@ class _Encoder:
 
     def _without_padding(self, states: str, is_output: bool) -> str:
         """States with 0 at padding, which means nothing and may be anything."""
-        named = {"outputs": ["last_hidden_state"]} if is_output else {}
+        named = ["last_hidden_state"] if is_output else []
         inputs = [self._real, self.in_place(states), scalar(self.writer, 0.0)]
-        return self.writer.node("Where", inputs, "/padding/Where", **named)
+        return self.writer.node("Where", inputs, "/padding/Where", outputs=named)
 
     def _embed(self, states: str, hidden: str, head: EmbeddingHead) -> int:
         """Add the embedding; returns its size."""
@@ -197,7 +197,7 @@ class _Encoder:
             )
         return self._node(_ELEMENTWISE[kind], [x], f"{path}/{_ELEMENTWISE[kind]}")
 
-    def _node(self, op: str, inputs: Sequence[str], name: str, **fields: int | list[int]) -> str:
+    def _node(self, op: str, inputs: Sequence[str], name: str, **fields: Any) -> str:
         return self.writer.node(op, inputs, name, **fields)
 
 
@@ -206,14 +206,18 @@ class _FusedEncoder(_Encoder):
 
     def prepare(self) -> None:
         real = self._node("Cast", ["attention_mask"], "/turn/Cast", to=TensorProto.INT32)
-        self._shift = self._node("ArgMax", [real], "/turn/ArgMax", axis=1, keepdims=1)  # padding on the left, [batch, 1]
+        self._shift = self._node(
+            "ArgMax", [real], "/turn/ArgMax", axis=1, keepdims=1
+        )  # padding on the left, [batch, 1]
         steps = [self.writer.constant(0), self.graph.sequence, self.writer.constant(1)]
         self._places = self._node("Range", steps, "/turn/Range")  # [sequence]
         there = self._turned("Add", "/turn/there")
         self.graph.ids = self._node("GatherElements", ["input_ids", there], "/turn/GatherElements", axis=1)
 
     def in_place(self, states: str) -> str:
-        back = self._node("Unsqueeze", [self._turned("Sub", "/turn/back"), self.writer.constant([-1])], "/turn/Unsqueeze")
+        back = self._node(
+            "Unsqueeze", [self._turned("Sub", "/turn/back"), self.writer.constant([-1])], "/turn/Unsqueeze"
+        )
         return self._node("GatherND", [states, back], "/turn/GatherND", batch_dims=1)
 
     def _turned(self, op: str, path: str) -> str:

@@ -50,9 +50,7 @@ def check_parity(model: nn.Module, onnx_path: Path, inputs: Inputs | Sequence[In
     return largest
 
 
-def _at_tokens(
-    expected: np.ndarray, found: np.ndarray, mask: torch.Tensor | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _at_tokens(expected: np.ndarray, found: np.ndarray, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """Two arrays without their vectors of padding, if they are vectors of tokens ``[batch, tokens, size]``."""
     if mask is None or expected.ndim != 3 or expected.shape != found.shape or expected.shape[:2] != tuple(mask.shape):
         return expected, found

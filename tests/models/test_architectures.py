@@ -20,8 +20,11 @@ pytestmark = pytest.mark.transformers
 
 
 def test_supported_is_what_the_tests_cover() -> None:
+    """Towers in test_towers.py, causal language models in test_causal_models.py."""
     encoders = [name for name, entry in ARCHITECTURES.items() if entry.causal is None]
-    assert sorted(encoders) == sorted((*MODEL_TYPES, *TOWER_TYPES))  # towers: test_towers.py; causal language models: test_causal_models.py
+    assert sorted(encoders) == sorted(
+        (*MODEL_TYPES, *TOWER_TYPES)
+    )  # towers: test_towers.py; causal language models: test_causal_models.py
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -13,6 +13,7 @@ from torch import nn
 
 from exporters import EmbeddingHead, EmbeddingModel, ExportError, ExportSettings, check_parity, export_causal_encoder
 from tests.helpers.decoder_models import skip_in_old_engine
+from tests.helpers.int8_files import settings_of
 from tests.helpers.models import (
     output_tensors,
     random_entries,
@@ -24,6 +25,8 @@ from tests.helpers.models import (
 )
 from tests.helpers.pipeline import save_causal
 from tests.helpers.sentence_models import TEXTS, TinySentenceModel, by_sentence_transformers
+from ziplm_deploy.compression.int8.causal import linear_groups
+from ziplm_deploy.compression.int8.quantize import linear_names, quantize, quantized_linears
 from ziplm_deploy.errors import RecipeError, UnsupportedModelError
 from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.causal_parts import causal_parts
@@ -33,7 +36,7 @@ from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.models.resizing import masked, resize
 from ziplm_deploy.models.sentence_modules import with_own_settings
-from ziplm_deploy.recipe import DataConfig, ModelConfig, parse_recipe
+from ziplm_deploy.recipe import DataConfig, Int8Config, ModelConfig, parse_recipe
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 
 pytestmark = pytest.mark.transformers
@@ -63,7 +66,10 @@ def encoder(model_type: str) -> nn.Module:
 
 def padded(model: nn.Module, side: str) -> dict[str, torch.Tensor]:
     inputs = tiny_inputs(model, 3, 9)
-    return {**inputs, "attention_mask": inputs["attention_mask"].flip(1) if side == "left" else inputs["attention_mask"]}
+    return {
+        **inputs,
+        "attention_mask": inputs["attention_mask"].flip(1) if side == "left" else inputs["attention_mask"],
+    }
 
 
 def vectors(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -109,8 +115,7 @@ def test_files_answer_like_torch_with_padding_on_either_side(model_type: str, fo
     ids, real = right["input_ids"][-1:], right["attention_mask"][-1:]
     turned = {"input_ids": np.roll(ids, 3), "attention_mask": np.roll(real, 3)}
     expected, found = (
-        session.run(["sentence_embedding"], feed)[0]
-        for feed in ({"input_ids": ids, "attention_mask": real}, turned)
+        session.run(["sentence_embedding"], feed)[0] for feed in ({"input_ids": ids, "attention_mask": real}, turned)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -141,17 +146,36 @@ def test_static_files_have_fixed_shapes(form: Any, tmp_path: Path) -> None:
     assert [item.shape for item in session.get_outputs()] == [[2, 11, 32], [2, 32]]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_linears_of_files_compute_in_integers(form: Any, tmp_path: Path) -> None:
+    resized = resize(encoder("qwen3"), random_entries(encoder("qwen3"), SIZES))
+    model = EmbeddingModel(resized, "lasttoken", True).eval()
+    source, made = tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    write_graph(model, source, OUTPUTS, ExportSettings(seq_len=24), form)
+    quantize(source, made, settings_of(Int8Config(method="dynamic")))
+    assert quantized_linears(made) == linear_names(source)
+    modules = dict(resized.named_modules())
+    groups = linear_groups(resized, linear_names(source))
+    assert {path for paths in groups.values() for path in paths} == {
+        name for name, module in modules.items() if isinstance(module, nn.Linear)
+    }
+    inputs = padded(resized, "left")
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    (found,) = onnxruntime.InferenceSession(made).run(["sentence_embedding"], feed)
+    assert (found * output_tensors(model, inputs)["sentence_embedding"].numpy()).sum(1).min() > 0.95
+
+
 def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:
     parts = causal_parts(encoder("qwen3"))
     path, sizes = tmp_path / "model.onnx", ExportSettings(seq_len=24)
     limits: dict[str, Any] = {"form": "portable", "max_length": 24}
     with pytest.raises(ExportError, match="found sentence_embedding"):
         export_causal_encoder(parts, None, ["sentence_embedding"], path, sizes, **limits)
+    head = EmbeddingHead("mean", True, (nn.Softplus(),))
     with pytest.raises(ExportError, match="Softplus"):
-        head = EmbeddingHead("mean", True, (nn.Softplus(),))
         export_causal_encoder(parts, head, ["sentence_embedding"], path, sizes, **limits)
+    learned = causal_parts(tiny_causal_model("gpt2"))
     with pytest.raises(ExportError, match="learned positions"):
-        learned = causal_parts(tiny_causal_model("gpt2"))
         export_causal_encoder(learned, None, ["last_hidden_state"], path, sizes, **limits)
     assert not path.exists()
 

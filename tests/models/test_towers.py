@@ -157,20 +157,21 @@ def test_towers_that_a_task_cannot_take_are_refused(clip: Path, tmp_path: Path) 
 
 def test_damaged_checkpoints_are_refused(clip: Path, tmp_path: Path) -> None:
     fields = json.loads((clip / "whole" / "config.json").read_text())
+    text = fields["text_config"]
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({**fields, "text_config": None}, CorruptArtifactError, "settings of a tower as text_config"),
-        ({**fields, "auto_map": {"AutoModel": "x.Y"}}, UnsupportedModelError, "auto_map"),
-        ({**fields, "text_config": {**fields["text_config"], "num_hidden_layers": 4}}, CorruptArtifactError, "4 layers"),
-        ({**fields, "text_config": {**fields["text_config"], "projection_dim": 8}}, CorruptArtifactError, "projection"),
-        ({**fields, "text_config": {**fields["text_config"], "projection_dim": 0}}, CorruptArtifactError, "config.json"),
+        ({"text_config": None}, CorruptArtifactError, "settings of a tower as text_config"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, UnsupportedModelError, "auto_map"),
+        ({"text_config": {**text, "num_hidden_layers": 4}}, CorruptArtifactError, "4 layers"),
+        ({"text_config": {**text, "projection_dim": 8}}, CorruptArtifactError, "projection"),
+        ({"text_config": {**text, "projection_dim": 0}}, CorruptArtifactError, r"config\.json"),
     ]
-    for number, (content, kind, said) in enumerate(cases):
+    for number, (changes, kind, said) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
         for file in (clip / "whole").iterdir():
             if file.is_file():
                 (folder / file.name).write_bytes(file.read_bytes())
-        (folder / "config.json").write_text(json.dumps(content))
+        (folder / "config.json").write_text(json.dumps({**fields, **changes}))
         with pytest.raises(kind, match=said):
             load_dense(settings(folder))
 

@@ -44,7 +44,9 @@ def load_projection(model: nn.Module, layer: DenseLayer, source: str, revision: 
     """
     file = find_file(source, WEIGHTS, revision)
     if file is None:
-        raise UnsupportedModelError(f"expected {_PROJECTION} in {source}/{WEIGHTS}, found no such file; merge its parts")
+        raise UnsupportedModelError(
+            f"expected {_PROJECTION} in {source}/{WEIGHTS}, found no such file; merge its parts"
+        )
     try:
         with safe_open(file, framework="pt") as tensors:
             weight = tensors.get_tensor(_PROJECTION)

@@ -107,7 +107,7 @@ def _check_causal_encoder(run: Run) -> None:
     if run.task.is_causal or architecture_of(config).causal is None:
         return
     compress = run.recipe.compress
-    asked = {
+    asked: dict[str, list[str]] = {
         "compress.variants without zeros": [str(each) for each in compress.variants if each.is_sparse],
         "compress.int8.method dynamic or static": [compress.int8.method] if compress.int8.method == "qat" else [],
         "compress.int8.backend onnxruntime": [each for each in [compress.int8.backend] if each != "onnxruntime"],

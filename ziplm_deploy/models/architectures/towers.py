@@ -18,6 +18,14 @@ from ziplm_deploy.models.architectures.base import Architecture
 class HeadSlicedTowerAttention(nn.Module):
     """Attention of a tower with fewer heads, which transformers 4 would lay out as all of them."""
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+    head_dim: int
+    scale: float
+    dropout: float
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -25,8 +33,9 @@ class HeadSlicedTowerAttention(nn.Module):
         causal_attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        def by_head(linear: nn.Module) -> Tensor:
-            return linear(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
+        def by_head(linear: nn.Linear) -> Tensor:
+            states: Tensor = linear(hidden_states)
+            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]
 
         scores = by_head(self.q_proj) @ by_head(self.k_proj).transpose(-1, -2) * self.scale  # [batch, heads, q, k]
         for mask in (attention_mask, causal_attention_mask):
@@ -61,9 +70,7 @@ def _tower(model_type: str, home: str) -> Architecture:
 def _towers(kind: str, modeling: object) -> tuple[Architecture, Architecture]:
     """Entries of texts and images, for the release of transformers that is here."""
     older = any(hasattr(modeling, name) for name in ("CLIPTextTransformer", "SiglipTextTransformer"))
-    text, image = (
-        _tower(f"{kind}_{what}_model", f"{what}_model" if older else "") for what in ("text", "vision")
-    )
+    text, image = (_tower(f"{kind}_{what}_model", f"{what}_model" if older else "") for what in ("text", "vision"))
     if not older:
         return text, image
     return tuple(replace(entry, sliced_attention=HeadSlicedTowerAttention) for entry in (text, image))  # type: ignore[return-value]
