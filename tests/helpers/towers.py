@@ -21,7 +21,7 @@ CLASSES = {
     "siglip_text_model": "SiglipTextModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
-TOWER_TYPES = tuple(CLASSES)
+TOWER_TYPES = tuple(name for name in CLASSES if name in transformers.CONFIG_MAPPING)  # transformers 4 lacks one
 PROJECTION = 24
 
 

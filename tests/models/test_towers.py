@@ -150,6 +150,8 @@ def test_towers_that_a_task_cannot_take_are_refused(clip: Path, tmp_path: Path) 
         load_dense(ModelConfig(path=str(clip / "whole"), task="image-classification"))
     with pytest.raises(RecipeError, match=r'expected model\.pooling: "lasttoken"'):
         load_dense(settings(clip / "whole", pooling="mean"))
+    if "siglip_text_model" not in TOWER_TYPES:
+        return
     tower("siglip_text_model").save_pretrained(tmp_path / "siglip")  # type: ignore[operator]
     with pytest.raises(UnsupportedModelError, match="found a siglip_text_model: it reads texts padded to one length"):
         load_dense(settings(tmp_path / "siglip"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
@@ -35,7 +36,9 @@ class HeadSlicedTowerAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         def by_head(linear: nn.Linear) -> Tensor:
             states: Tensor = linear(hidden_states)
-            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]
+            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(
+                1, 2
+            )  # [batch, heads, length, head_dim]
 
         scores = by_head(self.q_proj) @ by_head(self.k_proj).transpose(-1, -2) * self.scale  # [batch, heads, q, k]
         for mask in (attention_mask, causal_attention_mask):
@@ -76,7 +79,12 @@ def _towers(kind: str, modeling: object) -> tuple[Architecture, Architecture]:
     return tuple(replace(entry, sliced_attention=HeadSlicedTowerAttention) for entry in (text, image))  # type: ignore[return-value]
 
 
-TOWERS = (*_towers("clip", modeling_clip), *_towers("siglip", modeling_siglip))
+# transformers 4 has no configuration of SigLIP's texts by its name.
+TOWERS = tuple(
+    entry
+    for entry in (*_towers("clip", modeling_clip), *_towers("siglip", modeling_siglip))
+    if entry.model_type in CONFIG_MAPPING
+)
 
 # Models that hold two towers, and the settings of each; a task takes the tower that reads what its data hold.
 WHOLE = {
