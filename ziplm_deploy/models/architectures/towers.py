@@ -36,9 +36,7 @@ class HeadSlicedTowerAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         def by_head(linear: nn.Linear) -> Tensor:
             states: Tensor = linear(hidden_states)
-            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(
-                1, 2
-            )  # [batch, heads, length, dim]
+            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [batch, heads, length, dim]
 
         scores = by_head(self.q_proj) @ by_head(self.k_proj).transpose(-1, -2) * self.scale  # [batch, heads, q, k]
         for mask in (attention_mask, causal_attention_mask):
