@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 
 if TYPE_CHECKING:
+    from exporters.causal_encoder import EmbeddingHead, export_causal_encoder
     from exporters.decoder import DecoderExportSettings, export_decoder
     from exporters.decoder_cache import CachedLayer, cache_arrays, cached_layers
     from exporters.decoder_parity import check_decoder_parity
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CachedLayer",
     "DecoderExportSettings",
+    "EmbeddingHead",
     "EmbeddingModel",
     "ExportError",
     "ExportSettings",
@@ -44,6 +46,7 @@ __all__ = [
     "check_decoder_parity",
     "check_parity",
     "dummy_inputs",
+    "export_causal_encoder",
     "export_decoder",
     "export_encoder",
     "export_gguf",
@@ -55,6 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "causal_encoder": ("EmbeddingHead", "export_causal_encoder"),
     "decoder": ("DecoderExportSettings", "export_decoder"),
     "decoder_cache": ("CachedLayer", "cache_arrays", "cached_layers"),
     "decoder_parity": ("check_decoder_parity",),

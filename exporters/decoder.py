@@ -11,6 +11,7 @@ Inputs and outputs are those that stock optimum and onnxruntime-genai feed and r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,23 +69,35 @@ def export_decoder(parts: DecoderParts, path: Path, settings: DecoderExportSetti
         ExportError: parts that do not fit together, or settings that the model or the form does not allow.
         OSError: a file cannot be written.
     """
-    _check_settings(parts, settings)
+    check_settings(parts, settings)
     check_parts(parts, settings.max_length)
+    write_model(lambda outside: _model(parts, settings, outside), parts, path, settings.max_file_bytes)
+
+
+def write_model(
+    model: Callable[[WeightStream | None], onnx.ModelProto], parts: DecoderParts, path: Path, max_file_bytes: int
+) -> None:
+    """Write what ``model`` makes to ``path``, and weights beside it if all together exceed ``max_file_bytes``.
+
+    ``model`` is called once, with the open file for large weights, if there is to be one.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     beside = path.with_name(f"{path.name}.data")
-    if weights_bytes(parts) <= settings.max_file_bytes:
+    if weights_bytes(parts) <= max_file_bytes:
         with atomic_path(path) as temporary:
-            temporary.write_bytes(_model(parts, settings, None).SerializeToString())
+            temporary.write_bytes(model(None).SerializeToString())
         beside.unlink(missing_ok=True)  # of an earlier export that nothing refers to any more
         return
     with atomic_pair(path, beside) as (temporary, temporary_beside), temporary_beside.open("wb") as stream:
-        model = _model(parts, settings, WeightStream(stream, beside.name))
-        temporary.write_bytes(model.SerializeToString())
+        temporary.write_bytes(model(WeightStream(stream, beside.name)).SerializeToString())
 
 
 def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: WeightStream | None) -> onnx.ModelProto:
     writer = GraphWriter(settings.opset, outside)
     kind = FusedGraph if settings.form == "onnxruntime" else PortableGraph
-    graph = kind(parts, writer, settings.max_length, settings.stock_optimum)
+    graph = kind(parts, writer, settings.max_length, any_empty_cache=settings.stock_optimum)
     graph.write(settings.all_logits)
     contrib = {op for domain, op in writer.operators() if domain or op == _CONTRIB_OF_STANDARD_NAME}
     return writer.model(
@@ -98,7 +111,8 @@ def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: Weight
     )
 
 
-def _check_settings(parts: DecoderParts, settings: DecoderExportSettings) -> None:
+def check_settings(parts: DecoderParts, settings: DecoderExportSettings) -> None:
+    """Raise :class:`ExportError` for an opset or a form that cannot hold the model."""
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= settings.opset <= newest:
         raise ExportError(

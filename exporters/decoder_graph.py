@@ -56,11 +56,23 @@ class DecoderGraph(abc.ABC):
     Activations are ``[batch, sequence, ...]``; ``past`` tokens are those of earlier calls, ``total`` all of them.
     """
 
-    def __init__(self, parts: DecoderParts, writer: GraphWriter, max_length: int, any_empty_cache: bool) -> None:
+    ids = "input_ids"  # tokens that are looked up, [batch, sequence]
+    given_positions = "position_ids"  # position of each token, in the form that does not count them itself
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        writer: GraphWriter,
+        max_length: int,
+        *,
+        any_empty_cache: bool = False,
+        keeps_cache: bool = True,
+    ) -> None:
         self.parts = parts
         self.writer = writer
         self.max_length = max_length
         self.any_empty_cache = any_empty_cache
+        self.keeps_cache = keeps_cache
         self.cached = {cached.layer: cached for cached in cached_layers(parts)}
 
     def write(self, all_logits: bool) -> None:
@@ -70,13 +82,17 @@ class DecoderGraph(abc.ABC):
         self.declare_positions()
         vocabulary = len(self.parts.embedding)
         self.writer.output("logits", ["batch", "sequence" if all_logits else 1, vocabulary])
-        self.stream = ResidualStream(self._embedded())
-        for index, layer in enumerate(self.parts.layers):
-            self._layer(index, layer)
+        self.run_layers()
         if all_logits:
             self._head_of_all(vocabulary)
         else:
             self._head_of_last()
+
+    def run_layers(self) -> None:
+        """Add embeddings and layers; what they give is in ``self.stream``."""
+        self.stream = ResidualStream(self._embedded())
+        for index, layer in enumerate(self.parts.layers):
+            self._layer(index, layer)
 
     @property
     @abc.abstractmethod
@@ -209,11 +225,13 @@ class DecoderGraph(abc.ABC):
         return self.writer.node("Concat", [*halves, *pieces[2:]], f"{path}/Concat", axis=-1)
 
     def past(self, cached: CachedLayer) -> list[str]:
-        """Names of a layer's cache, ``[batch, n_kv_heads, past, head_dim]``.
+        """Names of a layer's cache, ``[batch, n_kv_heads, past, head_dim]``; empty ones in a graph that keeps none.
 
         A Reshape lets caches without tokens in that have other heads. It copies nothing, so one buffer can still be
         bound as past and present; behind a Slice, each call would copy all of it.
         """
+        if not self.keeps_cache:
+            return ["", ""]
         shape = [0, cached.n_kv_heads, -1, cached.head_dim]
         axes = f"heads_of_layer_{cached.layer}", f"width_of_layer_{cached.layer}"
         heads, width = axes if self.any_empty_cache else (cached.n_kv_heads, cached.head_dim)
@@ -230,7 +248,7 @@ class DecoderGraph(abc.ABC):
 
     def _embedded(self) -> str:
         embedding = self.tensor("/embedding", "weight", self.parts.embedding)
-        tokens = self.writer.node("Gather", [embedding, "input_ids"], "/embedding/Gather")
+        tokens = self.writer.node("Gather", [embedding, self.ids], "/embedding/Gather")
         if self.parts.positions is None:
             return tokens
         table = self.tensor("/positions", "weight", self.parts.positions[: self.max_length])

@@ -31,7 +31,7 @@ class PortableGraph(DecoderGraph):
 
     @property
     def positions(self) -> str:
-        return "position_ids"
+        return self.given_positions
 
     @cached_property
     def _total(self) -> str:
@@ -74,7 +74,7 @@ class PortableGraph(DecoderGraph):
         counted = self.writer.node("CumSum", ["attention_mask", self.writer.constant(1)], "/distance/CumSum")
         keys = self.writer.node("Sub", [counted, self.writer.constant(1)], "/distance/keys/Sub")
         keys = self._unsqueezed(keys, [1, 2], "/distance/keys")
-        queries = self._unsqueezed("position_ids", [1, 3], "/distance/queries")
+        queries = self._unsqueezed(self.positions, [1, 3], "/distance/queries")
         return self.writer.node("Sub", [queries, keys], "/distance/Sub")
 
     @cached_property
@@ -154,6 +154,8 @@ class PortableGraph(DecoderGraph):
 
     def _appended(self, past: str, present: str, x: str, part: AttentionPart, name: Projection, path: str) -> str:
         """Keys or values of all tokens, ``[batch, n_kv_heads, 1, total, head_dim]``; without the 1 they are kept."""
-        states = [past, self._by_head(x, part, name, path)]
-        self.writer.node("Concat", states, f"{path}/{name}/Concat", outputs=[present], axis=2)
+        states = self._by_head(x, part, name, path)
+        if not past:
+            return self._unsqueezed(states, [2], f"{path}/{name}")
+        self.writer.node("Concat", [past, states], f"{path}/{name}/Concat", outputs=[present], axis=2)
         return self._unsqueezed(present, [2], f"{path}/{name}")

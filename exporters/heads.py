@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-Pooling = Literal["mean", "cls", "max"]
+Pooling = Literal["mean", "cls", "max", "lasttoken"]
 
 # Mean pooling of an all-padding row would divide by zero; sentence-transformers clamps at the same value.
 _SMALLEST_TOKEN_COUNT = 1e-9
@@ -31,6 +31,11 @@ def pool(
     elif pooling == "max":
         padding = attention_mask.unsqueeze(-1) == 0  # [batch, tokens, 1]
         embedding = token_vectors.masked_fill(padding, torch.finfo(token_vectors.dtype).min).amax(dim=1)
+    elif pooling == "lasttoken":
+        places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)  # [tokens]
+        last = (attention_mask * places).to(torch.int32).argmax(dim=1)  # [batch], padding on either side
+        index = last[:, None, None].expand(-1, 1, token_vectors.shape[-1])  # [batch, 1, hidden]
+        embedding = token_vectors.gather(1, index).squeeze(1)
     else:
         weights = attention_mask.unsqueeze(-1).to(token_vectors.dtype)  # [batch, tokens, 1]
         summed = (token_vectors * weights).sum(dim=1)  # [batch, hidden]
@@ -73,7 +78,7 @@ class EmbeddingModel(nn.Module):
     def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):
-            raise ValueError(f"expected pooling 'mean', 'cls' or 'max', found {pooling!r}; correct it")
+            raise ValueError(f"expected a pooling of {', '.join(get_args(Pooling))}, found {pooling!r}; correct it")
         self.model = model
         self.pooling: Pooling = pooling
         self.normalize = normalize

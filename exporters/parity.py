@@ -28,7 +28,10 @@ Inputs = Mapping[str, torch.Tensor]
 def check_parity(model: nn.Module, onnx_path: Path, inputs: Inputs | Sequence[Inputs], atol: float) -> float:
     """Largest absolute difference over all outputs of the file, both run on ``inputs``.
 
-    ``inputs``: by name, or several such, for which the file is loaded once.
+    Vectors of tokens are compared where there is no padding: at padding they mean nothing.
+
+    Args:
+        inputs: by name, or several such, for which the file is loaded once.
 
     Raises:
         ParityMismatch: shapes differ, an output is not finite, or a difference is above ``atol``.
@@ -41,9 +44,18 @@ def check_parity(model: nn.Module, onnx_path: Path, inputs: Inputs | Sequence[In
         found = dict(zip(names, session.run(names, {name: each[name].numpy() for name in wanted}), strict=True))
         with evaluation_mode(model), torch.no_grad():
             outputs = model(**each)
-        differences = (checked_difference(name, outputs[name].numpy(), found[name], onnx_path, atol) for name in names)
-        largest = max(largest, *differences)
+        mask = each.get("attention_mask")
+        pairs = {name: _at_tokens(outputs[name].numpy(), found[name], mask) for name in names}
+        largest = max(largest, *(checked_difference(name, *pair, onnx_path, atol) for name, pair in pairs.items()))
     return largest
+
+
+def _at_tokens(expected: np.ndarray, found: np.ndarray, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays without their vectors of padding, if they are vectors of tokens ``[batch, tokens, size]``."""
+    if mask is None or expected.ndim != 3 or expected.shape != found.shape or expected.shape[:2] != tuple(mask.shape):
+        return expected, found
+    real = mask.numpy() == 1
+    return expected[real], found[real]
 
 
 def parity_session(onnx_path: Path) -> Any:

@@ -152,7 +152,7 @@ def test_input_names() -> None:
     assert input_names(tiny_model("vit")) == ["pixel_values"]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_embedding_in_the_graph(pooling: str, normalize: bool, tmp_path: Path) -> None:
     encoder = resized_model("bert")
@@ -168,17 +168,18 @@ def test_embedding_in_the_graph(pooling: str, normalize: bool, tmp_path: Path) -
         output_tensors(model, inputs)["sentence_embedding"], hidden, inputs["attention_mask"].numpy(), strict=True
     ):
         real = vectors[mask == 1]
-        expected = {"mean": real.mean(axis=0), "cls": vectors[0], "max": real.max(axis=0)}[pooling]
+        pooled = {"mean": real.mean(axis=0), "cls": vectors[0], "max": real.max(axis=0), "lasttoken": real[-1]}
+        expected = pooled[pooling]
         expected = expected / np.linalg.norm(expected) if normalize else expected
         np.testing.assert_allclose(row.numpy(), expected, atol=1e-5)
 
 
 def test_pooling_of_an_empty_row_is_finite_and_unknown_pooling_refused() -> None:
-    for pooling in ("mean", "cls", "max"):
+    for pooling in ("mean", "cls", "max", "lasttoken"):
         pooled = pool(torch.ones(1, 3, 4), torch.zeros(1, 3, dtype=torch.int64), pooling, normalize=True)  # type: ignore[arg-type]
         assert torch.isfinite(pooled).all()
-    with pytest.raises(ValueError, match="'lasttoken'"):
-        EmbeddingModel(tiny_model("bert"), "lasttoken", True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'weightedmean'"):
+        EmbeddingModel(tiny_model("bert"), "weightedmean", True)  # type: ignore[arg-type]
 
 
 def _member(folder: Path, model_type: str, task: str) -> tuple[nn.Module, Path]:

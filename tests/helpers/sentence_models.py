@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # type: ignore[import-untyped, unused-ignore]
 
-from tests.helpers.models import VOCABULARY, tiny_model
+from tests.helpers.models import VOCABULARY, tiny_causal_model, tiny_model
 
 # Where classes stood, by the age of the release that wrote modules.json.
 HOMES = {
@@ -55,12 +55,16 @@ class TinySentenceModel:
     model_type: str = "bert"
     pieces: bool = False  # a tokenizer of pieces, as XLM-R's, in place of words
     card: str = ""  # text of its README.md
+    causal: str = ""  # model type of a language model that is the encoder
+    padding_side: str = "right"
 
     def save(self, folder: Path, **changes: Any) -> Path:
         """Write the model; ``changes`` are for the configuration of its encoder."""
         inner = folder / self.transformer
         inner.mkdir(parents=True, exist_ok=True)
-        tiny_model(self.model_type, **changes).save_pretrained(inner)  # type: ignore[operator]
+        encoder = tiny_causal_model(self.causal, **changes).base_model if self.causal else None
+        encoder = encoder if encoder is not None else tiny_model(self.model_type, **changes)
+        encoder.save_pretrained(inner)  # type: ignore[operator, union-attr]
         self._save_tokenizer(inner)
         if self.card:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
@@ -80,7 +84,7 @@ class TinySentenceModel:
             return
         (inner / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
         tokenizer = transformers.BertTokenizerFast.from_pretrained(
-            inner, model_max_length=40, do_lower_case=self.lowers
+            inner, model_max_length=40, do_lower_case=self.lowers, padding_side=self.padding_side
         )
         tokenizer.save_pretrained(inner)
 
@@ -102,7 +106,8 @@ class TinySentenceModel:
         """Embeddings ``[texts, size]``, one text at a time and in numpy but for the encoder."""
         inner = folder / self.transformer
         tokenizer = transformers.AutoTokenizer.from_pretrained(inner)
-        model: Any = transformers.AutoModel.from_pretrained(inner, add_pooling_layer=False).eval()
+        options = {} if self.causal else {"add_pooling_layer": False}
+        model: Any = transformers.AutoModel.from_pretrained(inner, **options).eval()
         prompt = (self.settings.get("prompts") or {}).get(self.settings.get("default_prompt_name"), "")
         found = []
         for text in texts:
@@ -110,13 +115,16 @@ class TinySentenceModel:
             text = text.lower() if self.texts.get("do_lower_case") else text
             length = self.texts.get("max_seq_length", 40)
             inputs = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+            if self.causal:
+                del inputs["token_type_ids"]
             with torch.no_grad():
                 vectors = model(**inputs).last_hidden_state[0].numpy()
             found.append(self._head(folder, vectors))
         return np.stack(found)
 
     def _head(self, folder: Path, vectors: np.ndarray) -> np.ndarray:
-        embedding = {"mean": vectors.mean(0), "cls": vectors[0], "max": vectors.max(0)}[self._mode]
+        pooled = {"mean": vectors.mean(0), "cls": vectors[0], "max": vectors.max(0), "lasttoken": vectors[-1]}
+        embedding = pooled[self._mode]
         for number, (_, _, activation) in enumerate(self.dense):
             tensors = load(folder / f"{2 + number}_Dense" / "model.safetensors")
             embedding = tensors["linear.weight"] @ embedding + tensors.get("linear.bias", 0.0)

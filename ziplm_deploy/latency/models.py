@@ -19,6 +19,7 @@ from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.shared_input import with_shared_input
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
 from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import random_resized, shared_copy
@@ -56,7 +57,7 @@ class TableModel:
 def table_models(request: TableRequest) -> Iterator[TableModel]:
     """Every model that a table needs; built one at a time to bound memory."""
     dense, treatment, wrap, grid = request.dense, request.treatment, request.wrap, request.grid
-    stack = random_stack(dense.config, grid.largest_depth)  # type: ignore[arg-type]
+    stack = random_stack(dense.config, grid.largest_depth, writes_text=is_language_model(dense))  # type: ignore[arg-type]
     layer = type(layers_of(stack)[0])
 
     # What a treatment changes must be a copy: parts of the dense model are shared with whoever gave it.
@@ -95,15 +96,20 @@ def first_layers(dense: nn.Module, depth: int) -> nn.Module:
     return part
 
 
-def random_stack(config: PretrainedConfig, depth: int) -> nn.Module:
-    """A model of ``depth`` full layers of this configuration, random weights, a tiny vocabulary and no head."""
+def random_stack(config: PretrainedConfig, depth: int, *, writes_text: bool = False) -> nn.Module:
+    """A model of ``depth`` full layers of this configuration, random weights and a tiny vocabulary.
+
+    ``writes_text``: with the head of a causal language model; others have none.
+    """
     config = copy.deepcopy(config)
     setattr(config, architecture_of(config).config_layers, depth)
     if hasattr(config, "vocab_size"):
         config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
     name = "AutoModel"
     if architecture_of(config).causal is not None:
-        name, config.pad_token_id = "AutoModelForCausalLM", None  # which the vocabulary need not have
+        config.pad_token_id = None  # which the vocabulary need not have
+    if writes_text:
+        name = "AutoModelForCausalLM"
     config._attn_implementation = "eager"
     model: nn.Module = model_class(config, name)(config)
     return adapted(model.eval())

@@ -16,6 +16,7 @@ from ziplm_deploy.latency.grid import DENSE, Grid
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import last_level_cache_bytes, machine_info
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, cache_form, export_settings
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.sentence_dense import layers_of_dense
@@ -103,7 +104,7 @@ class TableRequest:
             parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
         architecture = architecture_of(config)
         if architecture.causal is not None:
-            parts.append(f"{self.form} cache")
+            parts.append(f"{self.form} {'cache' if is_language_model(self.dense) else 'attention'}")
         shared = architecture.shared_input
         if shared is not None:  # tables from before had a share of it in each cell
             parts.append(f"{shared} in the base")

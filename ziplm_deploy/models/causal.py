@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ziplm_deploy.models.architectures import architecture_of
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -21,6 +23,12 @@ def as_linears(model: _Module) -> _Module:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, _as_linear(module))
     return model
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model writes text: a causal one with its head over the vocabulary. Without, it is an encoder."""
+    causal = architecture_of(model.config).causal is not None  # type: ignore[arg-type]
+    return causal and model.get_output_embeddings() is not None  # type: ignore[operator]
 
 
 def without_cache(model: _Module) -> _Module:

@@ -34,7 +34,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def causal_parts(model: nn.Module) -> DecoderParts:
-    """The parts of a causal language model, dense or resized; their tensors are the model's own.
+    """The parts of a causal language model, dense or resized, with or without its head; tensors are the model's own.
 
     Raises:
         UnsupportedModelError: no causal language model, or one with an activation or rotary positions that no writer
@@ -49,7 +49,7 @@ def causal_parts(model: nn.Module) -> DecoderParts:
     base: Any = model.base_model
     head = model.get_output_embeddings()  # type: ignore[operator]
     embedding = base.get_submodule(paths.embedding).weight
-    tied = head.weight is embedding and head.bias is None
+    tied = head is None or (head.weight is embedding and head.bias is None)  # an encoder has none
     reader = _LayerReader(model, architecture, paths)
     return DecoderParts(
         embedding=embedding.detach(),

@@ -19,6 +19,7 @@ from ziplm_deploy.documents import read_json, shown
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, native_type, why_unsupported
 from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
+from ziplm_deploy.models.two_towers import Reads, tower_fields
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,14 +49,16 @@ _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implem
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
-def read_config(path: str, **source: Any) -> transformers.PretrainedConfig:
+def read_config(path: str, reads: Reads | None = None, **source: Any) -> transformers.PretrainedConfig:
     """Configuration of a local folder, or of a hub id; ``source`` are keywords for the hub.
+
+    ``reads``: what the tower that is meant reads, of a model that has two.
 
     Raises:
         UnsupportedModelError: not reachable, code of its own, another architecture, or quantized weights.
         CorruptArtifactError: ``config.json`` is damaged.
     """
-    return config_of(_fields(path, source), path)
+    return config_of(tower_fields(_fields(path, source), reads, path), path)
 
 
 def config_of(fields: Mapping[str, Any], path: str) -> transformers.PretrainedConfig:

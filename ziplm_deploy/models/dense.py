@@ -24,6 +24,7 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import Architecture, architecture_of
+from ziplm_deploy.models.architectures.towers import WITHOUT_TASK
 from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
@@ -46,6 +47,8 @@ from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
+from ziplm_deploy.models.text_projection import load_projection
+from ziplm_deploy.models.two_towers import Reads, without_other_tower
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS, Task
 
@@ -78,9 +81,9 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     path, source = _transformer_of(root, model_config, own)
     if Path(root).is_dir():
         _check_files(Path(path), TASKS[model_config.task].auto_class)
-    config = _load_config(path, source)
     task = TASKS[model_config.task]
-    _check_task(architecture_of(config), task)
+    config = _load_config(path, source, task.input_kind)
+    _check_task(architecture_of(config), task, with_head=task.is_causal)
     if new_head is None and task.has_classes:
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
@@ -91,8 +94,11 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     check_processor(model, processor, task.input_kind, path)
     if own.source:
         _check_widths(model, settings, own)
-        load_layers(model, own.dense, root, own.dense_folders, settings.revision)
-        _prepare_texts(processor, own)
+        if own.is_tower and own.dense:
+            load_projection(model, own.dense[0], root, settings.revision)
+        else:
+            load_layers(model, own.dense, root, own.dense_folders, settings.revision)
+        _prepare_texts(processor, settings, own)
     _check_finite(model, path)
     return model, processor
 
@@ -102,15 +108,28 @@ def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
     check_gguf(file)
     with quiet_transformers():
         config: Any = load_gguf_config(file)
-        _check_task(architecture_of(config), task)
+        _check_task(architecture_of(config), task, with_head=True)
         model: Any = load_gguf_model(file)
     model.config.return_dict, model.config._attn_implementation = True, "eager"
     _check_finite(model, str(file))
     return without_cache(model), load_gguf_tokenizer(file)
 
 
-def _check_task(architecture: Architecture, task: type[Task]) -> None:
-    if (architecture.causal is not None) != task.is_causal:
+def _check_task(architecture: Architecture, task: type[Task], *, with_head: bool) -> None:
+    causal = architecture.causal
+    if architecture.model_type in WITHOUT_TASK:
+        raise UnsupportedModelError(
+            f"expected a model for {task.name}, found a {architecture.model_type}: "
+            f"{WITHOUT_TASK[architecture.model_type]}; choose another model"
+        )
+    if causal is not None and task.takes_causal and not with_head:
+        if causal.rotary is None:
+            raise UnsupportedModelError(
+                f"expected a causal model with rotary positions for {task.name}, found a {architecture.model_type}, "
+                "whose learned positions depend on the side of the padding; choose another model"
+            )
+        return
+    if (causal is not None) != task.is_causal:
         kind = "causal language model" if architecture.causal is not None else "encoder"
         wanted = "a causal language model" if task.is_causal else "an encoder"
         raise UnsupportedModelError(
@@ -132,7 +151,7 @@ def load_processor(model_config: ModelConfig) -> Any:
     path, source = _transformer_of(root, model_config, own)
     processor = _load_processor(path, TASKS[model_config.task].input_kind, source)
     if own.source:
-        _prepare_texts(processor, own)
+        _prepare_texts(processor, completed(model_config, own), own)
     return processor
 
 
@@ -167,12 +186,17 @@ def _check_widths(model: nn.Module, settings: ModelConfig, own: SentenceModules)
         size = given
 
 
-def _prepare_texts(processor: Any, own: SentenceModules) -> None:
+def _prepare_texts(processor: Any, settings: ModelConfig, own: SentenceModules) -> None:
     """Make a tokenizer cut and lower texts as sentence-transformers would."""
     if own.max_seq_length is not None:
         processor.model_max_length = own.max_seq_length
     if own.do_lower_case:
         lower_texts(processor)
+    if settings.pooling == "cls" and processor.padding_side == "left":
+        raise UnsupportedModelError(
+            f"expected a tokenizer that pads on the right for the pooling cls, found one in {settings.path} that pads "
+            "on the left; set padding_side in its tokenizer_config.json"
+        )
 
 
 def lower_texts(processor: Any) -> None:
@@ -185,8 +209,8 @@ def lower_texts(processor: Any) -> None:
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
-def _load_config(path: str, source: dict[str, Any]) -> Any:
-    config: Any = read_config(path, **source)
+def _load_config(path: str, source: dict[str, Any], reads: Reads) -> Any:
+    config: Any = read_config(path, reads, **source)
     # Members, exporters and tasks read outputs by name and want nothing else in the graph.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     return config
@@ -222,7 +246,8 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected weights that fit config.json in {path}, found: {type(error).__name__}: {shortened(str(error))}; "
             "copy the checkpoint again"
         ) from error
-    check_layer_count(config, dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ()), path)  # of the hub
+    names = dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ())
+    check_layer_count(config, without_other_tower(names, config.model_type), path)  # of the hub
     missing = sorted(report["missing_keys"])
     if may_lack_head:
         inside = f"{chosen.base_model_prefix}."
@@ -246,7 +271,7 @@ def _class_of(classes: Any, config: Any) -> Any:
 def _check_sizes(model_class: Any, config: Any, folder: Path, options: dict[str, Any]) -> None:
     """Refuse a configuration that its weights do not bear out, before memory is taken for it."""
     shapes = stored_shapes(sorted(folder.glob("*.safetensors")))
-    check_layer_count(config, shapes, str(folder))
+    check_layer_count(config, without_other_tower(shapes, config.model_type), str(folder))
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     check_parameter_count(model_class, config, shapes, 2 * stored + HEAD_PARAMETERS, **options)
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from exporters import (
     DecoderExportSettings,
+    EmbeddingHead,
     EmbeddingModel,
     ExportError,
     ExportSettings,
     check_decoder_parity,
     dummy_inputs,
+    export_causal_encoder,
     export_decoder,
     export_encoder,
 )
@@ -24,6 +26,7 @@ from exporters.heads import evaluation_mode, sentence_dense
 from exporters.parity import ParityMismatch, check_parity
 from ziplm_deploy.errors import ParityError, RecipeError, StorageError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.recipe import Environment, ExportConfig, ModelConfig, Recipe, Variant, Workload
 from ziplm_deploy.tasks import Task
@@ -67,9 +70,9 @@ def cache_form(export: ExportConfig, environment: Environment) -> CacheForm:
 def write_graph(
     model: nn.Module, path: Path, output_names: list[str], settings: ExportSettings, form: CacheForm
 ) -> dict[str, Tensor]:
-    """Write a model, with its head, to ``path``; returns the inputs that it was traced with, if it was traced.
+    """Write a model, with its head, to ``path``; returns inputs to compare it on, none for one that writes text.
 
-    ``form``: of a causal language model, whose file takes texts as long as the model does, up to ``MAX_POSITIONS``.
+    ``form``: of a causal model, whose file takes texts as long as the model does, up to ``MAX_POSITIONS``.
 
     Raises:
         ExportError: the exporter cannot express the model.  OSError: the file cannot be written.
@@ -79,14 +82,22 @@ def write_graph(
         inputs = dummy_inputs(model, settings)
         export_encoder(model, inputs, output_names, path, settings)
         return inputs
-    parts = causal_parts(model)
+    inner = model.model if isinstance(model, EmbeddingModel) else model
+    parts = causal_parts(inner)
     longest = min(parts.max_positions, MAX_POSITIONS)
     if settings.seq_len > longest:
-        raise ExportError(
-            f"expected prefill and decode within {longest} tokens, found {settings.seq_len}; shorten them"
-        )
-    export_decoder(parts, path, DecoderExportSettings(longest, form, settings.opset))
-    return {}
+        raise ExportError(f"expected requests within {longest} tokens, found {settings.seq_len}; shorten them")
+    if is_language_model(inner):
+        export_decoder(parts, path, DecoderExportSettings(longest, form, settings.opset))
+        return {}
+    export_causal_encoder(parts, _head(model), output_names, path, settings, form=form, max_length=longest)
+    return dummy_inputs(model, settings)
+
+
+def _head(model: nn.Module) -> EmbeddingHead | None:
+    if not isinstance(model, EmbeddingModel):
+        return None
+    return EmbeddingHead(model.pooling, model.normalize, tuple(sentence_dense(model.model) or ()))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def write_sentence_files(folder: Path, model: nn.Module, settings: ModelConfig, 
     _write(folder / MODULES_FILE, modules)
     layers = layers_of_dense(model)
     width = layers[0].in_features if layers else embedding_size(model)
-    flags = {flag: settings.pooling == mode for flag, mode in POOLING_FLAGS.items() if mode in ("cls", "mean", "max")}
+    known = ("cls", "mean", "max", settings.pooling)
+    flags = {flag: settings.pooling == mode for flag, mode in POOLING_FLAGS.items() if mode in known}
     _write(folder / POOLING_FILE, {"word_embedding_dimension": width, **flags, "include_prompt": own.include_prompt})
     if own.source:
         files = SentenceFiles(resolve_model_path(settings.path), settings.revision)

@@ -15,11 +15,13 @@ from typing import Annotated, Any, cast
 from pydantic import Field, ValidationError
 
 from ziplm_deploy.documents import shortened, shown
-from ziplm_deploy.errors import RecipeError, UnsupportedModelError
-from ziplm_deploy.models.location import find_file, resolve_model_path
+from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
+from ziplm_deploy.models.architectures import ARCHITECTURES
+from ziplm_deploy.models.location import CONFIG_FILE, find_file, resolve_model_path
 from ziplm_deploy.models.score_activation import read_score_activation
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
 from ziplm_deploy.models.sentence_files import Fields, SentenceFiles, check_neutral, checked, damaged
+from ziplm_deploy.models.text_projection import projection_of
 from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
 
 MODULES_FILE = "modules.json"
@@ -43,7 +45,7 @@ POOLING_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first that there is, as encode_document does
-_POOLINGS = ("mean", "cls", "max")
+_POOLINGS = ("mean", "cls", "max", "lasttoken")
 _SIMILARITIES: dict[str, Similarity] = {
     **{"cosine": "cosine", "cos_sim": "cosine", "dot": "dot", "dot_score": "dot", "dot_product": "dot"},
     **{"euclidean": "euclidean", "manhattan": "manhattan"},
@@ -126,6 +128,7 @@ class SentenceModules:
     do_lower_case: bool = False
     activation: str | None = None  # over the score of a cross-encoder; full name of a class of torch
     matryoshka_dims: tuple[int, ...] = ()  # sizes that embeddings may be cut to, largest first
+    is_tower: bool = False  # CLIP's: with its projection as a Dense layer, the weights in its own file
 
     def answers(self, seq_len: int) -> dict[str, Any]:
         """What changes answers beside the settings of the recipe, for content keys; empty for a plain model."""
@@ -156,7 +159,30 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
         return _read_modules(files, modules)
     # sentence-transformers would not look at a pooling alone, but somebody has put it there.
     pooling = files.read(POOLING_FILE) if Path(files.path).is_dir() else None
-    return SentenceModules() if pooling is None else _with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
+    if pooling is not None:
+        return _with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
+    return _tower_modules(files)
+
+
+def _tower_modules(files: SentenceFiles) -> SentenceModules:
+    """What is known of CLIP's text tower, whose files say nothing; nothing of other models."""
+    fields = _config_fields(files)
+    if fields.get("model_type") not in ("clip", "clip_text_model"):
+        return SentenceModules()
+    try:
+        projection = projection_of(fields)
+    except ValidationError as error:
+        raise damaged(f"{files.path}/{CONFIG_FILE}", error) from error
+    dense = () if projection is None else (projection,)
+    return SentenceModules(files.path, pooling="lasttoken", dense=dense, is_tower=True)
+
+
+def _config_fields(files: SentenceFiles) -> dict[str, Any]:
+    """Configuration of a model; nothing where it is damaged, which is refused when the model is loaded."""
+    try:
+        return files.mapping(CONFIG_FILE)[1]
+    except CorruptArtifactError:
+        return {}
 
 
 def with_own_settings(model: ModelConfig) -> ModelConfig:
@@ -176,10 +202,15 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
         asked, says = getattr(model, name), getattr(own, name)
         if None not in (asked, says) and asked != says:
             raise RecipeError(
-                f"expected model.{name}: {json.dumps(says)}, as the sentence-transformers files of {own.source} say, "
+                f"expected model.{name}: {json.dumps(says)}, as the files of {own.source} say, "
                 f"found {json.dumps(asked)}; change the recipe or leave the field out"
             )
         found[name] = asked if says is None else says
+    if found["pooling"] is None and model.task == "sentence-similarity" and _is_causal(model):
+        raise RecipeError(
+            f"expected model.pooling for the causal model {model.path}, whose files name none, found none; give the "
+            "one that it was trained with: mostly lasttoken"
+        )
     found["prompt"] = own.prompt if model.prompt is None else model.prompt
     for name in ("query_prompt", "passage_prompt", "dimensions"):
         found[name] = getattr(own, name) if getattr(model, name) is None else getattr(model, name)
@@ -189,6 +220,13 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
             f"{found['prompt']!r} (include_prompt: false); set model.prompt: '' or choose another model"
         )
     return model.model_copy(update=found).with_defaults()
+
+
+def _is_causal(model: ModelConfig) -> bool:
+    """Whether a model reads from left to right, so that its last token alone has read all others."""
+    fields = _config_fields(SentenceFiles(resolve_model_path(model.path), model.revision))
+    entry = ARCHITECTURES.get(str(fields.get("model_type")))
+    return entry is not None and entry.causal is not None
 
 
 def length_files(transformer: str) -> list[str]:

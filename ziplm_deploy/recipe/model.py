@@ -21,7 +21,7 @@ TaskName = Literal[
     "image-classification",
 ]
 
-Pooling = Literal["mean", "cls", "max"]
+Pooling = Literal["mean", "cls", "max", "lasttoken"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 _DEFAULTS: dict[str, Any] = {"pooling": "mean", "normalize": True, "prompt": "", "similarity": "cosine"}
 _OF_RETRIEVAL = ("query_prompt", "passage_prompt", "dimensions")
@@ -39,8 +39,8 @@ class ModelConfig(Frozen):
     revision: str | None = Field(None, description="Hub revision; only used with a hub id.")
     pooling: Pooling | None = Field(
         None,
-        description="How sentence-similarity models turn token vectors into one embedding: `mean`, `cls` or `max`; "
-        "default: as the model's sentence-transformers files say, else `mean`.",
+        description="How sentence-similarity models turn token vectors into one embedding: `mean`, `cls`, `max` or "
+        "`lasttoken`; default: as the model's sentence-transformers files say, else `mean`.",
     )
     normalize: bool | None = Field(
         None,

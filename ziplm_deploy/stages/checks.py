@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from exporters import max_tokens
@@ -10,6 +12,7 @@ from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.recipe import CompressConfig, Recipe, TrainConfig, Variant
 from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
@@ -109,8 +112,10 @@ def check_data(run: Run) -> None:
     """Read all data sets, so that bad data ends the run in its first second.
 
     Raises:
-        DataError, RecipeError: data are missing or do not fit the model; and what :func:`check_training` raises.
+        DataError: data are missing or do not fit the model; and what :func:`check_training` raises.
+        RecipeError: so do settings of data, or compression that is not made for causal encoders.
     """
+    _check_causal_encoder(run)
     run.task.check_labels([], run.dense.model.config)  # refuses heads that the task cannot compare
     if not run.folder.database(run.dense_member.name).exists():
         run.data.calibration_rows  # noqa: B018
@@ -121,6 +126,25 @@ def check_data(run: Run) -> None:
     if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
         check_training(run)
     leave_data_notes(run)  # only now, for a run that is refused writes nothing
+
+
+def _check_causal_encoder(run: Run) -> None:
+    """Refuse what names linears as torch does, for files that name them by the parts of a language model."""
+    config: Any = run.dense.model.config
+    if run.task.is_causal or architecture_of(config).causal is None:
+        return
+    compress = run.recipe.compress
+    asked: dict[str, list[str]] = {
+        "compress.variants without zeros": [str(each) for each in compress.variants if each.is_sparse],
+        "compress.int8.method dynamic or static": [compress.int8.method] if compress.int8.method == "qat" else [],
+        "compress.int8.backend onnxruntime": [each for each in [compress.int8.backend] if each != "onnxruntime"],
+    }
+    for wanted, found in asked.items():
+        if found:
+            raise RecipeError(
+                f"expected {wanted} for the causal encoder {config.model_type}, found {', '.join(found)}: nothing else "
+                "is made for causal models yet; change the recipe"
+            )
 
 
 def check_training(run: Run) -> None:

@@ -12,6 +12,7 @@ from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linea
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import asked_bits, check_patterns
 from ziplm_deploy.compression.records import LinearRanking, LinearSensitivity
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
@@ -38,10 +39,10 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         looked_at = run.data.encode(rows)
         divergence = divergence_from(run.task, model, looked_at)
         onnx = member.folder / Variant.FP32.onnx_file
-        names = linear_names(onnx) if is_causal else ()
-        if member is run.dense_member and names:
+        names = linear_names(onnx) if architecture_of(model.config).causal is not None else ()  # type: ignore[arg-type]
+        if member is run.dense_member and is_causal:
             check_patterns(names, patterns)
-        groups = linear_groups(model, names) if is_causal else None
+        groups = linear_groups(model, names) if names else None
         weight_only = asked_bits(names, patterns)
         ranked = rank_linears(
             model,

@@ -37,6 +37,7 @@ class SentenceSimilarity(Task):
     metric_name = "spearman"
     metrics = CORRELATIONS
     auto_class = "AutoModel"
+    takes_causal = True
     ort_class = "ORTModelForFeatureExtraction"
     output_names = ("last_hidden_state", "sentence_embedding")
     text_columns = (("sentence1", "sentence2"), ("text1", "text2"))

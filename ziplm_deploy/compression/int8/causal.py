@@ -46,7 +46,8 @@ def linear_groups(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str
     if architecture.fused is not None:  # one linear of the model, whatever the file does
         fused = paths["attention.query"]
         paths |= dict.fromkeys(("attention.qkv", "attention.query", "attention.key", "attention.value"), fused)
-    head = next(name for name, module in modules.items() if module is model.get_output_embeddings())  # type: ignore[operator]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    head = next((name for name, module in modules.items() if module is output), "")  # encoders have none
     groups: dict[str, tuple[str, ...]] = {}
     for name in names:
         if name == HEAD:

@@ -1,6 +1,7 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py``, ``relative.py``, ``image_encoders.py`` or ``decoders.py``.
+An architecture is one entry of ``encoders.py``, ``relative.py``, ``image_encoders.py``, ``towers.py`` or
+``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -16,11 +17,12 @@ from ziplm_deploy.models.architectures.encoders import ENCODERS
 from ziplm_deploy.models.architectures.image_encoders import IMAGE_ENCODERS
 from ziplm_deploy.models.architectures.others import OTHERS, native_type, why_unsupported
 from ziplm_deploy.models.architectures.relative import RELATIVE
+from ziplm_deploy.models.architectures.towers import TOWERS
 
 __all__ = ["ARCHITECTURES", "OTHERS", "Architecture", "architecture_of", "native_type", "why_not", "why_unsupported"]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    entry.model_type: entry for entry in (*ENCODERS, *RELATIVE, *IMAGE_ENCODERS, *DECODERS)
+    entry.model_type: entry for entry in (*ENCODERS, *RELATIVE, *IMAGE_ENCODERS, *TOWERS, *DECODERS)
 }
 
 

@@ -48,8 +48,9 @@ class _ByteCache(Generic[_Value]):
 class _Skipped(nn.Module):
     """Stands in for a layer whose output is already known; returns it in the layer's own format."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, layer: nn.Module) -> None:
         super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)  # transformers 4 asks Qwen's layers for their mask
         self.output: Tensor | None = None
         self._more = (None,) * (len(output) - 1) if isinstance(output, tuple) else None  # values after the first
 
@@ -108,7 +109,7 @@ class StitchedModel:
 
     def _note_format(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         if not self._skipped:
-            self._skipped = [_Skipped(output) for _ in self._own_layers]
+            self._skipped = [_Skipped(output, layer) for layer in self._own_layers]
 
     def stitch(self, plan: Plan) -> None:
         """Install the plan's modules; only those that differ from what is installed are touched."""

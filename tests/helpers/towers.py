@@ -1,0 +1,77 @@
+"""Tiny random towers of CLIP and SigLIP, and whole models of two; no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from tests.helpers.models import tiny_inputs, tiny_tokenizer
+
+COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+# The tokenizer's first word is below, [SEP] is 3: what ends a text.
+TEXT = {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+IMAGE = {"image_size": 16, "patch_size": 8, "num_channels": 3}
+CLASSES = {
+    "clip_text_model": "CLIPTextModelWithProjection",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+TOWER_TYPES = tuple(name for name in CLASSES if name in transformers.CONFIG_MAPPING)  # transformers 4 lacks one
+PROJECTION = 24
+
+
+def tower_config(model_type: str, **changes: Any) -> Any:
+    """3 layers, hidden 32, 4 heads of 8, FFN 64; CLIP's projections are to 24."""
+    sizes: dict[str, Any] = {**COMMON, **(TEXT if "text" in model_type else IMAGE)}
+    if model_type.startswith("clip"):
+        sizes["projection_dim"] = PROJECTION
+    config = transformers.CONFIG_MAPPING[model_type](**{**sizes, **changes})
+    config._attn_implementation, config.return_dict = "eager", True
+    return config
+
+
+def tower(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+    """A random tower in eval mode, with norms and biases far from where they begin."""
+    torch.manual_seed(seed)
+    model: nn.Module = getattr(transformers, CLASSES[model_type])(tower_config(model_type, **changes))
+    return _shaken(model, seed)
+
+
+def tower_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Images, or texts of which each ends with the last token of its own and is padded on the right."""
+    config: Any = model.config
+    if hasattr(config, "image_size"):
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    inputs = tiny_inputs(model)
+    inputs["input_ids"][0, -1] = inputs["input_ids"][1, 5] = 3
+    return inputs
+
+
+def save_clip(folder: Path) -> Any:
+    """A checkpoint of both towers of a CLIP model, of other depths, with a tokenizer; returns the model."""
+    settings = {kind: {**COMMON, **sizes, "projection_dim": PROJECTION} for kind, sizes in _kinds().items()}
+    config = transformers.CLIPConfig(**settings, projection_dim=PROJECTION)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model: Any = _shaken(transformers.CLIPModel(config), 0)
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder / "words").save_pretrained(folder)
+    return model
+
+
+def _kinds() -> dict[str, dict[str, Any]]:
+    return {"text_config": TEXT, "vision_config": {**IMAGE, "num_hidden_layers": 4}}
+
+
+def _shaken(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
+    return model.eval()
