@@ -15,7 +15,10 @@ from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "vit")
+# Rotary positions and gated FFNs; some are in transformers 5 only.
+MODERN_TYPES = ("modernbert", "nomic_bert", "gte", "jina_embeddings_v3", "eurobert")
+HERE = tuple(name for name in MODERN_TYPES if name in transformers.CONFIG_MAPPING)
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", *HERE, "vit")
 TEXT_TYPES = MODEL_TYPES[:-1]
 AUTO_CLASSES = {
     "sentence-similarity": "AutoModel",
@@ -57,6 +60,13 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
         common |= {"type_vocab_size": 1}
     if model_type == "electra":
         common |= {"embedding_size": 16}
+    if model_type == "modernbert":
+        # Layer 0 is global, 1 is local, 2 is global; a token sees two on either side in the local one.
+        common |= {"local_attention": 4, "global_attn_every_n_layers": 2}
+    if model_type in ("modernbert", "eurobert"):  # by default beyond this vocabulary
+        common |= {"bos_token_id": 2, "eos_token_id": 3}
+    if model_type == "eurobert":
+        common |= {"num_key_value_heads": 4}
     common |= {"attn_implementation": "eager"}
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"
@@ -110,7 +120,7 @@ def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **cha
     auto_class = getattr(transformers, AUTO_CLASSES[task])
     torch.manual_seed(seed)
     no_pooler = {"add_pooling_layer": False} if auto_class is transformers.AutoModel else {}
-    if model_type in ("distilbert", "electra"):
+    if model_type in ("distilbert", "electra", "modernbert", "eurobert"):
         no_pooler = {}
     model: nn.Module = auto_class.from_config(config, attn_implementation="eager", **no_pooler)
     generator = torch.Generator().manual_seed(seed + 1)

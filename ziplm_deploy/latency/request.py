@@ -71,7 +71,7 @@ class TableRequest:
     @property
     def _structure_bytes(self) -> dict[ModuleKind, float]:
         shape, weight_bytes = self.shape, 1 if self.treatment.variant.is_int8 else 4
-        gated = architecture_of(self.dense.config).ffn_gate is not None  # type: ignore[arg-type]
+        gated = architecture_of(self.dense.config).is_gated  # type: ignore[arg-type]
         return {
             "attention": 2 * (shape.queries_per_head + 1) * shape.head_dim * shape.hidden_size * weight_bytes,
             "ffn": (3 if gated else 2) * shape.hidden_size * weight_bytes,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
-from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.documents import shortened
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
 from ziplm_deploy.models.config_file import read_config
 from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
-from ziplm_deploy.models.shape import ModelShape, ModuleId
+from ziplm_deploy.models.shape import ModuleId
 
 
 def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
@@ -47,6 +50,9 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     """One row a layer: ``layer, heads, head_dim, ffn_width, parameters, prunable, reason``.
 
     An unsupported model gives a single row with ``prunable: False`` and the reason instead of an error.
+
+    Raises:
+        CorruptArtifactError: a configuration that transformers builds no model of.
     """
     config: Any = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     reason = why_not(config)
@@ -59,10 +65,11 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     shape = model_shape(config)
     kept: dict[str, list[int]] = getattr(model_or_config, "ziplm_kept", {})
     rows: list[dict[str, Any]] = []
-    for layer in range(shape.n_layers):
+    model = model_or_config if isinstance(model_or_config, nn.Module) else _without_weights(config)
+    for layer, block in enumerate(layers_of(model)):
         heads = len(kept.get(str(ModuleId(layer, "attention")), range(shape.n_heads)))
         width = len(kept.get(str(ModuleId(layer, "ffn")), range(shape.intermediate_size)))
-        parameters = _layer_parameters(model_or_config, layer, shape)
+        parameters = sum(parameter.numel() for parameter in block.parameters())
         rows.append(
             {"layer": layer, "heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters}
             | {"prunable": True, "reason": ""}
@@ -70,9 +77,18 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     return rows
 
 
-def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, layer: int, shape: ModelShape) -> int:
-    if isinstance(model_or_config, nn.Module):
-        return sum(parameter.numel() for parameter in layers_of(model_or_config)[layer].parameters())
-    h, w = shape.hidden_size, shape.intermediate_size
-    qkv_biases = 3 * h if getattr(model_or_config, "qkv_bias", True) else 0
-    return 4 * h * h + h + qkv_biases + 2 * h * w + w + h + 4 * h  # two LayerNorms of 2 h each
+def _without_weights(config: PretrainedConfig) -> nn.Module:
+    """The dense model of a configuration, without a head, on the ``meta`` device: shapes that take no memory.
+
+    Raises:
+        CorruptArtifactError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager")
+    except Exception as error:  # transformers trusts the fields of config.json, so that it may raise anything
+        raise CorruptArtifactError(
+            f"expected the settings of a {config.model_type} model, found: {type(error).__name__}: "
+            f"{shortened(str(error))}; copy its config.json again"
+        ) from error
+    return model

@@ -1,6 +1,6 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py`` or ``decoders.py``.
+An architecture is one entry of ``encoders.py``, ``modern.py`` or ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
 """
@@ -13,10 +13,11 @@ from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
+from ziplm_deploy.models.architectures.modern import MODERN_ENCODERS
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "why_not"]
 
-ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in (*ENCODERS, *MODERN_ENCODERS, *DECODERS)}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
