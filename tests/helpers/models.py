@@ -20,6 +20,8 @@ MODERN_TYPES = ("modernbert", "nomic_bert", "gte", "jina_embeddings_v3", "eurobe
 HERE = tuple(name for name in MODERN_TYPES if name in transformers.CONFIG_MAPPING)
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", *HERE, "vit")
 TEXT_TYPES = MODEL_TYPES[:-1]
+# Fused query, key and value, and a fused gate; a gate of its own. Others have six.
+LINEARS_A_LAYER = {"modernbert": 4, "nomic_bert": 7, "gte": 7, "eurobert": 7}
 AUTO_CLASSES = {
     "sentence-similarity": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",

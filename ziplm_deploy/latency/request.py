@@ -101,9 +101,8 @@ class TableRequest:
         architecture = architecture_of(config)
         if architecture.causal is not None:
             parts.append(f"{self.form} cache")
-        shared = architecture.shared_input
-        if shared is not None:  # tables from before had a share of it in each cell
-            parts.append(f"{shared} in the base")
+        if architecture.shared_inputs:  # tables from before had a share of them in each cell
+            parts.append(f"{' '.join(architecture.shared_inputs)} in the base")
         layers = layers_of_dense(self.dense)
         if layers:
             parts.append(f"Dense layers of {' '.join(str(layer.out_features) for layer in layers)}")

@@ -52,7 +52,7 @@ def why_not(config: PretrainedConfig) -> str | None:
         return f"chunk_size_feed_forward {config.chunk_size_feed_forward}: set it to 0, it only saves training memory"
     if getattr(config, "pruned_heads", None):
         return f"a {model_type} whose heads were pruned before (pruned_heads): save it without them"
-    return _causal_reason(config) or _heads_reason(config)
+    return _causal_reason(config) or _rotary_reason(config) or _heads_reason(config)
 
 
 def _causal_reason(config: PretrainedConfig) -> str | None:
@@ -66,6 +66,20 @@ def _causal_reason(config: PretrainedConfig) -> str | None:
     size = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if size != config.hidden_size:
         return f"a {config.model_type} with embeddings of {size} for a hidden size of {config.hidden_size}"
+    return None
+
+
+def _rotary_reason(config: PretrainedConfig) -> str | None:
+    """Reason of an encoder's rotary positions: a file has fixed frequencies. Those of others: ``causal_parts``."""
+    if ARCHITECTURES[config.model_type].causal is not None:
+        return None
+    settings = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    found = [each for each in settings if isinstance(each, dict)]
+    found += [each for mapping in found for each in mapping.values() if isinstance(each, dict)]  # by kind of attention
+    kinds = {each.get("rope_type", each.get("type")) for each in found}
+    changing = sorted(kinds & {"dynamic", "longrope"})
+    if changing:
+        return f"a {config.model_type} with rope_type {changing[0]!r}: its frequencies depend on the length of the text"
     return None
 
 

@@ -58,7 +58,8 @@ class Architecture:
     config_kv_heads: str | None = None  # cached heads, each read by several query heads
     causal: CausalPaths | None = None  # causal language models only: what lies outside of the layers
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
-    shared_input: str | None = None  # argument of every layer that the model computes once for all of them
+    shared_inputs: tuple[str, ...] = ()  # arguments of every layer that the model computes once for all of them
+    layer_returns_tuple: bool = True  # asked only of models with those
 
     @property
     def is_gated(self) -> bool:

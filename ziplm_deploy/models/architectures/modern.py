@@ -1,6 +1,10 @@
-"""The encoders with rotary positions and gated FFNs that can be pruned, one entry each.
+"""The encoders with rotary positions and mostly gated FFNs that can be pruned, one entry each.
 
 Heads of all of them leave freely: rotary positions and windows of local attention are the same for every head.
+
+Models that lose whole layers and number the others anew, as mmBERT's small ones, must see to it that the last layer has
+global attention. Here layers keep their place, window and frequencies, whatever is dropped of them, so no rule says
+which stay: a plan that drops the last global attention has the loss that was measured for it.
 """
 
 from __future__ import annotations
@@ -31,10 +35,18 @@ def _modernbert() -> Architecture:
         ffn_residual="mlp_norm",
         attention_norm="attn_norm",
         ffn_norm="mlp_norm",
+        shared_inputs=("attention_mask", "position_embeddings"),
+        layer_returns_tuple=False,
     )
     if not hasattr(modeling_modernbert, "ModernBertUnpaddedRotaryEmbedding"):
         return newer
-    return replace(newer, head_count="num_heads", head_width="all_head_size")
+    return replace(
+        newer,
+        head_count="num_heads",
+        head_width="all_head_size",
+        shared_inputs=("attention_mask", "sliding_window_mask"),  # each attention turns heads by itself
+        layer_returns_tuple=True,
+    )
 
 
 _NOMIC_BERT = Architecture(
@@ -52,6 +64,8 @@ _NOMIC_BERT = Architecture(
     ffn_gate="gate_proj",
     ffn_output="mlp.down_proj",
     ffn_residual="mlp",
+    shared_inputs=("attention_mask", "position_embeddings"),
+    layer_returns_tuple=False,
 )
 _EUROBERT = replace(
     _NOMIC_BERT,
