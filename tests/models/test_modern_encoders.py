@@ -131,7 +131,9 @@ def test_compensation_gives_a_linear_without_a_bias_one() -> None:
     dense = tiny_model("modernbert")
     modules, batches = prunable_modules(dense), tiny_batches(dense, n=2)
     stats = collect_statistics(dense, batches, modules, memory_limit_bytes=2**30)
-    database = build_database(dense, stats, {module.name: [module.structures // 2] for module in modules}, PruneConfig())
+    database = build_database(
+        dense, stats, {module.name: [module.structures // 2] for module in modules}, PruneConfig()
+    )
     pruned = resize(dense, {name: next(iter(levels.values())) for name, levels in database.modules.items()})
     assert all(output_linear(dense, module).bias is None for module in modules)
     assert all(output_linear(pruned, module).bias.abs().max() > 0 for module in modules)

@@ -75,9 +75,7 @@ _EUROBERT = replace(
     ffn_norm="post_attention_layernorm",
     config_kv_heads="num_key_value_heads",
 )
-_JINA_V3 = replace(
-    _NOMIC_BERT, model_type="jina_embeddings_v3", ffn_input="fc1", ffn_gate=None, ffn_output="mlp.fc2"
-)
+_JINA_V3 = replace(_NOMIC_BERT, model_type="jina_embeddings_v3", ffn_input="fc1", ffn_gate=None, ffn_output="mlp.fc2")
 # Of transformers 5; older ones would have to run code of the checkpoint.
 _SINCE_5 = (_NOMIC_BERT, replace(_NOMIC_BERT, model_type="gte"), _JINA_V3, _EUROBERT)
 
