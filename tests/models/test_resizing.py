@@ -40,8 +40,6 @@ PLANS = {
 }
 BIASES = {  # of a head's query, key and value; rows, then biases of a column; new ones of a layer's outputs
     "modernbert": (0, 2, 0, 2),
-    "nomic_bert": (0, 2, 0, 2),
-    "gte": (3, 2, 0, 0),
     "eurobert": (0, 2, 0, 2),
 }
 STEPS = {  # sizes of one resize and of the next
