@@ -1,7 +1,7 @@
 """Shapes that a traced graph computes at every call, as the constants that they are.
 
-torch traces the size of a tensor as Shape and Gather, even where only batch and length are free: half of the nodes of a
-layer with rotary positions compute where a head's halves begin. They are cheap, but so are the other nodes of a model
+torch traces the size of a tensor as Shape and Gather, even where only batch and length are free: many nodes of a layer
+with rotary positions compute where a head's halves begin. They are cheap, but so are the other nodes of a model
 that was pruned by much; and engines recognize rotary positions and attention only with constants.
 
 Graphs without rotary positions stay as torch writes them: with constant shapes ONNX Runtime merges attention of BERT's
@@ -18,17 +18,19 @@ from onnx.reference import ReferenceEvaluator
 _INTEGER_OPS = {"Add", "Cast", "Concat", "Div", "Gather", "Identity", "Mul", "Slice", "Squeeze", "Sub", "Unsqueeze"}
 _SMALL = 16  # numbers of a tensor that may be part of a shape
 
-Dims = list[int | str | None]
+_TRIALS = ((7, 23), (11, 29))  # batch and length; no size of a model is both of a pair
+Dims = list[int | tuple[int, int] | None]
 
 
 def fold_shapes(model: onnx.ModelProto) -> int:
     """Replace what does not depend on the inputs in the shapes of a graph that rotates, in place.
 
     Returns:
-        How many nodes it took out of the graph.
+        How many nodes it took out of the graph; none of one with branches or loops, whose parts read names outside.
     """
     graph = model.graph
-    if not any(node.op_type == "Cos" for node in graph.node):
+    has_subgraphs = any(field.HasField("g") for node in graph.node for field in node.attribute)
+    if has_subgraphs or not any(node.op_type == "Cos" for node in graph.node):
         return 0
     before = len(graph.node)
     _constants_as_initializers(graph)
@@ -38,6 +40,7 @@ def fold_shapes(model: onnx.ModelProto) -> int:
 
 
 def _fold_once(model: onnx.ModelProto) -> bool:
+    """Replace what follows from the shapes that are known so far; False if there is nothing left."""
     graph = model.graph
     dims, known = _dims(model), _small_integers(graph)
     shaped = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Shape" and not node.attribute}
@@ -89,17 +92,36 @@ def _reshape(source: Dims | None, target: Dims | None) -> list[int] | None:
 
 
 def _dims(model: onnx.ModelProto) -> dict[str, Dims]:
-    """Sizes of every tensor as far as they follow: numbers, or names that are the same for the same size."""
-    graph = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+    """Sizes of every tensor as far as they follow.
+
+    From two inputs of other sizes: what is the same for both is constant, and where sizes of two tensors are the same
+    pair of numbers, they are the same size. Names of free sizes get lost where tensors are broadcast to each other.
+    """
+    light = _without_weights(model)
+    first, second = (_inferred(light, sizes) for sizes in _TRIALS)
     return {
-        info.name: [_dim(dim) for dim in info.type.tensor_type.shape.dim]
-        for info in (*graph.value_info, *graph.input)
-        if info.type.tensor_type.HasField("shape")
+        name: [
+            a if a == b else None if a is None or b is None else (a, b) for a, b in zip(dims, second[name], strict=True)
+        ]
+        for name, dims in first.items()
+        if len(second.get(name, ())) == len(dims)
     }
 
 
-def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+def _inferred(light: onnx.ModelProto, sizes: tuple[int, int]) -> dict[str, list[int | None]]:
+    """Sizes of every tensor if the free first axis of inputs, and all their other free axes, have these sizes."""
+    trial = onnx.ModelProto()
+    trial.CopyFrom(light)
+    for info in (*trial.graph.input, *trial.graph.output):
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value"):
+                dim.dim_value = sizes[min(axis, 1)]
+    graph = onnx.shape_inference.infer_shapes(trial, data_prop=True).graph
+    return {
+        info.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in info.type.tensor_type.shape.dim]
+        for info in (*graph.value_info, *graph.input)
+        if info.type.tensor_type.HasField("shape")
+    }
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -242,5 +242,7 @@ def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape
         if differing:
             per_layer[str(layer)] = differing
     # As in transformers >= 5.14: by layer, only what differs from the global value. Older versions ignore it.
-    fields |= {"architectures": [type(model).__name__], "per_layer_config": per_layer, **_READ_BY_LAYER}
+    fields |= {"architectures": [type(model).__name__], "per_layer_config": per_layer}
+    if per_layer:
+        fields |= _READ_BY_LAYER
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -76,10 +76,9 @@ def _rotary_reason(config: PretrainedConfig) -> str | None:
     settings = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
     found = [each for each in settings if isinstance(each, dict)]
     found += [each for mapping in found for each in mapping.values() if isinstance(each, dict)]  # by kind of attention
-    kinds = {each.get("rope_type", each.get("type")) for each in found}
-    changing = sorted(kinds & {"dynamic", "longrope"})
-    if changing:
-        return f"a {config.model_type} with rope_type {changing[0]!r}: its frequencies depend on the length of the text"
+    for kind in (each.get("rope_type", each.get("type")) for each in found):
+        if kind in ("dynamic", "longrope"):
+            return f"a {config.model_type} with rope_type {kind!r}: its frequencies depend on the length of the text"
     return None
 
 
