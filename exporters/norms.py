@@ -12,11 +12,8 @@ from torch import nn
 @contextlib.contextmanager
 def norms_with_biases(model: nn.Module) -> Iterator[None]:
     """Give LayerNorms without a bias, as ModernBERT's, one of zeros for the block."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm) and module.elementwise_affine and module.bias is None
-    ]
+    every: list[nn.LayerNorm] = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    norms = [norm for norm in every if norm.elementwise_affine and norm.bias is None]
     for norm in norms:
         norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
     try:

@@ -2,13 +2,12 @@
 
 torch traces the size of a tensor as Shape and Gather, even where only batch and length are free: many nodes of a layer
 with rotary positions compute where a head's halves begin. They are cheap, but so are the other nodes of a model
-that was pruned by much; and engines recognize rotary positions and attention only with constants.
-
-Graphs without rotary positions stay as torch writes them: with constant shapes ONNX Runtime merges attention of BERT's
-kind into an operator of its own if no head was removed, and heads would then cost something else in each layer.
+that was pruned by much. Graphs without rotary positions stay as torch writes them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx
@@ -50,7 +49,8 @@ def _fold_once(model: onnx.ModelProto) -> bool:
         if node.op_type == "Gather" and node.input[0] in shaped and node.input[1] in known:
             value = _size(dims.get(shaped[node.input[0]]), known[node.input[1]])
         elif node.op_type in _INTEGER_OPS and node.input and all(each in known for each in node.input):
-            value = ReferenceEvaluator(node).run(None, {each: known[each] for each in node.input})[0]
+            results: Any = ReferenceEvaluator(node).run(None, {each: known[each] for each in node.input})
+            value = results[0]
         else:
             value = None
         if value is not None and value.dtype == np.int64 and value.size <= _SMALL:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_
 # Rotary positions; some are in transformers 5 only. The last three differ by little: test_modern_encoders.py has them.
 MODERN_TYPES = ("modernbert", "eurobert", "nomic_bert", "gte", "jina_embeddings_v3")
 HERE = tuple(name for name in MODERN_TYPES if name in transformers.CONFIG_MAPPING)
+with warnings.catch_warnings():  # transformers 4 starts torch's compiler there, which warns about itself
+    warnings.simplefilter("ignore")
+    importlib.import_module("transformers.models.modernbert.modeling_modernbert")
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", *HERE[:2], "vit")
 TEXT_TYPES = MODEL_TYPES[:-1]
 # Fused query, key and value, and a fused gate; a gate of its own. Others have six.

@@ -83,9 +83,10 @@ def _without_weights(config: PretrainedConfig) -> nn.Module:
     Raises:
         CorruptArtifactError: transformers cannot build it.
     """
+    loader: Any = AutoModel
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager")
+            model: nn.Module = loader.from_config(copy.deepcopy(config), attn_implementation="eager")
     except Exception as error:  # transformers trusts the fields of config.json, so that it may raise anything
         raise CorruptArtifactError(
             f"expected the settings of a {config.model_type} model, found: {type(error).__name__}: "

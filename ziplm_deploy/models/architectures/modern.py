@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformers import CONFIG_MAPPING
-from transformers.models.modernbert import modeling_modernbert
+from transformers import CONFIG_MAPPING, ModernBertConfig
 
 from ziplm_deploy.models.architectures.base import Architecture
 
@@ -38,7 +37,8 @@ def _modernbert() -> Architecture:
         shared_inputs=("attention_mask", "position_embeddings"),
         layer_returns_tuple=False,
     )
-    if not hasattr(modeling_modernbert, "ModernBertUnpaddedRotaryEmbedding"):
+    # By its configuration: older models start torch's compiler when they are imported.
+    if hasattr(ModernBertConfig, "layer_types"):
         return newer
     return replace(
         newer,
