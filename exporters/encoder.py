@@ -17,7 +17,9 @@ from torch import nn
 from exporters.constants import fold_products
 from exporters.files import atomic_path
 from exporters.heads import EmbeddingModel, evaluation_mode
+from exporters.norms import norms_with_biases
 from exporters.residuals import residuals_as_sums
+from exporters.shapes import fold_shapes
 
 # protobuf cannot hold more in one file; the margin is for the graph itself.
 _MAX_MODEL_BYTES = 2**31 - 2**25
@@ -46,19 +48,19 @@ class _Positional(nn.Module):
 
     def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()
-        self.model = model
+        self.wrapped = model
         self.inputs = inputs
         self.outputs = outputs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        outputs = self.wrapped(**dict(zip(self.inputs, tensors, strict=True)))
         return tuple(outputs[name] for name in self.outputs)
 
 
 def input_names(model: nn.Module) -> list[str]:
     """Graph inputs in optimum's order; ``token_type_ids`` only where the model can tell two segments apart."""
     config: Any = model.config
-    inner = model.model if isinstance(model, EmbeddingModel) else model
+    inner = model.wrapped if isinstance(model, EmbeddingModel) else model
     accepted = inspect.signature(inner.forward).parameters
     if "pixel_values" in accepted:
         return ["pixel_values"]
@@ -117,7 +119,12 @@ def export_encoder(
     dynamic_axes = _dynamic_axes(names, ranks) if settings.shapes == "dynamic" else None
     wrapped = _Positional(model, names, output_names)
     try:
-        with evaluation_mode(wrapped), atomic_path(path) as temporary, warnings.catch_warnings():
+        with (
+            evaluation_mode(wrapped),
+            norms_with_biases(wrapped),
+            atomic_path(path) as temporary,
+            warnings.catch_warnings(),
+        ):
             # Tracer warnings tell about Python branches on shapes; parity is checked on other shapes afterwards.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -134,6 +141,7 @@ def export_encoder(
             exported = onnx.load(str(temporary))
             residuals_as_sums(exported)
             fold_products(exported)
+            fold_shapes(exported)
             onnx.save(exported, str(temporary))
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(

@@ -79,7 +79,7 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         if pooling not in get_args(Pooling):
             raise ValueError(f"expected a pooling of {', '.join(get_args(Pooling))}, found {pooling!r}; correct it")
-        self.model = model
+        self.wrapped = model
         self.pooling: Pooling = pooling
         self.normalize = normalize
         self.training = model.training
@@ -87,13 +87,13 @@ class EmbeddingModel(nn.Module):
     @property
     def config(self) -> Any:
         """The wrapped model's configuration."""
-        return self.model.config
+        return self.wrapped.config
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """``last_hidden_state`` ``[batch, tokens, hidden]`` and ``sentence_embedding`` ``[batch, size]``."""
         segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
-        embedding = pool(hidden, attention_mask, self.pooling, self.normalize, sentence_dense(self.model))
+        hidden = self.wrapped(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+        embedding = pool(hidden, attention_mask, self.pooling, self.normalize, sentence_dense(self.wrapped))
         return {"last_hidden_state": hidden, "sentence_embedding": embedding}

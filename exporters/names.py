@@ -3,8 +3,12 @@
 torch's exporter names nodes by the path of the module that made them, below the wrappers that models are exported in,
 and quantizers append to that::
 
-    /model/encoder/layer.0/output/dense/MatMul          of encoder.layer.0.output.dense
-    /model/encoder/layer.0/output/dense/MatMul_quant    the same linear in integers
+    /wrapped/encoder/layer.0/output/dense/MatMul          of encoder.layer.0.output.dense
+    /wrapped/encoder/layer.0/output/dense/MatMul_quant    the same linear in integers
+    /wrapped/wrapped/layers.0/mlp/Wi/MatMul               of layers.0.mlp.Wi, below two wrappers
+    /wrapped/model/layers.0/mlp/Wi/MatMul                 of model.layers.0.mlp.Wi, which is a model with a head
+
+Files from before had wrappers called ``model``, and no models in them whose own parts are.
 
 Graphs of causal language models are written with such names, by the parts of :mod:`exporters.decoder_parts`::
 
@@ -21,7 +25,8 @@ _PRODUCT = re.compile(r"/(?:MatMul|Gemm)(?:_quant)?$")
 # Layers are the only numbered modules of a model: embeddings, poolers and heads are outside.
 _IN_LAYER = re.compile(r"(?:^|\.)[^.]+\.\d+\.")
 HEAD = "head"  # of a causal language model
-_WRAPPER = "model."  # attribute of what the exporter wraps models in
+# Attribute of what the exporter wraps models in, now and before.
+_WRAPPER, _OLD_WRAPPER = "wrapped.", "model."
 
 
 def linear_of(node_name: str) -> str | None:
@@ -37,6 +42,7 @@ def linear_of(node_name: str) -> str | None:
     path = node_name[: product.start()].strip("/").replace("/", ".")
     if path == HEAD:
         return HEAD
-    while path.startswith(_WRAPPER):
-        path = path.removeprefix(_WRAPPER)
+    wrapper = _WRAPPER if path.startswith(_WRAPPER) else _OLD_WRAPPER
+    while path.startswith(wrapper):
+        path = path.removeprefix(wrapper)
     return path if _IN_LAYER.search(path) else None

@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tests.helpers.int8_files import Exported, answer, exported, pair_parameters, settings_of, tensors
-from tests.helpers.models import BLOCK_TYPES, output_tensors, tiny_inputs, tiny_model
+from tests.helpers.models import BLOCK_TYPES, LINEARS_A_LAYER, output_tensors, tiny_inputs, tiny_model
 from ziplm_deploy.compression.int8.fake_quant import (
     ActivationQuantizer,
     QuantizedLinear,
@@ -87,7 +87,7 @@ def test_torch_rounds_as_the_exported_file_does(
         np.testing.assert_allclose(answer(target, batch), logits, atol=1e-3)
         assert np.abs(answer(float32.path, batch) - logits).max() > 3e-3  # the tolerance tells them apart
     parameters = {
-        name.removeprefix("/model/").replace("/", "."): value for name, value in pair_parameters(target).items()
+        name.removeprefix("/wrapped/").replace("/", "."): value for name, value in pair_parameters(target).items()
     }
     for name, scales in learned.items():
         found = parameters[f"{name}.MatMul"]
@@ -120,8 +120,8 @@ def test_insert_and_remove_on_every_architecture(model_type: str) -> None:
     linears = quantizable_linears(model)
     inserted = insert_fake_quant(model, module_ranges(model, [inputs]), settings_of(QAT, reduce_range=False))
     assert inserted.keys() == linears.keys()
-    assert len(inserted) == 18
-    assert len({id(linear.activation) for linear in inserted.values()}) == 12  # q, k and v share
+    assert len(inserted) == 3 * LINEARS_A_LAYER.get(model_type, 6)
+    assert len({id(linear.activation) for linear in inserted.values()}) == 12  # q, k and v share, and so does a gate
     assert all(inserted[name].weight is linear.weight for name, linear in linears.items())
     assert set(keys) <= model.state_dict().keys()
     rounded = output_tensors(model, inputs)

@@ -103,7 +103,7 @@ def test_static_export_fixes_the_shapes(model_type: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("opset", [16, 17])
-@pytest.mark.parametrize("model_type", BLOCK_TYPES)
+@pytest.mark.parametrize("model_type", [name for name in BLOCK_TYPES if name != "eurobert"])  # which has RMSNorms
 def test_onnx_runtime_does_not_merge_residuals_into_its_slow_kernel(
     model_type: str, opset: int, tmp_path: Path
 ) -> None:

@@ -146,7 +146,7 @@ def unpaired(graph: onnx.GraphProto) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (per_channel, "one scale for each tensor around /model/bert/encoder/layer.0.*found 32"),
+        (per_channel, "one scale for each tensor around /wrapped/bert/encoder/layer.0.*found 32"),
         (asymmetric_weight, "a symmetric weight in .*found the zero point 3"),
         (unlike_scales, "found uint8 or two different"),
         (signed_activation, "found int8 or two different"),

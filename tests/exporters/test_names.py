@@ -12,6 +12,9 @@ DENSE = "encoder.layer.0.output.dense"
 @pytest.mark.parametrize(
     ("node_name", "path"),
     [
+        ("/wrapped/encoder/layer.0/output/dense/MatMul", DENSE),
+        ("/wrapped/wrapped/layers.0/mlp/Wi/MatMul", "layers.0.mlp.Wi"),
+        ("/wrapped/model/layers.0/mlp/Wi/MatMul", "model.layers.0.mlp.Wi"),
         ("/model/encoder/layer.0/output/dense/MatMul", DENSE),
         ("/model/model/encoder/layer.0/output/dense/MatMul", DENSE),
         ("/model/encoder/layer.0/output/dense/MatMul_quant", DENSE),
@@ -37,6 +40,7 @@ def test_products_are_named_after_their_linear(node_name: str, path: str) -> Non
         "/model/encoder/layer.0/output/dense/Add",
         "/model/encoder/layer.0/output/dense/MatMul_quant_scales_mul",
         "/model/encoder/layer.0/attention/self/MatMul_1",
+        "/wrapped/model/layers.0/attn/MatMul_1",
     ],
 )
 def test_other_nodes_are_none_of_them(node_name: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,22 @@ from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
 
+# Rotary positions; some are in transformers 5 only. The last three differ by little: test_modern_encoders.py has them.
+MODERN_TYPES = ("modernbert", "eurobert", "nomic_bert", "gte", "jina_embeddings_v3")
+HERE = tuple(name for name in MODERN_TYPES if name in transformers.CONFIG_MAPPING)
+with warnings.catch_warnings():  # transformers 4 starts torch's compiler there, which warns about itself
+    warnings.simplefilter("ignore")
+    importlib.import_module("transformers.models.modernbert.modeling_modernbert")
 IMAGE_TYPES = ("vit", "deit", "dinov2")
 # Blocks of these are line by line those of another type: what is costly, and goes by blocks alone, leaves them out.
 COPIES = ("camembert", "data2vec-text", "ernie", "deit")
 TEXT_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "deberta-v2", "xlm-roberta-xl")
-TEXT_TYPES += COPIES[:3]
+TEXT_TYPES += (*HERE[:2], *COPIES[:3])
 MODEL_TYPES = (*TEXT_TYPES, *IMAGE_TYPES)
 LIKE_ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text")
 BLOCK_TYPES = tuple(name for name in MODEL_TYPES if name not in COPIES)
+# Fused query, key and value, and a fused gate; a gate of its own. Others have six.
+LINEARS_A_LAYER = {"modernbert": 4, "nomic_bert": 7, "gte": 7, "eurobert": 7}
 AUTO_CLASSES = {
     "sentence-similarity": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",
@@ -77,6 +87,13 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
     if model_type == "t5":  # heads wider than their share of the hidden size, buckets for up to 20 tokens
         common = {"d_model": 32, "num_layers": 3, "num_heads": 4, "d_kv": 16, "d_ff": 64, "vocab_size": 60}
         common |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "pad_token_id": 0}
+    if model_type == "modernbert":
+        # Layer 0 is global, 1 is local, 2 is global; a token sees two on either side in the local one.
+        common |= {"local_attention": 4, "global_attn_every_n_layers": 2}
+    if model_type in ("modernbert", "eurobert"):  # by default beyond this vocabulary
+        common |= {"bos_token_id": 2, "eos_token_id": 3}
+    if model_type == "eurobert":
+        common |= {"num_key_value_heads": 4}
     common |= {"attn_implementation": "eager"}
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"

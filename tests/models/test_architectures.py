@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.helpers.models import MODEL_TYPES, tiny_config, tiny_inputs, tiny_model
+from tests.helpers.models import HERE, MODEL_TYPES, tiny_config, tiny_inputs, tiny_model
 from tests.helpers.towers import TOWER_TYPES
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.transformers
 def test_supported_is_what_the_tests_cover() -> None:
     """T5 in test_relative.py, towers in test_towers.py, causal language models in test_causal_models.py."""
     encoders = [name for name, entry in ARCHITECTURES.items() if entry.causal is None]
-    assert sorted(encoders) == sorted((*MODEL_TYPES, *TOWER_TYPES, "t5"))
+    assert sorted(encoders) == sorted({*MODEL_TYPES, *HERE, *TOWER_TYPES, "t5"})
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

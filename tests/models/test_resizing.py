@@ -13,6 +13,7 @@ from torch import nn
 from tests.helpers.models import (
     BLOCK_TYPES,
     MODEL_TYPES,
+    MODERN_TYPES,
     output_tensors,
     random_entries,
     random_level,
@@ -46,6 +47,10 @@ PLANS = {
     "narrow": {"0.ffn": 1, "1.ffn": 17, "2.ffn": 63},
     "mixed": {"0.attention": 0, "0.ffn": 24, "1.attention": 1, "1.ffn": 0, "2.attention": 4, "2.ffn": 64},
     "all dropped": {f"{layer}.{kind}": 0 for layer in range(3) for kind in ("attention", "ffn")},
+}
+BIASES = {  # of a head's query, key and value; rows, then biases of a column; new ones of a layer's outputs
+    "modernbert": (0, 2, 0, 2),
+    "eurobert": (0, 2, 0, 2),
 }
 STEPS = {  # sizes of one resize and of the next
     "heads": ({"0.attention": 3, "1.attention": 3, "2.attention": 2}, {"0.attention": 2, "1.attention": 3}),
@@ -178,12 +183,14 @@ def test_resized_is_smaller_and_shares_nothing(model_type: str) -> None:
     assert [(row["heads"], row["ffn_width"]) for row in rows] == [(0, 24), (1, 0), (4, 64)]
     dense_rows = inspect_model(dense)
     h = 32
-    saved_by_heads, saved_by_columns = 8 * (4 * h + 3), 2 * h + 1  # a head's, a column's weights and biases
-    norm = (
-        2 * h if ARCHITECTURES[model_type].attention_norm else 0
-    )  # a pre-LN model also loses the norm before a dropped module
-    for row, full, heads, columns, norms in zip(rows, dense_rows, (4, 3, 0), (40, 64, 0), (1, 1, 0), strict=True):
-        saved = heads * saved_by_heads + columns * saved_by_columns + norms * norm
+    head_biases, column_rows, column_biases, new_biases = BIASES.get(model_type, (3, 1, 1, 0))
+    # A head's, a column's weights and biases.
+    saved_by_heads, saved_by_columns = 8 * (4 * h + head_biases), (1 + column_rows) * h + column_biases
+    # A pre-LN model also loses the norm before a dropped module; ModernBERT has none before its first attention.
+    norm = 0 if ARCHITECTURES[model_type].attention_norm is None else h if model_type in MODERN_TYPES else 2 * h
+    norms = (0 if model_type == "modernbert" else 1, 1, 0)
+    for row, full, heads, columns, lost in zip(rows, dense_rows, (4, 3, 0), (40, 64, 0), norms, strict=True):
+        saved = heads * saved_by_heads + columns * saved_by_columns + lost * norm - new_biases * h
         assert row["parameters"] == full["parameters"] - saved
 
 
@@ -204,7 +211,9 @@ def test_install_swaps_back_and_forth(model_type: str) -> None:
         assert largest_difference(before, output_tensors(whole, inputs)) < 1e-6
         linear = output_linear(dense, module)
         full = dataclasses.replace(
-            random_level(dense, module, module.structures), weight=linear.weight.detach(), bias=linear.bias.detach()
+            random_level(dense, module, module.structures),
+            weight=linear.weight.detach(),
+            bias=torch.zeros(32) if linear.bias is None else linear.bias.detach(),
         )
         install(stitched, module.layer, build_replacement(dense, module, full))
         assert largest_difference(before, output_tensors(stitched, inputs)) < 1e-6

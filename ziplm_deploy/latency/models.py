@@ -16,13 +16,13 @@ from exporters import ExportError, ExportSettings
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.latency.grid import BASE, DENSE, DENSE_AS_SERVED, NO_LAYERS
 from ziplm_deploy.latency.request import TableRequest
-from ziplm_deploy.latency.shared_input import with_shared_input
+from ziplm_deploy.latency.shared_input import with_shared_inputs
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.models.resizing import random_resized, shared_copy
+from ziplm_deploy.models.resizing import install, random_resized, shared_copy
 from ziplm_deploy.models.shape import ModuleKind
 
 HIDDEN = ("last_hidden_state",)
@@ -58,7 +58,7 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
     """Every model that a table needs; built one at a time to bound memory."""
     dense, treatment, wrap, grid = request.dense, request.treatment, request.wrap, request.grid
     stack = random_stack(dense.config, grid.largest_depth, writes_text=is_language_model(dense))  # type: ignore[arg-type]
-    layer = type(layers_of(stack)[0])
+    layers_before = layers_of(stack)
 
     # What a treatment changes must be a copy: parts of the dense model are shared with whoever gave it.
     def whole(model: nn.Module) -> nn.Module:
@@ -69,10 +69,10 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
         layers = range(grid.depth(kind, size))
         part = first_layers(stack, len(layers))
         resized = random_resized(part, {f"{layer}.{name}": sizes[name] for layer in layers for name in sizes})
-        return with_shared_input(treatment.prepare(resized), layer)
+        return with_shared_inputs(treatment.prepare(resized), layers_before)
 
     def bare(model: nn.Module) -> nn.Module:
-        return with_shared_input(treatment.prepare(copy.deepcopy(first_layers(model, 0))), layer)
+        return with_shared_inputs(treatment.prepare(copy.deepcopy(first_layers(model, 0))), layers_before)
 
     yield TableModel(DENSE, lambda: wrap(dense), request.output_names, FLOAT32)
     if request.times_dense_as_served:
@@ -99,10 +99,16 @@ def first_layers(dense: nn.Module, depth: int) -> nn.Module:
 def random_stack(config: PretrainedConfig, depth: int, *, writes_text: bool = False) -> nn.Module:
     """A model of ``depth`` full layers of this configuration, random weights and a tiny vocabulary.
 
+    Layers of local and global attention take turns as in the model. One cell stands for both: a graph for CPUs computes
+    all scores of a local one, too, and masks most of them out.
+
     ``writes_text``: with the head of a causal language model; others have none.
     """
     config = copy.deepcopy(config)
     setattr(config, architecture_of(config).config_layers, depth)
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = [kinds[layer % len(kinds)] for layer in range(depth)]
     if hasattr(config, "vocab_size"):
         config.vocab_size = min(config.vocab_size, TINY_VOCABULARY)
     name = "AutoModel"
@@ -112,4 +118,12 @@ def random_stack(config: PretrainedConfig, depth: int, *, writes_text: bool = Fa
         name = "AutoModelForCausalLM"
     config._attn_implementation = "eager"
     model: nn.Module = model_class(config, name)(config)
+    _give_all_norms(model)
     return adapted(model.eval())
+
+
+def _give_all_norms(stack: nn.Module) -> None:
+    """Put a norm before a first attention that has none, as ModernBERT's: of a few layers it is a larger share."""
+    path, layers = architecture_of(stack.config).attention_norm, layers_of(stack)  # type: ignore[arg-type]
+    if path is not None and len(layers) > 1 and isinstance(layers[0].get_submodule(path), nn.Identity):
+        install(stack, 0, {path: copy.deepcopy(layers[1].get_submodule(path))})

@@ -74,7 +74,7 @@ class TableRequest:
     @property
     def _structure_bytes(self) -> dict[ModuleKind, float]:
         shape, weight_bytes = self.shape, 1 if self.treatment.variant.is_int8 else 4
-        gated = architecture_of(self.dense.config).ffn_gate is not None  # type: ignore[arg-type]
+        gated = architecture_of(self.dense.config).is_gated  # type: ignore[arg-type]
         return {
             "attention": 2 * (shape.queries_per_head + 1) * shape.head_dim * shape.hidden_size * weight_bytes,
             "ffn": (3 if gated else 2) * shape.hidden_size * weight_bytes,
@@ -105,9 +105,8 @@ class TableRequest:
         architecture = architecture_of(config)
         if architecture.causal is not None:
             parts.append(f"{self.form} {'cache' if is_language_model(self.dense) else 'attention'}")
-        shared = architecture.shared_input
-        if shared is not None:  # tables from before had a share of it in each cell
-            parts.append(f"{shared} in the base")
+        if architecture.shared_inputs:  # tables from before had a share of them in each cell
+            parts.append(f"{' '.join(architecture.shared_inputs)} in the base")
         layers = layers_of_dense(self.dense)
         if layers:
             parts.append(f"Dense layers of {' '.join(str(layer.out_features) for layer in layers)}")

@@ -1,11 +1,13 @@
 """What a model computes once for all of its layers, such as MPNet's position bias: the base of a table holds it.
 
+So it is with masks of local and global attention, and with sines and cosines of rotary positions.
 DeBERTa's is its mask of token pairs; what its attention reads of distances depends on no input, and costs nothing.
 
 A graph leaves out what nobody reads: a model without layers would be timed without it, and a stack of four layers with
 it. Cells would then hold a quarter of it each, and twelve layers would count it three times. So every model of a table
 but the whole ones reads it, by one more layer that does nothing else: the base holds it once, and in the difference of
-two stacks it cancels out. A plan without any attention is predicted with it all the same.
+two stacks it cancels out. A plan without any attention is predicted with it all the same. Where layers of two kinds
+get inputs of their own, as ModernBERT's with local and with global attention do, there is a reader for each kind.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.models.architectures import architecture_of
@@ -22,30 +25,44 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class _Reader(nn.Module):
-    """A layer that adds one number of the shared input to its own."""
+    """A layer that adds one number of each shared input to its own."""
 
-    def __init__(self, name: str, signature: inspect.Signature) -> None:
+    def __init__(self, names: tuple[str, ...], layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
-        self._name, self._signature = name, signature
+        self._names, self._returns_tuple = names, returns_tuple
+        self._signature = inspect.signature(layer.forward)
+        self.attention_type = _kind(layer)  # by which a model with several chooses the inputs
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        given = self._signature.bind(self, *args, **kwargs).arguments
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        given = self._signature.bind(*args, **kwargs).arguments
+        given = given | given.get("kwargs", {})
         hidden: Tensor = given["hidden_states"]  # [batch, length, hidden]
-        shared: Tensor = given[self._name]  # [1 or batch, heads or 1, length, length]
-        return hidden + shared[:, 0, :1, :1], None
+        for name in self._names:
+            shared = given[name]
+            for tensor in (shared,) if isinstance(shared, Tensor) else shared:
+                hidden = hidden + torch.flatten(tensor)[:1]  # [1]
+        return (hidden, None) if self._returns_tuple else hidden
 
 
-def with_shared_input(model: _Model, layer: type[nn.Module]) -> _Model:
+def with_shared_inputs(model: _Model, layers_before: nn.ModuleList) -> _Model:
     """``model``, changed in place so that it computes what its kind shares between layers; most kinds share nothing.
 
     Args:
         model: with any number of layers, also none.
-        layer: class of a layer, which says where in a call the shared input stands.
+        layers_before: layers of such a model, which say where in a call the shared inputs stand, and how many kinds of
+            layers there are.
     """
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
-    if architecture.shared_input is not None:
+    if architecture.shared_inputs:
         layers = layers_of(model)
-        layers.append(_Reader(architecture.shared_input, inspect.signature(layer.forward)))
+        for layer in {_kind(layer): layer for layer in layers_before}.values():
+            layers.append(_Reader(architecture.shared_inputs, layer, architecture.layer_returns_tuple))
         # transformers 4 makes a list of so many head masks, one for each layer.
         setattr(model.base_model.config, architecture.config_layers, len(layers))  # type: ignore[union-attr]
     return model
+
+
+def _kind(layer: nn.Module) -> str | None:
+    """Name of the attention that a layer has, where a model has several."""
+    kind: str | None = getattr(layer, "attention_type", None)
+    return kind

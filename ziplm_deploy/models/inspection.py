@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.documents import shortened
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
 from ziplm_deploy.models.config_file import config_of, read_config
@@ -18,8 +19,6 @@ from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_c
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
 from ziplm_deploy.models.shape import ModuleId
-
-DIFFERENT_LAYERS = 2  # the first layer of a model may lack what all others have
 
 
 def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
@@ -77,6 +76,9 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     """One row a layer: ``layer, heads, head_dim, ffn_width, parameters, prunable, reason``.
 
     An unsupported model gives a single row with ``prunable: False`` and the reason instead of an error.
+
+    Raises:
+        CorruptArtifactError: a configuration that transformers builds no model of.
     """
     config: Any = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     reason = why_not(config)
@@ -88,24 +90,33 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
         ]
     shape = model_shape(config)
     kept: dict[str, list[int]] = getattr(model_or_config, "ziplm_kept", {})
-    parameters = _layer_parameters(model_or_config, shape.n_layers)
     rows: list[dict[str, Any]] = []
-    for layer in range(shape.n_layers):
+    model = model_or_config if isinstance(model_or_config, nn.Module) else _without_weights(config)
+    for layer, block in enumerate(layers_of(model)):
         heads = len(kept.get(str(ModuleId(layer, "attention")), range(shape.n_heads)))
         width = len(kept.get(str(ModuleId(layer, "ffn")), range(shape.intermediate_size)))
-        sizes = {"heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters[layer]}
-        rows.append({"layer": layer, **sizes} | {"prunable": True, "reason": ""})
+        parameters = sum(parameter.numel() for parameter in block.parameters())
+        rows.append(
+            {"layer": layer, "heads": heads, "head_dim": shape.head_dim, "ffn_width": width, "parameters": parameters}
+            | {"prunable": True, "reason": ""}
+        )
     return rows
 
 
-def _layer_parameters(model_or_config: nn.Module | PretrainedConfig, n_layers: int) -> list[int]:
-    """Parameters of each layer; of a configuration, those of the layers that it describes."""
-    if isinstance(model_or_config, nn.Module):
-        return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model_or_config)]
-    config, built = copy.deepcopy(model_or_config), min(n_layers, DIFFERENT_LAYERS)
-    setattr(config, ARCHITECTURES[config.model_type].config_layers, built)
-    with torch.device("meta"):  # takes no memory for weights
-        causal = ARCHITECTURES[config.model_type].causal is not None
-        model: nn.Module = adapted(model_class(config, "AutoModelForCausalLM" if causal else "AutoModel")(config))
-    first = _layer_parameters(model, built)
-    return [*first, *([first[-1]] * (n_layers - built))]
+def _without_weights(config: PretrainedConfig) -> nn.Module:
+    """The dense model of a configuration, on the ``meta`` device: shapes that take no memory.
+
+    Raises:
+        CorruptArtifactError: transformers cannot build it.
+    """
+    causal = ARCHITECTURES[config.model_type].causal is not None
+    try:
+        with torch.device("meta"):
+            built = model_class(config, "AutoModelForCausalLM" if causal else "AutoModel")
+            model: nn.Module = adapted(built(copy.deepcopy(config)))
+    except Exception as error:  # transformers trusts the fields of config.json, so that it may raise anything
+        raise CorruptArtifactError(
+            f"expected the settings of a {config.model_type} model, found: {type(error).__name__}: "
+            f"{shortened(str(error))}; copy its config.json again"
+        ) from error
+    return model

@@ -45,6 +45,8 @@ from ziplm_deploy.recipe import ModelConfig, TaskName
 
 MEMBER_FILE = "ziplm_config.json"
 WEIGHTS_FILE = "pruned.safetensors"
+# Some configurations of transformers check sizes of the whole model, which it refuses to read if they differ by layer.
+_READ_BY_LAYER = {"allow_global_per_layer_attribute_access": True}
 # The dense model that a member is built from is at most so many times as large, beyond a GiB that costs nobody much.
 MAX_PRUNING, FREE_PARAMETERS = 16, 1 << 28
 
@@ -181,7 +183,8 @@ def _check_names(model: nn.Module, weights: Path) -> None:
 def _dense_config(folder: Path) -> Any:
     """The dense model's configuration: without what differs by layer, which newer transformers would apply."""
     fields = read_json(folder / "config.json", finite=True)
-    fields.pop("per_layer_config", None)
+    for name in ("per_layer_config", *_READ_BY_LAYER):
+        fields.pop(name, None)
     config = config_of(fields, str(folder))
     settle_class_names(config, fields, str(folder))
     return config
@@ -241,4 +244,6 @@ def _config_json(model: nn.Module, kept: dict[str, list[int]], shape: ModelShape
             per_layer[str(layer)] = differing
     # As in transformers >= 5.14: by layer, only what differs from the global value. Older versions ignore it.
     fields |= {"architectures": [type(model).__name__], "per_layer_config": per_layer}
+    if per_layer:
+        fields |= _READ_BY_LAYER
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -48,7 +48,7 @@ def _pruned(architecture: Architecture) -> tuple[str, ...]:
     grouped = architecture.config_kv_heads is not None
     return (
         "cached heads, each with the query heads that read it" if grouped else "attention heads",
-        "FFN columns, each with its gate" if architecture.ffn_gate is not None else "FFN columns",
+        "FFN columns, each with its gate" if architecture.is_gated else "FFN columns",
         "whole attention blocks and FFNs",
     )
 
@@ -58,6 +58,6 @@ def _dense(architecture: Architecture) -> tuple[str, ...]:
         return ("hidden size", "token embeddings", "norms", "positions", "head over the vocabulary")
     of_images = hasattr(transformers.CONFIG_MAPPING[architecture.model_type](), "image_size")
     inputs = "patch and position embeddings" if of_images else "word and position embeddings"
-    shared = f"{architecture.shared_input} of all layers, cut to the heads that are kept"
-    more = (shared.replace("_", " "),) if architecture.shared_input is not None else ()
-    return ("hidden size", inputs, "norms", "head of the task", *more)
+    cut = ", cut to the heads that are kept" if architecture.sliced_attention is not None else ""
+    shared = (f"{name.replace('_', ' ')} of all layers{cut}" for name in architecture.shared_inputs)
+    return ("hidden size", inputs, "norms", "head of the task", *shared)

@@ -100,7 +100,7 @@ def build_replacement(model: nn.Module, module: PrunableModule, entry: LevelWeig
     if module.kind == "attention":
         _keep_heads(architecture, block, module, entry.kept)
     else:
-        block = _keep_columns(architecture, block, entry.kept)
+        block = _keep_columns(architecture, block, module, entry.kept)
     linear = output_linear(model, module)
     output = _linear(entry.weight, entry.bias if _needs_bias(linear, entry) else None, like=linear.weight)
     replacement: Replacement = {architecture.block(module.kind): block}
@@ -247,12 +247,15 @@ def _projection_rows(architecture: Architecture, module: PrunableModule, kept: t
     return {architecture.query: torch.cat([cached, cached + third, cached + 2 * third])}
 
 
-def _keep_columns(architecture: Architecture, block: nn.Module, kept: torch.Tensor) -> nn.Module:
+def _keep_columns(
+    architecture: Architecture, block: nn.Module, module: PrunableModule, kept: torch.Tensor
+) -> nn.Module:
     """An FFN's block with the rows of the kept columns in its first linear, and in its gate."""
+    rows = torch.cat([kept, kept + module.structures]) if architecture.ffn_fused else kept
     if not architecture.ffn_input:
-        return _keep_rows(block, kept)
+        return _keep_rows(block, rows)
     for name in filter(None, (architecture.ffn_input, architecture.ffn_gate)):
-        block._modules[name] = _keep_rows(block.get_submodule(name), kept)
+        block._modules[name] = _keep_rows(block.get_submodule(name), rows)
     return block
 
 

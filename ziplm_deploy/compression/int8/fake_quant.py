@@ -201,8 +201,8 @@ def insert_fake_quant(
 ) -> dict[str, QuantizedLinear]:
     """Put quantized linears in place of the plain ones; returns them by module path.
 
-    :func:`remove_fake_quant` undoes it. Query, key and value of a layer share their activation's scale. Weights and
-    biases stay the same parameters.
+    :func:`remove_fake_quant` undoes it. Query, key and value of a layer share their activation's scale, and so do an
+    FFN and its gate. Weights and biases stay the same parameters.
 
     Raises:
         UsageError: the model has quantized linears already, or a linear has no range.
@@ -266,18 +266,21 @@ def _named(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Line
 
 
 def _quantizers(model: nn.Module, ranges: Mapping[str, ActivationRange]) -> dict[str, ActivationQuantizer]:
-    """A quantizer for each linear; one for those of q, k and v that a layer quantizes."""
+    """A quantizer for each linear; one for those of q, k and v that a layer quantizes, one for an FFN and its gate."""
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     layers = layers_of(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found: dict[str, ActivationQuantizer] = {}
     for index in range(len(layers)):
-        attention = f"{prefix}.{index}.{architecture.attention}"
-        paths = [f"{attention}.{part}" for part in (architecture.query, architecture.key, architecture.value)]
-        shared = [name for name in paths if name in ranges]
-        if shared:
-            low, high = min(ranges[name].low for name in shared), max(ranges[name].high for name in shared)
-            found.update(dict.fromkeys(shared, ActivationQuantizer(ActivationRange(low, high))))
+        for block, parts in (
+            (architecture.attention, (architecture.query, architecture.key, architecture.value)),
+            (architecture.ffn, (architecture.ffn_input, architecture.ffn_gate)),
+        ):
+            paths = [".".join(filter(None, (prefix, str(index), block, part))) for part in parts if part is not None]
+            shared = [name for name in paths if name in ranges]
+            if shared:
+                low, high = min(ranges[name].low for name in shared), max(ranges[name].high for name in shared)
+                found.update(dict.fromkeys(shared, ActivationQuantizer(ActivationRange(low, high))))
     for name, values in ranges.items():
         if name not in found:
             found[name] = ActivationQuantizer(values)

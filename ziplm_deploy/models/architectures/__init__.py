@@ -1,6 +1,6 @@
 """The only room that knows attribute paths of Hugging Face models.
 
-An architecture is one entry of ``encoders.py``, ``relative.py``, ``image_encoders.py``, ``towers.py`` or
+An architecture is one entry of ``encoders.py``, ``modern.py``, ``relative.py``, ``image_encoders.py``, ``towers.py`` or
 ``decoders.py``.
 
 Exporters, quantizers, search and training ask :func:`architecture_of`, or go by the numbered layers that it names.
@@ -15,6 +15,7 @@ from ziplm_deploy.models.architectures.base import Architecture
 from ziplm_deploy.models.architectures.decoders import DECODERS
 from ziplm_deploy.models.architectures.encoders import ENCODERS
 from ziplm_deploy.models.architectures.image_encoders import IMAGE_ENCODERS
+from ziplm_deploy.models.architectures.modern import MODERN_ENCODERS
 from ziplm_deploy.models.architectures.others import OTHERS, native_type, why_unsupported
 from ziplm_deploy.models.architectures.relative import RELATIVE
 from ziplm_deploy.models.architectures.towers import TOWERS
@@ -22,7 +23,7 @@ from ziplm_deploy.models.architectures.towers import TOWERS
 __all__ = ["ARCHITECTURES", "OTHERS", "Architecture", "architecture_of", "native_type", "why_not", "why_unsupported"]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    entry.model_type: entry for entry in (*ENCODERS, *RELATIVE, *IMAGE_ENCODERS, *TOWERS, *DECODERS)
+    entry.model_type: entry for entry in (*ENCODERS, *MODERN_ENCODERS, *RELATIVE, *IMAGE_ENCODERS, *TOWERS, *DECODERS)
 }
 
 
@@ -61,7 +62,7 @@ def why_not(config: PretrainedConfig) -> str | None:
         return f"a {model_type} whose heads were pruned before (pruned_heads): save it without them"
     if getattr(config, "drop_path_rate", 0):
         return f"drop_path_rate {config.drop_path_rate}: set it to 0, it only leaves blocks out in training"
-    return _settings_reason(config) or _heads_reason(config)
+    return _settings_reason(config) or _rotary_reason(config) or _heads_reason(config)
 
 
 def _settings_reason(config: PretrainedConfig) -> str | None:
@@ -74,6 +75,19 @@ def _settings_reason(config: PretrainedConfig) -> str | None:
     size = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if size != config.hidden_size:
         return f"a {config.model_type} with embeddings of {size} for a hidden size of {config.hidden_size}"
+    return None
+
+
+def _rotary_reason(config: PretrainedConfig) -> str | None:
+    """Reason of an encoder's rotary positions: a file has fixed frequencies. Those of others: ``causal_parts``."""
+    if ARCHITECTURES[config.model_type].causal is not None:
+        return None
+    settings = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    found = [each for each in settings if isinstance(each, dict)]
+    found += [each for mapping in found for each in mapping.values() if isinstance(each, dict)]  # by kind of attention
+    for kind in (each.get("rope_type", each.get("type")) for each in found):
+        if kind in ("dynamic", "longrope"):
+            return f"a {config.model_type} with rope_type {kind!r}: its frequencies depend on the length of the text"
     return None
 
 

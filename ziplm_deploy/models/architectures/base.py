@@ -48,6 +48,7 @@ class Architecture:
     ffn: str = "intermediate"
     ffn_input: str = "dense"  # relative to `ffn`
     ffn_gate: str | None = None  # as well: its row j is multiplied with row j of the first
+    ffn_fused: bool = False  # no linear of its own for that: `ffn_input` computes all columns, then all their factors
     ffn_output: str = "output.dense"
     ffn_residual: str = "intermediate"  # its first input is what the FFN's output is added to
     attention_norm: str | None = None  # LayerNorm before the block (pre-LN): nobody reads it if the block is dropped
@@ -61,7 +62,8 @@ class Architecture:
     position_projections: tuple[str, ...] = ()  # relative to `attention`, where there are: rows of heads, of no token
     causal: CausalPaths | None = None  # causal language models only: what lies outside of the layers
     sliced_attention: type[nn.Module] | None = None  # class of an attention block with fewer heads
-    shared_input: str | None = None  # argument of every layer that the model computes once for all of them
+    shared_inputs: tuple[str, ...] = ()  # arguments of every layer that the model computes once for all of them
+    layer_returns_tuple: bool = True  # asked only of models with those
     sized_embeddings: type[nn.Module] | None = None  # class of `embeddings` whose positions fit images of one size only
     adapt: Callable[[nn.Module], None] | None = None  # of a model just built, in place: the same answers otherwise
     dropped_attention: Callable[[Tensor, nn.Module], nn.Module] | None = None  # of a bias and the old block
@@ -69,6 +71,11 @@ class Architecture:
     variant: Callable[[Any], Architecture] | None = None  # of a configuration whose layers have other parts
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
     why_refused: Mapping[str, str] = field(default_factory=dict)  # more of those settings, in words
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether each column of the FFN takes two rows of weights before its activation."""
+        return self.ffn_gate is not None or self.ffn_fused
 
     def block(self, kind: ModuleKind) -> str:
         """Path of the block that is replaced when a module of this kind shrinks."""

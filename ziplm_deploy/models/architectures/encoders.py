@@ -54,6 +54,6 @@ ENCODERS = (
         value="v",
         attention_output="attention.attn.o",
         sliced_attention=HeadSlicedMPNetAttention,
-        shared_input="position_bias",
+        shared_inputs=("position_bias",),
     ),
 )

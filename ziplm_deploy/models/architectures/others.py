@@ -32,7 +32,7 @@ _BLOCK_SPARSE = "it attends to blocks of tokens, some at random, by code of its 
 _REASONS: dict[str, tuple[str, ...]] = {
     _LIKE: (
         *("rembert", "roberta-prelayernorm", "megatron-bert", "roformer", "bert-generation", "splinter", "vit_msn"),
-        *("dinov2_with_registers", "nomic_bert", "gte", "eurobert", "jina_embeddings_v3", "dpr"),
+        *("dinov2_with_registers", "dpr"),
         *("gemma", "starcoder2", "stablelm", "phi", "cohere", "granite", "smollm3", "olmo", "gpt_neo", "codegen"),
         *("gptj", "openai-gpt", "ctrl", "xglm", "biogpt"),
     ),
@@ -55,10 +55,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "it reads characters, and shortens and lengthens the sequence by convolutions": ("canine",),
     "it attends from a fixed set of vectors to its inputs, by cross-attention": ("perceiver",),
     "its scores have terms of content and relative position, by one linear for query, key and value": ("deberta",),
-    "its scores have terms of relative positions, through the projections of query and key": ("deberta-v2",),
-    "one linear computes query, key and value, another an FFN's columns and their gate: no entry says so": (
-        *("modernbert", "phi3"),
-    ),
+    "one linear computes query, key and value, another an FFN's columns and their gate: no entry says so": ("phi3",),
     "its linears are quantized by classes of their own": ("ibert",),
     "it reads proteins, which no task here has": ("esm",),
     "it reads entities beside words, with further queries for each pair of the two": ("luke",),
@@ -80,7 +77,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     _ALIBI: ("bloom", "mpt"),
     _ENCODER_DECODER: (
-        *("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "t5", "mt5", "umt5", "longt5"),
+        *("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "mt5", "umt5", "longt5"),
         *("whisper", "speech_to_text"),
     ),
     _AUDIO: ("wav2vec2", "hubert", "wavlm"),

@@ -16,7 +16,7 @@ _DEBERTA = Architecture(
     value="value_proj",
     position_projections=("pos_key_proj", "pos_query_proj"),
     adapt=read_by_distance,
-    shared_input="attention_mask",
+    shared_inputs=("attention_mask",),
     refused={"conv_kernel_size": (0, None)},
     why_refused={"conv_kernel_size": "a convolution after its first layer, which no cell of a table would hold"},
 )
@@ -47,7 +47,7 @@ _T5 = Architecture(
     config_ffn_width="d_ff",
     sliced_attention=HeadSlicedT5Attention,
     dropped_attention=DroppedT5Attention,
-    shared_input="position_bias",
+    shared_inputs=("position_bias",),
     adapt=share_bias,
     model_classes={
         "AutoModel": "T5EncoderModel",
