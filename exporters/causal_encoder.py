@@ -202,7 +202,7 @@ class _Encoder:
 
 
 class _FusedEncoder(_Encoder):
-    """The same around the layers of a fused graph, which want each row's text to begin at its first place."""
+    """What stands around the layers of a fused graph, which want each row's text to begin at its first place."""
 
     def prepare(self) -> None:
         real = self._node("Cast", ["attention_mask"], "/turn/Cast", to=TensorProto.INT32)

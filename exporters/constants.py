@@ -59,7 +59,7 @@ def _values(model: onnx.ModelProto, nodes: list[onnx.NodeProto], names: list[str
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
-    """Those of the nodes, in their order, that the wanted tensors depend on."""
+    """Nodes of a list, in their order, that the wanted tensors depend on."""
     found = []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.output):

@@ -291,7 +291,7 @@ def test_an_unknown_engine_is_named(tmp_path: Path) -> None:
     path = write_mlp(tmp_path / "a.onnx", 8)
     result = invoke("benchmark", path, "--engine", "onnxruntime", "--engine", "tensorrt")
     assert result.exit_code == 2
-    assert "--engine: Input should be 'deepsparse', 'onnxruntime' or 'openvino'" in result.stderr
+    assert "--engine: Input should be 'deepsparse', 'llamacpp', 'onnxruntime' or 'openvino'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PretrainedConfi
     if model_type in ("modernbert", "eurobert"):  # by default beyond this vocabulary
         common |= {"bos_token_id": 2, "eos_token_id": 3}
     if model_type == "eurobert":
-        common |= {"num_key_value_heads": 4}
+        common |= {"num_key_value_heads": changes.get("num_attention_heads", 4)}
     common |= {"attn_implementation": "eager"}
     config = transformers.AutoConfig.for_model(model_type, **{**common, **changes})
     config._attn_implementation = "eager"

@@ -229,7 +229,8 @@ def test_load_dense_equals_the_saved_model(model_type: str, tmp_path: Path) -> N
     original = save_dense(tmp_path, model_type, task)
     model, _ = load_dense(settings(tmp_path, task))
     inputs = tiny_inputs(original)
-    rounding = 1e-5 if model_type == "dinov2" else 0  # of the layer scales, folded
+    # Of the layer scales, folded; of products of weights whose tensors lie elsewhere in memory.
+    rounding = {"dinov2": 1e-5, "deberta-v2": 1e-5}.get(model_type, 0)
     torch.testing.assert_close(output_tensors(model, inputs), output_tensors(original, inputs), rtol=0, atol=rounding)
     assert not model.training
     assert model.config._attn_implementation == "eager"

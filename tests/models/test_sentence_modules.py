@@ -181,7 +181,6 @@ def test_a_plain_model_says_nothing(tmp_path: Path) -> None:
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls [+] mean"),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}, "none"),
         ({"pooling_mode": ["mean", "max"]}, "mean [+] max"),
-        ({"pooling_mode": "lasttoken"}, "lasttoken"),
         ({"pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True}, "weightedmean"),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
     ],

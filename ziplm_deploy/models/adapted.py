@@ -34,7 +34,8 @@ def model_class(config: Any, auto_class: str) -> type[Any]:
             f"expected a model with a head for {auto_class}, found a {config.model_type}"
             f"{' whose class for it has a decoder' if classes else ''}; choose another task"
         )
-    found = classes[0]
+    # The one that the configuration names, where several do a task: distilled DeiTs have a second head.
+    found = next((each for each in classes if each.__name__ in (config.architectures or ())), classes[0])
     return found
 
 

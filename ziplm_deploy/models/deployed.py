@@ -82,7 +82,7 @@ def write_graph(
         inputs = dummy_inputs(model, settings)
         export_encoder(model, inputs, output_names, path, settings)
         return inputs
-    inner = model.model if isinstance(model, EmbeddingModel) else model
+    inner = model.wrapped if isinstance(model, EmbeddingModel) else model
     parts = causal_parts(inner)
     longest = min(parts.max_positions, MAX_POSITIONS)
     if settings.seq_len > longest:
@@ -97,7 +97,7 @@ def write_graph(
 def _head(model: nn.Module) -> EmbeddingHead | None:
     if not isinstance(model, EmbeddingModel):
         return None
-    return EmbeddingHead(model.pooling, model.normalize, tuple(sentence_dense(model.model) or ()))
+    return EmbeddingHead(model.pooling, model.normalize, tuple(sentence_dense(model.wrapped) or ()))
 
 
 @dataclass(frozen=True)

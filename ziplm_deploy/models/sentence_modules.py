@@ -96,10 +96,6 @@ class _Dense(Fields):
     activation_function: str = "torch.nn.modules.activation.Tanh"
 
 
-class _Encoder(Fields):
-    matryoshka_dimensions: list[Annotated[int, Field(ge=1)]] | None = None
-
-
 class _Settings(Fields):
     truncate_dim: Annotated[int, Field(ge=1)] | None = None
     prompts: dict[str, str | None] | None = None
@@ -117,7 +113,7 @@ class SentenceModules:
     prompt: str | None = None  # put before every text by default
     query_prompt: str | None = None  # put before queries, and the next before passages
     passage_prompt: str | None = None
-    dimensions: tuple[int, ...] | None = None  # numbers that embeddings may be cut to
+    dimensions: tuple[int, ...] | None = None  # sizes that embeddings may be cut to
     similarity: Similarity | None = None
     include_prompt: bool = True  # whether the tokens of a prompt are pooled, too
     transformer: str = ""  # sub-folder of the transformers model: old ones have it in 0_Transformer
@@ -127,7 +123,6 @@ class SentenceModules:
     max_seq_length: int | None = None  # tokens
     do_lower_case: bool = False
     activation: str | None = None  # over the score of a cross-encoder; full name of a class of torch
-    matryoshka_dims: tuple[int, ...] = ()  # sizes that embeddings may be cut to, largest first
     is_tower: bool = False  # CLIP's: with its projection as a Dense layer, the weights in its own file
 
     def answers(self, seq_len: int) -> dict[str, Any]:
@@ -245,7 +240,7 @@ def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
             f"{shortened(', '.join(kinds)) or 'no modules'}; choose another model"
         )
     found = SentenceModules(files.path, normalize="Normalize" in kinds, transformer=modules[0][0].path)
-    found = _with_dimensions(_with_prompt(_with_texts(found, files, _NEUTRAL), files), files)
+    found = _with_prompt(_with_texts(found, files, _NEUTRAL), files)
     for module, kind in modules[1:]:
         name, fields = files.mapping(f"{module.path}/config.json")
         if kind == "Pooling":
@@ -257,10 +252,10 @@ def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
         if kind == "Dense":
             layer = _dense_layer(fields, f"{files.path}/{name}")
             found = replace(found, dense=(*found.dense, layer), dense_folders=(*found.dense_folders, module.path))
-    return replace(found, matryoshka_dims=_matryoshka_dims(found, files))
+    return replace(found, dimensions=_dimensions(found, files))
 
 
-def _matryoshka_dims(found: SentenceModules, files: SentenceFiles) -> tuple[int, ...]:
+def _dimensions(found: SentenceModules, files: SentenceFiles) -> tuple[int, ...] | None:
     """Sizes that a model was trained to be cut to, from the first file that lists them: settings, or its model card.
 
     No release of sentence-transformers has a field for them; its cards show the settings of the loss.
@@ -273,8 +268,10 @@ def _matryoshka_dims(found: SentenceModules, files: SentenceFiles) -> tuple[int,
         listed = _DIMENSIONS.search(text)
         if listed is not None:
             sizes = {int(each) for each in re.findall(r"\b\d{1,6}\b", listed[1])}
-            return tuple(sorted((each for each in sizes if 0 < each <= (size or each)), reverse=True))
-    return ()
+            return tuple(sorted(each for each in sizes if 0 < each <= (size or each))) or None
+    name, fields = files.mapping(SETTINGS_FILE)
+    cut = checked(_Settings, fields, f"{files.path}/{name}").truncate_dim
+    return None if cut is None else (cut,)
 
 
 def _read_cross_encoder(files: SentenceFiles) -> SentenceModules:
@@ -350,16 +347,6 @@ def _with_prompt(found: SentenceModules, files: SentenceFiles) -> SentenceModule
         passage_prompt=of_passages,
         similarity=None if similarity is None else _SIMILARITIES[similarity],
     )
-
-
-def _with_dimensions(found: SentenceModules, files: SentenceFiles) -> SentenceModules:
-    """Add the sizes that embeddings may be cut to: ``matryoshka_dimensions`` of the encoder, else ``truncate_dim``."""
-    name, fields = files.mapping(f"{found.transformer}/config.json" if found.transformer else "config.json")
-    encoder = checked(_Encoder, fields, f"{files.path}/{name}")
-    name, fields = files.mapping(SETTINGS_FILE)
-    size = checked(_Settings, fields, f"{files.path}/{name}").truncate_dim
-    named = encoder.matryoshka_dimensions or ([] if size is None else [size])
-    return replace(found, dimensions=tuple(sorted(set(named))) or None)
 
 
 def _with_pooling(found: SentenceModules, name: str, fields: Any) -> SentenceModules:

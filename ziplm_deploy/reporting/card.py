@@ -26,13 +26,11 @@ from ziplm_deploy.reporting.table import (
 )
 
 
-def model_card(
-    report: FamilyReport, member: MemberReport, ort_class: str, matryoshka_dims: tuple[int, ...] = ()
-) -> str:
+def model_card(report: FamilyReport, member: MemberReport, ort_class: str, dimensions: tuple[int, ...] = ()) -> str:
     """Card of one member: what was measured, where, and how to load it.
 
     Args:
-        matryoshka_dims: sizes that embeddings of the original may be cut to, as its files say.
+        dimensions: sizes that embeddings of the original may be cut to, as its files say.
     """
     dense = report.members[0]
     title = f"{report.name}, {member.name}"
@@ -47,7 +45,7 @@ def model_card(
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
         _usage(report, member, ort_class),
-        *filter(None, [_cuts(matryoshka_dims)]),
+        *filter(None, [_cuts(dimensions)]),
         "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -207,14 +205,14 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
     )
 
 
-def _cuts(matryoshka_dims: tuple[int, ...]) -> str:
+def _cuts(dimensions: tuple[int, ...]) -> str:
     """What is known about shorter embeddings, in the words that the files of models have for it."""
-    if not matryoshka_dims:
+    if not dimensions:
         return ""
     return (
         f'The original was trained to have its embeddings cut (Matryoshka): `"matryoshka_dims": '
-        f"{list(matryoshka_dims)}`. The first so many numbers are an embedding, to be normalized again. The scores "
-        "above are those of whole ones."
+        f"{sorted(dimensions, reverse=True)}`. The first so many numbers are an embedding, to be normalized again. "
+        "The scores above are those of whole ones."
     )
 
 

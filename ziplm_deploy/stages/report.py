@@ -13,7 +13,6 @@ from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.machine import distributed
-from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
@@ -50,7 +49,7 @@ def write_report(run: Run) -> FamilyReport:
     run.folder.save()  # also when every stage was skipped: the recipe may differ in what only the report reads
     report = family_report(family_facts(run))
     if distributed.is_first():
-        dims = read_sentence_modules(run.recipe.model).matryoshka_dims
+        dims = run.recipe.model.dimensions or ()
         for member, row in zip(run.members, report.members, strict=True):
             write_text(member.folder / "README.md", model_card(report, row, run.task.ort_class, dims))
         write_text(run.folder.path / "report.md", family_markdown(report))

@@ -79,7 +79,7 @@ class Reranking(TextRegression):
         return super().read_label(value, number)
 
     def sample(self, rows: list[Row], which: Which, count: int | None, seed: int) -> list[Row]:
-        """As for every task; of evaluation rows ``count`` queries, each with all its passages."""
+        """Rows of a sample; of evaluation rows ``count`` queries, each with all its passages."""
         if which != "evaluation":
             return super().sample(rows, which, count, seed)
         queries = [{"rows": [rows[index] for index in indices]} for indices in by_query(rows)]
@@ -143,7 +143,7 @@ def by_query(rows: list[Row]) -> list[list[int]]:
 
 
 def decided(rows: list[Row]) -> list[list[int]]:
-    """Those of :func:`by_query` with a relevant passage and a less relevant one: their order can be right or wrong."""
+    """Queries of :func:`by_query` with passages of more than one relevance, whose order can be right or wrong."""
     return [indices for indices in by_query(rows) if len({rows[index]["label"] for index in indices}) > 1]
 
 
