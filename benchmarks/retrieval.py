@@ -4,8 +4,8 @@
 ``benchmarks/results/retrieval.json``. FOLDER holds ``squad/validation.jsonl.gz``, which is searched, and
 ``squad/train_first44.jsonl.gz``, whose questions and paragraphs calibrate and train: other articles, and no labels.
 Symmetric: a member embeds questions and paragraphs. Asymmetric: the dense model has embedded the paragraphs.
-``--steps 0`` leaves members as pruned. A short trial: ``--questions 100 --rows 400 --calibration 256 --steps 2 --targets 2 --seq-len 64
---quick``.
+``--steps 0`` leaves members as pruned. A short trial: ``--questions 100 --rows 400 --calibration 256 --steps 2
+--targets 2 --seq-len 64 --quick``.
 """
 
 from __future__ import annotations
