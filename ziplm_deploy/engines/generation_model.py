@@ -77,7 +77,7 @@ class GenerationModel(GenerationMixin):  # type: ignore[misc, unused-ignore]
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the cache is in the session's buffers
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override, unused-ignore]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
         """Arguments of a call: all tokens so far ``[batch, tokens]`` and their mask; what is new is found there."""
@@ -111,7 +111,8 @@ class GenerationModel(GenerationMixin):  # type: ignore[misc, unused-ignore]
                 self._model.grow(self._capacity(int(self._model.lengths.max()) + 1))
             logits = self._model.call(ids[:, -1:], np.ones(len(ids), np.int64))
         self._ids = ids
-        return CausalLMOutputWithPast(logits=torch.from_numpy(np.array(logits[:, -1:])))
+        found: Any = torch.from_numpy(np.array(logits[:, -1:]))
+        return CausalLMOutputWithPast(logits=found)
 
     def _rows_before(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
         """For every row, the row of the call before that it is one token longer than; None: some row is new."""

@@ -57,7 +57,7 @@ class SharedBiasT5Stack(T5Stack):  # type: ignore[no-untyped-call, unused-ignore
     bucket_of_distance: Tensor  # int64 [2 * farthest + 1], buffer
     bias_table: tuple[nn.Embedding]  # of the first layer, which may have been replaced; no sub-module of its own
 
-    def forward(
+    def forward(  # type: ignore[override, unused-ignore]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
