@@ -129,12 +129,7 @@ def tiny_causal_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.M
     torch.manual_seed(seed)
     config = tiny_causal_config(model_type, **changes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return adapted(model.eval())
+    return adapted(shaken(model, seed))
 
 
 def tiny_model(model_type: str, task: str | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
@@ -153,6 +148,11 @@ def plain_model(model_type: str, task: str | None = None, *, seed: int = 0, **ch
     torch.manual_seed(seed)
     takes_pooler = AUTO_CLASSES[task] == "AutoModel" and "add_pooling_layer" in inspect.signature(own_class).parameters
     model: nn.Module = own_class(config, **({"add_pooling_layer": False} if takes_pooler else {}))
+    return shaken(model, seed)
+
+
+def shaken(model: nn.Module, seed: int) -> nn.Module:
+    """A model in eval mode with noise in every parameter: initial biases of 0 and norms of 1 would hide faults."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

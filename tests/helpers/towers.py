@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.helpers.models import tiny_inputs, tiny_tokenizer
+from tests.helpers.models import shaken, tiny_inputs, tiny_tokenizer
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 # The tokenizer's first word is below, [SEP] is 3: what ends a text.
@@ -39,7 +39,7 @@ def tower(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     """A random tower in eval mode, with norms and biases far from where they begin."""
     torch.manual_seed(seed)
     model: nn.Module = getattr(transformers, CLASSES[model_type])(tower_config(model_type, **changes))
-    return _shaken(model, seed)
+    return shaken(model, seed)
 
 
 def tower_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def save_clip(folder: Path) -> Any:
     config = transformers.CLIPConfig(**settings, projection_dim=PROJECTION)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model: Any = _shaken(transformers.CLIPModel(config), 0)
+    model: Any = shaken(transformers.CLIPModel(config), 0)
     model.save_pretrained(folder)
     tiny_tokenizer(folder / "words").save_pretrained(folder)
     return model
@@ -66,12 +66,3 @@ def save_clip(folder: Path) -> Any:
 
 def _kinds() -> dict[str, dict[str, Any]]:
     return {"text_config": TEXT, "vision_config": {**IMAGE, "num_hidden_layers": 4}}
-
-
-def _shaken(model: nn.Module, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * (0.2 if parameter.dim() > 1 else 0.1))
-    return model.eval()

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 
 from ziplm_deploy.models.architectures import ARCHITECTURES, OTHERS, Architecture, why_unsupported
+from ziplm_deploy.models.dense import quiet_transformers
 
 # Families whose pruned members were judged with weights that somebody trained; all others with random ones.
 _REAL_WEIGHTS = {"bert": "real weights (MiniLM)", "llama": "real weights (SmolLM2)"}
@@ -56,7 +57,8 @@ def _pruned(architecture: Architecture) -> tuple[str, ...]:
 def _dense(architecture: Architecture) -> tuple[str, ...]:
     if architecture.causal is not None:
         return ("hidden size", "token embeddings", "norms", "positions", "head over the vocabulary")
-    of_images = hasattr(transformers.CONFIG_MAPPING[architecture.model_type](), "image_size")
+    with quiet_transformers():  # some default settings do not fit each other
+        of_images = hasattr(transformers.CONFIG_MAPPING[architecture.model_type](), "image_size")
     inputs = "patch and position embeddings" if of_images else "word and position embeddings"
     cut = ", cut to the heads that are kept" if architecture.sliced_attention is not None else ""
     shared = (f"{name.replace('_', ' ')} of all layers{cut}" for name in architecture.shared_inputs)

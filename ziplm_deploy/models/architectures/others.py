@@ -63,7 +63,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "every layer has an adapter a language": ("xmod",),
     _BOXES: ("layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "markuplm", "tapas"),
     _TWO_INPUTS: ("lxmert", "visual_bert", "vilt"),
-    "two encoders with a loss between them": ("clip", "siglip"),
+    "two towers with a loss between them; inspect each by its own type, such as clip_text_model": ("clip", "siglip"),
     _STATE_SPACE: ("mamba", "mamba2", "falcon_mamba", "rwkv"),
     _HYBRID: ("jamba", "zamba", "bamba", "qwen3_next", "lfm2"),
     _EXPERTS: (
