@@ -266,14 +266,15 @@ def main() -> None:
             f"{row['table_seconds']:.0f} s",
             file=sys.stderr,
         )
-    settings = {
-        "left_out": left_out,
-        "models": models,
-        "profile": profile_config(options).model_dump(mode="json"),
-        "benchmark": benchmark_config(options).model_dump(),
-        "seed": options.seed,
-    }
-    write_result("architectures", figures_of(rows, models), rows, settings, options.output)
+        settings = {
+            "left_out": left_out,
+            "models": models,
+            "profile": profile_config(options).model_dump(mode="json"),
+            "benchmark": benchmark_config(options).model_dump(),
+            "seed": options.seed,
+        }
+        # after every family: a long run that is stopped keeps what it has
+        write_result("architectures", figures_of(rows, models), rows, settings, options.output)
 
 
 if __name__ == "__main__":

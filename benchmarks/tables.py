@@ -25,6 +25,7 @@ from tables_compression import (
     sparsity_accuracy_table,
     zeros_and_integers,
 )
+from tables_models import architectures_table, decoder_speed_table
 
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.guides import first_sentence, guide_names
@@ -268,6 +269,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation_table,
     "pareto": pareto_table,
     "retrieval": retrieval_table,
+    "architectures": architectures_table,
+    "decoder_speed": decoder_speed_table,
     "compound": compound_table,
     "compound_tables": compound_targets_table,
     "sparsity_accuracy": sparsity_accuracy_table,

@@ -91,6 +91,7 @@ def python(copied: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_method_a_task_an_engine_and_a_stage_more(copied: Path, tmp_path: Path) -> None:
     save_dense(tmp_path / "model", task="text-classification", num_hidden_layers=1)
     write_rows(tmp_path / "train.jsonl", 64, 0)

@@ -25,6 +25,7 @@ EXPECTED = [
     "inspect_model",
     "load",
     "load_generation_model",
+    "load_harness_model",
     "load_recipe",
     "load_runner",
     "machine_info",

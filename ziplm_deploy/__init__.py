@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ziplm_deploy.api import benchmark, compress, export, profile, prune, recover, report, run_recipe
     from ziplm_deploy.engines.generation_model import load_generation_model
     from ziplm_deploy.engines.generator import load_runner
+    from ziplm_deploy.engines.harness import load_harness_model
     from ziplm_deploy.errors import ZipLMError
     from ziplm_deploy.latency.benchmark import TimedFile, compare
     from ziplm_deploy.latency.record import BenchmarkRecord
@@ -43,6 +44,7 @@ __all__ = [
     "inspect_model",
     "load",
     "load_generation_model",
+    "load_harness_model",
     "load_recipe",
     "load_runner",
     "machine_info",
@@ -58,6 +60,7 @@ _HOMES = {
     "api": ("benchmark", "compress", "export", "profile", "prune", "recover", "report", "run_recipe"),
     "engines.generation_model": ("load_generation_model",),
     "engines.generator": ("load_runner",),
+    "engines.harness": ("load_harness_model",),
     "errors": ("ZipLMError",),
     "latency.benchmark": ("TimedFile", "compare"),
     "latency.record": ("BenchmarkRecord",),

@@ -116,6 +116,7 @@ def test_the_named_interpreter_must_have_the_package(monkeypatch: pytest.MonkeyP
         ENVIRONMENTS[name].version()
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_when_the_package_can_be_imported_and_stays_until_the_next_one_is(cache: Path) -> None:
     good, bad = environment("json", "pip"), environment("no_such_engine", "pip")
     assert Path(good.create()).is_file()

@@ -176,6 +176,7 @@ def test_damaged_weights_beside_a_file_are_measured_again(copied: Path, monkeypa
         assert not is_benchmarked(run)
 
 
+@pytest.mark.slow
 def test_where_members_learn_from_labels_so_does_a_dense_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = copied / "runs" / "tiny"
     labelled = {"mode": "gradual", "max_steps": 3, "batch_size": 16, "learning_rate": 0.01, "task_weight": 1.0}

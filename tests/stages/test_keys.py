@@ -170,6 +170,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "prune.method": ("uniform", PRUNED),
     "prune.damping": (0.02, PRUNED),
     "prune.centred": (False, PRUNED),
+    "prune.fisher": (True, PRUNED),
     "prune.reconstruct": (False, {"prune"}),
     "prune.memory_limit_gb": (4.0, set()),
     "prune.search.n_sequences": (20, {"prune"}),

@@ -142,6 +142,7 @@ def test_prompts_of_the_recipe_are_refused_by_a_pooling_that_leaves_them_out(fol
         check_data(run)
 
 
+@pytest.mark.slow
 def test_a_reranker_is_pruned_trained_and_ranked(tmp_path: Path) -> None:
     save_dense(tmp_path / "model", task="text-regression")
     rows = ranked_rows(16)

@@ -23,6 +23,7 @@ from ziplm_deploy.recipe import parse_recipe
 pytestmark = pytest.mark.transformers
 
 
+@pytest.mark.slow
 def test_a_text_tower_scores_itself_right(tmp_path: Path) -> None:
     clip = save_clip(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

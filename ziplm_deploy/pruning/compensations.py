@@ -21,7 +21,7 @@ def obs_levels(linear: OutputLinear, sizes: Sequence[int], prune: PruneConfig) -
     """Levels by OBS, and the relative damping that was used; order and weights in one (ALGORITHM, OBS)."""
     if not sizes:
         return {}, prune.damping
-    W, b, moments, m = linear.weight, linear.bias, linear.moments, linear.group_size
+    W, b, moments, m = linear.weighted(linear.weight), linear.bias, linear.moments, linear.group_size
     damping = max(prune.damping, SMALL_SAMPLE_DAMPING * W.shape[1] / moments.n_tokens)
     power = linear.output_power
     moment = moments.moment(prune.centred)  # [d, d]
@@ -38,11 +38,11 @@ def obs_levels(linear: OutputLinear, sizes: Sequence[int], prune: PruneConfig) -
         change[:, columns] -= level.weight
         # the level minimizes tr(Δ(M + λI)Δᵀ), the error is tr(ΔMΔᵀ)
         error = level.damped_error - damping_used * float(change.square().sum())
-        new_bias = b
+        weight, new_bias = linear.unweighted(level.weight), b
         if prune.centred:
-            new_bias = b + W @ moments.mean - level.weight @ moments.mean[columns]
+            new_bias = b + linear.weight @ moments.mean - weight @ moments.mean[columns]
         relative = relative_error(error, power)
-        levels[level.size] = LevelWeights(level.kept, level.weight.float().contiguous(), new_bias.float(), relative)
+        levels[level.size] = LevelWeights(level.kept, weight.float().contiguous(), new_bias.float(), relative)
     return levels, damping_used / mean_diagonal
 
 
@@ -75,7 +75,7 @@ def dropped_level(linear: OutputLinear, *, moves_mean: bool) -> LevelWeights:
         return LevelWeights(kept, weight, torch.zeros(r), 1.0)
     shift = linear.bias + linear.weight @ linear.moments.mean
     power = linear.output_power
-    remaining = power - float(shift.square().sum())  # E‖y − E y‖²
+    remaining = power - float(linear.weighted(shift).square().sum())  # E‖Lᵀ(y − E y)‖²
     return LevelWeights(kept, weight, shift.float(), relative_error(remaining, power))
 
 

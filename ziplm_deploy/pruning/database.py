@@ -34,12 +34,14 @@ class Database:
     """Levels of every module: ``modules["0.ffn"][1536]``.
 
     ``damping``: the relative damping that each module needed; ``scores``: float64 [n] importance of every structure,
-    only for the methods whose plans are made from it.
+    only for the methods whose plans are made from it; ``losses``: divergence of the model's answers that an error of 1
+    in a module costs to second order, only where errors are weighted by the Fisher information.
     """
 
     modules: dict[str, dict[int, LevelWeights]]
     damping: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
     def errors(self, name: str) -> dict[int, float]:
         """Relative error of every level of one module."""
@@ -61,6 +63,8 @@ class Database:
                 parts = {"kept": level.kept, "weight": level.weight, "bias": level.bias}
                 tensors.update({f"{name}/{size}/{part}": tensor.contiguous() for part, tensor in parts.items()})
         head = {"kind": KIND, "schema_version": SCHEMA_VERSION, "errors": index, "damping": self.damping}
+        if self.losses:
+            head["losses"] = self.losses
         with atomic_path(Path(path)) as temporary:
             _save_file(tensors, temporary, {"database": json.dumps(head)})
 
@@ -78,6 +82,7 @@ class Database:
                     raise ValueError(f"kind {head['kind']!r}, schema {head['schema_version']!r}")
                 modules = {name: _read_levels(file, name, errors) for name, errors in head["errors"].items()}
                 damping = {name: float(value) for name, value in head["damping"].items()}
+                losses = {name: float(value) for name, value in head.get("losses", {}).items()}
                 keys = set(file.keys())
                 scores = {name: file.get_tensor(f"{name}/scores") for name in modules if f"{name}/scores" in keys}
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -85,7 +90,7 @@ class Database:
                 f"expected a level database of schema {SCHEMA_VERSION} in {path}, found: {shortened(repr(error))}; "
                 "delete it and run the prune stage again"
             ) from error
-        return cls(modules, damping, scores)
+        return cls(modules, damping, scores, losses)
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -137,6 +142,7 @@ def build_database(
     prune: PruneConfig,
     *,
     seed: int = 0,
+    fisher: Mapping[str, Tensor] | None = None,
     progress: StepProgress | None = None,
 ) -> Database:
     """Levels of every module that ``stats`` brings; one that was dropped before needs none and keeps its only level.
@@ -146,6 +152,7 @@ def build_database(
         stats: by module name, or a stream of pairs (``calibration.iter_statistics``): then each Hessian is freed
             before the next group of layers is collected.
         sizes: by module name, e.g. from the latency table; must hold every module.
+        fisher: Fisher information at every module's output, by name, that errors are weighted by.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -159,10 +166,13 @@ def build_database(
         module = modules[name]
         linear = output_linear(model, module)
         try:
-            output = OutputLinear.of(linear.weight, linear.bias, moments, module.group_size)
+            weights = None if fisher is None else fisher[name]
+            output = OutputLinear.of(linear.weight, linear.bias, moments, module.group_size, weights)
             database.modules[name], database.damping[name] = build_levels(output, sizes[name], prune, seed=seed)
         except ZipLMError as error:
             raise type(error)(f"{name}: {error}") from error
+        if output.factor is not None:
+            database.losses[name] = output.output_power / 2
         scores = get_method(prune.method).scores(output, seed)
         if scores is not None:
             database.scores[name] = scores

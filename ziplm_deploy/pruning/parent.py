@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.modules import PrunableModule, prunable_modules
@@ -14,6 +14,7 @@ from ziplm_deploy.models.resizing import kept_structures
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.calibration import iter_statistics
 from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
+from ziplm_deploy.pruning.fisher import fisher_information
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.recipe import Recipe
@@ -58,11 +59,20 @@ class Parent:
         needed = estimate_bytes(modules, self.sizes, hidden_size)
         limit = f"Hessians at most {prune.memory_limit_gb:g} GiB at a time"
         progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
+        fisher = self._fisher(hessians_of, progress) if prune.fisher else None
         moments = self._moments(modules, hessians_of)
         database = build_database(
-            self.model, moments, self.sizes, prune, seed=self._recipe.seed, progress=progress.step
+            self.model, moments, self.sizes, prune, seed=self._recipe.seed, fisher=fisher, progress=progress.step
         )
         database.save(self.database_path)
+
+    def _fisher(self, hessians_of: nn.Module | None, progress: Progress) -> dict[str, Tensor]:
+        """Fisher information at every module's output, of the model that statistics are of."""
+        model = self.model if hessians_of is None else hessians_of
+        batches, seed = self._calibration().hessian, self._recipe.seed
+        return fisher_information(
+            model, self._task, batches, prunable_modules(model), seed=seed, progress=progress.step
+        )
 
     def _moments(
         self, modules: list[PrunableModule], hessians_of: nn.Module | None

@@ -216,8 +216,14 @@ class Planner:
         return self._losses
 
     def sensitivities(self, progress: StepProgress | None = None) -> list[spdy.Array]:
-        """Loss of every module alone at every level, measured once for all targets; L × [S_l]."""
-        if self._curves is None:
+        """Loss of every module alone at every level, measured once for all targets; L × [S_l].
+
+        With no levels to measure: to second order, from the Fisher information.
+        """
+        if self._curves is None and not self.prune.search.sensitivity_levels:
+            per_error = [self.database.losses.get(name, 0.0) for name in self.space.modules]  # dropped before: 0
+            self._curves = [loss * errors for loss, errors in zip(per_error, self.space.errors, strict=True)]
+        elif self._curves is None:
             n_levels = self.prune.search.sensitivity_levels
             self._curves = measure_sensitivities(self.space, self.losses()[0], n_levels, progress)
         return self._curves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ziplm_deploy.recipe.base import Frozen
 from ziplm_deploy.recipe.choices import page_names
@@ -29,7 +29,11 @@ class SearchConfig(Frozen):
     )
     n_rerank: int = Field(256, ge=8, description="Examples on which the best candidates are compared again.")
     sensitivity_levels: int = Field(
-        4, ge=1, le=16, description="Levels a module at which the loss is measured before the search; decides most."
+        4,
+        ge=0,
+        le=16,
+        description="Levels a module at which the loss is measured before the search; decides most. 0: none, the loss "
+        "is estimated from `prune.fisher`.",
     )
     coefficient_steps: int = Field(20, ge=0, description="Plans proposed by the surrogate, its weights perturbed.")
     swap_evaluations: int = Field(100, ge=0, description="Plans tried by swaps of levels around the best plan.")
@@ -43,8 +47,28 @@ class PruneConfig(Frozen):
         0.01, gt=0, le=1.0, description="Hessian damping, relative to its mean diagonal; more when tokens are few."
     )
     centred: bool = Field(True, description="Centred Hessian: weights and bias are compensated jointly.")
+    fisher: bool = Field(
+        False,
+        exclude_if=lambda fisher: not fisher,
+        description="Weigh what leaves a module's output by the Fisher information of the task's loss there, from one "
+        "backward pass over calibration examples; otherwise every direction of an output counts alike.",
+    )
     reconstruct: bool = Field(
         True, description="After the search, refit kept weights to the dense residual stream, layer by layer."
     )
     memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers stream under it.")
     search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")
+
+    @model_validator(mode="after")
+    def _check_fisher(self) -> PruneConfig:
+        if self.fisher and self.method != "ziplm":
+            raise ValueError(
+                f"expected method ziplm beside fisher, found {self.method}, whose order does not come from errors; "
+                "leave fisher out"
+            )
+        if not self.fisher and not self.search.sensitivity_levels:
+            raise ValueError(
+                "expected search.sensitivity_levels of 1 or more, found 0; or set fisher: true, from which losses are "
+                "estimated"
+            )
+        return self

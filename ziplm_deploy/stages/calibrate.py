@@ -29,7 +29,7 @@ def database_key(run: Run, member: Member, parent: Parent) -> str:
         model=run.dense.hash,
         parent=None if member.is_dense else run.file_hash(member.weights),
         calibration=run.data.calibration_key,
-        prune=recipe.prune.model_dump(include={"method", "damping", "centred"}),
+        prune=recipe.prune.model_dump(include={"method", "damping", "centred", "fisher"}),
         hessians="own" if recipe.recover.rebuild_hessians or member.is_dense else "dense",
         sizes=parent.sizes,
     )

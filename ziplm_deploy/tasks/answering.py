@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +160,9 @@ class QuestionAnswering(Task):
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """KL of the start plus KL of the end distribution, mean over examples."""
         return 2.0 * super().divergence(candidate, dense)
+
+    def sampled_loss(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        return math.sqrt(2) * super().sampled_loss(features, generator)
 
     def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Mean of the cross-entropies of start and end over all tokens, as in transformers."""

@@ -22,7 +22,7 @@ from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples, token_lengths
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence
+from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence, sampled_cross_entropy
 from ziplm_deploy.tasks.metrics import Metric, score
 from ziplm_deploy.tasks.outcomes import Outcomes
 
@@ -257,6 +257,13 @@ class Task(ABC):
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean KL(dense ‖ candidate) over the last dimension of logits ``[…, classes]``; a scalar ≥ 0."""
         return kl_divergence(candidate, dense)
+
+    def sampled_loss(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        """A drawn scalar: the mean outer product of its gradient is the Hessian of the divergence, summed over rows.
+
+        ``features``: of the dense model, with a gradient.
+        """
+        return sampled_cross_entropy(features, generator)
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Distance of the student's features to the teacher's; a scalar ≥ 0, whose gradient reaches the student only.

@@ -41,6 +41,29 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(chosen, labels[counted], reduction="sum") / max(len(chosen), 1)
 
 
+def sampled_cross_entropy(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of labels drawn from the distributions of the logits ``[…, classes]`` themselves, summed over rows.
+
+    The outer product of its gradient has the Hessian of the summed :func:`kl_divergence` as its mean: the Fisher
+    information, which labels of a data set do not give (Kunstner et al., "Limitations of the empirical Fisher
+    approximation for natural gradient descent", 2019).
+    """
+    rows = logits.float().flatten(0, -2)
+    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+    return functional.cross_entropy(rows, labels, reduction="sum")
+
+
+def sampled_binary_cross_entropy(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Binary cross-entropy of drawn labels, summed; to :func:`bernoulli_divergence` as the one above to its own."""
+    labels = torch.bernoulli(logits.detach().float().sigmoid(), generator=generator)
+    return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
+
+
+def sampled_direction(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Outputs times standard normal noise, summed: for distances with the Hessian of half the squared difference."""
+    return (outputs.float() * torch.randn(outputs.shape, generator=generator)).sum()
+
+
 def mean_squared(candidate: Tensor, wanted: Tensor) -> Tensor:
     """Mean of the squared difference of two tensors of one shape."""
     if candidate.shape != wanted.shape:  # torch would broadcast [n, 1] against [n] to [n, n]

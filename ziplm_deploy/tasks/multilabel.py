@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
@@ -16,7 +17,7 @@ from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
 from ziplm_deploy.tasks.labels import MULTI_LABEL, class_head, labels_in, labels_of, require_labels
-from ziplm_deploy.tasks.losses import bernoulli_divergence, binary_cross_entropy
+from ziplm_deploy.tasks.losses import bernoulli_divergence, binary_cross_entropy, sampled_binary_cross_entropy
 from ziplm_deploy.tasks.metrics import (
     Metric,
     entity_f1,
@@ -111,6 +112,9 @@ class MultiLabelClassification(TextTask):
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """KL between the decisions on every class, which sees a shift of all logits as softmax does not."""
         return bernoulli_divergence(candidate, dense)
+
+    def sampled_loss(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        return sampled_binary_cross_entropy(features, generator)
 
     def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Mean binary cross-entropy over texts and classes."""

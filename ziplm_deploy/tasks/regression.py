@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
@@ -14,7 +16,7 @@ from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
-from ziplm_deploy.tasks.losses import mean_squared
+from ziplm_deploy.tasks.losses import mean_squared, sampled_direction
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.scores import CORRELATIONS, parse_score, value_outcomes
 
@@ -55,6 +57,9 @@ class TextRegression(TextTask):
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """Mean squared difference of outputs [batch, 1], in the scale of the labels squared."""
         return mean_squared(candidate, dense)
+
+    def sampled_loss(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        return math.sqrt(2) * sampled_direction(features, generator)  # the square has twice the Hessian of its half
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Mean squared difference; a temperature has no meaning here."""

@@ -24,6 +24,7 @@ from ziplm_deploy.tasks.batching import (
 )
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.losses import sampled_direction
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.scores import CORRELATIONS, parse_score, value_outcomes
 
@@ -151,6 +152,11 @@ class SentenceSimilarity(Task):
             squared = (candidate.float() - dense.float()).square().sum(-1)
             return (squared / (2 * dense.float().square().sum(-1)).clamp(min=1e-12)).mean()
         return 1.0 - cosine_similarity(candidate.float(), dense.float(), dim=-1).mean()
+
+    def sampled_loss(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        length = features.float().norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        scaled = features.float() / (length if self._similarity == "cosine" else length.detach())
+        return sampled_direction(scaled, generator)
 
     def distillation_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """The divergence; a temperature has no meaning here."""

@@ -21,16 +21,28 @@ Levels = dict[int, LevelWeights]
 
 @dataclass(frozen=True)
 class OutputLinear:
-    """The output linear of one module, and the moments of what enters it."""
+    """The output linear of one module, the moments of what enters it, and what its output is worth.
+
+    Errors are ``E‖Lᵀ(y − ŷ)‖²``, relative ones over ``E‖Lᵀy‖²``, with ``L Lᵀ`` the Fisher information at the output;
+    without it L is the identity.
+    """
 
     weight: Tensor  # W, float64 [r, d]
     bias: Tensor  # b, float64 [r]
     moments: InputMoments
     group_size: int  # columns that leave with one structure
+    factor: Tensor | None = None  # L, float64 [r, r] lower
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, moments: InputMoments, group_size: int) -> OutputLinear:
-        """A linear as torch has it, checked.
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        moments: InputMoments,
+        group_size: int,
+        fisher: Tensor | None = None,
+    ) -> OutputLinear:
+        """A linear as torch has it, checked; ``fisher``: see :mod:`ziplm_deploy.pruning.fisher`.
 
         Raises:
             NumericalError: weights or moments are not finite.
@@ -42,7 +54,18 @@ class OutputLinear:
         b = bias.detach().double() if bias is not None else torch.zeros(r, dtype=torch.float64)
         if not all(bool(torch.isfinite(x).all()) for x in (W, b, moments.hessian, moments.mean)):
             raise NumericalError("expected finite weights and statistics, found NaN or infinity; check the model")
-        return cls(W, b, moments, group_size)
+        return cls(W, b, moments, group_size, None if fisher is None else _factor(fisher))
+
+    def weighted(self, outputs: Tensor) -> Tensor:
+        """``Lᵀ`` times what has an output's rows, [r] or [r, k]."""
+        return outputs if self.factor is None else self.factor.T @ outputs
+
+    def unweighted(self, outputs: Tensor) -> Tensor:
+        """The inverse of :meth:`weighted`, [r, k]."""
+        if self.factor is None:
+            return outputs
+        solved: Tensor = torch.linalg.solve_triangular(self.factor.T, outputs, upper=True)
+        return solved
 
     @property
     def n_structures(self) -> int:
@@ -54,10 +77,23 @@ class OutputLinear:
 
     @property
     def output_power(self) -> float:
-        """``E‖W x + b‖²``."""
-        W, b, moments = self.weight, self.bias, self.moments
+        """``E‖Lᵀ(W x + b)‖²``."""
+        W, b, moments = self.weighted(self.weight), self.weighted(self.bias), self.moments
         cross = 2 * torch.dot(b, W @ moments.mean) + b.square().sum()
         return float(((W @ moments.hessian) * W).sum() + cross)
+
+
+FISHER_FLOOR = 1e-3  # of its mean diagonal: a direction without gradients is worth something, too
+
+
+def _factor(fisher: Tensor) -> Tensor:
+    """L, [r, r] lower, of the floored Fisher information; the identity's where there are no gradients at all."""
+    r = len(fisher)
+    mean = float(fisher.diagonal().mean())
+    if mean <= 0:
+        return torch.eye(r, dtype=torch.float64)
+    factor: Tensor = torch.linalg.cholesky(fisher + FISHER_FLOOR * mean * torch.eye(r, dtype=torch.float64))
+    return factor
 
 
 class Method(ABC):

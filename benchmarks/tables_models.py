@@ -1,0 +1,63 @@
+"""Tables of what model families and decoders do, for the documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import of_result
+
+from ziplm_deploy.reporting.table import MISSING, markdown_table
+
+
+@of_result("architectures")
+def architectures_table(result: dict[str, Any]) -> str:
+    """A row a family: how far files and predictions are off, what table and database take."""
+    cells = []
+    for row in result["rows"]:
+        depth, whole = row["layers"], row["layers_of_real_model"]
+        database = row.get("database_seconds")
+        layers = MISSING if not row.get("database_layers") else f"{database / row['database_layers']:.1f} s"
+        cells.append(
+            [
+                row["family"],
+                f"`{row['model_type']}`",
+                str(depth) if depth == whole else f"{depth} of {whole}",
+                f"{row['largest_difference']:.1e}",
+                f"{row['median_deviation_percent']:.1f} %",
+                f"{row['worst_deviation_percent']:.1f} %",
+                f"{row['table_seconds']:.0f} s",
+                layers,
+            ]
+        )
+    titles = ["shapes of", "type", "layers", "difference", "median deviation", "worst", "table", "database a layer"]
+    n_models = len(result["settings"]["models"])
+    text = (
+        f"{n_models} random models, random weights: largest difference of a file's answers from torch's, predicted "
+        f"against measured speedup. {result['machine']['cpu']}, {result['date'][:10]}."
+    )
+    return "\n".join([*markdown_table(titles, cells), "", text])
+
+
+@of_result("decoder_speed")
+def decoder_speed_table(result: dict[str, Any]) -> str:
+    """Tokens a second of every file and engine in one interleaved run."""
+    cells = [
+        [
+            row["name"],
+            MISSING if row["perplexity"] is None else f"{row['perplexity']:.2f}",
+            f"{row['prefill_tokens_per_second']:.0f}",
+            _spread(row, "prefill_ms"),
+            f"{row['decode_tokens_per_second']:.1f}",
+            _spread(row, "decode_ms"),
+        ]
+        for row in result["rows"]
+    ]
+    titles = ["model", "perplexity", "prefill tokens/s", "ms", "decode tokens/s", "ms a token"]
+    settings = result["settings"]
+    text = f"One thread, prompts of {settings['prefill']} tokens. {result['machine']['cpu']}, {result['date'][:10]}."
+    return "\n".join([*markdown_table(titles, cells), "", text])
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_spread"]
+    return f"{row[name]:.1f} [{low:.1f}, {high:.1f}]"

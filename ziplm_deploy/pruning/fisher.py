@@ -1,0 +1,127 @@
+"""What the task's loss makes of a change in a module's output: the Fisher information at it, from one backward pass.
+
+A module whose output changes by Δy on every token costs ``½ E[Δyᵀ F Δy]`` of divergence, to second order and with the
+change independent of the gradient (K-FAC; Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+approximate curvature", 2015). OBS takes F for the identity: every direction of an output then counts alike, and errors
+of different modules cannot be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ziplm_deploy.errors import NumericalError
+from ziplm_deploy.models.modules import PrunableModule, output_linear
+from ziplm_deploy.progress import StepProgress
+from ziplm_deploy.tasks import Task
+from ziplm_deploy.tasks.batching import Batch
+
+ENOUGH_TOKENS = 8192  # of calibration; F [r, r] of a hidden size r below a thousand hardly changes after that
+TOKENS_AT_ONCE = 512  # kept for the way back, with the logits of each
+
+
+def fisher_information(
+    model: nn.Module,
+    task: Task,
+    batches: Sequence[Batch],
+    modules: Sequence[PrunableModule],
+    *,
+    seed: int,
+    progress: StepProgress | None = None,
+) -> dict[str, Tensor]:
+    """F of every module that is there, by name: float64 [hidden, hidden], in the unit of the task's divergence.
+
+    Gradients are of losses against labels drawn from the model's own answers (:meth:`Task.sampled_loss`).
+
+    Args:
+        batches: model inputs; as many are read as hold :data:`ENOUGH_TOKENS`.
+        progress: called with (tokens done, tokens in all).
+
+    Raises:
+        NumericalError: NaN or infinite gradients; names the module.
+    """
+    parts = list(_parts(batches))
+    total = sum(_tokens(part) for part in parts)
+    generator = torch.Generator().manual_seed(seed)
+    sums = _Gradients(model, [module for module in modules if module.structures])
+    done = n_rows = 0
+    with sums:
+        for part in parts:
+            features = task.distilled(task.forward(model, part), part)
+            task.sampled_loss(features, generator).backward()  # type: ignore[no-untyped-call]
+            n_rows += features.shape[:-1].numel()
+            done += _tokens(part)
+            if progress is not None:
+                progress(done, total)
+    return sums.finish(n_rows)
+
+
+class _Gradients:
+    """Running sums of g gᵀ at the output of every module, while this context is open."""
+
+    def __init__(self, model: nn.Module, modules: Sequence[PrunableModule]) -> None:
+        self.model = model
+        self.linears = {module.name: output_linear(model, module) for module in modules}
+        self.sums = {
+            name: torch.zeros(linear.out_features, linear.out_features, dtype=torch.float64)
+            for name, linear in self.linears.items()
+        }
+
+    def __enter__(self) -> _Gradients:
+        self._was_training = self.model.training
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.eval()
+        self.model.requires_grad_(False)
+        self._handles = [linear.register_forward_hook(self._hook_of(name)) for name, linear in self.linears.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self.model.train(self._was_training)
+
+    def _hook_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1]).float()  # [tokens, hidden]
+            self.sums[name] += g.T @ g
+
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.requires_grad_(True)  # parameters ask for none: here the way back ends
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def finish(self, n_rows: int) -> dict[str, Tensor]:
+        """The sums over rows of features, whose mean the divergence is."""
+        for name, total in self.sums.items():
+            if not bool(torch.isfinite(total).all()):
+                raise NumericalError(
+                    f"expected finite gradients at the output of {name}, found NaN or infinity; check the checkpoint"
+                )
+            total /= max(n_rows, 1)
+        return self.sums
+
+
+def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Batches in parts of a few rows, until there are enough tokens."""
+    seen = 0
+    for batch in batches:
+        n_rows = len(next(iter(batch.values())))
+        step = max(1, TOKENS_AT_ONCE * n_rows // max(_tokens(batch), 1))
+        for first in range(0, n_rows, step):
+            if seen >= ENOUGH_TOKENS:
+                return
+            part = {name: value[first : first + step] for name, value in batch.items()}
+            seen += _tokens(part)
+            yield part
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens of a batch without padding; an image counts as one."""
+    mask = batch.get("attention_mask")
+    return len(next(iter(batch.values()))) if mask is None else int(mask.sum())
