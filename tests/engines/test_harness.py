@@ -118,10 +118,12 @@ def test_texts_are_continued_and_end_where_a_task_says(folder: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     harness = load_harness_model(folder)
     greedy = {"until": [], "max_gen_toks": 4}
-    (whole,) = harness.generate_until(requests(("the cat", greedy)))
-    assert whole == harness.generator.generate("the cat", 4)
+    prompts = ["the cat", "a dog ran", "who sat on", "under the tree", "mat ."]
+    texts = harness.generate_until(requests(*((prompt, greedy) for prompt in prompts)))
+    assert texts == [harness.generator.generate(prompt, 4) for prompt in prompts]
+    prompt, whole = max(zip(prompts, texts, strict=True), key=lambda pair: len(pair[1]))
     stop = whole.split()[-1]
-    (cut,) = harness.generate_until(requests(("the cat", {**greedy, "until": [stop]})))
+    (cut,) = harness.generate_until(requests((prompt, {**greedy, "until": [stop]})))
     assert stop not in cut
     assert whole.startswith(cut)
     with pytest.raises(UsageError, match="max_gen_toks below the window of 16"):
