@@ -171,6 +171,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "prune.damping": (0.02, PRUNED),
     "prune.centred": (False, PRUNED),
     "prune.reconstruct": (False, {"prune"}),
+    "prune.in_order": (True, {"prune"}),
     "prune.memory_limit_gb": (4.0, set()),
     "prune.search.n_sequences": (20, {"prune"}),
     "prune.search.context": (16, {"prune"}),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,33 @@ def build_levels(
     return {size: found[size] for size in wanted}, damping
 
 
+def level_for(
+    model: nn.Module, module: PrunableModule, moments: InputMoments, size: int, prune: PruneConfig, *, seed: int = 0
+) -> LevelWeights:
+    """The level of one module at one size, for these moments of its inputs.
+
+    Raises:
+        NumericalError: no damping makes the Hessian positive definite; names the module.
+    """
+    with _naming(module.name):
+        levels, _ = build_levels(_output_of(model, module, moments), [size], prune, seed=seed)
+    return levels[size]
+
+
+def _output_of(model: nn.Module, module: PrunableModule, moments: InputMoments) -> OutputLinear:
+    linear = output_linear(model, module)
+    return OutputLinear.of(linear.weight, linear.bias, moments, module.group_size)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors begin with the name of the module that they are about."""
+    try:
+        yield
+    except ZipLMError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def build_database(
     model: nn.Module,
     stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
@@ -156,14 +184,10 @@ def build_database(
     database = Database({module.name: {0: dropped_as_is(model, module)} for module in gone})
     pairs = stats.items() if isinstance(stats, Mapping) else stats
     for name, moments in pairs:
-        module = modules[name]
-        linear = output_linear(model, module)
-        try:
-            output = OutputLinear.of(linear.weight, linear.bias, moments, module.group_size)
-            database.modules[name], database.damping[name] = build_levels(output, sizes[name], prune, seed=seed)
-        except ZipLMError as error:
-            raise type(error)(f"{name}: {error}") from error
-        scores = get_method(prune.method).scores(output, seed)
+        with _naming(name):
+            linear = _output_of(model, modules[name], moments)
+            database.modules[name], database.damping[name] = build_levels(linear, sizes[name], prune, seed=seed)
+            scores = get_method(prune.method).scores(linear, seed)
         if scores is not None:
             database.scores[name] = scores
         if progress is not None:
