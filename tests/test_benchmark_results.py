@@ -18,6 +18,7 @@ from accuracy import beside_dense, percent_figure, percent_of_dense_text  # noqa
 from additivity import deviation_bounds  # noqa: E402
 from common import Figure, goal_met, write_result  # noqa: E402
 from compound import best  # noqa: E402
+from decoder_family import log_perplexity_at, wins  # noqa: E402
 from summary import measured_at  # noqa: E402
 from traffic import gains_of, long_tailed, relative_latency_at, workloads_of  # noqa: E402
 
@@ -183,3 +184,28 @@ def test_lengths_of_traffic_have_a_long_tail() -> None:
     assert mean[0].seq_len == pytest.approx(24 * np.exp(0.9**2 / 2), rel=0.05)  # the mean of the distribution, uncut
     assert longest[0].seq_len == traffic[-1].seq_len == 256
     assert sum(call.weight for call in traffic if call.seq_len < mean[0].seq_len) > 0.6
+
+
+def decoder_row(method: str, speedup: float, **perplexities: float) -> dict[str, Any]:
+    return {"method": method, "measured_speedup": speedup, **perplexities}
+
+
+def test_rivals_are_compared_at_the_speed_that_was_measured() -> None:
+    rows = [
+        decoder_row("ziplm", 1.5, perplexity=40.0, perplexity_recovered=33.0),
+        decoder_row("ziplm", 2.0, perplexity=81.0),
+        decoder_row("flap", 4.0, perplexity=160.0, perplexity_recovered=35.0),
+        decoder_row("magnitude", 1.6, perplexity=30.0),
+    ]
+    dense = 40.0
+    # half of the way from 1 to 4 in logarithms, so the geometric mean of 40 and 160
+    assert log_perplexity_at(2.0, rows[2:3], dense, "perplexity") == pytest.approx(np.log(80))
+    assert log_perplexity_at(4.1, rows[2:3], dense, "perplexity") is None
+    assert log_perplexity_at(1.5, rows[3:], dense, "perplexity_recovered") is None  # of dense alone
+    one_shot = wins(rows, dense, "ziplm", ["flap", "magnitude"], "perplexity")
+    assert one_shot is not None
+    assert (one_shot.value, one_shot.n) == (pytest.approx(1 / 3), 3)  # at 2x, flap has 80 and magnitude nothing
+    recovered = wins(rows, dense, "ziplm", ["flap", "magnitude"], "perplexity_recovered")
+    assert recovered is not None
+    assert (recovered.value, recovered.n) == (1.0, 1)
+    assert wins(rows, dense, "uniform", ["flap"], "perplexity") is None

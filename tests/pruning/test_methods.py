@@ -20,7 +20,8 @@ from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.recipe import MethodName, PruneConfig
 
-BASELINES: tuple[MethodName, ...] = ("uniform", "layer-drop", "random", "magnitude", "flap")
+BASELINES: tuple[MethodName, ...] = ("uniform", "layer-drop", "random", "magnitude", "flap", "slimgpt", "wanda-sp")
+MEASURED: tuple[MethodName, ...] = ("finer-cut",)
 
 
 def plan_of(
@@ -64,6 +65,16 @@ def test_flap_weighs_by_variance_and_moves_the_mean_to_the_bias() -> None:
     assert level.bias.tolist() == [1 + 2 * 2 + 3 * 10]
 
 
+def test_wanda_weighs_by_the_size_of_inputs_and_moves_nothing() -> None:
+    W = torch.tensor([[1.0, -4.0, 1.0, 1.0], [3.0, 0.0, 1.0, 1.0]]).double()
+    stats = simple_stats([3.0, 1.0, 16.0, 0.0], means=[1.0, 0.0, 3.0, 0.5])  # sizes 2, 1, 5, 0.5
+    level = levels_of((W, torch.ones(2), stats), [2], method="wanda-sp")[2]  # 4, 2, 5, 0.5
+    assert level.kept.tolist() == [0, 2]
+    assert level.weight.tolist() == [[1, 1], [3, 1]]
+    assert level.bias.tolist() == [1, 1]
+    assert levels_of((W, None, stats), [1], method="wanda-sp", group_size=2)[1].kept.tolist() == [0]  # 6 and 5.5
+
+
 def test_random_depends_on_the_seed_only() -> None:
     W, stats = torch.ones(2, 20).double(), simple_stats([1.0] * 20)
     first, again, other = (levels_of((W, None, stats), [7], method="random", seed=s)[7].kept for s in (1, 1, 2))
@@ -71,14 +82,16 @@ def test_random_depends_on_the_seed_only() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(RecipeError, match="magnitude, random, uniform, ziplm"):
+    with pytest.raises(RecipeError, match="magnitude, random, slimgpt, uniform, wanda-sp, ziplm"):
         get_method("taylor")
 
 
 def test_every_page_is_a_method_that_recipes_know() -> None:
-    assert set(METHODS) == {"ziplm", *BASELINES}
+    assert set(METHODS) == {"ziplm", *BASELINES, *MEASURED}
     assert [method for method in METHODS if get_method(method).searches] == ["ziplm"]
     assert [method for method in METHODS if get_method(method).refits] == ["uniform", "ziplm"]
+    assert [method for method in METHODS if get_method(method).measures] == list(MEASURED)
+    assert [method for method in METHODS if get_method(method).in_order] == ["slimgpt"]
     for method in METHODS:
         assert PruneConfig(method=method).method == method
         assert get_method(method).title
@@ -148,9 +161,12 @@ def test_an_impossible_budget_is_an_error(method: MethodName) -> None:
         plan_of(method, space, fastest(space) - 1e-6, make_scores(space))
 
 
-def test_the_search_is_no_baseline() -> None:
-    with pytest.raises(NotImplementedError, match="search"):
-        plan_of("ziplm", make_space(), 1.0, {})
+def test_each_method_plans_in_its_own_way() -> None:
+    for method in ("ziplm", "finer-cut"):
+        with pytest.raises(NotImplementedError, match="search"):
+            plan_of(method, make_space(), 1.0, {})
+    with pytest.raises(NotImplementedError, match="losses"):
+        get_method("uniform").measured_plan(make_space(), 1.0, lambda plan, above: 0.0)
 
 
 def test_uniform_keeps_one_fraction_the_largest_that_fits() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,11 +17,11 @@ from ziplm_deploy.models.resizing import kept_structures, resize
 from ziplm_deploy.models.shape import ModuleKind
 from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.methods import METHODS
 from ziplm_deploy.pruning.planner import Calibration, Planner, check_target, database_sizes, table_sizes
 from ziplm_deploy.recipe import MethodName, PruneConfig, SearchConfig
 from ziplm_deploy.tasks import get_task
 
-METHODS: tuple[MethodName, ...] = ("ziplm", "uniform", "magnitude", "random", "flap", "layer-drop")
 WIDTHS = {64: 2.0, 48: 1.5, 40: 1.6, 32: 1.0, 16: 0.5, 8: 0.25, 0: 0.05}  # 40 is slower than 48: not useful
 SHRUNK = {"0.attention": 3, "0.ffn": 40, "1.attention": 0, "1.ffn": 16, "2.attention": 4, "2.ffn": 0}
 
@@ -37,12 +39,14 @@ def shrunk_model(model_type: str = "bert") -> nn.Module:
     return resize(dense, random_entries(dense, {name: size for name, size in SHRUNK.items() if size != 4}))
 
 
-def make_planner(model: nn.Module, method: MethodName = "ziplm", measured: LatencyTable | None = None) -> Planner:
+def make_planner(
+    model: nn.Module, method: MethodName = "ziplm", measured: LatencyTable | None = None, **settings: Any
+) -> Planner:
     task = get_task("image-classification" if model.config.model_type == "vit" else "sentence-similarity")  # type: ignore[union-attr]
     batches = [tiny_inputs(model, 8, 9, seed) for seed in range(6)]
     stats = collect_statistics(model, batches, prunable_modules(model), memory_limit_bytes=2**30)
     search = SearchConfig(sensitivity_levels=2, coefficient_steps=4, swap_evaluations=8)
-    prune = PruneConfig(method=method, search=search)
+    prune = PruneConfig(method=method, search=search, **settings)
     measured = measured or table()
     database = build_database(model, stats, database_sizes(model, measured), prune)
     return Planner(model, task, measured, database, Calibration(batches, batches[:2], batches[2:4]), prune, seed=0)
@@ -191,3 +195,38 @@ def test_targets_one_after_the_other_from_the_model_before(model_type: str) -> N
         assert all(plan.sizes[name] <= size for name, size in sizes.items())
         model, _ = planner.build(plan)
         assert all(set(indices) <= set(kept[name]) for name, indices in kept_structures(model).items())
+
+
+@pytest.mark.parametrize("method", ["ziplm", "flap", "finer-cut"])
+def test_plans_are_built_in_order_if_the_recipe_says_so(method: MethodName) -> None:
+    at_once, in_order = (make_planner(tiny_model("bert"), method, in_order=value) for value in (False, True))
+    plan = at_once.plan(2.0)
+    assert in_order.plan(2.0).sizes == plan.sizes  # only what is kept, and its weights, are decided anew
+    one, other = at_once.build(plan)[0], in_order.build(plan)[0]
+    assert {name: len(kept) for name, kept in kept_structures(other).items()} == plan.sizes
+    assert (at_once.exchanged_fraction(plan, one), plan.exchanged_fraction) == (None, None)
+    exchanged = in_order.exchanged_fraction(plan, other)
+    assert exchanged is not None
+    assert (exchanged > 0) == (kept_structures(one) != kept_structures(other)) == (method != "finer-cut")
+    inputs = tiny_inputs(at_once.model)
+    found, expected = (output_tensors(model, inputs)["last_hidden_state"] for model in (other, one))
+    assert torch.allclose(found, expected) == (method == "finer-cut")
+
+
+def test_a_plan_that_keeps_everything_needs_no_order() -> None:
+    planner = make_planner(tiny_model("bert"), "slimgpt", compressed_table())
+    plan = planner.plan(2.0)
+    built, unsolved = planner.build(plan)
+    assert (unsolved, planner.exchanged_fraction(plan, built)) == ([], 0.0)
+
+
+def test_blocks_are_dropped_by_the_damage_that_they_do() -> None:
+    planner = make_planner(tiny_model("bert"), "finer-cut")
+    plan = planner.plan(1.3)
+    full = {m.name: m.structures for m in prunable_modules(planner.model)}
+    dropped = [name for name, size in plan.sizes.items() if size == 0]
+    assert all(plan.sizes[name] in (0, full[name]) for name in full)
+    assert plan.evaluations == sum(range(6, 6 - len(dropped), -1))
+    loss = planner.losses()[0]
+    alone = {name: loss(planner.space.from_sizes(full | {name: 0})) for name in full}
+    assert min(alone, key=alone.__getitem__) in dropped

@@ -37,3 +37,10 @@ def test_of_many_classes_the_worst_are_shown() -> None:
     assert f"The {MAX_LABELS} of {MAX_LABELS + 5} classes that lose most." in table
     assert table.index("class 7") < table.index("class 0")
     assert table.count("| class ") == MAX_LABELS + 1
+
+
+def test_members_pruned_in_order_say_how_much_that_changed() -> None:
+    text = family_markdown(family_report(member("dense"), member("2x", exchanged_fraction=0.125)))
+    assert "## Pruned in order" in text
+    assert "| 2x | 12.5% |" in text
+    assert "## Pruned in order" not in family_markdown(family_report())

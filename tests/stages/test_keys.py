@@ -172,6 +172,7 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "prune.centred": (False, PRUNED),
     "prune.fisher": (True, PRUNED),
     "prune.reconstruct": (False, {"prune"}),
+    "prune.in_order": (True, {"prune"}),
     "prune.memory_limit_gb": (4.0, set()),
     "prune.search.n_sequences": (20, {"prune"}),
     "prune.search.context": (16, {"prune"}),

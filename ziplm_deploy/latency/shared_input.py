@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.modules import layers_of
+from ziplm_deploy.models.modules import attention_kind, layers_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -31,7 +31,7 @@ class _Reader(nn.Module):
         super().__init__()
         self._names, self._returns_tuple = names, returns_tuple
         self._signature = inspect.signature(layer.forward)
-        self.attention_type = _kind(layer)  # by which a model with several chooses the inputs
+        self.attention_type = attention_kind(layer)  # by which a model with several chooses the inputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         given = self._signature.bind(*args, **kwargs).arguments
@@ -55,14 +55,8 @@ def with_shared_inputs(model: _Model, layers_before: nn.ModuleList) -> _Model:
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     if architecture.shared_inputs:
         layers = layers_of(model)
-        for layer in {_kind(layer): layer for layer in layers_before}.values():
+        for layer in {attention_kind(layer): layer for layer in layers_before}.values():
             layers.append(_Reader(architecture.shared_inputs, layer, architecture.layer_returns_tuple))
         # transformers 4 makes a list of so many head masks, one for each layer.
         setattr(model.base_model.config, architecture.config_layers, len(layers))  # type: ignore[union-attr]
     return model
-
-
-def _kind(layer: nn.Module) -> str | None:
-    """Name of the attention that a layer has, where a model has several."""
-    kind: str | None = getattr(layer, "attention_type", None)
-    return kind

@@ -58,6 +58,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def attention_kind(layer: nn.Module) -> str | None:
+    """Name of the attention that a layer has, where its model has several and gives each its own inputs."""
+    kind: str | None = getattr(layer, "attention_type", None)
+    return kind
+
+
 def layer_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear inside the layers that tokens pass, by its dotted name in ``model``, in the order of the model.
 

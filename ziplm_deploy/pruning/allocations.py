@@ -6,6 +6,7 @@ fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.pruning.kernels.spdy import InfeasibleBudgetError
+from ziplm_deploy.pruning.search.search import Loss
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
+
+FIRST_RATIO = 0.2  # of what the first layer loses over what the last one loses
 
 
 def uniform_plan(space: SearchSpace, budget_ms: float) -> Plan:
@@ -32,6 +36,57 @@ def layer_drop_plan(space: SearchSpace, budget_ms: float) -> Plan:
         for n in range(len(there), -1, -1)
     )
     return _first_fitting(space, budget_ms, candidates)
+
+
+def greedy_drop_plan(space: SearchSpace, budget_ms: float, loss: Loss) -> Plan:
+    """Drop whole modules, attention or FFN, each time the one whose loss is least, until the plan fits.
+
+    ``loss``: of a plan; it may give up on one that exceeds its second argument, the least loss of the step so far.
+    """
+    plan: Plan = (0,) * len(space.sizes)
+    left = [index for index, levels in enumerate(space.sizes) if levels[0] and levels[-1] == 0]
+    while not _fits(space, plan, budget_ms):
+        if not left:
+            raise _infeasible(budget_ms)
+        least, best, dropped = math.inf, left[0], plan
+        for index in left:
+            candidate = (*plan[:index], len(space.sizes[index]) - 1, *plan[index + 1 :])
+            found = loss(candidate, least)
+            if found < least or dropped == plan:
+                least, best, dropped = found, index, candidate
+        plan = dropped
+        left.remove(best)
+    return plan
+
+
+def log_ratio_plan(space: SearchSpace, budget_ms: float) -> Plan:
+    """Remove more of later layers: ``r_i = r_0 + (r_max − r_0) ln(1 + i) / ln n`` of layer i, in 0..n−1.
+
+    ``r_0`` is a fifth of ``r_max``, as by default in the code of SlimGPT, and ``r_max`` the smallest that fits; sizes
+    are rounded down to a level, and a ratio above 1 drops the module.
+    """
+    layers = [ModuleId.parse(name).layer for name in space.modules]
+    weights = [_log_weight(layer, max(layers) + 1) for layer in layers]  # r_i / r_max
+    ratios = {0.0} | {  # r_max at which some module reaches a level
+        (1 - size / levels[0]) / weight
+        for weight, levels in zip(weights, space.sizes, strict=True)
+        if levels[0]
+        for size in levels
+    }
+    plans = (
+        tuple(
+            _level_below(levels, (1 - r_max * weight) * levels[0] + 1e-9)
+            for weight, levels in zip(weights, space.sizes, strict=True)
+        )
+        for r_max in sorted(ratios)
+    )
+    return _first_fitting(space, budget_ms, plans)
+
+
+def _log_weight(layer: int, n_layers: int) -> float:
+    if n_layers == 1:
+        return 1.0
+    return FIRST_RATIO + (1 - FIRST_RATIO) * math.log(1 + layer) / math.log(n_layers)
 
 
 def random_plan(space: SearchSpace, budget_ms: float, seed: int = 0) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,18 @@ from ziplm_deploy.recipe import PruneConfig
 SMALL_SAMPLE_DAMPING = 0.03
 
 
-def obs_levels(linear: OutputLinear, sizes: Sequence[int], prune: PruneConfig) -> tuple[Levels, float]:
+# Order in which structures leave, int64 [n], for (H, W, group size, smallest number that is kept).
+OrderOf = Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+def exact_order(H: Tensor, W: Tensor, group_size: int, least: int) -> Tensor:
+    """One at a time, by exact scores."""
+    return obs.removal_order(H, W, group_size)[0]
+
+
+def obs_levels(
+    linear: OutputLinear, sizes: Sequence[int], prune: PruneConfig, order_of: OrderOf = exact_order
+) -> tuple[Levels, float]:
     """Levels by OBS, and the relative damping that was used; order and weights in one (ALGORITHM, OBS)."""
     if not sizes:
         return {}, prune.damping
@@ -30,7 +41,7 @@ def obs_levels(linear: OutputLinear, sizes: Sequence[int], prune: PruneConfig) -
     H, damping_used, _ = obs.damp(moment, damping)
     del moment  # as large as all weights together
     W_live = W * live  # a dead column carries nothing that varies: its weight is dropped, its mean goes to the bias
-    order, _ = obs.removal_order(H, W_live, m)
+    order = order_of(H, W_live, m, min(sizes))
     levels: Levels = {}
     for level in obs.level_weights(H, W_live, order, sizes):
         columns = linear.columns(level.kept)  # [k]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,15 @@ class Database:
 
     ``damping``: the relative damping that each module needed; ``scores``: float64 [n] importance of every structure,
     only for the methods whose plans are made from it; ``losses``: divergence of the model's answers that an error of 1
-    in a module costs to second order, only where errors are weighted by the Fisher information.
+    in a module costs to second order; ``fisher``: float32 [r, r] Fisher information at its output, where errors are
+    weighted by it.
     """
 
     modules: dict[str, dict[int, LevelWeights]]
     damping: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
 
     def errors(self, name: str) -> dict[int, float]:
         """Relative error of every level of one module."""
@@ -56,6 +59,7 @@ class Database:
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically; raises ``StorageError``."""
         tensors = {f"{name}/scores": scores.contiguous() for name, scores in self.scores.items()}
+        tensors.update({f"{name}/fisher": fisher.contiguous() for name, fisher in self.fisher.items()})
         index: dict[str, dict[str, float]] = {}
         for name, levels in self.modules.items():
             index[name] = {str(size): level.relative_error for size, level in levels.items()}
@@ -84,13 +88,16 @@ class Database:
                 damping = {name: float(value) for name, value in head["damping"].items()}
                 losses = {name: float(value) for name, value in head.get("losses", {}).items()}
                 keys = set(file.keys())
-                scores = {name: file.get_tensor(f"{name}/scores") for name in modules if f"{name}/scores" in keys}
+                scores, fisher = (
+                    {name: file.get_tensor(f"{name}/{kind}") for name in modules if f"{name}/{kind}" in keys}
+                    for kind in ("scores", "fisher")
+                )
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptArtifactError(
                 f"expected a level database of schema {SCHEMA_VERSION} in {path}, found: {shortened(repr(error))}; "
                 "delete it and run the prune stage again"
             ) from error
-        return cls(modules, damping, scores, losses)
+        return cls(modules, damping, scores, losses, fisher)
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -135,6 +142,41 @@ def build_levels(
     return {size: found[size] for size in wanted}, damping
 
 
+def level_for(
+    model: nn.Module,
+    module: PrunableModule,
+    moments: InputMoments,
+    size: int,
+    prune: PruneConfig,
+    *,
+    seed: int = 0,
+    fisher: Tensor | None = None,
+) -> LevelWeights:
+    """The level of one module at one size, for these moments of its inputs, and the Fisher information at its output.
+
+    Raises:
+        NumericalError: no damping makes the Hessian positive definite; names the module.
+    """
+    with _naming(module.name):
+        levels, _ = build_levels(_output_of(model, module, moments, fisher), [size], prune, seed=seed)
+    return levels[size]
+
+
+def _output_of(model: nn.Module, module: PrunableModule, moments: InputMoments, fisher: Tensor | None) -> OutputLinear:
+    linear = output_linear(model, module)
+    weights = None if fisher is None else fisher.double()
+    return OutputLinear.of(linear.weight, linear.bias, moments, module.group_size, weights)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors begin with the name of the module that they are about."""
+    try:
+        yield
+    except ZipLMError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def build_database(
     model: nn.Module,
     stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
@@ -163,17 +205,13 @@ def build_database(
     database = Database({module.name: {0: dropped_as_is(model, module)} for module in gone})
     pairs = stats.items() if isinstance(stats, Mapping) else stats
     for name, moments in pairs:
-        module = modules[name]
-        linear = output_linear(model, module)
-        try:
-            weights = None if fisher is None else fisher[name]
-            output = OutputLinear.of(linear.weight, linear.bias, moments, module.group_size, weights)
-            database.modules[name], database.damping[name] = build_levels(output, sizes[name], prune, seed=seed)
-        except ZipLMError as error:
-            raise type(error)(f"{name}: {error}") from error
-        if output.factor is not None:
-            database.losses[name] = output.output_power / 2
-        scores = get_method(prune.method).scores(output, seed)
+        weights = None if fisher is None else fisher[name]
+        with _naming(name):
+            linear = _output_of(model, modules[name], moments, weights)
+            database.modules[name], database.damping[name] = build_levels(linear, sizes[name], prune, seed=seed)
+            scores = get_method(prune.method).scores(linear, seed)
+        if weights is not None:
+            database.losses[name], database.fisher[name] = linear.output_power / 2, weights.float()
         if scores is not None:
             database.scores[name] = scores
         if progress is not None:

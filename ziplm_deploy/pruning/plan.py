@@ -25,6 +25,8 @@ class PruningPlan(Artifact):
     search_loss: float | None = None  # distance to the parent on the re-ranking examples; None: not searched
     seed_losses: dict[str, float] = Field(default_factory=dict)  # plan without search, uniform, … same examples
     evaluations: int = 0
+    # of the structures kept in shrunk modules, those that the database would not keep; None: not decided in order
+    exchanged_fraction: float | None = Field(None, ge=0, le=1, exclude_if=lambda fraction: fraction is None)
 
     @field_validator("sizes")
     @classmethod

@@ -16,15 +16,17 @@ from torch import nn
 
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.models.levels import pareto_levels
-from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.models.levels import LevelWeights, pareto_levels
+from ziplm_deploy.models.modules import PrunableModule, prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId, ModuleKind
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.allocations import uniform_plan
-from ziplm_deploy.pruning.database import Database
+from ziplm_deploy.pruning.database import Database, level_for
+from ziplm_deploy.pruning.in_order import LevelOf, exchanged_fraction, prune_in_order
 from ziplm_deploy.pruning.kernels import spdy
 from ziplm_deploy.pruning.methods import get_method
+from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.pruning.reconstruction import reconstruct
 from ziplm_deploy.pruning.search.search import PlanSearch, measure_sensitivities
@@ -132,7 +134,7 @@ class Planner:
         elif get_method(self.prune.method).searches:
             chosen, loss, seeds, evaluations = self._search(budget_ms, warm, progress)
         else:
-            chosen = self._baseline(budget_ms)
+            chosen, evaluations = self._baseline(budget_ms, progress)
         found = self._plan_of(chosen, target, budget_ms)
         return found.model_copy(update={"search_loss": loss, "seed_losses": seeds, "evaluations": evaluations})
 
@@ -200,12 +202,45 @@ class Planner:
         return resize(self.model, {name: self.database.modules[name][size] for name, size in sizes.items()})
 
     def build(self, plan: PruningPlan, progress: StepProgress | None = None) -> tuple[nn.Module, list[str]]:
-        """The physically smaller model of a plan, refitted if the recipe says so; and modules that could not be."""
+        """The physically smaller model of a plan, refitted if the recipe says so; and modules that could not be.
+
+        Structures and weights are those of the database, or are decided anew in order, see :attr:`decides_in_order`.
+        """
+        batches, refits = self.calibration.hessian, self.prune.reconstruct and get_method(self.prune.method).refits
+        if plan.sizes == self.space.as_sizes(self._whole):
+            return self.resized(plan.sizes), []
+        if self.decides_in_order:
+            return prune_in_order(
+                self.model, plan.sizes, batches, self._level_of(plan.sizes), refits=refits, progress=progress
+            )
         model = self.resized(plan.sizes)
-        pruned = plan.sizes != self.space.as_sizes(self._whole)
-        if pruned and self.prune.reconstruct and get_method(self.prune.method).refits:
-            return model, reconstruct(self.model, model, self.calibration.hessian, progress)
-        return model, []
+        return model, reconstruct(self.model, model, batches, progress) if refits else []
+
+    @property
+    def decides_in_order(self) -> bool:
+        """Whether modules of a plan are decided one after the other, each on what the pruned ones before it give."""
+        return self.prune.in_order or get_method(self.prune.method).in_order
+
+    def exchanged_fraction(self, plan: PruningPlan, built: nn.Module) -> float | None:
+        """Fraction of the structures kept in shrunk modules that the database would not keep; None: not in order."""
+        if not self.decides_in_order:
+            return None
+        levels = {name: self.database.modules[name][size] for name, size in plan.sizes.items()}
+        return exchanged_fraction(self.model, built, levels)
+
+    def _level_of(self, sizes: dict[str, int]) -> LevelOf:
+        def level_of(module: PrunableModule, moments: InputMoments) -> LevelWeights:
+            return level_for(
+                self.model,
+                module,
+                moments,
+                sizes[module.name],
+                self.prune,
+                seed=self.seed,
+                fisher=self.database.fisher.get(module.name),
+            )
+
+        return level_of
 
     def losses(self) -> tuple[PlanLoss, PlanLoss]:
         """Loss on the search examples and on the re-ranking examples, sharing one stitched model."""
@@ -253,12 +288,25 @@ class Planner:
             seeds["uniform"] = uniform_plan(self.space, search.budget_ms)
         return seeds
 
-    def _baseline(self, budget_ms: float) -> dict[str, int]:
+    def _baseline(self, budget_ms: float, progress: StepProgress | None) -> tuple[dict[str, int], int]:
+        """Sizes, and how many plans were measured for them."""
+        method, evaluations = get_method(self.prune.method), 0
+
+        def loss(plan: Plan, above: float) -> float:
+            nonlocal evaluations
+            evaluations += 1
+            if progress is not None:
+                progress(evaluations, len(plan) * (len(plan) + 1) // 2)  # so many if every block is dropped
+            return self.losses()[0](plan, above)
+
         try:
-            plan = get_method(self.prune.method).plan(self.space, budget_ms, self.database.scores, self.seed)
+            if method.measures:
+                plan = method.measured_plan(self.space, budget_ms, loss)
+            else:
+                plan = method.plan(self.space, budget_ms, self.database.scores, self.seed)
         except spdy.InfeasibleBudgetError as error:
             raise TargetUnreachableError(str(error), self._largest_speedup()) from error
-        return self.space.as_sizes(plan)
+        return self.space.as_sizes(plan), evaluations
 
 
 def _warm(config: SearchConfig) -> SearchConfig:

@@ -15,41 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.errors import NumericalError
-from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules, residual_module
+from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules
 from ziplm_deploy.progress import StepProgress
-from ziplm_deploy.pruning.search.stitching import layer_input
+from ziplm_deploy.pruning.layer_calls import AllRecorded, LayerCall, ModuleTap, capture_calls
 from ziplm_deploy.tasks.batching import Batch
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # relative to the mean diagonal of the inputs' covariance
-HELD_OUT_EVERY = 5
 
-
-@dataclass
-class LayerCall:
-    """Arguments of a layer beside its hidden states, and the tokens that count."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    mask: Tensor  # [B, S] bool
-    held_out: Tensor  # [N] bool, of the tokens that count
-
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Call ``layer`` on these hidden states [B, S, d] and return those that it makes, [B, S, d]."""
-        output = layer(hidden, *self.args, **self.kwargs)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
-
-    def tokens(self, states: Tensor) -> Tensor:
-        """Hidden states [B, S, d] as tokens [N, d], without padding."""
-        return states[self.mask]
+# Makes a module of the pruned model smaller, given the calls of its layer and the hidden states that it gets there.
+Shrink = Callable[[PrunableModule, list[LayerCall], list[Tensor]], None]
 
 
 class _Moments:
@@ -133,89 +113,48 @@ def reconstruct(
     Raises:
         NumericalError: activations are not finite.
     """
-    modules, unsolved = prunable_modules(dense), []
-    with torch.inference_mode():
-        calls, dense_hidden = capture_calls(dense, batches)
-        pruned_hidden = list(dense_hidden)  # embeddings are not pruned
-        for layer_index, (dense_layer, pruned_layer) in enumerate(
-            zip(layers_of(dense), layers_of(pruned), strict=True)
-        ):
-            pair = [m for m in modules if m.layer == layer_index]
-            targets, dense_hidden = _dense_sums(dense, dense_layer, pair, calls, dense_hidden)
-            for module in pair:
-                if not _refit(pruned, pruned_layer, module, calls, pruned_hidden, targets[module.kind]):
-                    unsolved.append(module.name)
-                if progress is not None:
-                    progress(modules.index(module) + 1, len(modules))
-            pruned_hidden = [call.run(pruned_layer, h) for call, h in zip(calls, pruned_hidden, strict=True)]
-    return unsolved
+    return walk(dense, pruned, batches, progress=progress)
 
 
-def capture_calls(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[LayerCall], list[Tensor]]:
-    """How the model calls its first layer, for every batch: the other arguments, and the hidden states."""
-    calls: list[LayerCall] = []
-    hidden: list[Tensor] = []
-    batch_mask: Tensor | None = None
+@torch.no_grad()
+def walk(
+    dense: nn.Module,
+    pruned: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    shrink: Shrink | None = None,
+    refits: bool = True,
+    progress: StepProgress | None = None,
+) -> list[str]:
+    """Go through the modules of ``pruned`` in order: shrink each, refit it; later ones see what became of it.
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(layer_input(args, kwargs))
-        rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "x")}
-        B, S = hidden[-1].shape[:2]
-        mask = torch.ones(B, S, dtype=torch.bool) if batch_mask is None else batch_mask  # [B, S]
-        seen = sum(len(states) for states in hidden[:-1])
-        held_out = (torch.arange(seen, seen + B) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)[:, None]  # [B, 1]
-        calls.append(LayerCall(args[1:], rest, mask, held_out.expand(B, S)[mask]))
-        raise _AllRecorded
-
-    handle = layers_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        for batch in batches:
-            batch_mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
-            with contextlib.suppress(_AllRecorded):
-                model(**{k: v for k, v in batch.items() if k != "labels"})
-    finally:
-        handle.remove()
-    return calls, hidden
-
-
-class _AllRecorded(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
-
-
-class _Tap:
-    """Records input and output of a module's output linear and the residual it is added to, in one layer call.
-
-    ``ends_call``: the call ends there, with :class:`_AllRecorded`; what follows costs as much again.
+    Arguments, result and errors are those of :func:`reconstruct`. ``shrink`` changes the module that it is given in
+    place, or leaves it; ``refits``: whether kept weights are refitted then.
     """
-
-    def __init__(self, model: nn.Module, module: PrunableModule, *, ends_call: bool = False) -> None:
-        self.x = self.y = self.residual = torch.empty(0)
-        self._ends_call = ends_call
-        self._handles = [
-            output_module(model, module).register_forward_hook(self._linear),
-            residual_module(model, module).register_forward_pre_hook(self._stream, with_kwargs=True),
-        ]
-
-    def _linear(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.y = output[0] if isinstance(output, tuple) else output
-        if args:
-            self.x = args[0]
-        if self._ends_call:
-            raise _AllRecorded
-
-    def _stream(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.residual = layer_input(args, kwargs)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    modules, unsolved = prunable_modules(dense), []
+    calls, dense_hidden = capture_calls(dense, batches)
+    hidden = list(dense_hidden)  # embeddings are not pruned
+    for index, (dense_layer, layer) in enumerate(zip(layers_of(dense), layers_of(pruned), strict=True)):
+        pair = [module for module in modules if module.layer == index]
+        targets: dict[str, list[Tensor]] = {}
+        if refits:
+            targets, dense_hidden = _dense_sums(dense, dense_layer, pair, calls, dense_hidden)
+        for module in pair:
+            if shrink is not None:
+                shrink(module, calls, hidden)
+            if refits and not _refit(pruned, layer, module, calls, hidden, targets[module.kind]):
+                unsolved.append(module.name)
+            if progress is not None:
+                progress(modules.index(module) + 1, len(modules))
+        hidden = [call.run(layer, states) for call, states in zip(calls, hidden, strict=True)]
+    return unsolved
 
 
 def _dense_sums(
     dense: nn.Module, layer: nn.Module, pair: list[PrunableModule], calls: list[LayerCall], hidden: list[Tensor]
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
     """Residual plus module output of the dense model [N, r], per kind and batch; and the layer's outputs."""
-    taps = {module.kind: _Tap(dense, module) for module in pair}
+    taps = {module.kind: ModuleTap(dense, module) for module in pair}
     sums: dict[str, list[Tensor]] = {module.kind: [] for module in pair}
     outputs = []
     try:
@@ -242,10 +181,10 @@ def _refit(
     weight, bias = getattr(linear, "weight", None), linear.bias
     d = weight.shape[1] if isinstance(weight, Tensor) else 0
     sums: tuple[_Moments, _Moments] | None = None
-    tap = _Tap(pruned, module, ends_call=True)
+    tap = ModuleTap(pruned, module, ends_call=True)
     try:
         for call, states, target in zip(calls, hidden, targets, strict=True):
-            with contextlib.suppress(_AllRecorded):
+            with contextlib.suppress(AllRecorded):
                 call.run(layer, states)
             residual = call.tokens(tap.residual)  # [N, r]
             if not len(residual):

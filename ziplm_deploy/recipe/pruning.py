@@ -56,6 +56,12 @@ class PruneConfig(Frozen):
     reconstruct: bool = Field(
         True, description="After the search, refit kept weights to the dense residual stream, layer by layer."
     )
+    in_order: bool = Field(
+        False,
+        exclude_if=lambda in_order: not in_order,
+        description="Once sizes are fixed, decide structures and weights anew, layer by layer, on what the pruned "
+        "layers before give; costs about two passes over the calibration data and the OBS of one level a module.",
+    )
     memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers stream under it.")
     search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")
 

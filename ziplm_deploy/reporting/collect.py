@@ -127,6 +127,7 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
             "predicted_speedup": plan.predicted_speedup,
             "search_loss": plan.search_loss,
             "seed_losses": plan.seed_losses,
+            "exchanged_fraction": plan.exchanged_fraction,
         }
     return MemberReport.model_validate(
         {

@@ -49,6 +49,7 @@ def family_markdown(report: FamilyReport) -> str:
         *_files(report),
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
+        *_in_order(report),
         *_scores(report),
         *_retrieval(report),
         *_by_label(report),
@@ -204,6 +205,19 @@ def _search(report: FamilyReport) -> list[list[str]]:
         "`relative error` is the plan without search."
     )
     return [["## Search", "", text, "", *markdown_table(["model", "chosen", *seeds], cells)]]
+
+
+def _in_order(report: FamilyReport) -> list[list[str]]:
+    """How many structures the order of pruning has exchanged."""
+    decided = [member for member in report.members if member.exchanged_fraction is not None]
+    if not decided:
+        return []
+    text = (
+        "Structures and weights were decided layer by layer, on what the pruned layers before give. So many of the "
+        "structures kept in modules that lost some are others than the inputs of the whole model would have kept:"
+    )
+    cells = [[member.name, f"{member.exchanged_fraction:.1%}"] for member in decided]
+    return [["## Pruned in order", "", text, "", *markdown_table(["model", "exchanged"], cells)]]
 
 
 def _continuations(report: FamilyReport) -> list[list[str]]:

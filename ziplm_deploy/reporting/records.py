@@ -92,6 +92,7 @@ class MemberReport(BaseModel):
     sizes: dict[str, int]  # heads or columns per module
     search_loss: float | None = None
     seed_losses: dict[str, float] = Field(default_factory=dict)
+    exchanged_fraction: float | None = Field(None, exclude_if=lambda fraction: fraction is None)  # see PruningPlan
     corrections: int = 0  # how often the closed loop solved this target again
     verdict: Literal["baseline", "reached", "missed", "faster than asked", "undecided"]
     reason: str = ""  # why a target was missed or overshot

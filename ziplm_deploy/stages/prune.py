@@ -52,11 +52,15 @@ def prune_member(run: Run, member: PrunedMember) -> None:
         plan = planner.plan(target, predicted_target, previous, run.progress.step)
         model, unsolved = planner.build(plan, run.progress.step)
         replace_member(member.pruned_folder, model, run.dense.processor, run.recipe.model, {"member": member.name})
-        plan.save(member.plan)
+        exchanged = planner.exchanged_fraction(plan, model)
+        plan.model_copy(update={"exchanged_fraction": exchanged}).save(member.plan)
         left = f"{member.name}: not refitted, as their inputs hardly vary: {', '.join(unsolved)}" if unsolved else None
         run.folder.set_note("refit", left, member=member.name)
         speedup = f"{plan.predicted_speedup:.2f}x"
         run.progress.note(f"{member.name}: predicted {speedup} after {plan.evaluations} evaluated plans")
+        if exchanged is not None:
+            text = "of the structures kept in order are others than the database holds"
+            run.progress.note(f"{member.name}: {exchanged:.0%} {text}")
 
     # Without training a member is pruned in its own folder, where a trained one may lie from before.
     full_key = content_key(key=key, predicted_target=predicted_target, trained_later=run.trains)

@@ -25,8 +25,8 @@ from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.modules import layer_linears, layers_of
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.kernels.obs import damp
+from ziplm_deploy.pruning.layer_calls import LayerCall, capture_calls
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
-from ziplm_deploy.pruning.reconstruction import LayerCall, capture_calls
 from ziplm_deploy.recipe import SparsityConfig
 from ziplm_deploy.tasks.batching import Batch
 

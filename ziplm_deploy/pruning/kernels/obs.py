@@ -98,7 +98,7 @@ def removal_order(H: Tensor, W: Tensor, group_size: int) -> tuple[Tensor, Tensor
     d = H.shape[0]
     if W.shape[1] != d or d % group_size:
         raise ValueError(f"expected W [r, {d}] and a group size that divides {d}, found {tuple(W.shape)}, {group_size}")
-    G = _inverse(H)
+    G = inverse(H)
     S = W.T @ W  # [d, d]
     return _Elimination(G, S, group_size).run()
 
@@ -120,9 +120,9 @@ def level_weights(H: Tensor, W: Tensor, order: Tensor, sizes: Sequence[int]) -> 
     if any(not 0 <= size <= n for size in sizes):
         raise ValueError(f"expected sizes in 0..{n}, found {list(sizes)}")
     survivors = order.flip(0)  # the longest kept first: every kept set is a leading part
-    columns = _columns(survivors, m)  # [d]
+    columns = group_columns(survivors, m)  # [d]
     factor, info = torch.linalg.cholesky_ex(H[columns][:, columns])  # [d, d] lower
-    _check_factor(int(info))
+    check_factor(int(info))
     Y = W[:, columns] @ factor  # [r, d]; W H_{:,K} (H_KK)⁻¹ = Y_K L_KK⁻¹
     power = Y.square().sum(0).flip(0).cumsum(0).flip(0)  # [d]; the error of keeping k columns is Σ_{j≥k} ‖Y_:j‖²
     for size in sizes:
@@ -180,7 +180,7 @@ class _Elimination:
         g = self.G[M, :d] - U[:, M].T @ U  # [m, d]
         s = self.S[M, :d] - V[:, M].T @ Q - Q[:, M].T @ V  # [m, d]
         factor, info = torch.linalg.cholesky_ex(g[:, M])  # [m, m]
-        _check_factor(int(info))
+        check_factor(int(info))
         u = torch.linalg.solve_triangular(factor, g, upper=False)  # [m, d]
         v = torch.linalg.solve_triangular(factor.T, u, upper=True)  # [m, d]
         q = s.addmm_(s[:, M].clone(), v, alpha=-0.5)  # [m, d]
@@ -202,7 +202,7 @@ class _Elimination:
         left = self.n - int(self.removed.sum())
         holes = self.removed[:left].nonzero().flatten()
         movers = left + (~self.removed[left:]).nonzero().flatten()
-        to, source = _columns(holes, self.m), _columns(movers, self.m)
+        to, source = group_columns(holes, self.m), group_columns(movers, self.m)
         for matrix in (self.G, self.S):
             matrix[to, :d] = matrix[source, :d]
             matrix[:d, to] = matrix[:d, source]
@@ -237,18 +237,20 @@ def _diagonal_blocks(matrix: Tensor, m: int) -> Tensor:
     return matrix.reshape(n, m, n, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
 
-def _columns(groups: Tensor, m: int) -> Tensor:
+def group_columns(groups: Tensor, m: int) -> Tensor:
     """Column indices of groups: [k] → [k·m]."""
     return (groups[:, None] * m + torch.arange(m)).flatten()
 
 
-def _inverse(H: Tensor) -> Tensor:
+def inverse(H: Tensor) -> Tensor:
+    """Inverse of a positive definite matrix; raises ``NumericalError`` for another."""
     factor, info = torch.linalg.cholesky_ex(H)
-    _check_factor(int(info))
+    check_factor(int(info))
     return torch.cholesky_inverse(factor)
 
 
-def _check_factor(info: int) -> None:
+def check_factor(info: int) -> None:
+    """Raise ``NumericalError`` where ``cholesky_ex`` says that a factorization failed."""
     if info:
         raise NumericalError(
             f"expected a positive definite matrix, found a failure at pivot {info}; raise prune.damping"

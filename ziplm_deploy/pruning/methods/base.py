@@ -13,6 +13,7 @@ from torch import Tensor
 from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.pruning.moments import InputMoments
+from ziplm_deploy.pruning.search.search import Loss
 from ziplm_deploy.pruning.search.space import Plan, SearchSpace
 from ziplm_deploy.recipe import PruneConfig
 
@@ -106,6 +107,8 @@ class Method(ABC):
     title: ClassVar[str]  # a few words for the report
     refits: ClassVar[bool] = False  # whether kept weights are refitted to the dense residual stream after the plan
     searches: ClassVar[bool] = False  # whether plans come from the search, and not from :meth:`plan`
+    measures: ClassVar[bool] = False  # whether plans come from :meth:`measured_plan`
+    in_order: ClassVar[bool] = False  # whether modules are always decided in order, as `prune.in_order` asks of any
 
     def scores(self, linear: OutputLinear, seed: int) -> Tensor | None:
         """Importance of every structure, float64 [n], kept in the database for plans; None: plans need none."""
@@ -125,7 +128,11 @@ class Method(ABC):
 
     def plan(self, space: SearchSpace, budget_ms: float, scores: Mapping[str, Tensor], seed: int) -> Plan:
         """A plan with ``Σ latency <= budget_ms``; raises ``spdy.InfeasibleBudgetError`` where none fits."""
-        raise NotImplementedError(f"{type(self).__name__} plans by search")
+        raise NotImplementedError(f"{type(self).__name__} plans by the search, or by measured losses")
+
+    def measured_plan(self, space: SearchSpace, budget_ms: float, loss: Loss) -> Plan:
+        """A plan within the budget, as :meth:`plan` makes one, from the losses of the plans that it asks for."""
+        raise NotImplementedError(f"{type(self).__name__} plans without measured losses")
 
 
 def relative_error(error: float, power: float) -> float:
