@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from exporters.genai import SpecialTokens, write_genai_config
     from exporters.gguf import GgufSettings, export_gguf
-    from exporters.heads import EmbeddingModel
+    from exporters.heads import EmbeddingModel, ImageEmbeddingModel
     from exporters.integer_matmul import to_integer_matmul
     from exporters.nbits_matmul import to_nbits_matmul
     from exporters.parity import ParityMismatch, check_parity
@@ -39,6 +39,7 @@ __all__ = [
     "ExportError",
     "ExportSettings",
     "GgufSettings",
+    "ImageEmbeddingModel",
     "ParityMismatch",
     "SpecialTokens",
     "cache_arrays",
@@ -65,7 +66,7 @@ _HOMES = {
     "encoder": ("ExportError", "ExportSettings", "dummy_inputs", "export_encoder", "input_names", "max_tokens"),
     "genai": ("SpecialTokens", "write_genai_config"),
     "gguf": ("GgufSettings", "export_gguf"),
-    "heads": ("EmbeddingModel",),
+    "heads": ("EmbeddingModel", "ImageEmbeddingModel"),
     "integer_matmul": ("to_integer_matmul",),
     "nbits_matmul": ("to_nbits_matmul",),
     "parity": ("ParityMismatch", "check_parity"),

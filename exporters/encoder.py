@@ -16,7 +16,7 @@ from torch import nn
 
 from exporters.constants import fold_products
 from exporters.files import atomic_path
-from exporters.heads import EmbeddingModel, evaluation_mode
+from exporters.heads import EmbeddingModel, ImageEmbeddingModel, evaluation_mode, pair
 from exporters.norms import norms_with_biases
 from exporters.residuals import residuals_as_sums
 from exporters.shapes import fold_shapes
@@ -25,6 +25,8 @@ from exporters.shapes import fold_shapes
 _MAX_MODEL_BYTES = 2**31 - 2**25
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _PER_TOKEN_OUTPUTS = ("last_hidden_state", "start_logits", "end_logits")
+# Trained on texts filled up to one length, without a mask: each token attends to the padding, too.
+_UNMASKED = ("siglip_text_model",)
 # Tracing cost grows with the shape but the dynamic graph does not depend on it.
 _TRACE_BATCH, _TRACE_TOKENS = 2, 16
 
@@ -60,11 +62,13 @@ class _Positional(nn.Module):
 def input_names(model: nn.Module) -> list[str]:
     """Graph inputs in optimum's order; ``token_type_ids`` only where the model can tell two segments apart."""
     config: Any = model.config
-    inner = model.wrapped if isinstance(model, EmbeddingModel) else model
+    inner = model.wrapped if isinstance(model, (EmbeddingModel, ImageEmbeddingModel)) else model
     accepted = inspect.signature(inner.forward).parameters
     if "pixel_values" in accepted:
         return ["pixel_values"]
     names = [name for name in _TEXT_INPUTS if name in accepted]
+    if getattr(config, "model_type", "") in _UNMASKED:
+        names.remove("attention_mask")
     if getattr(config, "type_vocab_size", 2) < 2 and "token_type_ids" in names:
         names.remove("token_type_ids")
     return names
@@ -82,7 +86,7 @@ def dummy_inputs(model: nn.Module, settings: ExportSettings) -> dict[str, torch.
     batch_size = settings.batch_size if static else _TRACE_BATCH
     generator = torch.Generator().manual_seed(0)
     if names == ["pixel_values"]:
-        height, width = _pair(config.image_size)
+        height, width = pair(config.image_size)
         return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width, generator=generator)}
     _check_positions(model, settings.seq_len)
     tokens = settings.seq_len if static else min(settings.seq_len, _TRACE_TOKENS)
@@ -192,7 +196,3 @@ def _check_positions(model: nn.Module, seq_len: int) -> None:
     positions = max_tokens(model)
     if seq_len > positions:
         raise ExportError(f"expected seq_len <= {positions}, the model's positions, found {seq_len}; shorten it")
-
-
-def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-Pooling = Literal["mean", "cls", "max", "lasttoken"]
+Pooling = Literal["mean", "cls", "max", "lasttoken", "pooler"]  # pooler: the model's own head
 
 # Mean pooling of an all-padding row would divide by zero; sentence-transformers clamps at the same value.
 _SMALLEST_TOKEN_COUNT = 1e-9
@@ -40,9 +40,76 @@ def pool(
         weights = attention_mask.unsqueeze(-1).to(token_vectors.dtype)  # [batch, tokens, 1]
         summed = (token_vectors * weights).sum(dim=1)  # [batch, hidden]
         embedding = summed / weights.sum(dim=1).clamp(min=_SMALLEST_TOKEN_COUNT)
+    return finished(embedding, normalize, dense)
+
+
+def pool_image(
+    token_vectors: torch.Tensor,
+    n_patches: int,
+    pooling: Pooling,
+    normalize: bool,
+    dense: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Embedding ``[batch, size]`` of an image's vectors ``[batch, tokens, hidden]``, of which the last are of patches.
+
+    ``cls`` takes the first, that of the class; ``mean`` and ``max`` are over the patches alone, as in timm.
+    """
+    patches = token_vectors[:, -n_patches:]  # [batch, patches, hidden]
+    if pooling == "mean":
+        embedding = patches.mean(dim=1)  # [batch, hidden]
+    elif pooling == "max":
+        embedding = patches.amax(dim=1)
+    else:
+        embedding = token_vectors[:, 0]
+    return finished(embedding, normalize, dense)
+
+
+def finished(
+    embedding: torch.Tensor, normalize: bool, dense: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Embedding ``[batch, size]`` of a pooled vector ``[batch, hidden]``: Dense layers, then length 1 if asked for."""
     if dense is not None:
         embedding = dense(embedding)
     return nn.functional.normalize(embedding, p=2.0, dim=1) if normalize else embedding
+
+
+def patches_of(config: Any) -> int:
+    """Patches of an image of the size that a model is for."""
+    height, width = pair(config.image_size)
+    rows, columns = pair(config.patch_size)
+    return (height // rows) * (width // columns)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def text_embedding(
+    outputs: Any,
+    attention_mask: torch.Tensor | None,
+    pooling: Pooling,
+    normalize: bool,
+    dense: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Embedding ``[batch, size]`` from the named outputs of a text encoder; only ``pooler`` needs no mask."""
+    if pooling == "pooler":
+        return finished(outputs["pooler_output"], normalize, dense)
+    assert attention_mask is not None  # only models with a head of their own read texts without one
+    return pool(outputs["last_hidden_state"], attention_mask, pooling, normalize, dense)
+
+
+def image_embedding(
+    outputs: Any,
+    config: Any,
+    pooling: Pooling,
+    normalize: bool,
+    dense: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Embedding ``[batch, size]`` from the named outputs of an image encoder with this configuration."""
+    if pooling == "pooler":
+        return finished(outputs["pooler_output"], normalize, dense)
+    return pool_image(outputs["last_hidden_state"], patches_of(config), pooling, normalize, dense)
 
 
 def sentence_dense(model: nn.Module) -> nn.Sequential | None:
@@ -90,10 +157,42 @@ class EmbeddingModel(nn.Module):
         return self.wrapped.config
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """``last_hidden_state`` ``[batch, tokens, hidden]`` and ``sentence_embedding`` ``[batch, size]``."""
-        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.wrapped(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
-        embedding = pool(hidden, attention_mask, self.pooling, self.normalize, sentence_dense(self.wrapped))
-        return {"last_hidden_state": hidden, "sentence_embedding": embedding}
+        optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        outputs = self.wrapped(input_ids=input_ids, **given)
+        embedding = text_embedding(outputs, attention_mask, self.pooling, self.normalize, sentence_dense(self.wrapped))
+        return {"last_hidden_state": outputs.last_hidden_state, "sentence_embedding": embedding}
+
+
+class ImageEmbeddingModel(nn.Module):
+    """An image encoder that returns ``image_embeds``, as the towers of transformers call them, and nothing else.
+
+    Raises:
+        ValueError: a pooling that images have not.
+    """
+
+    def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
+        super().__init__()
+        if pooling not in ("cls", "mean", "max", "pooler"):
+            raise ValueError(f"expected a pooling of images, cls, mean, max or pooler, found {pooling!r}; correct it")
+        self.wrapped = model
+        self.pooling: Pooling = pooling
+        self.normalize = normalize
+        self.training = model.training
+
+    @property
+    def config(self) -> Any:
+        """The wrapped model's configuration."""
+        return self.wrapped.config
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``image_embeds`` ``[batch, size]`` of ``pixel_values`` ``[batch, channels, height, width]``."""
+        outputs = self.wrapped(pixel_values=pixel_values)
+        dense = sentence_dense(self.wrapped)
+        return {"image_embeds": image_embedding(outputs, self.config, self.pooling, self.normalize, dense)}

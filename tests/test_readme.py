@@ -42,7 +42,7 @@ TASKS = [
         "question-answering",
         "token-classification",
     ),
-    *("fill-mask", "image-classification", "reranking"),
+    *("fill-mask", "image-classification", "image-feature-extraction", "reranking"),
 ]
 MAX_LINES = 150  # of README
 FIRST_WORDS = ("Of", "That", "As", "Until", "Beside", "The same")  # with which no sentence that stands alone begins

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ziplm_deploy.recipe import Recipe, load_recipe
     from ziplm_deploy.recovery.record import TrainingRecord
     from ziplm_deploy.reporting.records import FamilyReport
+    from ziplm_deploy.reporting.tower_pairs import TowerPairs, pair_towers
 
 __all__ = [
     "BenchmarkRecord",
@@ -35,6 +36,7 @@ __all__ = [
     "PruningPlan",
     "Recipe",
     "TimedFile",
+    "TowerPairs",
     "TrainingRecord",
     "ZipLMError",
     "benchmark",
@@ -48,6 +50,7 @@ __all__ = [
     "load_recipe",
     "load_runner",
     "machine_info",
+    "pair_towers",
     "profile",
     "prune",
     "recover",
@@ -72,6 +75,7 @@ _HOMES = {
     "recipe": ("Recipe", "load_recipe"),
     "recovery.record": ("TrainingRecord",),
     "reporting.records": ("FamilyReport",),
+    "reporting.tower_pairs": ("TowerPairs", "pair_towers"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

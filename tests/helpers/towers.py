@@ -49,19 +49,34 @@ def tower_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     inputs = tiny_inputs(model)
     inputs["input_ids"][0, -1] = inputs["input_ids"][1, 5] = 3
+    if config.model_type == "siglip_text_model":  # it was trained without a mask
+        del inputs["attention_mask"]
     return inputs
 
 
-def save_clip(folder: Path) -> Any:
-    """A checkpoint of both towers of a CLIP model, of other depths, with a tokenizer; returns the model."""
-    settings = {kind: {**COMMON, **sizes, "projection_dim": PROJECTION} for kind, sizes in _kinds().items()}
-    config = transformers.CLIPConfig(**settings, projection_dim=PROJECTION)
+def save_whole(folder: Path, kind: str = "clip") -> Any:
+    """A checkpoint of both towers of CLIP or SigLIP, of other depths, with tokenizer and image processor."""
+    settings: dict[str, Any] = {name: {**COMMON, **sizes} for name, sizes in _kinds().items()}
+    if kind == "clip":
+        settings = {name: {**sizes, "projection_dim": PROJECTION} for name, sizes in settings.items()}
+        settings["projection_dim"] = PROJECTION
+    config = transformers.CONFIG_MAPPING[kind](**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model: Any = shaken(transformers.CLIPModel(config), 0)
+    model: Any = shaken({"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}[kind](config), 0)
     model.save_pretrained(folder)
     tiny_tokenizer(folder / "words").save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return model
+
+
+def features(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """Embeddings of a whole model by its own methods, of length 1: of images or of texts."""
+    method = model.get_image_features if "pixel_values" in inputs else model.get_text_features
+    with torch.no_grad():
+        found = method(**inputs)
+    vectors: torch.Tensor = getattr(found, "pooler_output", found)  # transformers 5 gives it with more beside
+    return torch.nn.functional.normalize(vectors)
 
 
 def _kinds() -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from exporters.heads import sentence_dense
 from tests.helpers.models import sentences
 from tests.helpers.pipeline import raw_recipe
-from tests.helpers.towers import PROJECTION, save_clip
+from tests.helpers.towers import PROJECTION, save_whole
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.pipeline import run_pipeline
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.transformers
 
 @pytest.mark.slow
 def test_a_text_tower_scores_itself_right(tmp_path: Path) -> None:
-    clip = save_clip(tmp_path / "model")
+    clip = save_whole(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     texts = list(dict.fromkeys(sentences(80)))
     texts = texts[: len(texts) // 2 * 2]

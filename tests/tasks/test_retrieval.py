@@ -13,8 +13,9 @@ from tests.tasks.test_reranking import by_hand
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, ModelConfig, Similarity
 from ziplm_deploy.tasks import EvaluationSet, get_task
+from ziplm_deploy.tasks.embeddings import similarities, similarity_matrix
 from ziplm_deploy.tasks.retrieval import Retrieval, RetrievalSet, read_retrieval_set
-from ziplm_deploy.tasks.similarity import SentenceSimilarity, similarities, similarity_matrix
+from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
 PAIRS = [
     {"query": "who sat ?", "passage": "the cat sat"},

@@ -16,8 +16,8 @@ from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.tasks import get_task, torch_function
 from ziplm_deploy.tasks.batching import Arrays
+from ziplm_deploy.tasks.embeddings import embedding_fidelity
 from ziplm_deploy.tasks.losses import kl_divergence
-from ziplm_deploy.tasks.similarity import embedding_fidelity
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)

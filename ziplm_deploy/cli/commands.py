@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ziplm_deploy.cli import towers  # noqa: F401  its command is registered with its import
 from ziplm_deploy.cli.app import (
     MISSED_TARGET,
     UNDECIDED,

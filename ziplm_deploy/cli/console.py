@@ -16,6 +16,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport, Timed
 from ziplm_deploy.reporting.table import aa_line, ratio_text
+from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
 
 if TYPE_CHECKING:
     from ziplm_deploy.models.model_types import ModelType
@@ -83,6 +84,14 @@ def print_benchmark(record: BenchmarkRecord) -> None:
     if environment.workload.has_several:
         _print_calls(console, {timing.name: timing for timing in record.variants}, record.baseline)
     line(console, aa_line(record.itself, record.tolerance))
+
+
+def print_tower_pairs(found: TowerPairs) -> None:
+    """Every pair of files of two towers, the fastest first, and which one to take."""
+    console = _console()
+    calls = f"{found.text_calls:g} call(s) of the text tower, {found.image_calls:g} of the image tower"
+    console.print(_table(f"{calls}, budget {found.budget_ms:g} ms", TITLES, pair_rows(found)))
+    line(console, f"scores: {found.metric} on {found.n_images:,} images and their captions, 95 % intervals")
 
 
 def _print_calls(console: Console, files: Mapping[str, Timed | FileTiming], baseline: str) -> None:

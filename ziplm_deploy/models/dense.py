@@ -23,8 +23,7 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.models.adapted import adapted, model_class
-from ziplm_deploy.models.architectures import Architecture, architecture_of
-from ziplm_deploy.models.architectures.towers import WITHOUT_TASK
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.config_file import (
     check_layer_count,
@@ -47,7 +46,7 @@ from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
-from ziplm_deploy.models.text_projection import load_projection
+from ziplm_deploy.models.tower_heads import load_projection
 from ziplm_deploy.models.two_towers import Reads, without_other_tower
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS, Task
@@ -83,7 +82,7 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         _check_files(Path(path), TASKS[model_config.task].auto_class)
     task = TASKS[model_config.task]
     config = _load_config(path, source, task.input_kind)
-    _check_task(architecture_of(config), task, with_head=task.is_causal)
+    _check_task(config, task, with_head=task.is_causal)
     if new_head is None and task.has_classes:
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
@@ -95,10 +94,11 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     if own.source:
         _check_widths(model, settings, own)
         if own.is_tower and own.dense:
-            load_projection(model, own.dense[0], root, settings.revision)
+            load_projection(model, own.dense[0], task.input_kind, root, settings.revision)
         else:
             load_layers(model, own.dense, root, own.dense_folders, settings.revision)
-        _prepare_texts(processor, settings, own)
+        if task.input_kind == "text":
+            _prepare_texts(processor, settings, own)
     _check_finite(model, path)
     return model, processor
 
@@ -108,19 +108,20 @@ def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
     check_gguf(file)
     with quiet_transformers():
         config: Any = load_gguf_config(file)
-        _check_task(architecture_of(config), task, with_head=True)
+        _check_task(config, task, with_head=True)
         model: Any = load_gguf_model(file)
     model.config.return_dict, model.config._attn_implementation = True, "eager"
     _check_finite(model, str(file))
     return without_cache(model), load_gguf_tokenizer(file)
 
 
-def _check_task(architecture: Architecture, task: type[Task], *, with_head: bool) -> None:
-    causal = architecture.causal
-    if architecture.model_type in WITHOUT_TASK:
+def _check_task(config: Any, task: type[Task], *, with_head: bool) -> None:
+    architecture = architecture_of(config)
+    causal, reads = architecture.causal, "image" if hasattr(config, "image_size") else "text"
+    if reads != task.input_kind:
         raise UnsupportedModelError(
-            f"expected a model for {task.name}, found a {architecture.model_type}: "
-            f"{WITHOUT_TASK[architecture.model_type]}; choose another model"
+            f"expected a model that reads {task.input_kind}s for {task.name}, found a {architecture.model_type}, which "
+            f"reads {reads}s; choose another task or model"
         )
     if causal is not None and task.takes_causal and not with_head:
         if causal.rotary is None:
@@ -150,7 +151,7 @@ def load_processor(model_config: ModelConfig) -> Any:
         return load_gguf_tokenizer(Path(root))
     path, source = _transformer_of(root, model_config, own)
     processor = _load_processor(path, TASKS[model_config.task].input_kind, source)
-    if own.source:
+    if own.source and TASKS[model_config.task].input_kind == "text":
         _prepare_texts(processor, completed(model_config, own), own)
     return processor
 
@@ -259,13 +260,6 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
         )
     dense: nn.Module = without_cache(adapted(model.eval()))
     return dense
-
-
-def _class_of(classes: Any, config: Any) -> Any:
-    """The class that the configuration names where several do a task: distilled DeiTs have a second head."""
-    if not isinstance(classes, tuple):
-        return classes
-    return next((each for each in classes if each.__name__ in (config.architectures or ())), classes[0])
 
 
 def _check_sizes(model_class: Any, config: Any, folder: Path, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from exporters import (
     EmbeddingModel,
     ExportError,
     ExportSettings,
+    ImageEmbeddingModel,
     check_decoder_parity,
     dummy_inputs,
     export_causal_encoder,
@@ -37,19 +38,24 @@ PARITY_PROMPTS = (12, 7)  # tokens of the prompts that a file is compared with t
 
 
 def with_embedding_head(model: nn.Module, settings: ModelConfig, export: ExportConfig) -> nn.Module:
-    """The model with what else goes into its graph: pooling, Dense layers and normalization of sentence embeddings.
+    """The model with what else goes into its graph: pooling, Dense layers and normalization of embeddings.
 
     Raises:
-        RecipeError: the model has Dense layers, and the recipe wants no embedding in the graph.
+        RecipeError: only the graph can make the embedding, and the recipe wants none in it.
     """
-    if settings.task != "sentence-similarity" or not export.embed_in_graph:
-        if sentence_dense(model) is not None:
+    if not settings.makes_embeddings:
+        return model
+    pooling, normalize = settings.head
+    of_images = settings.task == "image-feature-extraction"
+    if not export.embed_in_graph:
+        if of_images or pooling == "pooler" or sentence_dense(model) is not None:
             raise RecipeError(
-                "expected export.embed_in_graph: true for a model with Dense layers after its pooling, which only the "
-                "graph can hold, found false; change the recipe"
+                "expected export.embed_in_graph: true for images, and for texts whose model has a head or Dense layers "
+                "that only the graph can hold, found false; change the recipe"
             )
         return model
-    return EmbeddingModel(model, *settings.head).eval()
+    wrapper = ImageEmbeddingModel if of_images else EmbeddingModel
+    return wrapper(model, pooling, normalize).eval()
 
 
 def output_names(task: Task, export: ExportConfig) -> list[str]:

@@ -110,7 +110,7 @@ def save_member(
     except OSError as error:
         raise StorageError(f"expected to write {folder}, found: {error.strerror or error}; free disk space") from error
     write_text(folder / "config.json", _config_json(model, kept, shape))
-    if model_config.task == "sentence-similarity":
+    if model_config.task == "sentence-similarity" and pooling != "pooler":  # sentence-transformers has no such pooling
         write_sentence_files(folder, model, complete, own)
     write_bytes_with(folder / WEIGHTS_FILE, lambda path: _save_weights(model, path))
     MemberConfig(

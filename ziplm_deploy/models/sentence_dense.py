@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -82,9 +82,11 @@ def layers_of_dense(model: nn.Module) -> tuple[DenseLayer, ...]:
 
 
 def embedding_size(model: nn.Module) -> int:
-    """Numbers in a sentence embedding of this model."""
+    """Numbers in an embedding by this model."""
     layers = layers_of_dense(model)
-    return layers[-1].out_features if layers else int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    config: Any = model.config
+    size = getattr(config, "projection_size", None) or config.hidden_size  # SigLIP's texts end in a linear of their own
+    return layers[-1].out_features if layers else int(size)
 
 
 def load_layers(

@@ -21,7 +21,8 @@ from ziplm_deploy.models.location import CONFIG_FILE, find_file, resolve_model_p
 from ziplm_deploy.models.score_activation import read_score_activation
 from ziplm_deploy.models.sentence_dense import ACTIVATIONS, DenseLayer
 from ziplm_deploy.models.sentence_files import Fields, SentenceFiles, check_neutral, checked, damaged
-from ziplm_deploy.models.text_projection import projection_of
+from ziplm_deploy.models.tower_heads import tower_head
+from ziplm_deploy.models.two_towers import Reads
 from ziplm_deploy.recipe import ModelConfig, Pooling, Similarity
 
 MODULES_FILE = "modules.json"
@@ -123,7 +124,7 @@ class SentenceModules:
     max_seq_length: int | None = None  # tokens
     do_lower_case: bool = False
     activation: str | None = None  # over the score of a cross-encoder; full name of a class of torch
-    is_tower: bool = False  # CLIP's: with its projection as a Dense layer, the weights in its own file
+    is_tower: bool = False  # of CLIP or SigLIP: a projection has its weights in the model's own file
 
     def answers(self, seq_len: int) -> dict[str, Any]:
         """What changes answers beside the settings of the recipe, for content keys; empty for a plain model."""
@@ -144,11 +145,13 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
         UnsupportedModelError: it has a module, a pooling or a setting that cannot be reproduced.
         CorruptArtifactError: a file is damaged.
     """
-    if model.task not in ("sentence-similarity", "reranking"):
+    if not model.makes_embeddings and model.task != "reranking":
         return SentenceModules()
     files = SentenceFiles(resolve_model_path(model.path), model.revision)
     if model.task == "reranking":
         return _read_cross_encoder(files)
+    if model.task == "image-feature-extraction":
+        return _tower_modules(files, "image")
     modules = files.read(MODULES_FILE, must_know=True)
     if modules is not None:
         return _read_modules(files, modules)
@@ -156,20 +159,19 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
     pooling = files.read(POOLING_FILE) if Path(files.path).is_dir() else None
     if pooling is not None:
         return _with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
-    return _tower_modules(files)
+    return _tower_modules(files, "text")
 
 
-def _tower_modules(files: SentenceFiles) -> SentenceModules:
-    """What is known of CLIP's text tower, whose files say nothing; nothing of other models."""
+def _tower_modules(files: SentenceFiles, reads: Reads) -> SentenceModules:
+    """What is known of towers of CLIP and SigLIP, whose files say nothing; nothing of other models."""
     fields = _config_fields(files)
-    if fields.get("model_type") not in ("clip", "clip_text_model"):
-        return SentenceModules()
     try:
-        projection = projection_of(fields)
+        head = tower_head(fields, reads)
     except ValidationError as error:
         raise damaged(f"{files.path}/{CONFIG_FILE}", error) from error
-    dense = () if projection is None else (projection,)
-    return SentenceModules(files.path, pooling="lasttoken", dense=dense, is_tower=True)
+    if head is None:
+        return SentenceModules()
+    return SentenceModules(files.path, pooling=head.pooling, dense=head.dense, is_tower=True)
 
 
 def _config_fields(files: SentenceFiles) -> dict[str, Any]:
@@ -205,6 +207,11 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
         raise RecipeError(
             f"expected model.pooling for the causal model {model.path}, whose files name none, found none; give the "
             "one that it was trained with: mostly lasttoken"
+        )
+    if found["pooling"] == "pooler" and not own.is_tower:
+        raise RecipeError(
+            f"expected a pooling of token vectors for {model.path}, found model.pooling: pooler, the head that towers "
+            "of CLIP and SigLIP have; leave the field out"
         )
     found["prompt"] = own.prompt if model.prompt is None else model.prompt
     for name in ("query_prompt", "passage_prompt", "dimensions"):

@@ -19,8 +19,8 @@ class DataConfig(Frozen):
     )
     retrieval: str | None = Field(
         None,
-        description="Queries with passages that answer them, one pair a row (sentence-similarity): embeddings are "
-        "judged by search among all these passages, too.",
+        description="Queries with passages that answer them, one pair a row (sentence-similarity), or captions with "
+        "images (towers of CLIP and SigLIP): embeddings are judged by search among all of these, too.",
     )
     calibration_split: str = Field("train", description="Split, when `calibration` is a `datasets` name.")
     train_split: str = Field("train", description="Split, when `train` is a `datasets` name.")
@@ -36,7 +36,7 @@ class DataConfig(Frozen):
     )
     label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
     retrieval_columns: tuple[str, ...] | None = Field(
-        None, description="Columns with query and passage; default: found from the usual names."
+        None, description="Columns with query and passage, or caption and image; default: found from the usual names."
     )
     context: int | None = Field(
         None,
@@ -58,6 +58,9 @@ class DataConfig(Frozen):
         None, ge=1, description="Evaluation examples (reranking: queries with all their passages); default: all."
     )
     n_retrieval: int | None = Field(
-        None, ge=1, description="Queries of `retrieval`, searched for among all its passages; default: all of them."
+        None,
+        ge=1,
+        description="Queries of `retrieval`, or images with their captions, searched for among all that it holds; "
+        "default: all of them.",
     )
     n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ziplm_deploy.recipe.base import Frozen
 
@@ -19,9 +19,10 @@ TaskName = Literal[
     "fill-mask",
     "text-generation",
     "image-classification",
+    "image-feature-extraction",
 ]
 
-Pooling = Literal["mean", "cls", "max", "lasttoken"]
+Pooling = Literal["mean", "cls", "max", "lasttoken", "pooler"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 _DEFAULTS: dict[str, Any] = {"pooling": "mean", "normalize": True, "prompt": "", "similarity": "cosine"}
 _OF_RETRIEVAL = ("query_prompt", "passage_prompt", "dimensions")
@@ -39,12 +40,13 @@ class ModelConfig(Frozen):
     revision: str | None = Field(None, description="Hub revision; only used with a hub id.")
     pooling: Pooling | None = Field(
         None,
-        description="How sentence-similarity models turn token vectors into one embedding: `mean`, `cls`, `max` or "
-        "`lasttoken`; default: as the model's sentence-transformers files say, else `mean`.",
+        description="How models of embeddings turn vectors into one: of texts `mean`, `cls`, `max` or `lasttoken`, of "
+        "images `cls`, or `mean` or `max` of the patches; default: as the model's files say, else `mean` of tokens, "
+        "`cls` of images. Towers of CLIP and SigLIP have their own.",
     )
     normalize: bool | None = Field(
         None,
-        description="Scale embeddings to length 1 (sentence-similarity); default: as the model's files say, else true.",
+        description="Scale embeddings to length 1; default: as the model's files say, else true.",
     )
     prompt: str | None = Field(
         None,
@@ -71,10 +73,24 @@ class ModelConfig(Frozen):
         "files say, else `cosine`.",
     )
 
+    @model_validator(mode="after")
+    def _images_have_no_last_token(self) -> ModelConfig:
+        if self.task == "image-feature-extraction" and self.pooling == "lasttoken":
+            raise ValueError(
+                "expected model.pooling cls, mean or max for images, which have no last token, found lasttoken"
+            )
+        return self
+
+    @property
+    def makes_embeddings(self) -> bool:
+        """Whether the task is to make embeddings, of texts or of images."""
+        return self.task in ("sentence-similarity", "image-feature-extraction")
+
     @property
     def head(self) -> tuple[Pooling, bool]:
         """Pooling and normalization, as they are given or as is usual."""
-        return self.pooling or "mean", self.normalize is not False
+        settings = self.with_defaults()
+        return settings.pooling or "mean", settings.normalize is not False
 
     @property
     def prompt_of_queries(self) -> str:
@@ -88,8 +104,9 @@ class ModelConfig(Frozen):
 
     def with_defaults(self) -> ModelConfig:
         """A copy in which every setting of embeddings has a value: its own, or that of a model that says nothing."""
+        usual = _DEFAULTS | ({"pooling": "cls"} if self.task == "image-feature-extraction" else {})
         own = self.model_dump(include=set(_DEFAULTS), exclude_none=True)
-        return self.model_copy(update={**_DEFAULTS, **own})
+        return self.model_copy(update={**usual, **own})
 
     @property
     def fingerprint(self) -> dict[str, Any]:

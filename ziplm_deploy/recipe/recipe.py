@@ -110,7 +110,7 @@ class Recipe(Frozen):
         workload = self.environment.workload
         if workload.lengths is None:
             return self
-        if self.model.task == "image-classification":
+        if self.model.task.startswith("image-"):
             raise ValueError("images have no lengths: leave out environment.workload.lengths")
         if self.export.shapes == "static" and (isinstance(workload.lengths, Path) or workload.has_several):
             raise ValueError(
@@ -121,10 +121,10 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _search_is_of_embeddings(self) -> Recipe:
-        if self.data.retrieval is not None and self.model.task != "sentence-similarity":
+        if self.data.retrieval is not None and not self.model.makes_embeddings:
             raise ValueError(
-                f"expected model.task sentence-similarity for data.retrieval, which is searched by embeddings, found "
-                f"{self.model.task}; leave the field out"
+                "expected model.task image-feature-extraction or sentence-similarity for data.retrieval, which is "
+                f"searched by embeddings, found {self.model.task}; leave the field out"
             )
         return self
 

@@ -9,8 +9,8 @@ from ziplm_deploy.models.location import is_hub_id, public_name
 from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
+from ziplm_deploy.reporting.retrieval import card_text, retrieval_table
 from ziplm_deploy.reporting.table import (
-    RETRIEVAL_TITLES,
     baseline_of,
     call_header,
     call_rows,
@@ -20,7 +20,6 @@ from ziplm_deploy.reporting.table import (
     markdown_table,
     not_ahead,
     percent_text,
-    retrieval_rows,
     score_text,
     shows_no_speedup,
 )
@@ -145,11 +144,7 @@ def _retrieval(report: FamilyReport, member: MemberReport) -> list[str]:
     assert found is not None
     own = [file_label(member.name, file.variant) for file in member.files]
     labels = [label for label in dict.fromkeys([report.members[0].name, *own]) if label in found.files]
-    text = (
-        f"nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages; asymmetric: queries by this "
-        "model, passages by the dense one, so that its index stays valid."
-    )
-    return [text, "", *markdown_table(RETRIEVAL_TITLES, retrieval_rows(found, labels))]
+    return [card_text(found), "", *retrieval_table(found, labels)]
 
 
 def _before_training(member: MemberReport) -> str:

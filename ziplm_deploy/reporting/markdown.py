@@ -7,9 +7,9 @@ import html
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
 from ziplm_deploy.reporting.gguf import gguf_section
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
+from ziplm_deploy.reporting.retrieval import retrieval_table, retrieval_text
 from ziplm_deploy.reporting.table import (
     MISSING,
-    RETRIEVAL_TITLES,
     aa_line,
     baseline_lines,
     baseline_of,
@@ -23,7 +23,6 @@ from ziplm_deploy.reporting.table import (
     header,
     markdown_table,
     ratio_text,
-    retrieval_rows,
     rows,
     score_text,
     shows_no_speedup,
@@ -277,12 +276,7 @@ def _retrieval(report: FamilyReport) -> list[list[str]]:
     found = report.retrieval
     if found is None:
         return []
-    text = (
-        f"nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages, with 95 % intervals (bootstrap "
-        "over the queries). *Symmetric*: each file embeds queries and passages. *Asymmetric*: it embeds queries, and "
-        "the dense model the passages, as in an index that exists; its percent is of dense for both, too."
-    )
-    return [["## Retrieval", "", text, "", *markdown_table(RETRIEVAL_TITLES, retrieval_rows(found, [*found.files]))]]
+    return [["## Retrieval", "", retrieval_text(found), "", *retrieval_table(found, [*found.files])]]
 
 
 def _by_label(report: FamilyReport) -> list[list[str]]:

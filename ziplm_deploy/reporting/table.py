@@ -9,9 +9,7 @@ from ziplm_deploy.latency.record import FileTiming
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, GgufReport, MemberReport, Timed
-from ziplm_deploy.tasks.ranking import ASYMMETRIC, NDCG
 from ziplm_deploy.tasks.resampling import Comparison
-from ziplm_deploy.tasks.retrieval_scores import FileRetrieval, RetrievalScores
 
 Cell = Callable[[FileReport | BaselineReport], str]
 FIDELITY = {
@@ -236,30 +234,6 @@ def call_rows(files: Sequence[Timed | FileTiming]) -> list[list[str]]:
             ]
         )
     return rows
-
-
-RETRIEVAL_TITLES = ["file", "numbers", "symmetric", "of dense", "asymmetric", "of dense"]
-
-
-def retrieval_rows(found: RetrievalScores, labels: Sequence[str]) -> list[list[str]]:
-    """One row a file, and one more for each size that embeddings were cut to."""
-    cuts = {name.partition(NDCG)[2] for label in labels for name in found.files[label].scores}
-    sizes = {int(cut.rpartition("_")[2]) if cut else 0: cut for cut in cuts}  # ndcg_at_10_first_64
-    rows = []
-    for label in labels:
-        file = found.files[label]
-        for size in sorted(sizes):
-            metrics = (f"{kind}{NDCG}{sizes[size]}" for kind in ("", ASYMMETRIC))
-            cells = [text for metric in metrics for text in _retrieval_cells(file, metric)]
-            rows.append([label, f"first {size}" if size else "all", *cells])
-    return rows
-
-
-def _retrieval_cells(file: FileRetrieval, metric: str) -> list[str]:
-    if not file.of_dense and metric.startswith(ASYMMETRIC):  # the dense model has one index
-        return [MISSING, MISSING]
-    low, high = file.intervals[metric]
-    return [f"{file.scores[metric]:.4f} [{low:.4f}, {high:.4f}]", percent_text(file.of_dense.get(metric))]
 
 
 def baseline_lines(report: FamilyReport) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exporters import input_names
+from exporters.heads import patches_of
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.models.dense import load_processor
+from ziplm_deploy.models.partner import partner_of
 from ziplm_deploy.models.sentence_dense import embedding_size
 from ziplm_deploy.models.sentence_modules import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
@@ -19,12 +21,16 @@ from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.run.dense import DenseModel
 from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.run.partner import embed_by
 from ziplm_deploy.tasks import EvaluationSet, Task
 from ziplm_deploy.tasks.base import Which
 from ziplm_deploy.tasks.batching import Batch, fitted
+from ziplm_deploy.tasks.cross_retrieval import CrossRetrieval, has_images, pairs_hash, read_pairs
+from ziplm_deploy.tasks.embeddings import EmbeddingTask
 from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
 from ziplm_deploy.tasks.generation import CONTEXT
 from ziplm_deploy.tasks.retrieval import Retrieval, read_retrieval_set
+from ziplm_deploy.tasks.search import Search
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
 
@@ -107,12 +113,14 @@ class RunData:
         columns = self._recipe.data.model_dump(include=names) | self._windows
         return content_key(data=self.evaluation_hash, columns=columns, seed=self._recipe.seed)
 
-    @property
+    @functools.cached_property
     def retrieval_key(self) -> str:
         """Stands for what is searched for, and where, as the model sees it."""
         recipe = self._recipe
         names = {"retrieval_split", "config_name", "retrieval_columns", "n_retrieval"}
+        other = {"images": pairs_hash(recipe.data), "towers": self.dense.base_hash} if self.searches_images else {}
         return content_key(
+            **other,
             data=self._hash_of(recipe.data.retrieval),
             columns=recipe.data.model_dump(include=names),
             inputs=self.dense.input_key,
@@ -124,13 +132,21 @@ class RunData:
         )
 
     @functools.cached_property
-    def retrieval(self) -> Retrieval:
-        """Queries and passages of ``data.retrieval``, and how embeddings are compared on them.
+    def searches_images(self) -> bool:
+        """Whether ``data.retrieval`` pairs captions with images."""
+        return self._task.input_kind == "image" or has_images(self._recipe.data)
+
+    @functools.cached_property
+    def retrieval(self) -> Search:
+        """What ``data.retrieval`` holds, and how embeddings are compared on it.
 
         Raises:
-            DataError: see :func:`read_retrieval_set`.
+            DataError: see :func:`read_retrieval_set` and :func:`read_pairs`.
             RecipeError: sizes that embeddings cannot be cut to, or prompts that the pooling leaves out.
+            UnsupportedModelError: captions and images, and a model without another tower.
         """
+        if self.searches_images:
+            return self._cross_retrieval()
         model = self._recipe.model
         prompts = list(filter(None, (model.prompt_of_queries, model.prompt_of_passages)))
         if prompts and not self._pools_prompts:
@@ -150,6 +166,14 @@ class RunData:
             read_retrieval_set(self._recipe.data, self._recipe.seed),
             tuple(asked for asked in dimensions if asked < size),
         )
+
+    def _cross_retrieval(self) -> CrossRetrieval:
+        recipe, task = self._recipe, self._task
+        other = partner_of(recipe.model)
+        load_processor(other)  # what it lacks is said before any work
+        assert isinstance(task, EmbeddingTask)  # other tasks were refused with the recipe
+        pairs = read_pairs(recipe.data, recipe.seed)
+        return CrossRetrieval(task, pairs, lambda rows: embed_by(other, rows), recipe.model.prompt_of_queries)
 
     def passages_taken_by(self, variant: Variant) -> EvaluationSet:
         """How a file of this variant takes queries and passages; see :meth:`evaluation_set`."""
@@ -265,21 +289,15 @@ class RunData:
         batches = self.calibration.hessian
         if "attention_mask" in batches[0]:
             return sum(int(batch["attention_mask"].sum()) for batch in batches)
-        config: Any = self.dense.model.config
-        (height, width), (high, wide) = _pair(config.image_size), _pair(config.patch_size)
-        patches = (height // high) * (width // wide) + 1
-        return sum(len(batch["pixel_values"]) for batch in batches) * patches
+        if "input_ids" in batches[0]:  # filled up to one length, all of which is read
+            return sum(batch["input_ids"].numel() for batch in batches)
+        return sum(len(batch["pixel_values"]) for batch in batches) * (patches_of(self.dense.model.config) + 1)
 
     @functools.cached_property
     def examples(self) -> Examples:
         """Training examples, encoded once for all members."""
         rows = self._task.examples(self.train_rows, self.dense.processor, self._seq_len)
         return Examples(rows, self._task, self.dense.processor)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _count(batch: Batch) -> int:

@@ -95,8 +95,9 @@ def check_lengths(run: Run) -> None:
     """Refuse a workload with lengths that the model never sees.
 
     Raises:
-        RecipeError: they are beyond its positions, or its tokenizer cuts texts before.
+        RecipeError: they are beyond its positions, its tokenizer cuts texts before, or it reads one other length only.
     """
+    _check_padding(run)
     workload = run.recipe.environment.workload
     if workload.lengths is None:
         return
@@ -105,6 +106,19 @@ def check_lengths(run: Run) -> None:
         raise RecipeError(
             f"expected environment.workload.lengths up to {limit} tokens, to which {run.recipe.model.path} cuts texts, "
             f"found {workload.seq_len}; count longer requests as {limit}"
+        )
+
+
+def _check_padding(run: Run) -> None:
+    """Refuse requests of another length than the one that all texts of a model are filled up to."""
+    model, export, seq_len = run.recipe.model, run.recipe.export, run.recipe.environment.workload.seq_len
+    if model.task != "sentence-similarity" or model.pooling != "pooler":
+        return
+    length = max_tokens(run.dense.model)
+    if export.shapes != "static" or seq_len != length:
+        raise RecipeError(
+            f"expected export.shapes: static and environment.workload.seq_len: {length} for {model.path}, which was "
+            f"trained on texts filled up to that length, found {export.shapes} and {seq_len}; change the recipe"
         )
 
 

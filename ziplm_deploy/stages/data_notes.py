@@ -35,12 +35,13 @@ def leave_data_notes(run: Run) -> None:
 def _pooling_note(run: Run) -> str | None:
     """What embeddings were taken to be where nobody says it."""
     model = run.recipe.model
-    if run.names_pooling or model.task != "sentence-similarity":
+    if run.names_pooling or not model.makes_embeddings:
         return None
     length = "of length 1" if model.normalize else "not normalized"
+    what = f"{model.pooling} of all token vectors" if run.task.input_kind == "text" else "vector of the class token"
     return (
         f"neither the recipe nor a file of {public_name(model.path)} names a pooling: embeddings are the "
-        f"{model.pooling} of all token vectors, {length}; if the model was trained with another one, name it in "
+        f"{what}, {length}; if the model was trained with another one, name it in "
         "model.pooling"
     )
 
@@ -73,7 +74,8 @@ def _cut_note(lengths: dict[Which, TokenLengths]) -> str | None:
 def _length_note(run: Run, lengths: dict[Which, TokenLengths]) -> str | None:
     name: Which = "evaluation" if "evaluation" in lengths else "calibration"
     found = lengths.get(name)
-    if found is None or not found.are_short or run.recipe.environment.workload.has_several:
+    is_filled_up = run.recipe.model.pooling == "pooler"  # to a length that nobody may choose
+    if found is None or not found.are_short or is_filled_up or run.recipe.environment.workload.has_several:
         return None
     if run.recipe.export.shapes == "static":
         meaning = "files with static shapes fill every request up to that, so that a smaller seq_len serves them faster"

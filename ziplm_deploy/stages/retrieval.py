@@ -1,26 +1,25 @@
-"""What the ONNX files of embedding models find: nDCG@10 with passages embedded by each file, and by the dense one.
+"""What the ONNX files of embedding models find: with passages embedded by each file, and by the dense one.
 
-The dense model embeds queries and passages once; its embeddings stay in the run folder.
+The dense model embeds everything once, its other tower too where there is one; that stays in the run folder.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ziplm_deploy.artifacts import content_key, file_hash, write_bytes_with
 from ziplm_deploy.engines.runner import open_runner
-from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.recipe import Variant
+from ziplm_deploy.reporting.embeddings import embeddings_file, load_embeddings
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.timed_files import runnable_files
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.resampling import N_RESAMPLES, ResampledScores
-from ziplm_deploy.tasks.retrieval import Vectors
 from ziplm_deploy.tasks.retrieval_scores import FileRetrieval, RetrievalScores
+from ziplm_deploy.tasks.search import Embedded
 
 
 def score_retrieval(run: Run) -> None:
@@ -45,24 +44,21 @@ def retrieval_scores_of(run: Run) -> RetrievalScores | None:
     return None if run.recipe.data.retrieval is None or not path.exists() else RetrievalScores.load(path)
 
 
-def _embeddings(run: Run) -> Path:
-    """Embeddings of the dense model: ``queries`` and ``passages``."""
-    path: Path = run.folder.retrieval / "dense.safetensors"
-    return path
+def _embeddings(run: Run, file: ModelFile) -> Path:
+    """Embeddings by a file; beside those by the dense one what else is known of the set."""
+    return embeddings_file(run.folder.path, file.label)
 
 
 def _outcomes(run: Run, file: ModelFile) -> Path:
-    path: Path = run.folder.retrieval / f"{file.label.replace(' ', '-')}.json"
-    return path
+    return _embeddings(run, file).with_suffix(".json")
 
 
 def _embed_dense(run: Run, dense: ModelFile) -> None:
     key = _key(run, dense, dense)
-    path = _embeddings(run)
+    path = _embeddings(run, dense)
 
     def work() -> None:
-        queries, passages = _embed(run, dense)
-        tensors = {"queries": queries, "passages": passages}
+        tensors = _embed(run, dense) | run.data.retrieval.embed_fixed()
         write_bytes_with(path, lambda target: save_file(tensors, target))
 
     run.folder.make("embed passages", key, [path], work)
@@ -71,14 +67,17 @@ def _embed_dense(run: Run, dense: ModelFile) -> None:
 def _search(run: Run, file: ModelFile) -> None:
     """Write what a file finds for every query."""
     dense = run.dense_member.file(Variant.FP32)
-    path = _outcomes(run, file)
+    path, kept = _outcomes(run, file), _embeddings(run, file)
+    keeps = file != dense and run.data.searches_images  # for those who compare them with embeddings by another run
 
     def work() -> None:
         known = _dense_embeddings(run)
-        queries, passages = (known["queries"], known["passages"]) if file == dense else _embed(run, file)
-        run.data.retrieval.outcomes(queries, passages, known["passages"]).save(path)
+        own = known if file == dense else _embed(run, file)
+        if keeps:
+            write_bytes_with(kept, lambda target: save_file(own, target))
+        run.data.retrieval.found(own, known).save(path)
 
-    run.folder.make(f"retrieval {file.label}", _key(run, file, dense), [path], work)
+    run.folder.make(f"retrieval {file.label}", _key(run, file, dense), [path, *([kept] if keeps else [])], work)
 
 
 def _key(run: Run, file: ModelFile, dense: ModelFile) -> str:
@@ -91,24 +90,18 @@ def _key(run: Run, file: ModelFile, dense: ModelFile) -> str:
     )
 
 
-def _embed(run: Run, file: ModelFile) -> tuple[Vectors, Vectors]:
-    """Queries [queries, size] and passages [passages, size] by one file, on the engine that serves it."""
-    recipe, retrieval = run.recipe, run.data.retrieval
+def _embed(run: Run, file: ModelFile) -> Embedded:
+    """What one file embeds, on the engine that serves it."""
+    recipe = run.recipe
     is_baseline = file == run.dense_member.file(Variant.FP32)
     engine = recipe.baseline_engine if is_baseline else recipe.environment.engine
     how = run.data.passages_taken_by(file.variant)
     with open_runner(recipe.environment.model_copy(update={"engine": engine}), file.onnx) as runner:
-        return retrieval.embed_queries(runner, how), retrieval.embed_passages(runner, how)
+        return run.data.retrieval.embed_own(runner, how)
 
 
-def _dense_embeddings(run: Run) -> dict[str, np.ndarray]:
-    try:
-        return load_file(_embeddings(run))
-    except Exception as error:  # safetensors raises errors of several kinds
-        raise CorruptArtifactError(
-            f"expected embeddings of the dense model in {_embeddings(run)}, found: {error}; delete the file and run "
-            "the same command again"
-        ) from error
+def _dense_embeddings(run: Run) -> Embedded:
+    return load_embeddings(_embeddings(run, run.dense_member.file(Variant.FP32)))
 
 
 def _scores(run: Run, files: list[ModelFile]) -> RetrievalScores:
@@ -119,8 +112,8 @@ def _scores(run: Run, files: list[ModelFile]) -> RetrievalScores:
     }
     dense = resampled[files[0].label]
     return RetrievalScores(
-        n_queries=len(retrieval.data.queries),
-        n_passages=len(retrieval.data.passages),
+        n_queries=retrieval.n_queries,
+        n_passages=retrieval.n_passages,
         files={
             label: FileRetrieval(
                 scores={metric: found.score(metric) for metric in retrieval.metrics},

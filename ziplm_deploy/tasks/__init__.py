@@ -9,6 +9,7 @@ from ziplm_deploy.tasks.base import Task, torch_function
 from ziplm_deploy.tasks.classification import TextClassification
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.generation import TextGeneration
+from ziplm_deploy.tasks.image_features import ImageFeatureExtraction
 from ziplm_deploy.tasks.images import ImageClassification
 from ziplm_deploy.tasks.masking import FillMask
 from ziplm_deploy.tasks.multilabel import MultiLabelClassification
@@ -32,6 +33,7 @@ TASKS: dict[str, type[Task]] = {
         FillMask,
         TextGeneration,
         ImageClassification,
+        ImageFeatureExtraction,
     )
 }
 

@@ -38,7 +38,7 @@ class Task(ABC):
     further_metrics: ClassVar[Mapping[str, Metric]] = MappingProxyType({})  # computed if model.metric asks for one
     unscaled_metrics: ClassVar[frozenset[str]] = frozenset()  # below 0, so that no share of them means anything
     auto_class: ClassVar[str]  # class of transformers that loads the dense model
-    ort_class: ClassVar[str]  # class of optimum that serves the ONNX file
+    ort_class: str  # class of optimum that serves the ONNX file
     output_names: ClassVar[tuple[str, ...]]
     has_classes: ClassVar[bool] = False  # the head's outputs are classes with names
     is_causal: ClassVar[bool] = False  # of language models that read from left to right

@@ -140,6 +140,12 @@ def _padded(rows: list[Tensor], name: str, length: int, processor: Any) -> Tenso
     return padded
 
 
+def filled_up(example: Example, length: int, processor: Any) -> Example:
+    """An example of ``length`` tokens of which all count, those of padding at its end, too: as SigLIP reads texts."""
+    fillers = {"input_ids": processor.pad_token_id or 0, "attention_mask": 1}
+    return {name: values + [fillers.get(name, 0)] * (length - len(values)) for name, values in example.items()}
+
+
 def training_examples(
     examples: list[Example], labels: list[Any] | None = None, label_name: str = "labels"
 ) -> list[Batch]:

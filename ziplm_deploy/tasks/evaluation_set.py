@@ -15,6 +15,8 @@ BATCH_SIZE = 32
 ModelFunction = Callable[[Arrays], Arrays]  # named arrays in, named arrays out: an ONNX file, or torch_function()
 Embeddings = dict[bytes, Arrays]  # by the batch that they are of
 
+_EMBEDDINGS = {"sentence_embedding", "image_embeds"}
+
 _Member = TypeVar("_Member")
 
 
@@ -83,7 +85,7 @@ def _lengths(examples: list[Example]) -> list[int]:
 def cache_embeddings(function: ModelFunction, known: Embeddings | None = None) -> ModelFunction:
     """Wrap a function so that what metric and fidelity both read is computed once a batch.
 
-    That is sentence embeddings, or scores of pairs. The answers are those of ``function``; for a batch that came
+    That is embeddings, or scores of pairs. The answers are those of ``function``; for a batch that came
     before, these only.
 
     ``known``: what was computed before, and where new ones are kept.
@@ -95,8 +97,9 @@ def cache_embeddings(function: ModelFunction, known: Embeddings | None = None) -
         if key in known:
             return known[key]
         outputs = function(inputs)
-        if "sentence_embedding" in outputs:  # other outputs may be vocabulary-wide
-            known[key] = {"sentence_embedding": outputs["sentence_embedding"]}
+        embedded = outputs.keys() & _EMBEDDINGS
+        if embedded:  # other outputs may be vocabulary-wide
+            known[key] = {name: outputs[name] for name in embedded}
         elif "logits" in outputs and outputs["logits"].shape[1:] == (1,):
             known[key] = {"logits": outputs["logits"]}
         return outputs

@@ -1,4 +1,4 @@
-"""Image classification, judged by accuracy."""
+"""Images: reading them from files and tables, and classes of them, judged by accuracy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,22 +39,18 @@ from ziplm_deploy.tasks.labels import (
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 HASHED_BYTES = 1 << 16  # of each image; compressed images that differ do so early, or in size
+IMAGE_COLUMNS = ("image", "img", "image_path", "file_name")  # usual names, paths relative to the data file
 
 
-class ImageClassification(Task):
-    """Rows: ``{"image": file path, bytes or PIL image, "label" (if the data have one)}``; decoded batch by batch."""
+class ImageTask(Task):
+    """One answer an image. Rows: ``{"image": file path, bytes or PIL image, "label" (if the data have one)}``.
 
-    name = "image-classification"
-    metric_name = "accuracy"
-    metrics = CLASS_METRICS
-    further_metrics = FURTHER_CLASS_METRICS
-    auto_class = "AutoModelForImageClassification"
-    ort_class = "ORTModelForImageClassification"
-    output_names = ("logits",)
+    Images are decoded batch by batch.
+    """
+
     input_kind = "image"
-    has_classes = True
-    text_columns = (("image",), ("img",), ("image_path",), ("file_name",))
-    label_columns = ("label", "labels")
+    text_columns = tuple((name,) for name in IMAGE_COLUMNS)
+    label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         (column, *more) = self.columns(raw, data)
@@ -64,7 +60,7 @@ class ImageClassification(Task):
         label = self.find_label_column(raw, data, which)
         rows: list[Row] = []
         for number, item in enumerate(raw, 1):
-            row: Row = {"image": _locate(cell(item, column, object, number, "an image"), folder, number)}
+            row: Row = {"image": locate(cell(item, column, object, number, "an image"), folder, number)}
             if label is not None:
                 row["label"] = cell(item, label, (int, float, str), number, "a label")
             rows.append(row)
@@ -72,20 +68,33 @@ class ImageClassification(Task):
 
     def linked_files_hash(self, source: str, data: DataConfig) -> str:
         """Hash over name, size and beginning of every image that a data file names."""
-        path = Path(source)
-        if not path.is_file() or ".parquet" in path.name:
-            return ""
-        try:
-            raw = read_rows(source, split="train")
-            (column, *_) = self.columns(raw, data)
-        except DataError:  # refused with its reason when the rows are loaded
-            return ""
-        digest = hashlib.sha256()
-        for name in dict.fromkeys(str(row.get(column)) for row in raw):
-            digest.update(f"{name}\n".encode())
-            with contextlib.suppress(OSError), (path.parent / name).open("rb") as stream:
-                digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode() + stream.read(HASHED_BYTES))
-        return digest.hexdigest()
+        return linked_images_hash(source, lambda raw: self.columns(raw, data)[0])
+
+    def inputs(self, rows: list[Row]) -> list[Any]:
+        return [identity(row["image"]) for row in rows]
+
+    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
+        """``pixel_values`` [batch, channels, height, width]; lengths and ``sort`` mean nothing here."""
+        return [
+            {"pixel_values": _pixels([data.rows[index] for index in group], data.processor)} for group in _groups(data)
+        ]
+
+    def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
+        """``pixel_values`` [1, channels, height, width]; all images are decoded into memory."""
+        return [{"pixel_values": _pixels([row], processor)} for row in rows]
+
+
+class ImageClassification(ImageTask):
+    """Classes of images; labels are class numbers or names."""
+
+    name = "image-classification"
+    metric_name = "accuracy"
+    metrics = CLASS_METRICS
+    further_metrics = FURTHER_CLASS_METRICS
+    auto_class = "AutoModelForImageClassification"
+    ort_class = "ORTModelForImageClassification"
+    output_names = ("logits",)
+    has_classes = True
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         check_metric(self.metric_name, config)
@@ -97,19 +106,10 @@ class ImageClassification(Task):
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))
 
-    def inputs(self, rows: list[Row]) -> list[Any]:
-        return [_identity(row["image"]) for row in rows]
-
-    def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
-        """``pixel_values`` [batch, channels, height, width]; lengths and ``sort`` mean nothing here."""
-        return [
-            {"pixel_values": _pixels([data.rows[index] for index in group], data.processor)} for group in _groups(data)
-        ]
-
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
-        """``pixel_values`` [1, channels, height, width] and ``labels`` [1]; all images are decoded into memory."""
+        """``pixel_values`` and ``labels`` [1]; all images are decoded into memory."""
         labels = None if labels_of(rows) is None else class_numbers(rows)
-        examples = [{"pixel_values": _pixels([row], processor)} for row in rows]
+        examples = super().examples(rows, processor, max_length)
         return examples if labels is None else with_labels(examples, labels)
 
     def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
@@ -120,10 +120,31 @@ class ImageClassification(Task):
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         labels = class_numbers(data.rows)
-        return class_outcomes(class_logits(function, _batches(data), len(data.rows)), labels)
+        return class_outcomes(class_logits(function, image_batches(data), len(data.rows)), labels)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]
+
+
+def linked_images_hash(source: str, column_of: Callable[[list[Row]], str]) -> str:
+    """Hash over name, size and beginning of every image that a data file names; empty where rows hold all themselves.
+
+    ``column_of``: finds the column with the images.
+    """
+    path = Path(source)
+    if not path.is_file() or ".parquet" in path.name:
+        return ""
+    try:
+        raw = read_rows(source, split="train")
+        column = column_of(raw)
+    except DataError:  # refused with its reason when the rows are loaded
+        return ""
+    digest = hashlib.sha256()
+    for name in dict.fromkeys(str(row.get(column)) for row in raw):
+        digest.update(f"{name}\n".encode())
+        with contextlib.suppress(OSError), (path.parent / name).open("rb") as stream:
+            digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode() + stream.read(HASHED_BYTES))
+    return digest.hexdigest()
 
 
 def _groups(data: EvaluationSet) -> list[list[int]]:
@@ -131,14 +152,14 @@ def _groups(data: EvaluationSet) -> list[list[int]]:
     return batch_indices([1] * len(data.rows), data.batch_size, sort=False)
 
 
-def _batches(data: EvaluationSet) -> Iterator[tuple[list[int], Arrays]]:
+def image_batches(data: EvaluationSet) -> Iterator[tuple[list[int], Arrays]]:
     """Batches in the rows' order, filled up where all have one shape: (indices of the rows, numpy inputs)."""
     for group in _groups(data):
         members = data.fill_up([data.rows[index] for index in group])
         yield group, {"pixel_values": _pixels(members, data.processor).numpy()}
 
 
-def _locate(value: Any, folder: Path, number: int) -> Any:
+def locate(value: Any, folder: Path, number: int) -> Any:
     """Bytes, an existing path or a PIL image, from what data files and `datasets` hold."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -146,7 +167,8 @@ def _locate(value: Any, folder: Path, number: int) -> Any:
         path = folder / value
         if not path.is_file():
             raise DataError(f"expected an image file at {path} (row {number}), found none; check the path")
-        return path
+        with _opened(path):  # its header alone, so that what is no image is named before any work
+            return path
     if isinstance(value, bytes) or hasattr(value, "convert"):
         return value
     raise DataError(
@@ -155,7 +177,7 @@ def _locate(value: Any, folder: Path, number: int) -> Any:
     )
 
 
-def _identity(image: Any) -> str | bytes:
+def identity(image: Any) -> str | bytes:
     """Something that two rows share if they hold the same image."""
     if isinstance(image, Path):
         return str(image.resolve())
@@ -171,6 +193,13 @@ def _pixels(rows: list[Row], processor: Any) -> Tensor:
 def _decode(value: Any) -> Any:
     if hasattr(value, "convert"):
         return value.convert("RGB")
+    with _opened(value) as image:
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(value: bytes | Path) -> Iterator[Any]:
+    """An image of pillow, decoded when it is used; raises :class:`DataError` for what is none."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -179,7 +208,7 @@ def _decode(value: Any) -> Any:
         ) from error
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            return image.convert("RGB")
+            yield image
     except OSError as error:
         what = "bytes" if isinstance(value, bytes) else value
         raise DataError(f"expected an image in {what}, found: {error}; replace or remove it") from error

@@ -18,8 +18,10 @@ TOP = 10  # ranks that count
 Numbers = npt.NDArray[np.float64]
 
 ASYMMETRIC = "asymmetric_"  # before the name of a metric: queries by a member, passages by the dense model
-NDCG, MRR = f"ndcg_at_{TOP}", f"mrr_at_{TOP}"
-RANKING_METRICS: Mapping[str, Metric] = {name: ratio_of_sums(name) for name in (NDCG, MRR)}  # means over the queries
+NDCG, MRR, RECALL_1 = f"ndcg_at_{TOP}", f"mrr_at_{TOP}", "recall_at_1"
+# Means over the queries: of rerankers, and of embeddings that search.
+RANKING_METRICS: Mapping[str, Metric] = {name: ratio_of_sums(name) for name in (NDCG, MRR)}
+RETRIEVAL_METRICS: Mapping[str, Metric] = {name: ratio_of_sums(name) for name in (NDCG, RECALL_1)}
 
 
 def ranked_gains(scores: Numbers, gains: Numbers) -> Numbers:

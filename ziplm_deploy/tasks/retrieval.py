@@ -16,17 +16,18 @@ from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, Similarity
 from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.data import Row, cell, find_columns, read_rows, sample_rows
+from ziplm_deploy.tasks.embeddings import similarity_matrix
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.metrics import Metric, ratio_of_sums
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.ranking import ASYMMETRIC, NDCG, ndcg, right_and_wrong_query
 from ziplm_deploy.tasks.reranking import PAIRS
 from ziplm_deploy.tasks.scores import parse_score
-from ziplm_deploy.tasks.similarity import SentenceSimilarity, similarity_matrix
+from ziplm_deploy.tasks.search import Embedded, Search, Vectors
+from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
 RELEVANCE_COLUMNS = ("relevance", "score", "label")
 QUERIES_AT_ONCE = 256  # rows of the matrix of similarities in memory
-Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _collected(raw: list[Row], data: DataConfig) -> _Collected:
     columns = find_columns(raw, data.retrieval_columns, usual, what="query and passage", field="retrieval_columns")
     if len(columns) != 2:
         raise DataError(f"expected the columns of query and passage in data.retrieval_columns, found {columns}")
-    relevance = next((name for name in RELEVANCE_COLUMNS if name in raw[0] and name not in columns), None)
+    relevance = relevance_column(raw, columns)
     found = _Collected({}, {})
     for number, row in enumerate(raw, 1):
         query, passage = (
@@ -85,14 +86,20 @@ def _collected(raw: list[Row], data: DataConfig) -> _Collected:
         if not query or not passage:
             raise DataError(f"expected a query and a passage, found a blank text in row {number}; remove that row")
         index = found.numbers.setdefault(passage, len(found.numbers))
-        gain = 1.0 if relevance is None else _gain(row, relevance, number)
+        gain = 1.0 if relevance is None else relevance_of(row, relevance, number)
         known = found.relevant.setdefault(query, {})
         if gain > 0:
             known[index] = max(gain, known.get(index, 0.0))
     return found
 
 
-def _gain(row: Row, column: str, number: int) -> float:
+def relevance_column(raw: list[Row], others: tuple[str, ...]) -> str | None:
+    """Column that says how well the two of a row belong together; None where all of them do."""
+    return next((name for name in RELEVANCE_COLUMNS if name in raw[0] and name not in others), None)
+
+
+def relevance_of(row: Row, column: str, number: int) -> float:
+    """Relevance of a row, from 1; raises :class:`DataError` for what is no number."""
     value = cell(row, column, (int, float, str), number, "a relevance")
     if isinstance(value, NamedClass) and value.name is not None:
         raise DataError(
@@ -102,8 +109,8 @@ def _gain(row: Row, column: str, number: int) -> float:
     return parse_score(value, number, "relevance")
 
 
-class Retrieval:
-    """A set with the way that one family's embeddings are compared on it.
+class Retrieval(Search):
+    """A set of texts with the way that one family's embeddings are compared on it.
 
     ``dimensions``: how many numbers of each embedding are kept, beside all of them, where a model was trained for that
     (Kusupati et al., "Matryoshka representation learning", 2022); ``similarity`` is of what is left, not scaled again.
@@ -121,8 +128,21 @@ class Retrieval:
             f"{kind}{NDCG}{cut}": ratio_of_sums(f"{kind}{NDCG}{cut}") for cut in self._cuts for kind in ("", ASYMMETRIC)
         }
 
+    @property
+    def n_queries(self) -> int:
+        return len(self.data.queries)
+
+    @property
+    def n_passages(self) -> int:
+        return len(self.data.passages)
+
+    def embed_own(self, function: ModelFunction, how: EvaluationSet) -> Embedded:
+        return {"queries": self.embed_queries(function, how), "passages": self.embed_passages(function, how)}
+
+    def found(self, own: Embedded, dense: Embedded) -> Outcomes:
+        return self.outcomes(own["queries"], own["passages"], dense["passages"])
+
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
-        """Two made-up queries for intervals, see ``Task.right_and_wrong``."""
         return right_and_wrong_query(outcomes)
 
     def embed(self, function: ModelFunction, how: EvaluationSet, texts: list[str], prompt: str) -> Vectors:

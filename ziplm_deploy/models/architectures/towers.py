@@ -91,9 +91,3 @@ WHOLE = {
     kind: {"text": ("text_config", f"{kind}_text_model"), "image": ("vision_config", f"{kind}_vision_model")}
     for kind in ("clip", "siglip")
 }
-# Towers that no task here takes, and why.
-WITHOUT_TASK = {
-    "clip_vision_model": "no task here compares images",
-    "siglip_text_model": "it reads texts padded to one length and takes the last place, whatever stands there",
-    "siglip_vision_model": "no task here compares images",
-}
