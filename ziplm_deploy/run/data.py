@@ -13,7 +13,7 @@ from exporters import input_names
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.models.sentence_dense import embedding_size
-from ziplm_deploy.models.sentence_modules import SentenceModules
+from ziplm_deploy.models.sentence_record import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.examples import Examples
