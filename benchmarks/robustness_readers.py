@@ -268,7 +268,7 @@ def sentences(folder: Path, rng: Random) -> None:
     """A model of sentence-transformers, and the member that would be saved of it."""
     from ziplm_deploy.models.dense import load_dense
     from ziplm_deploy.models.member_files import load, save_member
-    from ziplm_deploy.models.sentence_modules import with_own_settings
+    from ziplm_deploy.models.own_settings import with_own_settings
     from ziplm_deploy.recipe import ModelConfig
 
     place = folder / "sentences"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 
 if TYPE_CHECKING:
-    from exporters.causal_encoder import EmbeddingHead, export_causal_encoder
+    from exporters.causal_encoder import EmbeddingHead, ScoreHead, export_causal_encoder
     from exporters.decoder import DecoderExportSettings, export_decoder
     from exporters.decoder_cache import CachedLayer, cache_arrays, cached_layers
     from exporters.decoder_parity import check_decoder_parity
@@ -41,6 +41,7 @@ __all__ = [
     "GgufSettings",
     "ImageEmbeddingModel",
     "ParityMismatch",
+    "ScoreHead",
     "SpecialTokens",
     "cache_arrays",
     "cached_layers",
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "causal_encoder": ("EmbeddingHead", "export_causal_encoder"),
+    "causal_encoder": ("EmbeddingHead", "ScoreHead", "export_causal_encoder"),
     "decoder": ("DecoderExportSettings", "export_decoder"),
     "decoder_cache": ("CachedLayer", "cache_arrays", "cached_layers"),
     "decoder_parity": ("check_decoder_parity",),

@@ -5,6 +5,7 @@ Inputs and outputs are those of other text encoders::
     input_ids, attention_mask     int64 [batch, sequence]
     last_hidden_state             float32 [batch, sequence, hidden], 0 at padding
     sentence_embedding            float32 [batch, size], if asked for
+    logits                        float32 [batch, outputs], of a classifier alone
 
 Rows may be padded on either side. The fused attention wants padding behind the text, so its graph turns ids to there
 and hidden states back, which costs two lookups.
@@ -55,9 +56,16 @@ class EmbeddingHead:
     dense: tuple[nn.Module, ...] = ()
 
 
+@dataclass(frozen=True)
+class ScoreHead:
+    """What makes scores ``[outputs]`` of a text: a linear over the hidden state of its last token."""
+
+    linear: LinearPart  # [outputs, hidden]
+
+
 def export_causal_encoder(
     parts: DecoderParts,
-    head: EmbeddingHead | None,
+    head: EmbeddingHead | ScoreHead | None,
     output_names: Sequence[str],
     path: Path,
     settings: ExportSettings,
@@ -69,7 +77,8 @@ def export_causal_encoder(
 
     Args:
         parts: the head over the vocabulary is not read.
-        output_names: ``last_hidden_state`` and, with a ``head``, ``sentence_embedding``.
+        output_names: ``last_hidden_state`` and, with an :class:`EmbeddingHead`, ``sentence_embedding``; with a
+            :class:`ScoreHead` ``logits`` alone.
         form: ``onnxruntime`` has fused attention; ``portable`` has standard operators only.
         max_length: tokens of the longest text; fixes the tables of positions.
 
@@ -80,7 +89,7 @@ def export_causal_encoder(
     limits = DecoderExportSettings(max_length, form, settings.opset)
     check_settings(parts, limits)
     check_parts(parts, max_length)
-    known = {"last_hidden_state", *(["sentence_embedding"] if head else [])}
+    known = _outputs(head)
     if parts.positions is not None or not output_names or not known.issuperset(output_names):
         found = "learned positions" if parts.positions is not None else ", ".join(output_names) or "no outputs"
         raise ExportError(
@@ -99,31 +108,48 @@ def export_causal_encoder(
     write_model(model, parts, path, limits.max_file_bytes)
 
 
+def _outputs(head: EmbeddingHead | ScoreHead | None) -> set[str]:
+    """Outputs that a file with this head can have."""
+    if isinstance(head, ScoreHead):
+        return {"logits"}
+    return {"last_hidden_state", *(["sentence_embedding"] if head else [])}
+
+
 class _Encoder:
     """Inputs, outputs and embedding around the layers of a portable graph."""
 
     def __init__(self, graph: DecoderGraph) -> None:
         self.graph, self.writer = graph, graph.writer
 
-    def write(self, head: EmbeddingHead | None, output_names: Sequence[str], settings: ExportSettings) -> None:
+    def write(
+        self, head: EmbeddingHead | ScoreHead | None, output_names: Sequence[str], settings: ExportSettings
+    ) -> None:
         """Add the whole model."""
         static = settings.shapes == "static"
         self.axes = [settings.batch_size, settings.seq_len] if static else ["batch_size", "sequence_length"]
-        hidden_size = self.graph.parts.embedding.shape[1]
         for name in ("input_ids", "attention_mask"):
             self.writer.input(name, self.axes)
         self.prepare()
         self.graph.run_layers()
+        if isinstance(head, ScoreHead):
+            self._score(head.linear)
+            return
         states = self.graph.norm_of_stream(self.graph.parts.final_norm, "/final_norm")
         wants_all = "last_hidden_state" in output_names or head is None or head.pooling != "lasttoken"
         hidden = self._without_padding(states, "last_hidden_state" in output_names) if wants_all else ""
         size = self._embed(states, hidden, head) if head is not None and "sentence_embedding" in output_names else 0
         shapes = {
-            "last_hidden_state": [*self.axes, hidden_size],
+            "last_hidden_state": [*self.axes, self.graph.parts.embedding.shape[1]],
             "sentence_embedding": [self.axes[0], size],
         }
         for name in output_names:
             self.writer.output(name, shapes[name])
+
+    def _score(self, linear: LinearPart) -> None:
+        """Add the scores of each row's last token."""
+        scores = self.graph.linear(self.graph.last_states(), linear, "/score")
+        self.writer.node("Identity", [scores], "/scored/Identity", outputs=["logits"])
+        self.writer.output("logits", [self.axes[0], len(linear.weight)])
 
     def prepare(self) -> None:
         """Add what the layers read of the inputs."""

@@ -129,6 +129,18 @@ class DecoderGraph(abc.ABC):
         """Norm of the residual stream with all that was added to it."""
         return self.norm(self.settled(path), part, path)
 
+    def last_states(self) -> str:
+        """Hidden states ``[batch, hidden]`` of each row's last token, which alone goes through the last norm."""
+        last = self.last_index
+        stream = self.stream
+
+        def of_last(name: str, path: str) -> str:
+            return self.writer.node("GatherND", [name, last], f"{path}/GatherND", batch_dims=1)
+
+        stream.value = of_last(stream.value, "/last/stream")
+        stream.pending = [of_last(name, f"/last/pending.{place}") for place, name in enumerate(stream.pending)]
+        return self.norm_of_stream(self.parts.final_norm, "/final_norm")
+
     def norm(self, x: str, part: NormPart, path: str) -> str:
         """LayerNorm or RMSNorm over the last axis."""
         if part.kind == "rms":
@@ -296,15 +308,7 @@ class DecoderGraph(abc.ABC):
 
     def _head_of_last(self) -> None:
         """Logits ``[batch, 1, vocabulary]``; only each row's last token goes through the last norm and the head."""
-        last = self.last_index
-        stream = self.stream
-
-        def of_last(name: str, path: str) -> str:
-            return self.writer.node("GatherND", [name, last], f"{path}/GatherND", batch_dims=1)
-
-        stream.value = of_last(stream.value, "/last/stream")
-        stream.pending = [of_last(name, f"/last/pending.{place}") for place, name in enumerate(stream.pending)]
-        logits = self._scores(self.norm_of_stream(self.parts.final_norm, "/final_norm"))
+        logits = self._scores(self.last_states())
         self.writer.node("Unsqueeze", [logits, self.writer.constant([1])], "/head/Unsqueeze", outputs=["logits"])
 
     def _head_of_all(self, vocabulary: int) -> None:

@@ -97,6 +97,8 @@ def dummy_inputs(model: nn.Module, settings: ExportSettings) -> dict[str, torch.
     mask = torch.ones_like(ids)
     if batch_size > 1:
         mask[-1, tokens - tokens // 4 :] = 0
+        if config.pad_token_id is not None:  # by which a causal classifier knows padding
+            ids[mask == 0] = config.pad_token_id
     tensors = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     return {name: tensors[name] for name in names}
 

@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers.models import HERE, MODEL_TYPES, tiny_config, tiny_inputs, tiny_model
 from tests.helpers.towers import TOWER_TYPES
 from ziplm_deploy.errors import UnsupportedModelError
-from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of
+from ziplm_deploy.models.architectures import ARCHITECTURES, CHOICES, architecture_of
 from ziplm_deploy.models.inspection import inspect_model, layer_rows
 from ziplm_deploy.models.modules import layers_of, model_shape, output_linear, prunable_modules
 
@@ -85,12 +85,17 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
+def test_choices_are_one_type_a_family_and_say_where_all_stand() -> None:
+    names, _, rest = CHOICES.partition(" and ")
+    assert {"bert", "modernbert", "deberta-v2", "vit", "llama"} <= set(names.split(", ")) <= set(ARCHITECTURES)
+    assert "inspect --types" in rest
+
+
 @pytest.mark.parametrize(("config", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
 def test_others_are_refused_naming_reason_and_choices(config: Any, reason: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         architecture_of(config)
-    assert reason in str(caught.value)
-    assert all(name in str(caught.value) for name in ARCHITECTURES)
+    assert str(caught.value).index(reason) < str(caught.value).index(CHOICES)  # the reason first, then the choices
     (row,) = layer_rows(config)
     assert not row["prunable"]
     assert reason in row["reason"]

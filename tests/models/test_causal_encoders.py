@@ -34,8 +34,8 @@ from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport, write_graph
 from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.resizing import masked, resize
-from ziplm_deploy.models.sentence_modules import with_own_settings
 from ziplm_deploy.recipe import DataConfig, Int8Config, ModelConfig, parse_recipe
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 

@@ -21,8 +21,10 @@ from tests.helpers.reports import family_report
 from tests.helpers.sentence_models import TEXTS, TinySentenceModel, by_sentence_transformers, write
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.member_files import load, save_member
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.resizing import masked, resize
-from ziplm_deploy.models.sentence_modules import SETTINGS_FILE, read_sentence_modules, with_own_settings
+from ziplm_deploy.models.sentence_files import SETTINGS_FILE
+from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function

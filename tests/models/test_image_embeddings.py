@@ -21,9 +21,9 @@ from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedMo
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport, with_embedding_head
 from ziplm_deploy.models.member_files import load, save_member
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.partner import partner_of
 from ziplm_deploy.models.resizing import resize
-from ziplm_deploy.models.sentence_modules import with_own_settings
 from ziplm_deploy.recipe import DataConfig, ExportConfig, ModelConfig, parse_recipe
 from ziplm_deploy.run.partner import embed_by
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function

@@ -24,8 +24,9 @@ from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedMo
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.member_files import MEMBER_FILE, load, save_member
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.resizing import resize
-from ziplm_deploy.models.sentence_modules import read_sentence_modules, with_own_settings
+from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.recipe import DataConfig, ModelConfig, parse_recipe
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 

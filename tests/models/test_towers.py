@@ -22,8 +22,8 @@ from ziplm_deploy.models.deployed import OnnxExport, write_graph
 from ziplm_deploy.models.inspection import inspect_model, layer_rows
 from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.models.modules import layers_of, output_linear, prunable_modules
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.resizing import masked, random_resized, resize
-from ziplm_deploy.models.sentence_modules import with_own_settings
 from ziplm_deploy.recipe import DataConfig, ModelConfig, parse_recipe
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 

@@ -90,6 +90,7 @@ def test_members_are_scored_both_ways_and_cut(report: FamilyReport, folder: Path
         text = page.read_text()
         assert "## Retrieval" in text
         assert f"| 1.5x | first 8 | {member.scores['ndcg_at_10_first_8']:.4f} [" in text
+    assert 'model = SentenceTransformer("1.5x", backend="onnx"' in text  # of the card
     assert FamilyReport.load(run_folder / "report.json").retrieval == report.retrieval
 
 
@@ -159,3 +160,4 @@ def test_a_reranker_is_pruned_trained_and_ranked(tmp_path: Path) -> None:
     card = (tmp_path / "runs" / "tiny" / "1.5x" / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
     assert "ORTModelForSequenceClassification" in card
+    assert 'model = CrossEncoder("1.5x", backend="onnx", model_kwargs={"file_name": "model' in card

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.architectures import ARCHITECTURES, architecture_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -29,6 +30,23 @@ def is_language_model(model: nn.Module) -> bool:
     """Whether a model writes text: a causal one with its head over the vocabulary. Without, it is an encoder."""
     causal = architecture_of(model.config).causal is not None  # type: ignore[arg-type]
     return causal and model.get_output_embeddings() is not None  # type: ignore[operator]
+
+
+def is_causal(fields: Mapping[str, Any]) -> bool:
+    """Whether a model reads from left to right, so that its last token alone has read all others.
+
+    Args:
+        fields: of its ``config.json``.
+    """
+    entry = ARCHITECTURES.get(str(fields.get("model_type")))
+    return entry is not None and entry.causal is not None
+
+
+def has_language_head(fields: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a causal model with its head over the vocabulary, by its ``config.json``."""
+    classes = fields.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else ""
+    return is_causal(fields) and isinstance(named, str) and named.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def without_cache(model: _Module) -> _Module:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from ziplm_deploy.documents import read_json, shown
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
-from ziplm_deploy.models.architectures import ARCHITECTURES, native_type, why_unsupported
+from ziplm_deploy.models.architectures import ARCHITECTURES, CHOICES, native_type, why_unsupported
 from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
 from ziplm_deploy.models.two_towers import Reads, tower_fields
 
@@ -120,8 +120,8 @@ def _check_support(fields: Mapping[str, Any], path: str) -> None:
         )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"expected a model of type {', '.join(ARCHITECTURES)} in {path}, found {why_unsupported(model_type)}; "
-            "choose a supported model"
+            f"expected a model that can be pruned in {path}, found {why_unsupported(model_type)}; choose a "
+            f"supported model: {CHOICES}"
         )
     if fields.get("quantization_config") is not None:
         raise UnsupportedModelError(

@@ -24,7 +24,8 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.causal import without_cache
+from ziplm_deploy.models.causal import has_language_head, without_cache
+from ziplm_deploy.models.causal_reranker import answer_ids, as_classifier, prepare_reranker
 from ziplm_deploy.models.config_file import (
     check_layer_count,
     check_parameter_count,
@@ -42,10 +43,12 @@ from ziplm_deploy.models.gguf_source import (
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.member_files import MEMBER_FILE
+from ziplm_deploy.models.own_settings import completed
 from ziplm_deploy.models.processors import check_processor
 from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
-from ziplm_deploy.models.sentence_modules import SentenceModules, completed, read_sentence_modules
+from ziplm_deploy.models.sentence_modules import read_sentence_modules
+from ziplm_deploy.models.sentence_record import SentenceModules
 from ziplm_deploy.models.tower_heads import load_projection
 from ziplm_deploy.models.two_towers import Reads, without_other_tower
 from ziplm_deploy.recipe import ModelConfig
@@ -88,9 +91,15 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     for name, value in (new_head or {}).items():
         setattr(config, name, value)
     keep_score_activation(config, own.activation)
-    model = _load_weights(path, config, task.auto_class, source, may_lack_head=new_head is not None)
+    answers = settings.pair_prompt is not None and has_language_head(config.to_dict())
+    auto_class = "AutoModelForCausalLM" if answers else task.auto_class
+    model = _load_weights(path, config, auto_class, source, may_lack_head=new_head is not None and not answers)
     processor = _load_processor(path, task.input_kind, source)
+    if answers:
+        model = as_classifier(model, answer_ids(processor, settings, own.answer_ids))
     check_processor(model, processor, task.input_kind, path)
+    if settings.pair_prompt is not None:
+        prepare_reranker(model, processor, settings)
     if own.source:
         _check_widths(model, settings, own)
         if own.is_tower and own.dense:

@@ -17,12 +17,14 @@ from exporters import (
     ExportError,
     ExportSettings,
     ImageEmbeddingModel,
+    ScoreHead,
     check_decoder_parity,
     dummy_inputs,
     export_causal_encoder,
     export_decoder,
     export_encoder,
 )
+from exporters.decoder_parts import LinearPart
 from exporters.heads import evaluation_mode, sentence_dense
 from exporters.parity import ParityMismatch, check_parity
 from ziplm_deploy.errors import ParityError, RecipeError, StorageError, UsageError
@@ -100,7 +102,10 @@ def write_graph(
     return dummy_inputs(model, settings)
 
 
-def _head(model: nn.Module) -> EmbeddingHead | None:
+def _head(model: nn.Module) -> EmbeddingHead | ScoreHead | None:
+    score = getattr(model, "score", None)
+    if isinstance(score, nn.Linear):  # of a classifier
+        return ScoreHead(LinearPart(score.weight.detach(), None if score.bias is None else score.bias.detach()))
     if not isinstance(model, EmbeddingModel):
         return None
     return EmbeddingHead(model.pooling, model.normalize, tuple(sentence_dense(model.wrapped) or ()))

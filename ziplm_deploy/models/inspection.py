@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ziplm_deploy.documents import shortened
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.adapted import adapted, model_class
-from ziplm_deploy.models.architectures import ARCHITECTURES, why_not
+from ziplm_deploy.models.architectures import ARCHITECTURES, CHOICES, why_not
 from ziplm_deploy.models.config_file import config_of, read_config
 from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
@@ -83,7 +83,7 @@ def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, 
     config: Any = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     reason = why_not(config)
     if reason is not None:
-        why = f"{reason}; supported: {', '.join(ARCHITECTURES)}"
+        why = f"{reason}; supported: {CHOICES}"
         return [
             {"layer": None, "heads": None, "head_dim": None, "ffn_width": None, "parameters": None}
             | {"prunable": False, "reason": why}

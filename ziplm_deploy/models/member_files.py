@@ -36,10 +36,12 @@ from ziplm_deploy.models.config_file import (
 from ziplm_deploy.models.label_maps import settle_class_names
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import model_shape, output_bias_name, output_linear, prunable_modules
+from ziplm_deploy.models.own_settings import completed
+from ziplm_deploy.models.processors import limit_length
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
 from ziplm_deploy.models.sentence_dense import DenseLayer, attach, layers_of_dense
 from ziplm_deploy.models.sentence_folder import write_sentence_files
-from ziplm_deploy.models.sentence_modules import completed, read_sentence_modules
+from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.models.shape import ModelShape, ModuleId
 from ziplm_deploy.recipe import ModelConfig, TaskName
 
@@ -102,6 +104,7 @@ def save_member(
     complete = completed(model_config, own)
     pooling, normalize = complete.head
     kept = kept_structures(model)
+    limit_length(processor, model)
     shape = model_shape(model.config)  # type: ignore[arg-type]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures.towers import WHOLE
 from ziplm_deploy.models.location import CONFIG_FILE, resolve_model_path
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.sentence_files import SentenceFiles
-from ziplm_deploy.models.sentence_modules import with_own_settings
 from ziplm_deploy.recipe import ModelConfig, TaskName
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from exporters import max_tokens
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.image_positions import settle_positions
+
+_NO_LIMIT = 1 << 30  # tokens; tokenizers without a limit have a larger number
 
 
 def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str) -> None:
@@ -25,6 +28,13 @@ def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str
         _check_images(model, processor, path)
     else:
         _check_tokens(model, processor, path)
+
+
+def limit_length(processor: Any, model: nn.Module) -> None:
+    """Have a tokenizer that names no limit cut texts where the positions of a model end, in every loader."""
+    length, positions = getattr(processor, "model_max_length", 0), max_tokens(model)
+    if length > _NO_LIMIT and positions < _NO_LIMIT:
+        processor.model_max_length = positions
 
 
 def _check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:

@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ziplm_deploy.documents import read_json, shortened
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
-from ziplm_deploy.models.location import find_file
+from ziplm_deploy.models.location import CONFIG_FILE, find_file
+
+MODULES_FILE = "modules.json"
+POOLING_FILE = "1_Pooling/config.json"
+SETTINGS_FILE = "config_sentence_transformers.json"
+# One name a family of models in old releases; all have the same fields.
+LENGTH_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 
 
 class Fields(BaseModel):
@@ -59,6 +68,18 @@ class SentenceFiles:
             if found is not None:
                 raise damaged(f"{self.path}/{name}", f"a {type(found).__name__} where fields should be")
         return names[0], {}
+
+    def config(self) -> dict[str, Any]:
+        """Configuration of a model; nothing where it is damaged, which is refused when the model is loaded."""
+        try:
+            return self.mapping(CONFIG_FILE)[1]
+        except CorruptArtifactError:
+            return {}
+
+
+def length_files(transformer: str) -> list[str]:
+    """Files with the settings of texts, beside a transformers model in this sub-folder."""
+    return [f"{transformer}/{name}" if transformer else name for name in LENGTH_FILES]
 
 
 def check_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:

@@ -11,16 +11,16 @@ from torch import nn
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.sentence_dense import embedding_size, layers_of_dense, write_folders
-from ziplm_deploy.models.sentence_files import SentenceFiles
-from ziplm_deploy.models.sentence_modules import (
+from ziplm_deploy.models.sentence_fields import POOLING_FLAGS
+from ziplm_deploy.models.sentence_files import (
     LENGTH_FILES,
     MODULES_FILE,
     POOLING_FILE,
-    POOLING_FLAGS,
     SETTINGS_FILE,
-    SentenceModules,
+    SentenceFiles,
     length_files,
 )
+from ziplm_deploy.models.sentence_record import SentenceModules
 from ziplm_deploy.recipe import ModelConfig
 
 
@@ -45,7 +45,7 @@ def write_sentence_files(folder: Path, model: nn.Module, settings: ModelConfig, 
     _write(folder / MODULES_FILE, modules)
     layers = layers_of_dense(model)
     width = layers[0].in_features if layers else embedding_size(model)
-    known = ("cls", "mean", "max", settings.pooling)
+    known = ("cls", "mean", "max", "mean_sqrt_len_tokens", settings.pooling)  # readers without defaults want all four
     flags = {flag: settings.pooling == mode for flag, mode in POOLING_FLAGS.items() if mode in known}
     _write(folder / POOLING_FILE, {"word_embedding_dimension": width, **flags, "include_prompt": own.include_prompt})
     if own.source:

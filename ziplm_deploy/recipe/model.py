@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ziplm_deploy.recipe.base import Frozen
+from ziplm_deploy.recipe.pair_prompt import QWEN3_RERANKER, PairPrompt, takes_instruction
 
 TaskName = Literal[
     "sentence-similarity",
@@ -26,6 +27,7 @@ Pooling = Literal["mean", "cls", "max", "lasttoken", "pooler"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 _DEFAULTS: dict[str, Any] = {"pooling": "mean", "normalize": True, "prompt": "", "similarity": "cosine"}
 _OF_RETRIEVAL = ("query_prompt", "passage_prompt", "dimensions")
+OF_CAUSAL_RERANKERS = ("pair_prompt", "instruction", "answer_tokens")
 
 
 class ModelConfig(Frozen):
@@ -72,6 +74,53 @@ class ModelConfig(Frozen):
         description="How embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`; default: as the model's "
         "files say, else `cosine`.",
     )
+    pair_prompt: str | None = Field(
+        None,
+        description="What a causal reranker reads of a pair: a text with `{query}`, `{document}` and perhaps "
+        "`{instruction}`, or `qwen3-reranker` for that of Qwen3-Reranker, or `''` for pairs as the tokenizer puts them "
+        "together; default: `qwen3-reranker` for language models of type qwen3.",
+        exclude_if=lambda prompt: prompt is None,
+    )
+    instruction: str | None = Field(
+        None,
+        min_length=1,
+        description="What `{instruction}` in `pair_prompt` stands for; default: the default prompt of the model's "
+        "files, else that of Qwen3-Reranker.",
+        exclude_if=lambda text: text is None,
+    )
+    answer_tokens: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=2,
+        description="Tokens whose logits make the score of a reranking language model, as its vocabulary spells them: "
+        'of yes, and of no, which is taken off; default: as the model\'s files say, else `["yes", "no"]`.',
+        exclude_if=lambda tokens: tokens is None,
+    )
+
+    @field_validator("answer_tokens", mode="before")
+    @classmethod
+    def _answers_are_texts(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(each, bool) for each in value):
+            raise ValueError(
+                f'expected texts in quotes, ["yes", "no"], found {value}: YAML reads yes and no without quotes as '
+                "true and false; quote them"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> ModelConfig:
+        asked = [name for name in OF_CAUSAL_RERANKERS if getattr(self, name) is not None]
+        if asked and self.task != "reranking":
+            raise ValueError(f"expected task reranking for {asked[0]}, found {self.task}; leave the field out")
+        if self.pair_prompt:
+            PairPrompt.parse(self.pair_prompt)
+        if self.instruction is not None and not takes_instruction(
+            QWEN3_RERANKER if self.pair_prompt is None else self.pair_prompt
+        ):
+            raise ValueError(
+                "expected a pair_prompt with {instruction} for an instruction, found none in it; leave the field out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _images_have_no_last_token(self) -> ModelConfig:
@@ -113,8 +162,8 @@ class ModelConfig(Frozen):
         """What results depend on, for content keys: not where the model lies, whose content has a hash of its own, nor
         by what it is judged, search included.
 
-        Prompt and similarity are left out where they are as they were before there were such fields.
+        Fields that came later are left out where they are as they were before there were such fields.
         """
         settings = self.with_defaults().model_dump(exclude={"path", "revision", "metric", *_OF_RETRIEVAL})
-        added = {"prompt", "similarity"}
-        return {name: value for name, value in settings.items() if name not in added or value != _DEFAULTS[name]}
+        added = {"prompt", "similarity", *OF_CAUSAL_RERANKERS}
+        return {name: value for name, value in settings.items() if name not in added or value != _DEFAULTS.get(name)}

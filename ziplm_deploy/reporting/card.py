@@ -57,6 +57,8 @@ _PIPELINE_TAGS = {
     "reranking": "text-ranking",
 }
 
+_CLASSES_OF_SENTENCE_TRANSFORMERS = {"sentence-similarity": "SentenceTransformer", "reranking": "CrossEncoder"}
+
 
 def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, object]:
     facts: dict[str, object] = {
@@ -191,6 +193,7 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
             f'model = {ort_class}.from_pretrained("{member.folder}"{name})  # this folder',
             "```",
             "",
+            *_of_sentence_transformers(report, member),
             "```python",
             "import ziplm_deploy",
             "",
@@ -198,6 +201,22 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
             "```",
         ]
     )
+
+
+def _of_sentence_transformers(report: FamilyReport, member: MemberReport) -> list[str]:
+    """Snippet for the tasks that sentence-transformers has, which takes texts and puts prompts before them."""
+    name = _CLASSES_OF_SENTENCE_TRANSFORMERS.get(report.task)
+    if name is None:
+        return []
+    file = member.served.variant.onnx_file
+    return [
+        "```python",
+        f"from sentence_transformers import {name}",
+        "",
+        f'model = {name}("{member.folder}", backend="onnx", model_kwargs={{"file_name": "{file}"}})',
+        "```",
+        "",
+    ]
 
 
 def _cuts(dimensions: tuple[int, ...]) -> str:

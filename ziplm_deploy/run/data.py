@@ -15,7 +15,7 @@ from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.models.dense import load_processor
 from ziplm_deploy.models.partner import partner_of
 from ziplm_deploy.models.sentence_dense import embedding_size
-from ziplm_deploy.models.sentence_modules import SentenceModules
+from ziplm_deploy.models.sentence_record import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.examples import Examples

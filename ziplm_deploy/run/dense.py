@@ -83,7 +83,8 @@ class DenseModel:
         if not recipe.dense.train:
             return load_dense(recipe.model)
         if folder.is_made("train dense", self.training_key) and folder.dense_checkpoint.is_dir():
-            trained = recipe.model.model_copy(update={"path": str(folder.dense_checkpoint), "revision": None})
+            elsewhere = {"path": str(folder.dense_checkpoint), "revision": None, "answer_tokens": None}
+            trained = recipe.model.model_copy(update=elsewhere)
             return load_dense(trained)
         with torch.random.fork_rng():  # a new head starts from the recipe's seed
             torch.manual_seed(recipe.seed)

@@ -19,7 +19,8 @@ from ziplm_deploy.machine.memory import keep_freed_memory
 from ziplm_deploy.machine.scratch import remove_abandoned
 from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.member_files import load
-from ziplm_deploy.models.sentence_modules import completed, read_sentence_modules
+from ziplm_deploy.models.own_settings import completed
+from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.parent import Parent
 from ziplm_deploy.recipe import EngineName, Recipe

@@ -32,7 +32,7 @@ def with_counted_lengths(recipe: Recipe, task: Task, note: Note) -> Recipe:
     processor = load_processor(recipe.model)
     texts = _texts(read_rows(str(workload.lengths), split="train"), recipe, task)
     limit = length_limit(processor, MAX_TOKENS)
-    lengths = token_lengths(processor, texts)
+    lengths = _lengths(texts, task, processor)
     cut = sum(length > limit for length in lengths)
     if cut:
         note(
@@ -42,6 +42,18 @@ def with_counted_lengths(recipe: Recipe, task: Task, note: Note) -> Recipe:
     note(f"texts in {workload.lengths}: {counted.describe()}")
     environment = recipe.environment.model_copy(update={"workload": counted})
     return recipe.model_copy(update={"environment": environment})
+
+
+def _lengths(texts: list[dict[str, Any]], task: Task, processor: Any) -> list[int]:
+    """Tokens of every request; of a pair for a reranker, in the prompt that it is read in."""
+    if task.name != "reranking":
+        return token_lengths(processor, texts)
+    if any("text_pair" not in row for row in texts):
+        raise DataError(
+            "expected pairs of query and passage in the file of environment.workload.lengths for reranking, whose "
+            "models score a pair, found single texts; name both columns in data.text_columns, or give numbers of tokens"
+        )
+    return task.token_lengths(texts, processor)
 
 
 def _texts(rows: list[Row], recipe: Recipe, task: Task) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.data_notes import leave_data_notes
 from ziplm_deploy.tasks import TASKS
 from ziplm_deploy.tasks.batching import length_limit
+from ziplm_deploy.tasks.reranking import Reranking
 
 
 def check_compression(recipe: Recipe) -> None:
@@ -92,13 +93,16 @@ def check_task(recipe: Recipe) -> None:
 
 
 def check_lengths(run: Run) -> None:
-    """Refuse a workload with lengths that the model never sees.
+    """Refuse a workload with lengths that the model never sees, or with requests that a prompt alone fills.
 
     Raises:
-        RecipeError: they are beyond its positions, its tokenizer cuts texts before, or it reads one other length only.
+        RecipeError: they are beyond its positions, its tokenizer cuts texts before, it reads one other length only, or
+            no document fits.
     """
     _check_padding(run)
     workload = run.recipe.environment.workload
+    if isinstance(run.task, Reranking):
+        run.task.check_room(run.dense.processor, workload.seq_len)
     if workload.lengths is None:
         return
     limit = length_limit(run.dense.processor, max_tokens(run.dense.model))

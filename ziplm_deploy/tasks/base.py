@@ -42,7 +42,7 @@ class Task(ABC):
     output_names: ClassVar[tuple[str, ...]]
     has_classes: ClassVar[bool] = False  # the head's outputs are classes with names
     is_causal: ClassVar[bool] = False  # of language models that read from left to right
-    takes_causal: ClassVar[bool] = False  # also of language models without their head, as encoders
+    takes_causal: ClassVar[bool] = False  # also of those without their head over the vocabulary, as encoders
     cuts_texts: ClassVar[bool] = True  # what is longer than a request loses its end
     input_kind: ClassVar[Literal["text", "image"]] = "text"
     text_columns: ClassVar[tuple[tuple[str, ...], ...]]  # usual names, most specific first

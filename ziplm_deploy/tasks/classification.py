@@ -11,7 +11,7 @@ from torch import Tensor
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Task, Which, class_logits
-from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
+from ziplm_deploy.tasks.batching import Batch, Example, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import read_labels
@@ -80,12 +80,17 @@ class TextTask(Task):
         """A label as the rows carry it until :meth:`check_labels`; ``number`` is the row's, from 1."""
         return value
 
+    def tokenized(self, rows: list[Row], processor: Any, max_length: int) -> list[Example]:
+        """Truncated, unpadded inputs of rows, in their order."""
+        return tokenize(processor, rows, max_length)
+
     def encode(self, data: EvaluationSet, *, sort: bool = True) -> list[Batch]:
-        return data.tensors(data.tokenize(), sort=sort)
+        return data.tensors(self.tokenized(data.rows, data.processor, data.max_length), sort=sort)
 
     def predict(self, function: ModelFunction, data: EvaluationSet) -> np.ndarray:
         """Logits [rows, outputs] in row order."""
-        return class_logits(function, data.batches(data.tokenize()), len(data.rows))
+        examples = self.tokenized(data.rows, data.processor, data.max_length)
+        return class_logits(function, data.batches(examples), len(data.rows))
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]
@@ -112,7 +117,7 @@ class TextClassification(TextTask):
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         labels = None if labels_of(rows) is None else class_numbers(rows)
-        return training_examples(tokenize(processor, rows, max_length), labels)
+        return training_examples(self.tokenized(rows, processor, max_length), labels)
 
     def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
         return class_label_scores(outcomes, config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
+from ziplm_deploy.tasks.batching import Batch, training_examples
 from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
@@ -85,7 +85,7 @@ class MultiLabelClassification(TextTask):
         labels = labels_of(rows)
         if labels is not None:
             _check_names(rows)
-        return training_examples(tokenize(processor, rows, max_length), labels)
+        return training_examples(self.tokenized(rows, processor, max_length), labels)
 
     def label_scores(self, outcomes: Outcomes, config: Any) -> dict[str, float]:
         return type_f1(outcomes)

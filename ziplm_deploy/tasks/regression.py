@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import TaskName
-from ziplm_deploy.tasks.batching import Batch, tokenize, training_examples
+from ziplm_deploy.tasks.batching import Batch, training_examples
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
@@ -47,7 +47,7 @@ class TextRegression(TextTask):
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         labels = labels_of(rows)
-        examples = tokenize(processor, rows, max_length)
+        examples = self.tokenized(rows, processor, max_length)
         return training_examples(examples, None if labels is None else [float(label) for label in labels])
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:

@@ -1,4 +1,7 @@
-"""Cross-encoders: a query and a passage go in together, one score comes out; judged by the order of the passages."""
+"""Cross-encoders: a query and a passage go in together, one score comes out; judged by the order of the passages.
+
+Encoders get pairs as their tokenizer puts them together, causal rerankers in a prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.recipe import DataConfig, TaskName
+from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.base import Which
-from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.batching import Batch, Example
 from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.data import Row, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
 from ziplm_deploy.tasks.metrics import score, spearman
 from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.pairs import pair_lengths, pair_prompt_of, tokenize_pairs
 from ziplm_deploy.tasks.ranking import MRR, NDCG, RANKING_METRICS, ndcg, reciprocal_rank, right_and_wrong_query
 from ziplm_deploy.tasks.regression import TextRegression
 
@@ -32,7 +36,8 @@ PAIRS = (
 class Reranking(TextRegression):
     """Rows: ``{"text": query, "text_pair": passage, "label": relevance}``; rows of the same query belong together.
 
-    Outcomes have one value a query. Relevance is 0 or more; the loss on labels takes 0 to 1.
+    Outcomes have one value a query. Relevance is 0 or more; the loss on labels takes 0 to 1. Models score by their last
+    token where they are causal: then the score is the logit of yes, less that of no.
     """
 
     name: ClassVar[TaskName] = "reranking"
@@ -40,6 +45,22 @@ class Reranking(TextRegression):
     metrics = RANKING_METRICS
     text_columns = PAIRS
     label_columns = ("label", "labels", "score", "relevance")
+    takes_causal = True
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self._prompt = pair_prompt_of(model)
+
+    def tokenized(self, rows: list[Row], processor: Any, max_length: int) -> list[Example]:
+        return tokenize_pairs(processor, self._prompt, rows, max_length)
+
+    def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
+        return pair_lengths(processor, self._prompt, rows)
+
+    def check_room(self, processor: Any, max_length: int) -> None:
+        """Raise :class:`RecipeError` for a prompt that leaves no token to a document."""
+        if self._prompt is not None:
+            self.tokenized([{"text": "", "text_pair": ""}], processor, max_length)
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         self._check_pairs(raw, data)

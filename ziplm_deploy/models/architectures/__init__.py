@@ -20,11 +20,24 @@ from ziplm_deploy.models.architectures.others import OTHERS, native_type, why_un
 from ziplm_deploy.models.architectures.relative import RELATIVE
 from ziplm_deploy.models.architectures.towers import TOWERS
 
-__all__ = ["ARCHITECTURES", "OTHERS", "Architecture", "architecture_of", "native_type", "why_not", "why_unsupported"]
+__all__ = [
+    "ARCHITECTURES",
+    "CHOICES",
+    "OTHERS",
+    "Architecture",
+    "architecture_of",
+    "native_type",
+    "why_not",
+    "why_unsupported",
+]
 
-ARCHITECTURES: dict[str, Architecture] = {
-    entry.model_type: entry for entry in (*ENCODERS, *MODERN_ENCODERS, *RELATIVE, *IMAGE_ENCODERS, *TOWERS, *DECODERS)
-}
+_FAMILIES = (ENCODERS, MODERN_ENCODERS, RELATIVE, IMAGE_ENCODERS, TOWERS, DECODERS)
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for family in _FAMILIES for entry in family}
+# For messages: the first of each family, where all would hide the reason.
+CHOICES = (
+    f"{', '.join(family[0].model_type for family in _FAMILIES if family)} and models of their kind (run: ziplm-deploy "
+    "inspect --types)"
+)
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -32,13 +45,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
     Raises:
         UnsupportedModelError: another architecture, or a variant of a supported one whose layers differ
-            (decoder, relative positions, …); names what is supported and why this one is refused.
+            (decoder, relative positions, …); says why this one is refused, then what is supported.
     """
     reason = why_not(config)
     if reason is not None:
         raise UnsupportedModelError(
-            f"expected a model of type {', '.join(ARCHITECTURES)} with plain self-attention, found {reason}; "
-            "choose a supported model"
+            f"expected a model that can be pruned, found {reason}; choose a supported model: {CHOICES}"
         )
     entry = ARCHITECTURES[config.model_type]
     return entry if entry.variant is None else entry.variant(config)
