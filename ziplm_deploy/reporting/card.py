@@ -9,8 +9,10 @@ from ziplm_deploy.models.location import is_hub_id, public_name
 from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
+from ziplm_deploy.reporting.sampled import sampled_sentence
 from ziplm_deploy.reporting.table import (
     RETRIEVAL_TITLES,
+    adapters_text,
     baseline_of,
     call_header,
     call_rows,
@@ -84,6 +86,10 @@ def _summary(report: FamilyReport, member: MemberReport) -> str:
         text += (
             f" Trained after pruning ({report.recovery}): {record.steps} steps of {record.examples_per_step} examples."
         )
+        if record.lora_rank:
+            text += f" {adapters_text(record)}"
+    if report.sampled_text is not None:
+        text += f" {sampled_sentence(report.sampled_text)}"
     if member.reason:
         text += f" {member.reason[0].upper()}{member.reason[1:]}."
     if shows_no_speedup(member):
