@@ -26,12 +26,13 @@ from ziplm_deploy.stages import (
     prune,
     recover,
     report,
+    sample_texts,
     settle,
     train_dense,
 )
 from ziplm_deploy.stages.stage import Stage
 
-FIRST: tuple[Stage[Any], ...] = (profile.STAGE, train_dense.STAGE)
+FIRST: tuple[Stage[Any], ...] = (profile.STAGE, sample_texts.STAGE, train_dense.STAGE)
 PRUNING: tuple[Stage[Any], ...] = (calibrate.STAGE, settle.STAGE, prune.STAGE)
 OF_A_GENERATION: tuple[Stage[Any], ...] = (*PRUNING, export.PRUNED, closed_loop.STAGE, recover.STAGE)
 FILES: tuple[Stage[Any], ...] = (export.TRAINED, compress.STAGE, formats.STAGE, baselines.STAGE)
@@ -92,6 +93,6 @@ def pruned(run: Run) -> None:
 
 
 def first(run: Run) -> None:
-    """Table and dense model."""
+    """Table, texts of the dense model where they are asked for, and the dense model."""
     for stage in FIRST:
         stage(run)

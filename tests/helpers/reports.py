@@ -273,6 +273,7 @@ def finished_run(
         table=latency_table(),
         task=SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction"),
         trains=False,
+        data=SimpleNamespace(sampled_texts=None),
         dense_member=folder.dense_member,
         pruned_members=(folder.member(2.0), folder.member(4.0)),
     )

@@ -263,7 +263,10 @@ OF_CAUSAL_MODELS = {
     "export.genai",
     "benchmark.engines",
     "compress.int8.weight_only_4",
+    "data.generated",  # what it repeats: test_pipeline_self_data
 }
+# Refused with training of zeros, which this run has; what it repeats: test_pipeline_recovery.
+NOT_WITH_ZEROS = {"recover.lora"}
 # Refused for classifiers; what it repeats: test_pipeline_retrieval.
 OF_EMBEDDINGS = {"data.retrieval"}
 # The same; what they repeat: test_pipeline_causal_reranker.
@@ -294,7 +297,8 @@ def test_an_unchanged_recipe_repeats_nothing(finished: Path, tmp_path: Path, mon
 
 
 def test_the_table_has_every_field() -> None:
-    assert set(TABLE) == set(leaves(Recipe)) - ANOTHER_RUN - OF_CAUSAL_MODELS - OF_EMBEDDINGS - OF_RERANKERS
+    elsewhere = ANOTHER_RUN | OF_CAUSAL_MODELS | OF_EMBEDDINGS | OF_RERANKERS | NOT_WITH_ZEROS
+    assert set(TABLE) == set(leaves(Recipe)) - elsewhere
 
 
 @pytest.mark.parametrize("path", TABLE)

@@ -95,7 +95,7 @@ def test_trained_members_load_in_torch(trained: tuple[str, Path]) -> None:
     assert {name: len(kept) for name, kept in model.ziplm_kept.items()} == sizes  # type: ignore[union-attr, operator]
 
 
-def test_a_second_run_trains_nothing_and_another_rate_measures_nothing_twice(
+def test_a_second_run_trains_nothing_and_another_training_measures_nothing_twice(
     trained: tuple[str, Path], tmp_path: Path
 ) -> None:
     mode, made = trained
@@ -105,12 +105,13 @@ def test_a_second_run_trains_nothing_and_another_rate_measures_nothing_twice(
     raw["profile"]["table"] = str(folder / "table.json")
     again = written_again(folder, parse_recipe(raw))
     assert not {name for name in again if name.endswith((".safetensors", ".onnx", "benchmark.json"))}
-    raw["recover"]["learning_rate"] = 1e-3
+    raw["recover"]["lora"] = {"rank": 4}
     before = stamps(folder)
     ziplm_deploy.recover(parse_recipe(raw))
     changed = {name for name, stamp in stamps(folder).items() if before.get(name) != stamp}
     assert {"1.5x/pruned.safetensors", "1.5x/model.onnx"} <= changed
     assert not {"profile.json", "pruning/database.safetensors", "pruning/1.5x/model.onnx"} & changed
+    assert TrainingRecord.load(folder / "runs" / "tiny" / "1.5x" / "training.json").lora_rank == 4
 
 
 def test_without_training_a_trained_member_is_not_taken_for_a_pruned_one(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ziplm_deploy.recipe.benchmark import BenchmarkConfig
 from ziplm_deploy.recipe.compression import CompressConfig, CompressTrainConfig, Int8Config, SparsityConfig
-from ziplm_deploy.recipe.data import DataConfig
+from ziplm_deploy.recipe.data import DataConfig, GeneratedConfig
 from ziplm_deploy.recipe.export import ExportConfig, GgufType
 from ziplm_deploy.recipe.latency import ProfileConfig
 from ziplm_deploy.recipe.loading import load_recipe, parse_recipe
 from ziplm_deploy.recipe.model import ModelConfig, Pooling, Similarity, TaskName
 from ziplm_deploy.recipe.pruning import MethodName, PruneConfig, SearchConfig
 from ziplm_deploy.recipe.recipe import Recipe
-from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig, TrainConfig
+from ziplm_deploy.recipe.recovery import DenseConfig, LoraConfig, RecoverConfig, TrainConfig
 from ziplm_deploy.recipe.reference import recipe_reference
 from ziplm_deploy.recipe.variants import Variant, file_label, member_name
 from ziplm_deploy.recipe.workload import Call, EngineName, Environment, Workload, with_nested_workload
@@ -26,8 +26,10 @@ __all__ = [
     "EngineName",
     "Environment",
     "ExportConfig",
+    "GeneratedConfig",
     "GgufType",
     "Int8Config",
+    "LoraConfig",
     "MethodName",
     "ModelConfig",
     "Pooling",

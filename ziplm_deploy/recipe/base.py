@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -26,3 +26,10 @@ class Frozen(BaseModel):
         if isinstance(value, (str, PurePath)) and (len(str(value)) > MAX_TEXT or "\0" in str(value)):
             raise ValueError(f"expected up to {MAX_TEXT} characters and no NUL, found others; correct the text")
         return value
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type is, also where it may be left out; None for other fields."""
+    choices = [choice for choice in get_args(annotation) or (annotation,) if choice is not type(None)]
+    is_section = len(choices) == 1 and isinstance(choices[0], type) and issubclass(choices[0], BaseModel)
+    return choices[0] if is_section else None

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from ziplm_deploy.recipe.base import Frozen
 
 
+class GeneratedConfig(Frozen):
+    """Text that the dense model writes itself, where there is none to calibrate or train on (LLM-QAT, section 2.1)."""
+
+    n_windows: int = Field(512, ge=1, description="Windows of `data.context` tokens that the sampled texts fill.")
+    first_token: Literal["vocabulary", "model"] = Field(
+        "vocabulary",
+        description="Every text begins with a token drawn from the whole vocabulary, special ones left out, so that "
+        "texts differ; `model`: with one drawn as the model begins texts.",
+    )
+    greedy_tokens: int = Field(
+        4, ge=0, description="Tokens after the first that are the likeliest, so that a subject is found; as published."
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="Of the draws of all others; 1: as the model has them.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that have this probability.")
+    batch_size: int = Field(32, ge=1, description="Texts sampled at once; a killed run goes on after the last batch.")
+
+
 class DataConfig(Frozen):
+    """Where examples come from, and how many of them are taken."""
+
     calibration: str | None = Field(
         None, description="Data for Hessians and search: CSV/JSONL/Parquet file (`.gz` allowed) or a `datasets` name."
     )
@@ -16,6 +37,12 @@ class DataConfig(Frozen):
     )
     train: str | None = Field(
         None, description="Training data of `recover` and `dense`; may be unlabelled text. Default: `calibration`."
+    )
+    generated: GeneratedConfig | None = Field(
+        None,
+        exclude_if=lambda generated: generated is None,
+        description="`{n_windows: 512}`: text sampled from the dense model (text-generation) stands for `calibration` "
+        "and `train`, each where it is not given.",
     )
     retrieval: str | None = Field(
         None,
@@ -64,3 +91,24 @@ class DataConfig(Frozen):
         "default: all of them.",
     )
     n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")
+
+    def is_generated(self, which: str) -> bool:
+        """Whether text sampled from the dense model stands for this data set; never for ``evaluation``."""
+        own = {"calibration": self.calibration, "train": self.train}
+        return self.generated is not None and which in own and own[which] is None
+
+    @model_validator(mode="after")
+    def _sampled_text_is_enough(self) -> DataConfig:
+        if self.generated is None:
+            return self
+        if self.calibration is not None and self.train is not None:
+            raise ValueError(
+                "generated stands for calibration and train where they are not given, found both of them: leave one out"
+            )
+        for which, asked in (("calibration", self.n_calibration), ("train", self.n_train)):
+            if self.is_generated(which) and (asked or 0) > self.generated.n_windows:
+                raise ValueError(
+                    f"expected n_{which} up to the {self.generated.n_windows} windows of generated.n_windows, found "
+                    f"{asked}; change one of them"
+                )
+        return self

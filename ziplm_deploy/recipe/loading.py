@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ziplm_deploy.documents import MAX_SHOWN, read_yaml, shortened, shown
 from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.recipe.base import section_of
 from ziplm_deploy.recipe.recipe import Recipe
 
 RENAMED = {
@@ -112,7 +113,5 @@ def _unknown(location: str, path: tuple[int | str, ...]) -> str:
 def _siblings(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        section = section_of(section.model_fields[str(part)].annotation) or section
     return sorted(section.model_fields)

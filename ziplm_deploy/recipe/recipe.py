@@ -129,6 +129,32 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _sampled_text_is_of_use(self) -> Recipe:
+        if self.data.generated is None:
+            return self
+        if self.model.task != "text-generation":
+            raise ValueError(
+                f"expected model.task text-generation for data.generated, found {self.model.task}, whose models write "
+                "no text: give some in data.calibration; recover needs no labels in it"
+            )
+        if self.data.calibration is not None and self.recover.mode == "none":
+            raise ValueError(
+                "expected training for data.generated beside data.calibration, found recover.mode: none, so that "
+                "nothing would read the sampled text: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_leave_zeros_and_integers_alone(self) -> Recipe:
+        if self.recover.lora is not None and self.compress.trains:
+            raise ValueError(
+                f"expected compress.train.mode: none with recover.lora, found {self.compress.train.mode}: adapters "
+                "would fill the zeros of weights, and INT8's scales are trained with all weights, which takes the "
+                "memory that adapters are there to spare; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_takes_the_integers(self) -> Recipe:
         engine, int8 = self.environment.engine, self.compress.int8
         if engine != "onnxruntime" and int8.method == "dynamic" and self.compress.makes_int8:

@@ -47,6 +47,15 @@ class DenseConfig(TrainConfig):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps, instead of `epochs`.")
 
 
+class LoraConfig(Frozen):
+    """Low-rank adapters, trained in place of the weights of the layers' linears, and added to them in the end."""
+
+    rank: int = Field(
+        8, ge=1, description="Rank of the change of each linear; narrower ones get their own. Below the hidden size."
+    )
+    alpha: float = Field(16.0, gt=0, description="The change counts `alpha / rank` times, so that rates suit any rank.")
+
+
 class RecoverConfig(TrainConfig):
     """Training of pruned members towards their teacher."""
 
@@ -73,6 +82,12 @@ class RecoverConfig(TrainConfig):
     freeze_embeddings: bool = Field(
         True, description="Embeddings are never pruned; left as they are, a step is faster and takes less memory."
     )
+    lora: LoraConfig | None = Field(
+        None,
+        exclude_if=lambda lora: lora is None,
+        description="`{rank: 8, alpha: 16}`: train adapters in place of weights, for models whose full training does "
+        "not fit into memory; merged before export.",
+    )
     teacher_cache_gb: float = Field(
         2.0, ge=0, description="Teacher outputs are kept (fp16) and serve every epoch and member if they fit in this."
     )
@@ -86,4 +101,13 @@ class RecoverConfig(TrainConfig):
     def _some_loss(self) -> RecoverConfig:
         if self.task_weight + self.logit_weight + self.token_weight == 0:
             raise ValueError("one of task_weight, logit_weight and token_weight must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_alone_are_trained(self) -> RecoverConfig:
+        if self.lora is not None and not self.freeze_embeddings:
+            raise ValueError(
+                "expected freeze_embeddings: true with lora, which trains adapters of the layers' linears and nothing "
+                "else, found false; leave one of them out"
+            )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from ziplm_deploy.recipe.base import section_of
 from ziplm_deploy.recipe.recipe import Recipe
 
 
@@ -13,12 +14,12 @@ def recipe_reference() -> str:
 
     def walk(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(annotation, f"{prefix}{name}.")
-                continue
-            default = "required" if field.is_required() else f"`{field.get_default()}`"
-            rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+            inner = section_of(field.annotation)
+            if inner is None or inner is not field.annotation:  # a section that may be left out has a row of its own
+                default = "required" if field.is_required() else f"`{field.get_default()}`"
+                rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+            if inner is not None:
+                walk(inner, f"{prefix}{name}.")
 
     walk(Recipe, "")
     return "\n".join(rows)

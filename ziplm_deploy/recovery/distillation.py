@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ziplm_deploy.models.modules import dense_modules, prunable_modules
+from ziplm_deploy.models.modules import dense_modules, layer_linears, prunable_modules
 from ziplm_deploy.progress import Progress
-from ziplm_deploy.recipe import RecoverConfig, TrainConfig
+from ziplm_deploy.recipe import LoraConfig, RecoverConfig, TrainConfig
+from ziplm_deploy.recovery.adapters import insert_adapters, merge_adapters
 from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.recovery.losses import remaining_layers
 from ziplm_deploy.recovery.objective import Objective, Student
@@ -32,11 +33,16 @@ class Distillation:
     progress: Progress
 
     def train(self, model: nn.Module, config: TrainConfig, checkpoints: Path, title: str) -> TrainingRecord:
-        """Train ``model`` in place; a training that was killed goes on from what ``checkpoints`` holds."""
+        """Train ``model`` in place; a training that was killed goes on from what ``checkpoints`` holds.
+
+        With adapters, they are added to the weights in the end: whatever was trained, a plain model comes out.
+        """
         losses = self.losses
-        frozen = list(model.get_input_embeddings().parameters()) if losses.freeze_embeddings else []  # type: ignore[operator]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        if losses.lora is not None and not layer_linears(model):
+            self.progress.note(f"{title}: no linear is left that an adapter could change, so it is not trained")
+            return TrainingRecord.of_none()
+        self._choose_trained(model, title)
+        n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         layers = remaining_layers(model) if losses.token_weight else []
         student = Student(model, self.task, layers, losses.dropout)
         objective = Objective.from_config(losses, self.task, self.teacher())
@@ -50,9 +56,27 @@ class Distillation:
             progress=self.progress,
             title=title,
         )
-        model.cpu().requires_grad_(True)
+        merge_adapters(model.cpu())
+        model.requires_grad_(True)
         self.progress.note(f"{title}: {result.steps} steps, {result.samples_per_second:.0f} examples a second")
-        return result
+        rank = None if losses.lora is None else losses.lora.rank
+        return result.model_copy(update={"trained_parameters": n_trained, "lora_rank": rank})
+
+    def _choose_trained(self, model: nn.Module, title: str) -> None:
+        """Leave gradients to the parameters that the recipe wants trained."""
+        if self.losses.lora is not None:
+            self._adapt(model, self.losses.lora, title)
+        elif self.losses.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+
+    def _adapt(self, model: nn.Module, config: LoraConfig, title: str) -> None:
+        adapters = insert_adapters(model, config, self.seed)
+        narrower = sum(len(adapter.down) < config.rank for adapter in adapters)
+        if narrower:
+            self.progress.note(
+                f"{title}: {narrower} of {len(adapters)} linears are narrower than rank {config.rank}, so that their "
+                "adapters have a smaller one"
+            )
 
 
 def is_unpruned(model: nn.Module) -> bool:

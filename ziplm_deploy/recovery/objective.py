@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.recipe import RecoverConfig
+from ziplm_deploy.recovery.adapters import adapters_of
 from ziplm_deploy.recovery.losses import LayerOutputs, token_loss
 from ziplm_deploy.recovery.teacher import Teacher
 from ziplm_deploy.tasks import Task
@@ -22,6 +23,11 @@ class Student(nn.Module):
     def __init__(self, model: nn.Module, task: Task, layers: Sequence[int], dropout: bool) -> None:
         super().__init__()
         self.model, self.task, self.layers, self._dropout = model, task, list(layers), dropout
+
+    @property
+    def learned(self) -> nn.Module:
+        """The part that training changes, and checkpoints hold: adapters where the model has some, else all of it."""
+        return adapters_of(self.model) or self.model
 
     def train(self, mode: bool = True) -> Student:
         """Set the mode; a student without dropout stays in evaluation mode, and gradients flow all the same."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from ziplm_deploy.artifacts import Artifact
 
 
@@ -18,6 +20,9 @@ class TrainingRecord(Artifact):
     seconds: float  # of the steps that the last process ran: less than all where a killed training was resumed
     samples_per_second: float
     losses: list[tuple[int, float]]  # (step, mean training loss since the entry before)
+    # None: of none, or from before it was counted
+    trained_parameters: int | None = Field(None, exclude_if=lambda count: count is None)
+    lora_rank: int | None = Field(None, exclude_if=lambda rank: rank is None)  # of adapters; None: weights were trained
 
     @classmethod
     def of_none(cls) -> TrainingRecord:

@@ -34,7 +34,10 @@ STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it 
 
 
 class DistillationTrainer(transformers.Trainer):
-    """Stock Trainer with this package's loss; its checkpoints hold safetensors, also for layers of unlike shapes."""
+    """Stock Trainer with this package's loss; its checkpoints hold safetensors, also for layers of unlike shapes.
+
+    They hold what is trained: of adapters nothing of the model itself.
+    """
 
     def __init__(self, student: Student, objective: Objective, examples: Examples, **settings: Any) -> None:
         super().__init__(student, train_dataset=examples, data_collator=examples.collate, **settings)
@@ -88,10 +91,10 @@ class DistillationTrainer(transformers.Trainer):
             )
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.student.model, str(folder / WEIGHTS))
+        save_model(self.student.learned, str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_model(self.student.model, str(Path(resume_from_checkpoint) / WEIGHTS))
+        load_model(self.student.learned, str(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 class _Watcher(transformers.TrainerCallback):

@@ -10,7 +10,9 @@ from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant, file_label
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.retrieval import card_text, retrieval_table
+from ziplm_deploy.reporting.sampled import sampled_sentence
 from ziplm_deploy.reporting.table import (
+    adapters_text,
     baseline_of,
     call_header,
     call_rows,
@@ -85,6 +87,10 @@ def _summary(report: FamilyReport, member: MemberReport) -> str:
         text += (
             f" Trained after pruning ({report.recovery}): {record.steps} steps of {record.examples_per_step} examples."
         )
+        if record.lora_rank:
+            text += f" {adapters_text(record)}"
+    if report.sampled_text is not None:
+        text += f" {sampled_sentence(report.sampled_text)}"
     if member.reason:
         text += f" {member.reason[0].upper()}{member.reason[1:]}."
     if shows_no_speedup(member):

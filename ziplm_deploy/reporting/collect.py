@@ -29,6 +29,7 @@ from ziplm_deploy.reporting.judge import (
     why_not_recommended,
 )
 from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
+from ziplm_deploy.reporting.sampled import sampled_text
 from ziplm_deploy.reporting.table import not_ahead
 
 
@@ -74,6 +75,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         stage_seconds=facts.stage_seconds,
         lengths=facts.lengths,
         retrieval=facts.retrieval,
+        sampled_text=sampled_text(recipe, facts.sampled_texts),
         short_tokens=facts.short.environment.workload.seq_len if facts.short else None,
         versions=measured_with,
         other_versions=_differing(facts.stage_versions, measured_with),

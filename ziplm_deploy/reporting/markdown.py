@@ -8,9 +8,11 @@ from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
 from ziplm_deploy.reporting.gguf import gguf_section
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.retrieval import retrieval_table, retrieval_text
+from ziplm_deploy.reporting.sampled import sampled_sentence
 from ziplm_deploy.reporting.table import (
     MISSING,
     aa_line,
+    adapters_text,
     baseline_lines,
     baseline_of,
     baseline_rows,
@@ -54,6 +56,7 @@ def family_markdown(report: FamilyReport) -> str:
         *_by_label(report),
         *gguf_section(report),
         *_continuations(report),
+        *_sampled_text(report),
         *_training(report),
         *_lengths(report),
         ["## Measured on", "", *_environment(report)],
@@ -293,6 +296,10 @@ def _by_label(report: FamilyReport) -> list[list[str]]:
     return [["## Scores by class", "", text, "", *markdown_table(["class", *(m.name for m in scored)], cells)]]
 
 
+def _sampled_text(report: FamilyReport) -> list[list[str]]:
+    return [] if report.sampled_text is None else [["## Sampled text", "", sampled_sentence(report.sampled_text)]]
+
+
 def _training(report: FamilyReport) -> list[list[str]]:
     """What recovery took, and how far its loss fell."""
     trained = [(member, member.training) for member in report.members if member.training is not None]
@@ -315,6 +322,7 @@ def _training(report: FamilyReport) -> list[list[str]]:
         "one-shot": "Each member was pruned from the dense model, then trained.",
         "gradual": "Each member was pruned from the trained one before it, then trained.",
     }[report.recovery]
+    text = " ".join([text, *dict.fromkeys(adapters_text(record) for _, record in trained if record.lora_rank)])
     titles = ["model", "steps", "examples a step", "seconds", "examples/s", "device", "loss"]
     titles += [f"{report.metric} of model.onnx"]
     return [["## Training", "", text, "", *markdown_table(titles, cells)]]

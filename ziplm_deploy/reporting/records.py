@@ -11,7 +11,7 @@ from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.latency.record import CallFigures, FileTiming, from_schema_1, of_one_call
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.machine.info import MachineInfo
-from ziplm_deploy.recipe import Environment, Variant
+from ziplm_deploy.recipe import Environment, GeneratedConfig, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.tasks.lengths import TokenLengths
 from ziplm_deploy.tasks.resampling import Comparison, Decision
@@ -152,6 +152,17 @@ class GgufReport(Timed):
     of_source: Comparison | None = None  # primary metric over the member's model.onnx
 
 
+class SampledText(BaseModel):
+    """Text that the dense model wrote, in place of data."""
+
+    n_texts: int
+    n_tokens: int
+    seconds: float  # that sampling took
+    serves: list[Literal["calibration", "training"]]
+    seed: int
+    settings: GeneratedConfig
+
+
 class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
 
@@ -179,6 +190,8 @@ class FamilyReport(Artifact):
     aa_high: float
     tolerance: float = 0.02  # fraction by which a target may be missed, and the noise that verdicts allow
     notes: list[str]  # warnings of the run, e.g. few calibration tokens
+    # where data was sampled from the dense model
+    sampled_text: SampledText | None = Field(None, exclude_if=lambda sampled: sampled is None)
     short_tokens: int | None = None  # median length of the evaluation texts, if it is much below the workload's
     lengths: dict[str, TokenLengths] = Field(
         default_factory=dict

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ziplm_deploy.latency.record import FileTiming
 from ziplm_deploy.latency.statistics import Ratio
 from ziplm_deploy.recipe import Variant
+from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, GgufReport, MemberReport, Timed
 from ziplm_deploy.tasks.resampling import Comparison
 
@@ -115,6 +116,11 @@ def percent_text(comparison: Comparison | None) -> str:
     if comparison is None or comparison.percent is None:
         return MISSING
     return f"{comparison.percent:.1f} % [{comparison.percent_low:.1f}, {comparison.percent_high:.1f}]"
+
+
+def adapters_text(record: TrainingRecord) -> str:
+    """What was trained in place of the weights."""
+    return f"Trained were adapters of rank {record.lora_rank} (LoRA), which were then added to the weights."
 
 
 def difference_text(comparison: Comparison | None) -> str:

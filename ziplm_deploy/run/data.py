@@ -19,6 +19,7 @@ from ziplm_deploy.models.sentence_record import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.recovery.examples import Examples
+from ziplm_deploy.recovery.self_data import SampledTexts, read_texts
 from ziplm_deploy.run.dense import DenseModel
 from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.run.partner import embed_by
@@ -33,24 +34,31 @@ from ziplm_deploy.tasks.retrieval import Retrieval, read_retrieval_set
 from ziplm_deploy.tasks.search import Search
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
+SAMPLING = "sample texts"  # the stage that has the dense model write texts
+
 
 class RunData:
     """Calibration, evaluation and training data, read and encoded on first use."""
 
     def __init__(self, recipe: Recipe, task: Task, folder: RunFolder, own: SentenceModules) -> None:
-        self._recipe, self._task = recipe, task
+        self._recipe, self._task, self._folder = recipe, task, folder
         # For keys: what the recipe says of the model, and what the model says of itself.
         self.model_settings: dict[str, Any] = {
             **recipe.model.fingerprint,
             **own.answers(recipe.environment.workload.seq_len),
         }
         self._pools_prompts = own.include_prompt
-        self.calibration_hash = self._hash_of(recipe.data.calibration)
-        self.evaluation_hash = self._hash_of(recipe.data.evaluation)
-        self.train_hash = self._hash_of(recipe.data.train or recipe.data.calibration)
         self.dense = DenseModel(
             recipe, folder, self._dense_training_key, lambda: task.head_settings(self.raw_train_rows)
         )
+        self.calibration_hash = self._hash_for("calibration")
+        self.evaluation_hash = self._hash_for("evaluation")
+        self.train_hash = self._hash_for("train")
+
+    def _hash_for(self, which: Which) -> str:
+        """Stands for the content of the data set, or for the texts that are sampled in its place."""
+        data = self._recipe.data
+        return self.sampling_key if data.is_generated(which) else self._hash_of(self._task.source(data, which)[0])
 
     def _hash_of(self, source: str | None) -> str:
         """Stands for the content of a data set, with the files that it names; a name with its revision."""
@@ -77,6 +85,36 @@ class RunData:
         if self._task.is_causal:
             return self._recipe.data.context or CONTEXT
         return self._recipe.environment.workload.seq_len
+
+    @property
+    def sampling_key(self) -> str:
+        """Everything that texts sampled from the dense model depend on."""
+        return content_key(
+            model=self.dense.base_hash,
+            generated=self._recipe.data.generated,
+            context=self._seq_len,
+            seed=self._recipe.seed,
+        )
+
+    @property
+    def awaits_texts(self) -> bool:
+        """Whether texts are still to be sampled from the dense model."""
+        return self._recipe.data.generated is not None and not self._folder.is_made(SAMPLING, self.sampling_key)
+
+    def can_be_read(self, which: Which) -> bool:
+        """Whether a data set is there: all but texts that are still to be sampled."""
+        return not (self.awaits_texts and self._recipe.data.is_generated(which))
+
+    @property
+    def sampled_texts(self) -> SampledTexts | None:
+        """Texts that the dense model has written; None where the recipe asks for none."""
+        return None if self._recipe.data.generated is None else read_texts(self._folder.sampled_texts)
+
+    def _load_rows(self, which: Which) -> list[dict[str, Any]]:
+        texts = self.sampled_texts if self._recipe.data.is_generated(which) else None
+        if texts is None:
+            return self._task.load_rows(self._recipe.data, which, self._recipe.seed)
+        return [{"ids": ids} for ids in texts.ids]
 
     @property
     def calibration_key(self) -> str:
@@ -195,7 +233,7 @@ class RunData:
 
     @functools.cached_property
     def calibration_rows(self) -> list[dict[str, Any]]:
-        return self._settled(self._task.load_rows(self._recipe.data, "calibration", self._recipe.seed), "calibration")
+        return self._settled(self._load_rows("calibration"), "calibration")
 
     @functools.cached_property
     def evaluation_rows(self) -> list[dict[str, Any]]:
@@ -205,12 +243,12 @@ class RunData:
     @functools.cached_property
     def raw_evaluation_rows(self) -> list[dict[str, Any]]:
         """Evaluation rows with labels as the data have them."""
-        return self._task.load_rows(self._recipe.data, "evaluation", self._recipe.seed)
+        return self._load_rows("evaluation")
 
     @functools.cached_property
     def raw_train_rows(self) -> list[dict[str, Any]]:
         """Training rows with labels as the data have them."""
-        return self._task.load_rows(self._recipe.data, "train", self._recipe.seed)
+        return self._load_rows("train")
 
     @functools.cached_property
     def train_rows(self) -> list[dict[str, Any]]:

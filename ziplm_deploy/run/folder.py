@@ -52,6 +52,7 @@ class RunFolder:
     retrieval = property(lambda self: self.path / "retrieval")
     retrieval_scores = property(lambda self: self.path / "retrieval.json")
     uncertainty = property(lambda self: self.path / "uncertainty.json")
+    sampled_texts = property(lambda self: self.path / "sampled-texts")
     settling = property(lambda self: self.path / "pruning" / "settling.json")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")
 
@@ -92,6 +93,16 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another training's are in there, or there were none
             (self.path / "recovery").rmdir()
+
+    def sampling(self, key: str) -> Path:
+        """Where the sampling of texts leaves its batches while it lasts."""
+        return self.path / f"sampling-{key[:KEY_DIGITS]}"
+
+    def drop_samplings(self) -> None:
+        """Remove batches of sampled texts, also those of other settings. Call it when the texts are made."""
+        if distributed.is_first():
+            for folder in self.path.glob("sampling-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def database(self, parent: str) -> Path:
         """Levels of the model that members are pruned from."""

@@ -135,7 +135,7 @@ def check_data(run: Run) -> None:
     """
     _check_causal_encoder(run)
     run.task.check_labels([], run.dense.model.config)  # refuses heads that the task cannot compare
-    if not run.folder.database(run.dense_member.name).exists():
+    if run.data.can_be_read("calibration") and not run.folder.database(run.dense_member.name).exists():
         run.data.calibration_rows  # noqa: B018
     if run.recipe.data.evaluation is not None:
         run.data.evaluation_rows  # noqa: B018
@@ -143,7 +143,8 @@ def check_data(run: Run) -> None:
         run.data.retrieval  # noqa: B018
     if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
         check_training(run)
-    leave_data_notes(run)  # only now, for a run that is refused writes nothing
+    if not run.data.awaits_texts:
+        leave_data_notes(run)  # only now, for a run that is refused writes nothing
 
 
 def _check_causal_encoder(run: Run) -> None:
@@ -198,7 +199,10 @@ def _check_batches(run: Run, config: TrainConfig, section: str) -> None:
 
 
 def _n_examples(run: Run) -> int:
-    """Training examples: rows, or the windows that are cut from them."""
+    """Training examples: rows, or the windows that are cut from them, or that sampled texts will fill."""
+    data = run.recipe.data
+    if data.generated is not None and data.is_generated("train"):
+        return data.n_train or data.generated.n_windows
     return len(run.data.train_rows if run.task.is_causal else run.data.raw_train_rows)
 
 
@@ -214,11 +218,20 @@ def _check_recovery(run: Run) -> None:
             f"expected labels in the training data for recover.task_weight {config.task_weight:g}, found none; give "
             "labelled data in data.train or set recover.task_weight: 0"
         )
+    hidden_size = run.dense.shape.hidden_size
+    if config.lora is not None and config.lora.rank >= hidden_size:
+        raise RecipeError(
+            f"expected recover.lora.rank below {hidden_size}, the hidden size of {run.recipe.model.path}, found "
+            f"{config.lora.rank}: such adapters are no smaller than the weights; choose a smaller rank, or leave "
+            "recover.lora out"
+        )
     if config.teacher is not None:
         check_teacher(run.teacher_model, run.dense.model, config, run.recipe.environment.workload.seq_len)
 
 
 def _labelled(run: Run) -> bool:
+    if run.task.is_causal:
+        return True  # text is its own label
     seq_len = run.recipe.environment.workload.seq_len
     example = run.task.examples(run.data.train_rows[:1], run.dense.processor, seq_len)[0]
     return all(name in example for name in run.task.label_names)

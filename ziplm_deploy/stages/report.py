@@ -70,6 +70,7 @@ def family_facts(run: Run) -> FamilyFacts:
         lengths=run.folder.lengths,
         short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
         retrieval=retrieval_scores_of(run),
+        sampled_texts=run.data.sampled_texts,
         stage_seconds=run.folder.stage_seconds,
         stage_versions=run.folder.stage_versions,
         baselines=[_baseline_facts(run, files, record, beside) for files in made_baselines(run)],

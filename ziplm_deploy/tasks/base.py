@@ -77,7 +77,10 @@ class Task(ABC):
         source, split = self.source(data, which)
         if source is None:
             asked = "data.train or data.calibration" if which == "train" else f"data.{which}"
-            raise DataError(f"expected {asked} in the recipe, found none; give a data file or a `datasets` name")
+            instead = ", or data.generated: {}, which has the dense model write text" if self.is_causal else ""
+            raise DataError(
+                f"expected {asked} in the recipe, found none; give a data file or a `datasets` name{instead}"
+            )
         raw = read_rows(source, split=split, config_name=data.config_name, revision=data.revision)
         try:
             rows = self.normalize_rows(raw, data, which)

@@ -33,6 +33,8 @@ def inverse_perplexity(outcomes: Outcomes, counts: Floats) -> Floats:
 class TextGeneration(Task):
     """Rows as loaded: ``{"text"}``, one a document; settled: ``{"input_ids", "scored_from"}``, one a window.
 
+    Documents may also be ``{"messages"}``, conversations, or ``{"ids"}``, tokens that a model has written.
+
     Windows are cut from all documents one after the other, each after the first behind an end-of-text token, without
     start tokens. A plain text file is one document, every line break included. Tokens before position ``scored_from``
     of a window were scored in the window before.
@@ -76,7 +78,7 @@ class TextGeneration(Task):
         return rows
 
     def settle_rows(self, rows: list[Row], data: DataConfig, which: Which, seed: int, processor: Any) -> list[Row]:
-        context = min(data.context or CONTEXT, int(processor.model_max_length))
+        context = window_tokens(data, processor)
         stride = min(data.stride or context, context) if which == "evaluation" else context
         windows = _windows(_stream(rows, processor), context, stride)
         counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
@@ -161,6 +163,11 @@ class TextGeneration(Task):
                 yield index, torch.from_numpy(as_float32(own[first - 1 : -1])), ids[first:]
 
 
+def window_tokens(data: DataConfig, processor: Any) -> int:
+    """Tokens of a window of text."""
+    return min(data.context or CONTEXT, int(processor.model_max_length))
+
+
 def _spread(batch: Batch) -> tuple[Tensor, Tensor]:
     """Rows and columns of the positions whose logits are compared."""
     chosen = [
@@ -177,13 +184,18 @@ def _examples(rows: list[Row]) -> list[Example]:
 
 def _stream(rows: list[Row], processor: Any) -> list[int]:
     """Token ids of all documents one after the other."""
-    texts = [row["text"] if "text" in row else _chat(row["messages"], processor) for row in rows]
-    encoded = encode(processor, texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    encoded = [row["ids"] for row in rows if "ids" in row] or _encoded(rows, processor)
     end = [] if processor.eos_token_id is None else [int(processor.eos_token_id)]
     stream: list[int] = []
     for number, ids in enumerate(encoded):
         stream += (end if number else []) + ids
     return stream
+
+
+def _encoded(rows: list[Row], processor: Any) -> list[list[int]]:
+    texts = [row["text"] if "text" in row else _chat(row["messages"], processor) for row in rows]
+    encoded = encode(processor, texts, add_special_tokens=False, truncation=False, verbose=False)
+    return list(encoded["input_ids"])
 
 
 def _chat(messages: list[Any], processor: Any) -> str:
