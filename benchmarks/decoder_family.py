@@ -122,30 +122,29 @@ class Family:
         short.append(self.task.shortened(rows[-search.n_rerank :], search.context))
         return Calibration(encode(rows, 4), encode(short[0], 8), encode(short[1], 8))
 
-    def _search(self) -> SearchConfig:
+    def _search(self, method: str = "") -> SearchConfig:
         options = self.options
         return SearchConfig(
             context=64,
             n_sequences=8,
             n_rerank=min(24, options.windows),
-            sensitivity_levels=3,
-            coefficient_steps=10,
+            sensitivity_levels=0 if options.fisher and method == OURS else 3,
+            coefficient_steps=options.evaluations // 4,
             swap_evaluations=options.evaluations,
         )
 
     def planner(self, method: str) -> Planner:
         """Planner of a method; all share table and statistics."""
-        search, fisher = self._search(), None
+        options, search, fisher = self.options, self._search(method), None
         began = time.monotonic()
-        if method == OURS:
-            search = search.model_copy(update={"sensitivity_levels": 0})
+        if method == OURS and options.fisher:
             modules, batches = prunable_modules(self.dense), self.calibration.hessian
-            fisher = fisher_information(self.dense, self.task, batches, modules, seed=self.options.seed)
-        prune = PruneConfig(method=method, fisher=method == OURS, search=search)
+            fisher = fisher_information(self.dense, self.task, batches, modules, seed=options.seed)
+        prune = PruneConfig(method=method, fisher=fisher is not None, search=search)
         sizes = database_sizes(self.dense, self.table)
-        database = build_database(self.dense, self.statistics, sizes, prune, seed=self.options.seed, fisher=fisher)
+        database = build_database(self.dense, self.statistics, sizes, prune, seed=options.seed, fisher=fisher)
         self.seconds[f"database {method}"] = time.monotonic() - began
-        return Planner(self.dense, self.task, self.table, database, self.calibration, prune, self.options.seed)
+        return Planner(self.dense, self.task, self.table, database, self.calibration, prune, options.seed)
 
     def perplexity(self, model: nn.Module) -> float:
         """Of a torch model, on the first windows of the test set."""
@@ -283,7 +282,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--huge-pages", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--evaluated", type=int, default=EVALUATED, help="windows that perplexity is of")
-    parser.add_argument("--evaluations", type=int, default=40, help="plans tried by swaps")
+    parser.add_argument(
+        "--evaluations", type=int, default=0, help="plans tried by swaps, and a quarter by the surrogate"
+    )
+    parser.add_argument(
+        "--fisher", action=argparse.BooleanOptionalAction, default=True, help="ours by Fisher information"
+    )
     parser.add_argument("--table-seconds", type=float, default=180.0)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--benchmark-seconds", type=float, default=400.0)
