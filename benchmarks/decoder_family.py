@@ -282,12 +282,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--huge-pages", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--evaluated", type=int, default=EVALUATED, help="windows that perplexity is of")
-    parser.add_argument(
-        "--evaluations", type=int, default=0, help="plans tried by swaps, and a quarter by the surrogate"
-    )
-    parser.add_argument(
-        "--fisher", action=argparse.BooleanOptionalAction, default=True, help="ours by Fisher information"
-    )
+    parser.add_argument("--evaluations", type=int, default=0, help="plans tried by swaps")
+    parser.add_argument("--fisher", action=argparse.BooleanOptionalAction, default=True, help="weigh ours")
     parser.add_argument("--table-seconds", type=float, default=180.0)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--benchmark-seconds", type=float, default=400.0)
