@@ -142,14 +142,14 @@ def files_of(run: Run) -> list[dict[str, Any]]:
         export_member(run, member, member.folder)
         compress_member(run, member)
     rows = []
-    dense = TimedFile(run.dense_member.file(Variant.FP32).onnx, environment.engine)
+    dense = TimedFile(run.dense_member.file(Variant.FP32).path, environment.engine)
     answers = run.answers.take(dense.path, Variant.FP32, environment.engine)
     with answers as dense_answers, Trial(lambda: start_worker(dense, environment)) as trial:
         for member, variant in itertools.product(run.members, VARIANTS):
             file = member.file(variant)
             row = file_row(run, file)
             try:
-                trial.run(file.onnx)
+                trial.run(file.path)
             except EngineError:
                 rows.append(row | {"refused": True})
                 continue
@@ -175,8 +175,8 @@ def file_row(run: Run, file: ModelFile) -> dict[str, Any]:
         "member": file.member.name,
         "variant": file.variant,
         "engine": run.recipe.environment.engine,
-        "path": str(file.onnx),
-        "onnx_bytes": file.onnx.stat().st_size,
+        "path": str(file.path),
+        "onnx_bytes": file.path.stat().st_size,
         "facts": facts_of(sparsity, int8_record(file)),
     }
 

@@ -74,7 +74,7 @@ def float_file(options: argparse.Namespace, source: Path, folder: Path) -> tuple
     member = run.dense_member
     shutil.copytree(source, member.folder, ignore=shutil.ignore_patterns("*.onnx", "accuracy*.json", "outcomes*.json"))
     export_member(run, member, member.folder)
-    return run, member.file(Variant.FP32).onnx
+    return run, member.file(Variant.FP32).path
 
 
 def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) -> tuple[Path, Outcomes, dict[str, Any]]:
@@ -88,7 +88,7 @@ def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) ->
     record = Int8Record.load(file.int8_record)
     facts = {"fp32_linears": len(record.fp32_linears), "within_budget": record.within_budget, "tried": record.scores}
     facts["n_choosing"] = record.n_choosing
-    return file.onnx, outcomes_on(run, file.onnx, Variant.INT8), {"engine": engine, **facts}
+    return file.path, outcomes_on(run, file.path, Variant.INT8), {"engine": engine, **facts}
 
 
 def by_optimum(source: Path, folder: Path) -> Path:

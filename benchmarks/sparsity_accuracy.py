@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         run = Run(recipe_of(options, Path(name)), ConsoleProgress())
         export_dense(run)
-        dense = score_of(run, run.dense_member.file(Variant.FP32).onnx, Variant.FP32)
+        dense = score_of(run, run.dense_member.file(Variant.FP32).path, Variant.FP32)
         for sparsity in SPARSITIES:
             for passes in PASSES:
                 config = SparsityConfig(sparsity=sparsity, passes=passes)

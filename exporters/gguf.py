@@ -55,7 +55,7 @@ def export_gguf(
         parts: the model.
         path: the file.
         tokenizer_source: a GGUF file whose tokenizer is copied, a folder with ``tokenizer.json``, or a fast tokenizer
-            of transformers.
+            of transformers; None for a file that is only timed.
         settings: name and types.
 
     Returns:

@@ -19,6 +19,8 @@ from exporters.files import atomic_path
 
 FileType = Literal["F16", "Q8_0", "Q4_0"]
 BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
+# A block's scale takes two bytes.
+VALUE_BYTES: dict[FileType, float] = {"F16": 2.0, "Q8_0": (BLOCK + 2) / BLOCK, "Q4_0": (BLOCK / 2 + 2) / BLOCK}
 _MAX_FLOAT16 = 65504.0
 
 

@@ -16,7 +16,8 @@ from exporters.encoder import ExportError
 from exporters.gguf_file import gguf_package
 from exporters.gguf_sentencepiece import has_space_prefix, is_byte, is_sentencepiece, token_scores
 
-TokenizerSource = Path | Any  # a GGUF file, a folder with tokenizer.json, or a fast tokenizer of transformers
+# A GGUF file, a folder with tokenizer.json, or a fast tokenizer of transformers; None: of a file that is only timed.
+TokenizerSource = Path | Any | None
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -44,7 +45,8 @@ def tokenizer_keys(source: TokenizerSource, vocabulary_size: int, pre_tokenizer:
     """A function that adds the tokenizer's keys to a ``gguf.GGUFWriter``.
 
     Args:
-        source: a GGUF file, a folder with ``tokenizer.json``, or a fast tokenizer of transformers.
+        source: a GGUF file, a folder with ``tokenizer.json``, or a fast tokenizer of transformers; None for a file that
+            is only timed: llama.cpp wants a vocabulary, and gets tokens that mean nothing.
         vocabulary_size: rows of the embedding; those beyond the tokenizer's become unused tokens.
         pre_tokenizer: llama.cpp's name of the way to split text; None: told from the tokenizer.
 
@@ -52,12 +54,28 @@ def tokenizer_keys(source: TokenizerSource, vocabulary_size: int, pre_tokenizer:
         ExportError: no tokenizer there, one that is no BPE of a known kind, a way to split that has no known name, or
             more tokens than rows.
     """
+    if source is None:
+        return _placeholders(vocabulary_size)
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.suffix == ".gguf":
             return _copied(path, vocabulary_size, pre_tokenizer)
         source = _loaded(path)
     return _of_hugging_face(source, vocabulary_size, pre_tokenizer)
+
+
+def _placeholders(vocabulary_size: int) -> Callable[[Any], None]:
+    """Keys of a tokenizer that splits nothing: its tokens are numbers."""
+    kind = int(gguf_package().TokenType.NORMAL)
+
+    def add(writer: Any) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([f"token {index}" for index in range(vocabulary_size)])
+        writer.add_token_scores([0.0] * vocabulary_size)
+        writer.add_token_types([kind] * vocabulary_size)
+
+    return add
 
 
 def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str | None:

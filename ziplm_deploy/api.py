@@ -13,7 +13,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.plan import PruningPlan
-from ziplm_deploy.recipe import Recipe, Variant
+from ziplm_deploy.recipe import Recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.stages import evaluate
@@ -68,7 +68,7 @@ def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, Train
 
 
 def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
-    """``model.onnx`` of the dense model and of every member, by name.
+    """``model.onnx`` of the dense model and of every member, or ``model.gguf`` for llama.cpp, by name.
 
     Without training they are as planned from the table, not yet measured; with it, measured before they were trained.
     """
@@ -79,7 +79,7 @@ def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
             pipeline.pruned(run)
             for generation in run.generations:
                 export_generation(run, generation)
-        return {member.name: member.file(Variant.FP32).onnx for member in run.members}
+        return {member.name: member.as_exported.path for member in run.members}
 
 
 def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
@@ -93,7 +93,7 @@ def compress(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path
     with pipeline.begin(recipe, progress) as run:
         pipeline.build(run)
     files = [member.file(variant) for member in run.members for variant in recipe.compress.variants]
-    return {file.label: file.onnx for file in files}
+    return {file.label: file.path for file in files}
 
 
 def benchmark(recipe: Recipe, progress: Progress | None = None, *, again: bool = False) -> BenchmarkRecord:

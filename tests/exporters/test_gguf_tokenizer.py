@@ -18,6 +18,7 @@ from tests.helpers.gguf_models import (
     SPACES,
     LlamaCpp,
     byte_level_tokenizer,
+    distance,
     parts_of,
     sentencepiece_like,
     tiny_llama,
@@ -123,3 +124,12 @@ def test_sentencepiece_in_llama_cpp(tmp_path: Path, spaces: str) -> None:
         ids = tokenizer(text)["input_ids"]
         assert engine.complete(text, 1)[1] == pytest.approx(engine.complete(ids, 1)[1], abs=1e-4), text
         assert engine.complete(text, 1)[1] != pytest.approx(engine.complete(ids[1:], 1)[1], abs=1e-4)
+
+
+def test_a_file_that_is_only_timed_has_tokens_that_mean_nothing(tmp_path: Path, parts: DecoderParts) -> None:
+    pytest.importorskip("xllamacpp", reason="runs GGUF files; in the extra llamacpp")
+    tokens = written(parts, tmp_path / "model.gguf", None)["tokenizer.ggml.tokens"]
+    assert tokens == [f"token {index}" for index in range(len(parts.embedding))]
+    found, likeliest = LlamaCpp(tmp_path / "model.gguf").complete([5, 40, 41], 3)
+    assert len(found) == 3
+    assert distance(parts, [5, 40, 41], likeliest) < 5e-3

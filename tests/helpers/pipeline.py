@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from tests.helpers.gguf_models import byte_level_tokenizer
 from tests.helpers.models import VOCABULARY, tiny_causal_model, tiny_tokenizer
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import Recipe, parse_recipe
@@ -86,6 +87,15 @@ def save_causal(folder: Path, model_type: str = "llama", **changes: Any) -> nn.M
             parameter.copy_(tensor.T if tensor.dim() == 2 and ".c_" in name else tensor)
     stored.save_pretrained(folder / "model")
     tiny_tokenizer(folder / "words").save_pretrained(folder / "model")
+    return model
+
+
+def save_byte_level(folder: Path, **changes: Any) -> nn.Module:
+    """Checkpoint and text as of :func:`save_causal`, of a Llama whose tokenizer GGUF can hold."""
+    tokenizer = byte_level_tokenizer()
+    ids = {"eos_token_id": 136, "pad_token_id": 136, "bos_token_id": 136}
+    model = save_causal(folder, vocab_size=len(tokenizer), **ids, **changes)
+    tokenizer.save_pretrained(folder / "model")
     return model
 
 

@@ -185,7 +185,7 @@ def family_report(*members: MemberReport, **changes: Any) -> FamilyReport:
 def file(variant: Variant, **changes: Any) -> FileReport:
     fields: dict[str, Any] = {
         "variant": variant,
-        "file": variant.onnx_file,
+        "file": variant.file_name,
         "engine": "onnxruntime",
         "measured_speedup": 2.0,
         "measured_low": 1.99,
@@ -283,7 +283,7 @@ def finished_run(
         save_file({"w": np.zeros((2, 8), np.float32)}, member.weights)
         for variant in recipe.variants:
             made = member.file(variant)
-            made.onnx.write_bytes(b"x" * 100)
+            made.path.write_bytes(b"x" * 100)
             score = {"spearman": scores[made.label]}
             Scores(metric="spearman", scores=score, n_rows=9, engine=None, engine_version=None).save(made.scores)
     plan(2.0).save(run.member("2x").plan)

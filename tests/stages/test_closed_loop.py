@@ -46,7 +46,7 @@ class Machine:
         self.measurements = 0
         self.recipe = SimpleNamespace(
             benchmark=BenchmarkConfig(),
-            compress=SimpleNamespace(target=Variant.FP32),
+            target=Variant.FP32,
             environment=SimpleNamespace(engine="deepsparse"),
         )
         self.progress = SimpleNamespace(note=lambda text: None)
@@ -241,7 +241,7 @@ class SlowedMachine(Machine):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slowdown: float, kept: str = "3 of 12", limit: float = 100.0):
         super().__init__(monkeypatch, (2.0, 4.0), bias=1.0, limit=limit)
         self.slowdown = slowdown
-        self.recipe.compress = SimpleNamespace(target=Variant.INT8)
+        self.recipe.target = Variant.INT8
         monkeypatch.setattr(closed_loop, "BenchmarkRecord", SimpleNamespace(load=lambda path: self.measure()))
         monkeypatch.setattr(closed_loop, "int8_record", lambda file: file.member.name)
         monkeypatch.setattr(closed_loop, "spared_from_int8", lambda name: kept if name == "4x" else "")

@@ -231,8 +231,8 @@ def test_a_member_without_any_module_left_has_its_files_all_the_same(copied: Pat
     export_member(started, left, left.folder)
     compress_member(started, left)
     int8 = left.file(Variant.INT8)
-    assert quantized_linears(int8.onnx) == ()
-    assert has_rounded_embeddings(int8.onnx)
+    assert quantized_linears(int8.path) == ()
+    assert has_rounded_embeddings(int8.path)
     record = Int8Record.load(int8.int8_record)
     assert (record.n_linears, record.embeddings) == (0, True)
     assert SparsityRecord.load(left.sparsity_record).linears == []
@@ -262,7 +262,7 @@ def test_embeddings_of_neural_compressors_files_are_rounded_before_they_are_scor
     int8 = of.file(Variant.INT8)
     quantize_stage.quantize_file(started, int8)
     assert scored == [embeddings]  # the float32 file's score is known
-    assert has_rounded_embeddings(int8.onnx) is embeddings
+    assert has_rounded_embeddings(int8.path) is embeddings
     assert Int8Record.load(int8.int8_record).embeddings is embeddings
 
 

@@ -35,7 +35,7 @@ def made(folder: Path, **int8: Any) -> tuple[Int8Record, Path]:
         export_dense(run)
         file = run.dense_member.file(Variant.INT8)
         quantize_file(run, file)
-        return Int8Record.load(file.int8_record), file.onnx
+        return Int8Record.load(file.int8_record), file.path
 
 
 def test_record_and_file_name_the_same_linears(folder: Path) -> None:

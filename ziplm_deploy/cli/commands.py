@@ -144,7 +144,7 @@ def recover(resolved: Recipe, progress: Progress) -> None:
 
 @_stage
 def export(resolved: Recipe, progress: Progress) -> None:
-    """Prune where needed, then write model.onnx of the dense model and of every member."""
+    """Prune where needed, then write model.onnx (model.gguf for llama.cpp) of the dense model and of every member."""
     from ziplm_deploy import api
 
     for name, path in api.export(resolved, progress).items():
@@ -256,7 +256,7 @@ def _not_reached(record: BenchmarkRecord, recipe: Recipe) -> dict[str, Outcome]:
 
     found: dict[str, Outcome] = {}
     for target in recipe.speedups:
-        ratio = record.variant(file_label(member_name(target), recipe.compress.target)).ratio
+        ratio = record.variant(file_label(member_name(target), recipe.target)).ratio
         noisy = record.itself.floor > recipe.benchmark.tolerance
         found[member_name(target)] = "undecided" if noisy else outcome(ratio, target, recipe.benchmark)
     return {name: verdict for name, verdict in found.items() if verdict in ("missed", "undecided")}

@@ -58,7 +58,8 @@ def open_causal(folder: Path, file: str) -> Any:
         UsageError: it is of no causal language model with a cache.
     """
     if not (folder / file).is_file():
-        raise CorruptArtifactError(f"expected {file} in {folder}, found none; name a member's folder of a run")
+        instead = "run its model.gguf in llama.cpp" if (folder / "model.gguf").is_file() else "name a member's folder"
+        raise CorruptArtifactError(f"expected {file} in {folder}, found none; {instead} of a run")
     session: Any = cpu_session(folder / file)
     if not is_causal(session):
         raise UsageError(

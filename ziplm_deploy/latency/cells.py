@@ -6,6 +6,9 @@ layers and T_00 that of a stack of n_00 layers with both modules dropped:
     t(kind, 0)    = (T_00 - T_none) / (2 · n_00)                   two residual additions and LayerNorms, shared evenly
     t(kind, size) = (T(kind, size) - T_none) / n - t(other, 0)
 
+Where a file's layers with attention have an FFN in any case, the smallest one of the table, w columns, is in those of a
+stack of attention, and t(ffn, w) takes the place of t(other, 0).
+
 All this holds for every call of a workload, and so for their weighted sum. A model is timed as often on one call as on
 any other, and its i-th timings of all calls make its i-th of the workload.
 """
@@ -28,7 +31,7 @@ from ziplm_deploy.latency.statistics import (
     summarize_calls,
 )
 from ziplm_deploy.latency.table import Cell, PrunedSample
-from ziplm_deploy.models.shape import ModuleId
+from ziplm_deploy.models.shape import ModuleId, ModuleKind
 
 # A cell is also sure enough when its error, in every layer of the model, is this fraction of the whole latency.
 NEGLIGIBLE = 0.0005
@@ -108,16 +111,23 @@ def cells_of(samples: Samples, grid: Grid) -> list[Cell]:
     none_boot, dropped_boot = _draws(none, seed=1), _draws(dropped, seed=2)  # [calls, draws] each
     none_ms, dropped_ms = _medians(none), _medians(dropped)  # [calls, 1] each
     zero_ms, zero_boot = (dropped_ms - none_ms) / (2 * n_dropped), (dropped_boot - none_boot) / (2 * n_dropped)
+
+    def without_zero(kind: ModuleKind, size: int) -> tuple[Floats, Floats]:
+        """A layer of a cell's stack less a dropped module: milliseconds [calls, n], medians [calls, draws]."""
+        ms, depth = samples.of_calls[cell_id(kind, size)], grid.depth(kind, size)
+        return (ms - none_ms) / depth - zero_ms, (_draws(ms, seed=3 + size) - none_boot) / depth - zero_boot
+
     cells = []
     for kind, sizes in grid.cell_sizes.items():
         for size in sizes:
             if cell_id(kind, size) not in samples.of_calls:  # the engine refused it
                 continue
-            depth = grid.depth(kind, size)
-            ms = samples.of_calls[cell_id(kind, size)]
-            boot = (_draws(ms, seed=3 + size) - none_boot) / depth - zero_boot
+            ms, boot = without_zero(kind, size)
+            if grid.beside(kind, size):
+                other_ms, other_boot = without_zero("ffn", grid.beside(kind, size))
+                ms, boot = ms + zero_ms - _medians(other_ms), boot + zero_boot - other_boot
             # Differences of noisy medians can fall below zero in tiny models; time cannot.
-            timing = summarize_calls((ms - none_ms) / depth - zero_ms, samples.weights, boot, floor_ms=MIN_MS)
+            timing = summarize_calls(ms, samples.weights, boot, floor_ms=MIN_MS)
             cells.append(Cell(kind=kind, size=size, timing=timing))
     return cells
 

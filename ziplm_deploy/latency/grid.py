@@ -34,12 +34,14 @@ class Grid:
 
     Attributes:
         structure_bytes: weights of one structure of each kind, where a stack is to be ``stack_bytes`` large.
+        attention_has_ffn: whether a file's layers with attention have an FFN in any case, as llama.cpp's do.
     """
 
     shape: ModelShape
     profile: ProfileConfig
     structure_bytes: Mapping[ModuleKind, float] = field(default_factory=dict)
     stack_bytes: int = 0
+    attention_has_ffn: bool = False
 
     @functools.cached_property
     def cell_sizes(self) -> dict[ModuleKind, list[int]]:
@@ -55,6 +57,13 @@ class Grid:
         cells = [(kind, size) for kind, sizes in self.cell_sizes.items() for size in sizes]
         # Attention comes first, so an FFN of size 0 is the model that attention of size 0 has brought.
         return {cell_id(kind, size): (kind, size) for kind, size in cells if (kind, size) != ("ffn", 0)}
+
+    def beside(self, kind: ModuleKind, size: int) -> int:
+        """Size of the other module in the layers of a cell's stack: 0, but the smallest FFN beside attention where
+        layers have one in any case."""
+        if kind == "ffn" or not size or not self.attention_has_ffn:
+            return 0
+        return min(width for width in self.cell_sizes["ffn"] if width)
 
     @functools.cached_property
     def pruned_samples(self) -> dict[str, dict[str, int]]:
@@ -78,7 +87,8 @@ class Grid:
     def needed_ids(self) -> set[str]:
         """Models without which there is no table: references, dropped modules and full sizes."""
         attention, ffn = cell_id("attention", self.shape.n_heads), cell_id("ffn", self.shape.intermediate_size)
-        return {NO_LAYERS, BASE, DENSE, DENSE_AS_SERVED, attention, ffn, cell_id("ffn", 0)}
+        beside = cell_id("ffn", self.beside("attention", self.shape.n_heads))
+        return {NO_LAYERS, BASE, DENSE, DENSE_AS_SERVED, attention, ffn, beside, cell_id("ffn", 0)}
 
     @property
     def whole_ids(self) -> set[str]:

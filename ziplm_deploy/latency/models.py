@@ -1,4 +1,8 @@
-"""The models that a latency table times, built and exported one at a time, as the files that will serve."""
+"""The models that a latency table times, built and exported one at a time, as the files that will serve.
+
+llama.cpp's layers have a feed-forward block wherever they have attention, of zeros if need be. A stack of attention has
+the smallest FFN of the table in its layers there, whose own cell is subtracted (:mod:`ziplm_deploy.latency.cells`).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ from ziplm_deploy.latency.shared_input import with_shared_inputs
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import is_language_model
-from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
+from ziplm_deploy.models.deployed import CacheForm, Treatment, write_graph
+from ziplm_deploy.models.gguf_export import write_to_be_timed
 from ziplm_deploy.models.modules import layers_of
 from ziplm_deploy.models.resizing import install, random_resized, shared_copy
 from ziplm_deploy.models.shape import ModuleKind
@@ -46,6 +51,9 @@ class TableModel:
         """
         model = self.build()
         try:
+            if self.treatment.gguf_type is not None:
+                write_to_be_timed(model, path, self.treatment.gguf_type)
+                return
             inputs = write_graph(model, path, list(self.output_names), settings, form)
         except ExportError as error:
             raise UnsupportedModelError(
@@ -56,7 +64,7 @@ class TableModel:
 
 def table_models(request: TableRequest) -> Iterator[TableModel]:
     """Every model that a table needs; built one at a time to bound memory."""
-    dense, treatment, wrap, grid = request.dense, request.treatment, request.wrap, request.grid
+    dense, treatment, wrap, grid = request.dense, request.served, request.wrap, request.grid
     stack = random_stack(dense.config, grid.largest_depth, writes_text=is_language_model(dense))  # type: ignore[arg-type]
     layers_before = layers_of(stack)
 
@@ -65,7 +73,7 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
         return wrap(treatment.prepare(copy.deepcopy(model)))
 
     def cell(kind: ModuleKind, size: int) -> nn.Module:
-        sizes = {"attention": 0, "ffn": 0} | {kind: size}
+        sizes = {"attention": 0, "ffn": grid.beside(kind, size)} | {kind: size}
         layers = range(grid.depth(kind, size))
         part = first_layers(stack, len(layers))
         resized = random_resized(part, {f"{layer}.{name}": sizes[name] for layer in layers for name in sizes})
@@ -74,7 +82,7 @@ def table_models(request: TableRequest) -> Iterator[TableModel]:
     def bare(model: nn.Module) -> nn.Module:
         return with_shared_inputs(treatment.prepare(copy.deepcopy(first_layers(model, 0))), layers_before)
 
-    yield TableModel(DENSE, lambda: wrap(dense), request.output_names, FLOAT32)
+    yield TableModel(DENSE, lambda: wrap(dense), request.output_names, request.exported)
     if request.times_dense_as_served:
         yield TableModel(DENSE_AS_SERVED, lambda: whole(dense), request.output_names, treatment)
     for model_id, sizes in grid.pruned_samples.items():

@@ -3,7 +3,7 @@
 A cell is a stack of ``stack_depth`` identical layers with only attention (or only an FFN) left, exported, compressed
 and loaded exactly like a family member (:mod:`ziplm_deploy.latency.models`); see :mod:`ziplm_deploy.latency.cells` for
 how its latency follows. The base (embeddings and head without layers) and the dense model are timed in the same
-interleaved run. The dense model is what speedups are over: float32, on the baseline engine, which may be another one.
+interleaved run. The dense model is what speedups are over: as exported, on the baseline engine, which may be another.
 A few pruned models are timed with them, and correct sums of cells (:mod:`ziplm_deploy.latency.correction`). Every model
 with all its layers has processes of its own, as where it serves: several, for where one lies in memory shifts latency.
 """
@@ -17,7 +17,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +64,11 @@ class Workers:
         }
 
     def load(self, model_id: str, path: Path) -> None:
-        """Load a model into each of its processes."""
+        """Load a model into each of its processes, and run it once on every call: first runs allocate and pack, and
+        llama.cpp reads its file no sooner."""
         for worker in self._of_model[model_id]:
             worker.load(model_id, path)
+            worker.time_many([(model_id, call) for call in range(self._n_calls)], warmup=0)
 
     def warm_up(self, model_id: str) -> None:
         """Run a model in each of its processes, on every call, until timings agree."""
@@ -105,7 +107,7 @@ def measure_table(
             it cannot run are left out, see ``LatencyTable.refused``.
     """
     started = time.monotonic()
-    shape, environment, treatment = request.shape, request.environment, request.treatment
+    shape, environment, treatment = request.shape, request.environment, request.served
     measured = _measure_models(request, progress or (lambda done, total: None), seed, note)
     samples = measured.samples
     table = LatencyTable(
@@ -183,6 +185,7 @@ def _load_models(
 ) -> dict[str, str]:
     """Export every model and load it into its worker, but for those that are refused: their ids, and why."""
     refused: dict[str, str] = {}
+    suffix = Path(request.served.variant.file_name).suffix
     with contextlib.ExitStack() as stack:
         trials = {
             name: stack.enter_context(Trial(functools.partial(request.start_worker, name)))
@@ -191,7 +194,7 @@ def _load_models(
         }
         for done, model in enumerate(models, start=1):
             with tempfile.TemporaryDirectory(prefix="profile-", dir=scratch_root()) as folder:
-                path = Path(folder) / f"{model.model_id.replace(' ', '-')}.onnx"
+                path = Path(folder) / f"{model.model_id.replace(' ', '-')}{suffix}"
                 model.export(path, request.settings, request.form)
                 reason = _refusal(model.model_id, trials.get(request.engine_of(model.model_id)), path, request.grid)
                 if reason:
@@ -226,7 +229,9 @@ def _measure(
     generator = np.random.default_rng(seed)
     deadline = time.monotonic() + (1 - REMEASURE_SHARE) * profile.max_seconds
     extra = [DENSE] * EXTRA_DENSE + [model_id for model_id in ids if model_id in grid.pruned_samples] * EXTRA_WHOLES
-    _warm_up(workers, samples.on_every_call(ids), grid.whole_ids)
+    for model_id in ids:
+        if model_id in grid.whole_ids:
+            workers.warm_up(model_id)
     # Three rounds at least: a median of fewer is none.
     while samples.rounds < profile.max_rounds and (samples.rounds < 3 or time.monotonic() < deadline):
         _round(workers, [*ids, *extra], samples, generator)
@@ -234,13 +239,6 @@ def _measure(
         report(samples.rounds)
         if samples.rounds >= profile.min_rounds and not unsure(samples, grid):
             break
-
-
-def _warm_up(workers: Workers, timed: Sequence[Timed], alone: Collection[str]) -> None:
-    workers.time_many(timed, warmup=0)  # first runs allocate and pack
-    for model_id in dict.fromkeys(model_id for model_id, _ in timed):
-        if model_id in alone:
-            workers.warm_up(model_id)
 
 
 def _round(workers: Workers, ids: Sequence[str], samples: Samples, generator: np.random.Generator) -> None:

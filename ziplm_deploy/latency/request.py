@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 from torch import nn
 
 from exporters import ExportSettings
+from exporters.gguf_checks import ARCHITECTURE
+from exporters.gguf_file import BLOCK, VALUE_BYTES
 from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
-from ziplm_deploy.errors import IncompatibleArtifactError
+from ziplm_deploy.errors import IncompatibleArtifactError, UsageError
 from ziplm_deploy.latency.grid import DENSE, Grid
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import last_level_cache_bytes, machine_info
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, cache_form, export_settings
+from ziplm_deploy.models.gguf_export import gguf_treatment
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.sentence_dense import layers_of_dense
 from ziplm_deploy.models.shape import ModelShape, ModuleKind
@@ -46,7 +50,7 @@ class TableRequest:
         dense: a transformers model; its weights do not matter, only its shapes.
         output_names: outputs of the graph.
         wrap: puts what else is deployed around a model (pooling); ``output_names`` are outputs of that.
-        treatment: how members' files are made; cells and base go through it, the dense reference does not.
+        treatment: what is done to members' files; cells and base go through it, the dense reference does not.
         baseline_engine: runs the dense reference; None: the environment's engine.
     """
 
@@ -67,13 +71,49 @@ class TableRequest:
     @functools.cached_property
     def grid(self) -> Grid:
         """Cells and whole models of the table."""
+        grid = self._grid_of_least_depth
         if not self.environment.workload.generates:  # calls of many tokens compute much more than they read
+            return grid
+        return replace(grid, structure_bytes=self._structure_bytes, stack_bytes=self._stack_bytes)
+
+    @property
+    def _grid_of_least_depth(self) -> Grid:
+        if self.served.gguf_type is None:
             return Grid(self.shape, self.profile)
-        return Grid(self.shape, self.profile, self._structure_bytes, self._stack_bytes)
+        # Files fill widths up to whole blocks: others would cost what the next larger one costs.
+        align = math.lcm(self.profile.width_align, BLOCK)
+        profile = self.profile.model_copy(update={"width_align": align})
+        return Grid(self.shape, profile, attention_has_ffn=True)
+
+    @functools.cached_property
+    def exported(self) -> Treatment:
+        """How a model becomes a file as exported: ONNX in float32, or GGUF for llama.cpp.
+
+        Raises:
+            UsageError: nothing says which weights the latter is to have.
+        """
+        if not self.environment.runs_gguf:
+            return FLOAT32
+        if self.export.gguf is None:
+            raise UsageError(
+                "expected a type of weights for files of llama.cpp, found none; set export.gguf to Q8_0, Q4_0 or F16"
+            )
+        return gguf_treatment(self.export.gguf)
+
+    @property
+    def served(self) -> Treatment:
+        """How a model becomes the file that serves: as exported, or with what ``treatment`` does to it."""
+        return self.exported if self.treatment is FLOAT32 else self.treatment
+
+    @property
+    def _weight_bytes(self) -> float:
+        if self.served.gguf_type is not None:
+            return VALUE_BYTES[self.served.gguf_type]
+        return 1.0 if self.served.variant.is_int8 else 4.0
 
     @property
     def _structure_bytes(self) -> dict[ModuleKind, float]:
-        shape, weight_bytes = self.shape, 1 if self.treatment.variant.is_int8 else 4
+        shape, weight_bytes = self.shape, self._weight_bytes
         gated = architecture_of(self.dense.config).is_gated  # type: ignore[arg-type]
         return {
             "attention": 2 * (shape.queries_per_head + 1) * shape.head_dim * shape.hidden_size * weight_bytes,
@@ -87,7 +127,7 @@ class TableRequest:
         if profile.stack_megabytes is not None:
             return int(profile.stack_megabytes * 1e6)
         layer_bytes = sum(structure_bytes[kind] * size for kind, size in self.shape.full_sizes.items())
-        n_cells = len(Grid(self.shape, profile).cell_ids)
+        n_cells = len(self._grid_of_least_depth.cell_ids)
         memory = machine_info().memory_bytes // (STACKS_MEMORY_SHARE * n_cells)
         cache = last_level_cache_bytes() or USUAL_CACHE_BYTES
         return int(min(CACHES * cache, layer_bytes * self.shape.n_layers, memory or CACHES * cache))
@@ -104,7 +144,8 @@ class TableRequest:
             parts.append(f"vocabulary {config.vocab_size}, {config.num_labels} labels")
         architecture = architecture_of(config)
         if architecture.causal is not None:
-            parts.append(f"{self.form} {'cache' if is_language_model(self.dense) else 'attention'}")
+            form = self.form if self.served.gguf_type is None else f"GGUF, {ARCHITECTURE}"
+            parts.append(f"{form} {'cache' if is_language_model(self.dense) else 'attention'}")
         if architecture.shared_inputs:  # tables from before had a share of them in each cell
             parts.append(f"{' '.join(architecture.shared_inputs)} in the base")
         layers = layers_of_dense(self.dense)
@@ -174,8 +215,8 @@ def _asked_and_held(table: LatencyTable, request: TableRequest) -> list[tuple[st
         ("calls", request.environment.workload.calls, table.environment.workload.calls),
         ("model shape", request.shape.model_dump(), table.shape.model_dump()),
         ("graph", request.graph, table.graph),
-        ("variant", request.treatment.variant, table.variant),
-        ("form", request.treatment.description, table.form),
+        ("variant", request.served.variant, table.variant),
+        ("form", request.served.description, table.form),
         ("baseline engine", request.baseline, table.baseline_engine),
         ("export shapes", request.export.shapes, table.shapes),
         ("opset", request.export.opset, table.opset),

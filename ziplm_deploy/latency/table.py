@@ -44,7 +44,8 @@ class LatencyTable(Artifact):
     """Measured milliseconds of every sub-block shape, the base and the dense model, on one machine.
 
     Cells and base are files of ``variant`` on ``engine``: their sum predicts a member, corrected by what some
-    whole models took. ``dense`` is what speedups are over: the float32 model on ``baseline_engine``.
+    whole models took. ``dense`` is what speedups are over: the float32 model on ``baseline_engine``, or in llama.cpp
+    the model with the weights that its members have.
     """
 
     KIND: ClassVar[str] = "latency_table"
@@ -58,7 +59,7 @@ class LatencyTable(Artifact):
     shape: ModelShape
     graph: str  # what else is in the graph: model class, activation, vocabulary or image size, outputs
     variant: Variant = Variant.FP32
-    form: str = ""  # the treatment in words: two tables of a variant may differ in sparsity
+    form: str = ""  # the treatment in words: two tables of a variant may differ in sparsity, or in types of weights
     baseline_engine: str = ""  # files from before it was recorded: ``engine``
     baseline_engine_version: str = ""
     shapes: Literal["dynamic", "static"]

@@ -28,7 +28,7 @@ from ziplm_deploy.errors import ParityError, RecipeError, StorageError, UsageErr
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.causal_parts import causal_parts
-from ziplm_deploy.recipe import Environment, ExportConfig, ModelConfig, Recipe, Variant, Workload
+from ziplm_deploy.recipe import Environment, ExportConfig, GgufType, ModelConfig, Recipe, Variant, Workload
 from ziplm_deploy.tasks import Task
 
 CacheForm = Literal["onnxruntime", "portable"]
@@ -110,12 +110,14 @@ class Treatment:
             (zeros in the weights), and returns the model to export.
         finish: after the export: rewrites the ONNX file in place (INT8); also gets the inputs that it was traced with.
         description: the settings in words; a table of other settings is refused even if the variant is the same.
+        gguf_type: of the weights of a GGUF file, which it is then; None: an ONNX file.
     """
 
     variant: Variant
     prepare: Callable[[nn.Module], nn.Module]
     finish: Callable[[Path, Mapping[str, Tensor]], None]
     description: str = ""
+    gguf_type: GgufType | None = None
 
 
 FLOAT32 = Treatment(Variant.FP32, prepare=lambda model: model, finish=lambda path, inputs: None)

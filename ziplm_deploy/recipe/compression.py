@@ -12,8 +12,8 @@ from ziplm_deploy.recipe.variants import Variant
 
 
 def _not_as_exported(variant: Variant) -> Variant:
-    if variant is Variant.FP32:
-        raise ValueError("every member has its fp32 file anyway: leave it out")
+    if variant.is_exported:
+        raise ValueError(f"every member has its file as exported anyway: leave {variant} out")
     return variant
 
 
@@ -110,7 +110,9 @@ class CompressConfig(Frozen):
         (), description="Further files of every member: `model_int8.onnx`, `model_sparse.onnx`, …"
     )
     target: Variant = Field(
-        Variant.FP32, description="The file that must reach `speedups`; the table is measured in its form."
+        Variant.FP32,
+        description="The file that must reach `speedups`; the table is measured in its form. `fp32`: as exported, in "
+        "llama.cpp with the weights of `export.gguf`.",
     )
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig, description="Zeros in the weights.")
     int8: Int8Config = Field(default_factory=Int8Config, description="8-bit integers.")

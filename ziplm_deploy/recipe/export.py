@@ -28,7 +28,8 @@ class ExportConfig(Frozen):
         None,
         exclude_if=lambda kind: kind is None,
         description="Text-generation: also write `model.gguf` with weights of this type, for llama.cpp; models of the "
-        "Llama kind only. `benchmark.engines: [llamacpp]` measures it.",
+        "Llama kind only. `benchmark.engines: [llamacpp]` measures it. With `environment.engine: llamacpp` it is the "
+        "file that serves, in place of ONNX files.",
     )
     genai: bool = Field(
         False,

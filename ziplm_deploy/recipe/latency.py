@@ -23,7 +23,12 @@ class ProfileConfig(Frozen):
         "times the last-level cache, at most those of the model.",
     )
     width_ratio: float = Field(0.9, gt=0.3, le=0.97, description="FFN widths shrink by this factor a level.")
-    width_align: int = Field(8, ge=1, description="FFN widths are multiples of this: one AVX register of floats.")
+    width_align: int = Field(
+        8,
+        ge=1,
+        description="FFN widths are multiples of this: one AVX register of floats. In llama.cpp of 32, too, the values "
+        "of a block.",
+    )
     min_rounds: int = Field(15, ge=3, description="Interleaved rounds before any cell may be called stable.")
     max_rounds: int = Field(120, ge=3, description="Interleaved rounds after which measuring stops.")
     precision: float = Field(

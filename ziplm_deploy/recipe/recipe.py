@@ -69,24 +69,49 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _llama_cpp_runs_beside(self) -> Recipe:
-        if "llamacpp" in (self.environment.engine, self.baseline_engine):
+    def _llama_cpp_runs_gguf(self) -> Recipe:
+        if (self.baseline_engine == "llamacpp") != self.environment.runs_gguf:
             raise ValueError(
-                "expected an engine that runs ONNX files as environment.engine and benchmark.baseline_engine, found "
-                "llamacpp, in which no tables are measured yet: leave them out, and set export.gguf and "
-                "benchmark.engines: [llamacpp], so that members are timed and scored there, too"
+                "expected llamacpp as environment.engine and as benchmark.baseline_engine, or as neither, found "
+                f"{self.environment.engine} and {self.baseline_engine}: it runs GGUF files, and the others ONNX files; "
+                "leave benchmark.baseline_engine out"
             )
-        if "llamacpp" not in self.benchmark.engines:
+        if not self.environment.runs_gguf and "llamacpp" not in self.benchmark.engines:
             return self
+        asked = "environment.engine: llamacpp" if self.environment.runs_gguf else "benchmark.engines: [llamacpp]"
         if self.export.gguf is None:
             raise ValueError(
-                "expected export.gguf for benchmark.engines: [llamacpp], found none: llama.cpp runs GGUF files only; "
-                "say which (Q8_0, Q4_0, F16), or leave the engine out"
+                f"expected export.gguf for {asked}, found none: llama.cpp runs GGUF files only; say which (Q8_0, Q4_0, "
+                "F16), or leave the engine out"
             )
         if self.environment.workload.batch_size != 1:
             raise ValueError(
-                "expected environment.workload.batch_size: 1 for benchmark.engines: [llamacpp], found "
+                f"expected environment.workload.batch_size: 1 for {asked}, found "
                 f"{self.environment.workload.batch_size}: its calls are timed one request at a time; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _llama_cpp_has_no_onnx_files(self) -> Recipe:
+        if not self.environment.runs_gguf:
+            return self
+        if self.model.task != "text-generation":
+            raise ValueError(
+                f"expected model.task text-generation for environment.engine: llamacpp, found {self.model.task}: the "
+                "GGUF files that are written here are those of causal language models; choose another engine"
+            )
+        of_onnx = {
+            "compress.variants": self.compress.variants,
+            "export.genai": self.export.genai,
+            "export.cache_form": self.export.cache_form,
+            "export.shapes: static": self.export.shapes == "static",
+            "benchmark.engines": self.benchmark.engines,
+        }
+        found = [name for name, asked in of_onnx.items() if asked]
+        if found:
+            raise ValueError(
+                f"expected nothing about ONNX files for environment.engine: llamacpp, found {', '.join(found)}: its "
+                "members are GGUF files with the weights that export.gguf names; leave it out"
             )
         return self
 
@@ -138,9 +163,19 @@ class Recipe(Frozen):
         return self
 
     @property
+    def exported(self) -> Variant:
+        """What every member is exported as: what its engine runs."""
+        return Variant.GGUF if self.environment.runs_gguf else Variant.FP32
+
+    @property
+    def target(self) -> Variant:
+        """The variant that must reach ``speedups``, in whose form the table is measured."""
+        return self.exported if self.compress.target is Variant.FP32 else self.compress.target
+
+    @property
     def variants(self) -> tuple[Variant, ...]:
         """Files of every member: the exported one, then those made from it."""
-        return (Variant.FP32, *self.compress.variants)
+        return (self.exported, *self.compress.variants)
 
     @property
     def baseline_engine(self) -> EngineName:

@@ -6,9 +6,13 @@ from enum import Enum
 
 
 class Variant(str, Enum):
-    """One form of a member's model: as exported, with zeros in its weights, in 8-bit integers, or both."""
+    """One form of a member's model: as exported, with zeros in its weights, in 8-bit integers, or both.
+
+    Where llama.cpp serves, members are exported as GGUF, with weights of the type that ``export.gguf`` names.
+    """
 
     FP32 = "fp32"
+    GGUF = "gguf"
     INT8 = "int8"
     SPARSE = "sparse"
     SPARSE_INT8 = "sparse-int8"
@@ -17,19 +21,26 @@ class Variant(str, Enum):
     __str__ = str.__str__
 
     @property
-    def onnx_file(self) -> str:
-        """Name of the ONNX file in the member's folder: ``model.onnx``, ``model_int8.onnx`` …"""
-        return "model.onnx" if self is Variant.FP32 else f"model_{self.value.replace('-', '_')}.onnx"
+    def file_name(self) -> str:
+        """Name of the file in the member's folder: ``model.onnx``, ``model_int8.onnx`` …, or ``model.gguf``."""
+        if self.is_exported:
+            return "model.onnx" if self is Variant.FP32 else "model.gguf"
+        return f"model_{self.value.replace('-', '_')}.onnx"
 
     @property
     def accuracy_file(self) -> str:
-        """Name of the file with the scores of the ONNX file: ``accuracy.json``, ``accuracy_int8.json`` …"""
-        return self.onnx_file.replace("model", "accuracy").replace(".onnx", ".json")
+        """Name of the file with its scores: ``accuracy.json``, ``accuracy_int8.json``, ``accuracy_gguf.json`` …"""
+        return "accuracy.json" if self is Variant.FP32 else f"accuracy_{self.value.replace('-', '_')}.json"
 
     @property
     def outcomes_file(self) -> str:
         """Name of the file with what these scores were computed from, example by example: ``outcomes.json`` …"""
         return self.accuracy_file.replace("accuracy", "outcomes")
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether it is a member's model as exported, with nothing done to it after that."""
+        return self in (Variant.FP32, Variant.GGUF)
 
     @property
     def is_sparse(self) -> bool:
@@ -42,7 +53,7 @@ class Variant(str, Enum):
     @property
     def made_from(self) -> tuple[Variant, ...]:
         """Variants that this one adds one thing to; it must be faster than each of them to be worth anything."""
-        if self is Variant.FP32:
+        if self.is_exported:
             return ()
         both = self is Variant.SPARSE_INT8
         return (Variant.FP32, Variant.SPARSE, Variant.INT8) if both else (Variant.FP32,)
@@ -55,4 +66,4 @@ def member_name(target: float) -> str:
 
 def file_label(member: str, variant: Variant) -> str:
     """Name of a file in benchmarks and tables: ``2x``, ``2x int8`` …"""
-    return member if variant is Variant.FP32 else f"{member} {variant}"
+    return member if variant.is_exported else f"{member} {variant}"

@@ -203,7 +203,9 @@ class Environment(Frozen):
     """Engine, threads and workload: what a latency belongs to, beside the machine."""
 
     engine: EngineName = Field(
-        "onnxruntime", description="Engine that will serve; `openvino` is an extra, `deepsparse` needs a set-up."
+        "onnxruntime",
+        description="Engine that will serve; `openvino` and `llamacpp` (GGUF files: `export.gguf`) are extras, "
+        "`deepsparse` needs a set-up.",
     )
     threads: int = Field(1, ge=1, description="Intra-op threads; never more than the process is granted.")
     huge_pages: bool = Field(
@@ -217,6 +219,11 @@ class Environment(Frozen):
     @classmethod
     def _where_granted(cls, value: object) -> object:
         return not why_no_huge_pages() if value == "auto" else value
+
+    @property
+    def runs_gguf(self) -> bool:
+        """Whether its engine is llama.cpp, which runs GGUF files and no others."""
+        return self.engine == "llamacpp"
 
     def describe(self) -> str:
         """In words, as reports and error messages show it."""

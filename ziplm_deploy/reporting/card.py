@@ -16,6 +16,7 @@ from ziplm_deploy.reporting.table import (
     call_rows,
     difference_text,
     file_header,
+    file_kind,
     file_rows,
     markdown_table,
     not_ahead,
@@ -44,7 +45,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str, dimen
         *(["\n".join(["## Without pruning", "", *_baselines(report, member)])] if report.baselines else []),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
-        _usage(report, member, ort_class),
+        _usage_of_gguf(member) if file_kind(member) == "GGUF" else _usage(report, member, ort_class),
         *filter(None, [_cuts(dimensions)]),
         "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
     ]
@@ -60,10 +61,11 @@ _PIPELINE_TAGS = {
 
 
 def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, object]:
+    is_gguf = file_kind(member) == "GGUF"
     facts: dict[str, object] = {
-        "library_name": "optimum",
+        "library_name": "llama.cpp" if is_gguf else "optimum",
         "pipeline_tag": _PIPELINE_TAGS.get(report.task, report.task),
-        "tags": ["onnx", "ziplm-deploy", *([] if member.speedup_target is None else ["pruned"])],
+        "tags": ["gguf" if is_gguf else "onnx", "ziplm-deploy", *([] if member.speedup_target is None else ["pruned"])],
     }
     if is_hub_id(report.model):  # the hub takes any other name for somebody's model
         facts["base_model"] = report.model
@@ -107,7 +109,7 @@ def _measured(report: FamilyReport, member: MemberReport, dense: MemberReport) -
             f"{dense.served.throughput_per_second:.1f}",
         ],
         ["parameters", f"{member.parameters:,}", f"{dense.parameters:,}"],
-        [f"{member.served.variant.onnx_file} bytes", f"{member.served.onnx_bytes:,}", f"{dense.served.onnx_bytes:,}"],
+        [f"{member.served.variant.file_name} bytes", f"{member.served.onnx_bytes:,}", f"{dense.served.onnx_bytes:,}"],
         *([key, score_text(member.served, key), score_text(dense.served, key)] for key in member.served.accuracy),
         *(
             [f"{key}, of dense", f"{percent_text(found)}; {difference_text(found)}", "–"]
@@ -154,7 +156,7 @@ def _retrieval(report: FamilyReport, member: MemberReport) -> list[str]:
 
 def _before_training(member: MemberReport) -> str:
     """What the scores before training are of, where the others are not of the same file."""
-    return "before training" if member.served.variant is Variant.FP32 else f"{Variant.FP32.onnx_file} before training"
+    return "before training" if member.served.variant.is_exported else f"{Variant.FP32.file_name} before training"
 
 
 def _files(report: FamilyReport, member: MemberReport) -> list[str]:
@@ -183,7 +185,7 @@ def _conditions(report: FamilyReport) -> list[str]:
 
 
 def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
-    exported, file = Variant.FP32.onnx_file, member.served.variant.onnx_file
+    exported, file = Variant.FP32.file_name, member.served.variant.file_name
     name, origin = ("", "") if file == exported else (f', file_name="{file}"', f": {exported}, not {file}")
     return "\n".join(
         [
@@ -200,6 +202,26 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
             "import ziplm_deploy",
             "",
             f'model = ziplm_deploy.load("{member.folder}")  # torch{origin}',
+            "```",
+        ]
+    )
+
+
+def _usage_of_gguf(member: MemberReport) -> str:
+    """How llama.cpp runs the file, and where the same weights lie before they were rounded."""
+    return "\n".join(
+        [
+            "## Use",
+            "",
+            "```",
+            f'llama-cli -m {member.folder}/{member.served.file} -p "Once upon a time"',
+            "```",
+            "",
+            "```python",
+            "import ziplm_deploy",
+            "",
+            f'model = ziplm_deploy.load("{member.folder}")  # torch, in float32: before weights became '
+            f"{member.served.facts['weights']}",
             "```",
         ]
     )
@@ -226,7 +248,7 @@ def _other_engine(report: FamilyReport, member: MemberReport) -> list[str]:
     if engine == "onnxruntime":
         return []
     return [
-        f"The figures above are those of {member.served.variant.onnx_file} on {engine}. Stock optimum runs it on ONNX "
+        f"The figures above are those of {member.served.variant.file_name} on {engine}. Stock optimum runs it on ONNX "
         "Runtime, where its latency is another one and its scores may differ.",
         "",
     ]

@@ -112,9 +112,9 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     files: list[FileReport] = []
     for file in member.files:
         files.append(_file_report(family, file, files))
-    variant, verdict, reason = Variant.FP32, "baseline", ""
+    variant, verdict, reason = family.recipe.exported, "baseline", ""
     if member.target is not None:
-        variant = family.recipe.compress.target
+        variant = family.recipe.target
         verdict, reason = _judge(family, member, member.target, variant)
     facts: dict[str, Any] = {}
     if family.short is not None and member.target is not None:
@@ -169,6 +169,7 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
     beside = beside_baselines(file, family.baselines, noise)
     rivals = not_ahead(beside["beaten"], beside["undecided"])
     reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before, noise) or rivals
+    weights = {"weights": str(family.recipe.export.gguf)} if file.variant is Variant.GGUF else {}
     return FileReport(
         variant=file.variant,
         file=file.path.name,
@@ -184,7 +185,7 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
         of_dense=file.uncertainty.of_dense if file.uncertainty else {},
         budget=budget_decision(file, max_loss),
         of_source=file.uncertainty.of_source if file.uncertainty else None,
-        facts=facts_of(file.sparsity, file.int8),
+        facts=weights | facts_of(file.sparsity, file.int8),
         recommended=not reason,
         reason=reason,
     )

@@ -22,7 +22,7 @@ from ziplm_deploy.tasks.uncertainty import FileUncertainty
 
 @dataclass(frozen=True)
 class FileFacts:
-    """One ONNX file on one engine."""
+    """One file on one engine."""
 
     variant: Variant
     path: Path

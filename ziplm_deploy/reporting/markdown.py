@@ -18,6 +18,7 @@ from ziplm_deploy.reporting.table import (
     call_rows,
     difference_text,
     file_header,
+    file_kind,
     file_rows,
     has_other_baseline,
     header,
@@ -92,7 +93,7 @@ def _explanations(report: FamilyReport) -> list[str]:
         "Speedup is dense latency / member latency, mean over processes of medians within interleaved rounds, with its "
         "95 % interval: Student's t over processes.",
         *_baseline(report),
-        "Scores are those of the ONNX files themselves.",
+        f"Scores are those of the {file_kind(report.members[0])} files themselves.",
         "",
         f"- {aa_line(report.itself, report.tolerance)}",
     ]
@@ -109,7 +110,9 @@ def _baseline(report: FamilyReport) -> list[str]:
     if not report.baseline_engine:
         return []
     members = f"; members run on {report.engine} {report.engine_version}" if has_other_baseline(report) else ""
-    return [f"Dense is the float32 model on {baseline_of(report)}{members}."]
+    weights = report.members[0].served.facts.get("weights")
+    dense = f"model with {weights} weights, as the members have them," if weights else "float32 model"
+    return [f"Dense is the {dense} on {baseline_of(report)}{members}."]
 
 
 def _calls(report: FamilyReport) -> list[list[str]]:
@@ -308,7 +311,7 @@ def _training(report: FamilyReport) -> list[list[str]]:
         "gradual": "Each member was pruned from the trained one before it, then trained.",
     }[report.recovery]
     titles = ["model", "steps", "examples a step", "seconds", "examples/s", "device", "loss"]
-    titles += [f"{report.metric} of model.onnx"]
+    titles += [f"{report.metric} of {'model.gguf' if file_kind(report.members[0]) == 'GGUF' else 'model.onnx'}"]
     return [["## Training", "", text, "", *markdown_table(titles, cells)]]
 
 

@@ -54,11 +54,11 @@ class Timed(BaseModel):
 
 
 class FileReport(Timed):
-    """One ONNX file of a member, as measured and evaluated on the engine that runs it."""
+    """One file of a member, as measured and evaluated on the engine that runs it."""
 
     variant: Variant
     file: str  # in the member's folder
-    onnx_bytes: int
+    onnx_bytes: int  # of the file, also where it is GGUF
     gzip_bytes: int  # what a download weighs
     accuracy: dict[str, float]  # empty: not evaluated, or not on this engine
     over_torch: Ratio | None = None  # speedup over the dense model in torch, where that was measured
@@ -107,16 +107,17 @@ class MemberReport(BaseModel):
             name: row.pop(name) for name in FileReport.model_fields if name in row and name not in cls.model_fields
         }
         figures = {"variant": Variant.FP32, "engine": "", "gzip_bytes": 0, "recommended": True} | figures
-        figures["file"] = Variant(figures["variant"]).onnx_file
+        figures["file"] = Variant(figures["variant"]).file_name
         listed = [file for file in row.get("files", []) if file["variant"] == figures["variant"]]
         return {**row, "served": listed[0] if listed else figures}
 
     @property
     def exported_accuracy(self) -> dict[str, float]:
-        """Scores of ``model.onnx``, the only ones that those before training compare with; empty if it was not run."""
-        if self.served.variant is Variant.FP32:
+        """Scores of the exported file, the only ones that those before training compare with; empty if it was not
+        run."""
+        if self.served.variant.is_exported:
             return self.served.accuracy
-        return next((file.accuracy for file in self.files if file.variant is Variant.FP32), {})
+        return next((file.accuracy for file in self.files if file.variant.is_exported), {})
 
 
 class BaselineReport(Timed):

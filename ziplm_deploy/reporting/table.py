@@ -27,6 +27,11 @@ def baseline_of(report: FamilyReport) -> str:
     return f"{report.baseline_engine} {report.baseline_engine_version}".strip()
 
 
+def file_kind(member: MemberReport) -> str:
+    """What a member's files are: ``ONNX`` or ``GGUF``."""
+    return "GGUF" if member.served.variant is Variant.GGUF else "ONNX"
+
+
 def has_other_baseline(report: FamilyReport) -> bool:
     """Whether speedups are over the dense model on another engine than the members'."""
     return report.baseline_engine not in ("", report.engine)
@@ -41,7 +46,8 @@ def metric_columns(members: Sequence[MemberReport], metric: str) -> dict[str, st
 
 def header(members: Sequence[MemberReport], metric: str) -> list[str]:
     """Column titles."""
-    fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", "ONNX MB", "p50 / p99 ms"]
+    size = f"{file_kind(members[0])} MB"
+    fixed = ["model", "target", "predicted", "measured [95 %]", "parameters", size, "p50 / p99 ms"]
     fixed[4:4] = ["over torch"] if _over_torch(members) else []
     before = ["before training"] if _trained(members) else []
     return [*fixed, *before, *_score_columns(members, metric), "verdict"]
@@ -78,8 +84,8 @@ def _trained(members: Sequence[MemberReport]) -> bool:
 
 
 def _before_training(member: MemberReport) -> dict[str, float]:
-    """Scores of ``model.onnx`` as pruned; none beside those of another file, which they do not compare with."""
-    return member.accuracy_before_training if member.served.variant is Variant.FP32 else {}
+    """Scores of the exported file as pruned; none beside those of another file, which they do not compare with."""
+    return member.accuracy_before_training if member.served.variant.is_exported else {}
 
 
 def shows_no_speedup(member: MemberReport) -> bool:

@@ -223,11 +223,13 @@ class RunData:
     def _taken(self, rows: list[dict[str, Any]], *, as_served: bool) -> EvaluationSet:
         recipe = self._recipe
         static = recipe.export.shapes == "static"
+        # llama.cpp reads one text after the other, and logits of all tokens of many would fill the memory.
+        as_served = as_served or static or recipe.environment.runs_gguf
         return EvaluationSet(
             rows,
             self.dense.processor,
             self._seq_len,
-            recipe.environment.workload.batch_size if as_served or static else BATCH_SIZE,
+            recipe.environment.workload.batch_size if as_served else BATCH_SIZE,
             self._seq_len if static else None,
         )
 

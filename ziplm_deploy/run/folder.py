@@ -58,7 +58,7 @@ class RunFolder:
     @property
     def dense_member(self) -> Member:
         """The dense model as a member."""
-        return Member(DENSE, self.path, self._trains)
+        return Member(DENSE, self.path, self._trains, exported=self._recipe.exported)
 
     @property
     def dense_trained_on(self) -> Member:
@@ -67,7 +67,7 @@ class RunFolder:
 
     def member(self, target: float) -> PrunedMember:
         """The member of a target."""
-        return PrunedMember(member_name(target), self.path, self._trains, target)
+        return PrunedMember(member_name(target), self.path, self._trains, target, exported=self._recipe.exported)
 
     @property
     def _trains(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ziplm_deploy.models.member_files import WEIGHTS_FILE
@@ -18,6 +18,7 @@ class Member:
     name: str
     run_folder: Path
     trained: bool  # whether members are trained after pruning: then they lie elsewhere before
+    exported: Variant = field(default=Variant.FP32, kw_only=True)  # what it is exported as
 
     @property
     def is_dense(self) -> bool:
@@ -79,9 +80,14 @@ class Member:
         return ModelFile(self, variant, self.folder)
 
     @property
+    def as_exported(self) -> ModelFile:
+        """``model.onnx`` of the member as it serves, or ``model.gguf`` where llama.cpp runs it."""
+        return self.file(self.exported)
+
+    @property
     def as_pruned(self) -> ModelFile:
-        """``model.onnx`` as it was before training."""
-        return ModelFile(self, Variant.FP32, self.pruned_folder)
+        """The exported file as it was before training."""
+        return ModelFile(self, self.exported, self.pruned_folder)
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class PrunedMember(Member):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One ONNX file of a member: the member in one variant, in its own folder or in that of the untrained model."""
+    """One file of a member: the member in one variant, in its own folder or in that of the untrained model."""
 
     member: Member
     variant: Variant
@@ -105,8 +111,8 @@ class ModelFile:
         return file_label(self.member.name, self.variant)
 
     @property
-    def onnx(self) -> Path:
-        return self.folder / self.variant.onnx_file
+    def path(self) -> Path:
+        return self.folder / self.variant.file_name
 
     @property
     def scores(self) -> Path:

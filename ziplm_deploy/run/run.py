@@ -18,6 +18,8 @@ from ziplm_deploy.machine.info import machine_info, usable_cores
 from ziplm_deploy.machine.memory import keep_freed_memory
 from ziplm_deploy.machine.scratch import remove_abandoned
 from ziplm_deploy.models.deployed import OnnxExport
+from ziplm_deploy.models.gguf_export import GgufExport
+from ziplm_deploy.models.gguf_source import gguf_file_of
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.models.sentence_modules import completed, read_sentence_modules
 from ziplm_deploy.progress import Progress
@@ -177,6 +179,16 @@ class Run:
     @functools.cached_property
     def onnx_export(self) -> OnnxExport:
         return OnnxExport.from_recipe(self.recipe, self.task)
+
+    @functools.cached_property
+    def gguf_export(self) -> GgufExport:
+        """How models become GGUF files; the recipe asks for some.
+
+        A tokenizer is copied as it is from the GGUF file that the model came from, if there is one.
+        """
+        file_type = self.recipe.export.gguf
+        assert file_type is not None
+        return GgufExport(self.recipe.name, file_type, gguf_file_of(self.recipe.model.path) or self.dense.processor)
 
     @functools.cached_property
     def answers(self) -> KnownAnswers:

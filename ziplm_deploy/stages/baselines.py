@@ -94,7 +94,7 @@ def _make(run: Run, files: BaselineFiles) -> str:
     except EngineError as error:
         _remove(files)
         return str(error)
-    dense = run.dense_member.file(Variant.FP32).onnx
+    dense = run.dense_member.file(Variant.FP32).path
     if page.trains:
         train_dense_on(run)
     key = content_key(

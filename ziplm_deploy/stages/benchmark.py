@@ -43,7 +43,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
 
 def _weigh_files(run: Run) -> None:
     """Keep how large files are when compressed; as many at a time as cores are granted, for zlib takes but one."""
-    paths = {run.file_hash(file.onnx): file.onnx for file in runnable_files(run)}
+    paths = {run.file_hash(file.path): file.path for file in runnable_files(run)}
     unknown = {content: path for content, path in paths.items() if not run.folder.gzip_bytes(content)}
     with ThreadPoolExecutor(usable_cores()) as pool:
         for content, size in zip(unknown, pool.map(gzip_bytes, unknown.values()), strict=True):
@@ -71,7 +71,7 @@ def measure_short_requests(run: Run) -> None:
     if environment is None:
         run.folder.short_benchmark.unlink(missing_ok=True)
         return
-    names = {DENSE, *(file_label(member.name, run.recipe.compress.target) for member in run.pruned_members)}
+    names = {DENSE, *(file_label(member.name, run.recipe.target) for member in run.pruned_members)}
     files = {name: file for name, file in files_of_family(run).items() if name in names}
     key = benchmark_key(run, files, environment)
 

@@ -20,6 +20,8 @@ from ziplm_deploy.stages.data_notes import leave_data_notes
 from ziplm_deploy.tasks import TASKS
 from ziplm_deploy.tasks.batching import length_limit
 
+CAUSAL_ENGINES = ("onnxruntime", "llamacpp")  # they have workers that keep a cache
+
 
 def check_compression(recipe: Recipe) -> None:
     """Refuse settings of ``compress`` that cannot work here.
@@ -74,8 +76,6 @@ def check_task(recipe: Recipe) -> None:
             "heads of each layer; change one of them"
         )
     asked = {
-        "environment.engine": (recipe.environment.engine, "onnxruntime"),
-        "benchmark.baseline_engine": (recipe.baseline_engine, "onnxruntime"),
         "export.shapes": (recipe.export.shapes, "dynamic"),
         "dense.train": (recipe.dense.train, False),
         "compress.variants": ([str(variant) for variant in recipe.compress.variants if variant != Variant.INT8], []),
@@ -83,11 +83,22 @@ def check_task(recipe: Recipe) -> None:
         "compress.int8.backend": (recipe.compress.int8.backend, "onnxruntime"),
         "benchmark.baselines": (list(recipe.benchmark.baselines or ()), []),
     }
+    _check_causal_engines(recipe)
     for name, (found, possible) in asked.items():
         if found != possible:
             raise RecipeError(
                 f"expected {name} {possible} for {recipe.model.task}, found {found}: nothing else is made for causal "
                 "language models yet; change the recipe"
+            )
+
+
+def _check_causal_engines(recipe: Recipe) -> None:
+    engines = {"environment.engine": recipe.environment.engine, "benchmark.baseline_engine": recipe.baseline_engine}
+    for name, engine in engines.items():
+        if engine not in CAUSAL_ENGINES:
+            raise RecipeError(
+                f"expected {name} {' or '.join(CAUSAL_ENGINES)} for {recipe.model.task}, found {engine}: causal "
+                "language models run in no other yet; change the recipe"
             )
 
 

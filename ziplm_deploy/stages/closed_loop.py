@@ -1,4 +1,4 @@
-"""Measure, correct, solve again: a target is reached when its ONNX file is, not when the table says so."""
+"""Measure, correct, solve again: a target is reached when its file is, not when the table says so."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def compensate_float32(run: Run, record: BenchmarkRecord) -> bool:
 
 
 def _compensate_float32(run: Run, member: PrunedMember, record: BenchmarkRecord) -> bool:
-    file, key = member.file(run.recipe.compress.target), member_key(run, member)
+    file, key = member.file(run.recipe.target), member_key(run, member)
     before = run.folder.correction(member.name, key) or Correction(member.target)
     measured = record.variant(file.label).ratio
     missed = outcome(measured, member.target, run.recipe.benchmark) == "missed"

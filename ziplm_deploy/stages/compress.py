@@ -36,9 +36,10 @@ def remove_unlisted(run: Run, member: Member) -> None:
     """Delete files of variants that the recipe no longer asks for."""
     if not distributed.is_first():
         return
-    for variant in set(Variant) - set(run.recipe.variants):
+    beside = {Variant.GGUF} if run.recipe.export.gguf is not None else set()  # of any engine's members
+    for variant in set(Variant) - {*run.recipe.variants, *beside}:
         file = member.file(variant)
-        file.onnx.unlink(missing_ok=True)
+        file.path.unlink(missing_ok=True)
         file.scores.unlink(missing_ok=True)
         file.outcomes.unlink(missing_ok=True)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.engines.generator import TextGenerator
-from ziplm_deploy.recipe import Variant
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.tasks import ModelFunction
 from ziplm_deploy.tasks.record import Continuations
 
 N_PROMPTS, MOST_TOKENS = 3, 24  # of the beginning, and as many new ones
 
 
 def continue_texts(run: Run) -> None:
-    """Greedy continuations of beginnings of evaluation windows, by ``model.onnx`` of every model."""
+    """Greedy continuations of beginnings of evaluation windows, by the exported file of every model."""
     if not run.task.is_causal:
         return
     for member in run.members:
@@ -27,9 +32,9 @@ def continuations_of(run: Run, member: Member) -> Continuations | None:
 
 
 def _continue(run: Run, member: Member) -> None:
-    onnx = member.file(Variant.FP32).onnx
+    path = member.as_exported.path
     key = content_key(
-        file=run.file_hash(onnx),
+        file=run.file_hash(path),
         data=run.data.evaluation_key,
         engine=run.engine_versions[run.recipe.environment.engine],
         tokens=[N_PROMPTS, MOST_TOKENS],
@@ -37,11 +42,36 @@ def _continue(run: Run, member: Member) -> None:
 
     def work() -> None:
         prompts = _prompts(run)
-        generator = TextGenerator(member.folder, onnx.name)
-        texts = [generator.generate(prompt, max_new_tokens=_tokens(run)) for prompt in prompts]
+        write = _in_llama_cpp if run.recipe.environment.runs_gguf else _in_onnxruntime
+        texts = write(run, path, prompts)
         Continuations(prompts=prompts, texts=texts).save(member.continuations)
 
     run.folder.make(f"continue {member.name}", key, [member.continuations], work)
+
+
+def _in_onnxruntime(run: Run, path: Path, prompts: list[str]) -> list[str]:
+    generator = TextGenerator(path.parent, path.name)
+    return [generator.generate(prompt, max_new_tokens=_tokens(run)) for prompt in prompts]
+
+
+def _in_llama_cpp(run: Run, path: Path, prompts: list[str]) -> list[str]:
+    """Continuations from a GGUF file, which is asked for the whole text again at each of the few tokens."""
+    tokenizer = run.dense.processor
+
+    def continued(model: ModelFunction, prompt: str) -> str:
+        ids: list[int] = list(tokenizer(prompt)["input_ids"])
+        new: list[int] = []
+        for _ in range(_tokens(run)):
+            text = np.array([ids + new], np.int64)  # [1, tokens]
+            logits = model({"input_ids": text, "attention_mask": np.ones_like(text)})["logits"]
+            token = int(logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            new.append(token)
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    with open_runner(run.recipe.environment, path) as model:
+        return [continued(model, prompt) for prompt in prompts]
 
 
 def _prompts(run: Run) -> list[str]:

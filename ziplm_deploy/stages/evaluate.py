@@ -1,4 +1,4 @@
-"""The task's metric of every ONNX file, run by the engine that will serve it."""
+"""The task's metric of every file, run by the engine that will serve it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def evaluate(run: Run) -> None:
     if run.trains:
         refused = refused_files(run)
         files += [member.as_pruned for member in run.pruned_members if member.name not in refused]
-    with run.answers.take(run.dense_member.file(Variant.FP32).onnx, Variant.FP32, recipe.baseline_engine) as dense:
+    reference = run.dense_member.as_exported
+    with run.answers.take(reference.path, reference.variant, recipe.baseline_engine) as dense:
         for index, file in enumerate(files):
             evaluate_file(run, file, dense)
             run.progress.step(index + 1, len(files))
@@ -61,11 +62,11 @@ def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
     ``dense``: the dense model in the engine of the baseline.
     """
     recipe, data = run.recipe, run.data.evaluation_set(file.variant)
-    is_baseline = file == run.dense_member.file(Variant.FP32)
+    is_baseline = file == run.dense_member.as_exported
     engine = recipe.baseline_engine if is_baseline else recipe.environment.engine
     key = content_key(
-        file=run.file_hash(file.onnx),
-        dense=run.file_hash(run.dense_member.file(Variant.FP32).onnx),
+        file=run.file_hash(file.path),
+        dense=run.file_hash(run.dense_member.as_exported.path),
         engines=run.engine_versions,
         batch_size=data.batch_size,
         data=run.data.evaluation_key,
@@ -75,7 +76,7 @@ def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
         if is_baseline:
             outcomes, fidelity = dense.outcomes, {}
         else:
-            with run.answers.take(file.onnx, file.variant, engine) as own:
+            with run.answers.take(file.path, file.variant, engine) as own:
                 outcomes, fidelity = own.outcomes, run.task.fidelity(own.function, dense.function, data, dense.data)
         _save(run, file, outcomes, fidelity, engine, run.engine_versions[engine])
 
@@ -90,7 +91,7 @@ def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None
     data = run.data.evaluation_set_of(as_served=baseline.page.scales_span_batch)
     key = content_key(
         file=source_hash(str(baseline.folder)),
-        dense=run.file_hash(run.dense_member.file(Variant.FP32).onnx),
+        dense=run.file_hash(run.dense_member.as_exported.path),
         engine=version,
         batch_size=data.batch_size,
         data=run.data.evaluation_key,
@@ -181,4 +182,4 @@ def outcomes_of(run: Run, file: ModelFile | BaselineFiles) -> Outcomes | None:
     return None if expected_hash is None else Outcomes.load(file.outcomes, expected_hash)
 
 
-STAGE = Stage("evaluate", lambda run: "accuracy of the ONNX files themselves", evaluate)
+STAGE = Stage("evaluate", lambda run: "accuracy of the files themselves", evaluate)

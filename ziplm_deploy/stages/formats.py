@@ -1,27 +1,26 @@
 """Files of causal language models for other runtimes: GGUF for llama.cpp, and what onnxruntime-genai reads.
 
 They hold the weights of ``model.onnx``, or describe it. GGUF files are timed and scored in llama.cpp if the recipe asks
-for it (``benchmark.engines``).
+for it (``benchmark.engines``). Where llama.cpp itself serves, they are what members are exported as.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from exporters import ExportError, GgufSettings, SpecialTokens, export_gguf, write_genai_config
+from exporters import ExportError, SpecialTokens, write_genai_config
 from exporters.gguf_checks import check_parts, check_types
 from exporters.gguf_tokenizer import tokenizer_keys
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.engines import WorkerOptions, get_engine
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.causal_parts import causal_parts
-from ziplm_deploy.models.gguf_source import gguf_file_of, gguf_package
+from ziplm_deploy.models.gguf_source import gguf_package
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.run import gguf
 from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.export import export_gguf
 from ziplm_deploy.stages.stage import Stage
 
 GENAI_FILE = "genai_config.json"
@@ -29,15 +28,16 @@ GENAI_FILE = "genai_config.json"
 
 def write_formats(run: Run) -> None:
     """Further files of every model, as ``export.gguf`` and ``export.genai`` ask for them."""
+    file_type = run.recipe.export.gguf
     for member in run.members:
-        if run.recipe.export.gguf is not None:
-            _write_gguf(run, GgufFile(member, run.recipe.export.gguf))
+        if file_type is not None and not run.recipe.environment.runs_gguf:
+            _write_gguf(run, GgufFile(member, file_type))
         if run.recipe.export.genai:
             _write_genai(run, member)
 
 
 def measured_gguf_files(run: Run) -> list[GgufFile]:
-    """Files of all members that are timed and scored in llama.cpp; none unless the recipe asks for it."""
+    """Files of all members that are timed and scored in llama.cpp beside those of another engine, if asked for."""
     file_type = run.recipe.export.gguf
     if file_type is None or gguf.ENGINE not in run.recipe.benchmark.engines:
         return []
@@ -60,37 +60,24 @@ def check_formats(run: Run) -> None:
         check_types(file_type)
         parts = causal_parts(run.dense.model)
         check_parts(parts)
-        tokenizer_keys(_tokenizer_source(run), len(parts.embedding), None)
+        tokenizer_keys(run.gguf_export.tokenizer, len(parts.embedding), None)
     except ExportError as error:
-        raise UnsupportedModelError(f"export.gguf: {error}; or leave the field out") from error
-    for name in run.recipe.benchmark.engines:
-        get_engine(name).start_worker(WorkerOptions()).close()
+        way_out = "choose another environment.engine" if run.recipe.environment.runs_gguf else "leave the field out"
+        raise UnsupportedModelError(f"export.gguf: {error}; or {way_out}") from error
+    if run.recipe.environment.runs_gguf or run.recipe.benchmark.engines:
+        get_engine(gguf.ENGINE).start_worker(WorkerOptions()).close()
 
 
 def _write_gguf(run: Run, file: GgufFile) -> None:
     member, path = file.member, file.path
-
-    def work() -> None:
-        settings = GgufSettings(f"{run.recipe.name} {member.name}", file.file_type)
-        parts = causal_parts(load(member.folder))
-        try:
-            kept = export_gguf(parts, path, _tokenizer_source(run), settings)
-        except ExportError as error:
-            raise UnsupportedModelError(f"{member.name}: {error}; leave export.gguf out") from error
-        if kept:
-            run.progress.note(f"{member.name}: {len(kept)} tensors of {path.name} stay in float16: rows of odd widths")
-
     key = content_key(weights=run.file_hash(member.weights), type=file.file_type, name=run.recipe.name)
-    run.folder.make(f"gguf {member.name}", key, [path], work)
-
-
-def _tokenizer_source(run: Run) -> Any:
-    """The GGUF file that the model came from, whose tokenizer is copied as it is, or the model's tokenizer."""
-    return gguf_file_of(run.recipe.model.path) or run.dense.processor
+    run.folder.make(
+        f"gguf {member.name}", key, [path], lambda: export_gguf(run, load(member.folder), path, member.name)
+    )
 
 
 def _write_genai(run: Run, member: Member) -> None:
-    path, onnx = member.folder / GENAI_FILE, member.folder / Variant.FP32.onnx_file
+    path, onnx = member.folder / GENAI_FILE, member.folder / Variant.FP32.file_name
     tokenizer = run.dense.processor
 
     def work() -> None:
@@ -104,7 +91,7 @@ def _write_genai(run: Run, member: Member) -> None:
 
 
 def _asked(recipe: Recipe) -> bool:
-    return recipe.export.gguf is not None or recipe.export.genai
+    return (recipe.export.gguf is not None and not recipe.environment.runs_gguf) or recipe.export.genai
 
 
 STAGE = Stage("formats", lambda run: "files for other runtimes", write_formats, _asked)

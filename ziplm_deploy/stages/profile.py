@@ -46,16 +46,17 @@ def make_profile(run: Run) -> LatencyTable:
 def profile_key(run: Run) -> str:
     """Everything that the table depends on."""
     recipe = run.recipe
-    given, treatment = recipe.profile.table, target_treatment(recipe)
+    given, request = recipe.profile.table, table_request(run)
+    served = request.served
     return content_key(
         shape=run.dense.shape,
         wholes="a process each",  # tables from before had all models in one
         machine=machine_info().fingerprint,
         engines=[[name, get_engine(name).version()] for name in (recipe.environment.engine, recipe.baseline_engine)],
-        variant=None if treatment is None else [treatment.variant, treatment.description],
+        variant=None if served is FLOAT32 else [served.variant, served.description],
         environment=recipe.environment.fingerprint,
         profile=recipe.profile.model_dump(exclude={"table", "allow_foreign_table"}) if given is None else None,
-        graph=table_request(run).graph,
+        graph=request.graph,
         export=recipe.export.model_dump(include={"shapes", "opset"}),
         given=source_hash(str(given)) if given else None,
     )

@@ -59,7 +59,7 @@ def quantize_file(run: Run, file: ModelFile) -> None:
     settings = Int8Settings(config, engine, reduces_range(config))
     sensitivities = ranked_linears(run, file.member, settings)
     key = content_key(
-        source=run.file_hash(source / Variant.FP32.onnx_file),
+        source=run.file_hash(source / Variant.FP32.file_name),
         int8=config,
         weight_bits=reduces_range(config),
         calibration=run.data.calibration_key,
@@ -72,7 +72,7 @@ def quantize_file(run: Run, file: ModelFile) -> None:
     checkpoints = run.folder.checkpoints(training, key)
     work = _Quantization(run, file, source, checkpoints, settings, sensitivities).make
     stage = quantization_stage(file)
-    run.folder.make(stage, key, [file.onnx, file.int8_record], work, together=trains)
+    run.folder.make(stage, key, [file.path, file.int8_record], work, together=trains)
     check_difference(run, stage)
     run.folder.drop_checkpoints(training)
 
@@ -120,10 +120,10 @@ class _Quantization:
             made = Path(scratch) / "made.onnx"
             if not quantizable_linears(model):  # every module was dropped: the float32 file is nearly the INT8 file
                 if distributed.is_first():
-                    shutil.copyfile(self.source / Variant.FP32.onnx_file, made)
+                    shutil.copyfile(self.source / Variant.FP32.file_name, made)
                     if self.config.embeddings:
                         round_embeddings_of(made)
-                    _publish(made, self.file.onnx)
+                    _publish(made, self.file.path)
                     self._record(None, None, has_rounded_embeddings(made)).save(self.file.int8_record)
                 return
             judge = self._judge() if distributed.is_first() else None
@@ -132,7 +132,7 @@ class _Quantization:
                 return
             if self.file.variant.is_sparse:
                 check_masks_in_onnx(made, model)
-            _publish(made, self.file.onnx)
+            _publish(made, self.file.path)
             found = self._record(choice, training, has_rounded_embeddings(made), judge, weight_only_linears(made))
         found.save(self.file.int8_record)
 
@@ -140,12 +140,12 @@ class _Quantization:
         self, model: nn.Module, made: Path, scratch: Path, judge: BudgetJudge | None
     ) -> tuple[TrainingRecord | None, SparedChoice | None]:
         """Write the file, as the first process; all of them train."""
-        run, onnx, batches = self.run, self.source / Variant.FP32.onnx_file, self.run.data.ranges_batches
+        run, onnx, batches = self.run, self.source / Variant.FP32.file_name, self.run.data.ranges_batches
         training: TrainingRecord | None = None
         ranges: Ranges = None
         if self.config.method == "qat":
             ranges, training = self._train(model, batches)
-            onnx = scratch / Variant.FP32.onnx_file
+            onnx = scratch / Variant.FP32.file_name
             difference = export_checked(run, model, onnx, f"{self.file.label}, trained")
             run.folder.set_difference(quantization_stage(self.file), difference)
         choice: SparedChoice | None = None
@@ -211,7 +211,7 @@ class _Quantization:
             return None
         by_tool = self.config.backend == "neural-compressor"
         engine = "onnxruntime" if by_tool or get_engine(self.engine).may_abort else self.engine
-        return BudgetJudge(self.run, self.file.variant, engine, self.source / Variant.FP32.onnx_file)
+        return BudgetJudge(self.run, self.file.variant, engine, self.source / Variant.FP32.file_name)
 
     def _by_neural_compressor(
         self,
@@ -275,10 +275,10 @@ class _Quantization:
     ) -> Int8Record:
         judged: dict[str, Any] = {}
         if judge is not None and choice is not None:
-            judge.forget_others(self.file.onnx)
+            judge.forget_others(self.file.path)
             judged = {
                 "n_choosing": judge.n_choosing,
-                "whole_score": judge.whole_score(self.file.onnx),
+                "whole_score": judge.whole_score(self.file.path),
                 "whole_reference_score": judge.whole_reference_score,
             }
         return Int8Record(

@@ -38,7 +38,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         rows = run.task.shortened(run.data.calibration_rows[:n_examples], cut.get("window"))
         looked_at = run.data.encode(rows)
         divergence = divergence_from(run.task, model, looked_at)
-        onnx = member.folder / Variant.FP32.onnx_file
+        onnx = member.folder / Variant.FP32.file_name
         names = linear_names(onnx) if architecture_of(model.config).causal is not None else ()  # type: ignore[arg-type]
         if member is run.dense_member and is_causal:
             check_patterns(names, patterns)

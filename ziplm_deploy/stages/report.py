@@ -78,7 +78,7 @@ def family_facts(run: Run) -> FamilyFacts:
 
 
 def _gguf_facts(run: Run, file: GgufFile, record: BenchmarkRecord) -> GgufFacts:
-    variant = Variant.FP32 if file.member.is_dense else run.recipe.compress.target
+    variant = run.recipe.exported if file.member.is_dense else run.recipe.target
     return GgufFacts(
         file.member.name,
         file.member.file(variant).label,
@@ -131,16 +131,16 @@ def _member_facts(run: Run, member: Member, record: BenchmarkRecord, beside: Bas
 
 
 def _files(run: Run, member: Member, record: BenchmarkRecord, beside: BaselineScores) -> list[FileFacts]:
-    """Files of a member that its engine runs; ``model.onnx`` of dense twice if it was timed on two engines."""
+    """Files of a member that its engine runs; the exported one of dense twice if it was timed on two engines."""
     recipe, refused = run.recipe, refused_files(run)
     timed = [(member.file(variant), member.file(variant).label) for variant in Variant if variant in recipe.variants]
     if member.is_dense and recipe.baseline_engine != recipe.environment.engine:
-        timed.insert(1, (member.file(Variant.FP32), dense_as_served(run)))
+        timed.insert(1, (member.as_exported, dense_as_served(run)))
     return [_file_facts(run, file, name, record, beside) for file, name in timed if name not in refused]
 
 
 def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecord, beside: BaselineScores) -> FileFacts:
-    path = file.onnx
+    path = file.path
     if not path.exists():
         raise CorruptArtifactError(f"expected an exported model at {path}, found none; run ziplm-deploy export again")
     only_timed = timed_as == dense_as_served(run)  # scores of dense are those of the baseline's engine

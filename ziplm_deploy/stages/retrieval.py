@@ -83,8 +83,8 @@ def _search(run: Run, file: ModelFile) -> None:
 
 def _key(run: Run, file: ModelFile, dense: ModelFile) -> str:
     return content_key(
-        file=run.file_hash(file.onnx),
-        dense=run.file_hash(dense.onnx),
+        file=run.file_hash(file.path),
+        dense=run.file_hash(dense.path),
         engines=run.engine_versions,
         batch_size=run.data.passages_taken_by(file.variant).batch_size,
         data=run.data.retrieval_key,
@@ -97,7 +97,7 @@ def _embed(run: Run, file: ModelFile) -> tuple[Vectors, Vectors]:
     is_baseline = file == run.dense_member.file(Variant.FP32)
     engine = recipe.baseline_engine if is_baseline else recipe.environment.engine
     how = run.data.passages_taken_by(file.variant)
-    with open_runner(recipe.environment.model_copy(update={"engine": engine}), file.onnx) as runner:
+    with open_runner(recipe.environment.model_copy(update={"engine": engine}), file.path) as runner:
         return retrieval.embed_queries(runner, how), retrieval.embed_passages(runner, how)
 
 

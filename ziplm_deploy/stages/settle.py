@@ -102,7 +102,7 @@ def _time_drafts(run: Run, members: Sequence[PrunedMember]) -> dict[str, dict[st
                 plan = planner.draft(member.target, member.target, progress.step)
             except TargetUnreachableError:
                 continue
-            path = Path(folder) / f"{member.name}.onnx"
+            path = Path(folder) / f"{member.name}{member.as_exported.path.suffix}"
             export_to_be_timed(run, planner.resized(plan.sizes), path, f"{member.name}, for timing")
             files[member.name] = TimedFile(path, run.recipe.environment.engine)
             promised[member.name] = plan.predicted_speedup

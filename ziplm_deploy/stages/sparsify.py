@@ -156,7 +156,7 @@ def _drop_steps(member: Member) -> None:
 
 def _export(run: Run, member: Member) -> None:
     folder = member.sparse_folder
-    path = folder / Variant.FP32.onnx_file
+    path = folder / Variant.FP32.file_name
 
     def work() -> float:
         model = load(folder)
@@ -174,8 +174,8 @@ def _export(run: Run, member: Member) -> None:
 
 def publish_sparse(run: Run, member: Member) -> None:
     """``model_sparse.onnx`` in the member's folder."""
-    source = member.sparse_folder / Variant.FP32.onnx_file
-    target = member.file(Variant.SPARSE).onnx
+    source = member.sparse_folder / Variant.FP32.file_name
+    target = member.file(Variant.SPARSE).path
 
     def copy() -> None:
         with atomic_path(target) as temporary:

@@ -10,7 +10,7 @@ from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.trial import ModelRefusedError, RefusedFiles, Trial
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
-from ziplm_deploy.recipe import Variant, file_label
+from ziplm_deploy.recipe import file_label
 from ziplm_deploy.run import gguf
 from ziplm_deploy.run.member import DENSE, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Generation, Run
@@ -20,10 +20,10 @@ from ziplm_deploy.stages.formats import measured_gguf_files
 
 def files_of_generation(run: Run, generation: Generation) -> dict[str, TimedFile]:
     """The dense model and, for every target of a generation, a file as fast as the member will be."""
-    variant = run.recipe.compress.target
+    variant = run.recipe.target
     files = {DENSE: dense_file(run)}
     for member in generation.members:
-        path = member.as_pruned.onnx if variant is Variant.FP32 else member.stand_in(variant)
+        path = member.as_pruned.path if variant.is_exported else member.stand_in(variant)
         files[member.name] = TimedFile(path, run.recipe.environment.engine)
     return files
 
@@ -62,7 +62,7 @@ def try_files(run: Run) -> None:
         return
     files = {name: file for name, file in _all_files(run).items() if name != DENSE}
     refused = _tried(run, stage, run.folder.refused_files, files)
-    for name in (file_label(member.name, recipe.compress.target) for member in run.pruned_members):
+    for name in (file_label(member.name, recipe.target) for member in run.pruned_members):
         if name in refused:
             run.folder.unmake(stage)
             raise EngineError(refused[name])
@@ -121,7 +121,7 @@ def _all_files(run: Run) -> dict[str, TimedFile]:
         for variant in recipe.variants:
             file = member.file(variant)
             if file.label != DENSE:
-                files[file.label] = TimedFile(file.onnx, recipe.environment.engine)
+                files[file.label] = TimedFile(file.path, recipe.environment.engine)
     return files
 
 
@@ -132,4 +132,4 @@ def dense_as_served(run: Run) -> str:
 
 def dense_file(run: Run) -> TimedFile:
     """What all speedups are over."""
-    return TimedFile(run.dense_member.file(Variant.FP32).onnx, run.recipe.baseline_engine)
+    return TimedFile(run.dense_member.as_exported.path, run.recipe.baseline_engine)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.recipe import Variant
@@ -32,7 +31,7 @@ class _Scored:
 def estimate_uncertainty(run: Run, files: Sequence[ScoredFile]) -> None:
     """Write the intervals of these files' scores, and how the scores compare with each other."""
     path, task = run.folder.uncertainty, run.task
-    hashes = {str(_path(file).relative_to(run.folder.path)): Scores.load(file.scores).outcomes_hash for file in files}
+    hashes = {str(file.path.relative_to(run.folder.path)): Scores.load(file.scores).outcomes_hash for file in files}
     key = content_key(outcomes=hashes, metrics=list(task.metrics), primary=task.metric_name, seed=run.recipe.seed)
     run.folder.make("uncertainty", key, [path], lambda: _estimate(run, files).save(path))
 
@@ -42,10 +41,6 @@ def uncertainty_of(run: Run) -> Uncertainty | None:
     if run.recipe.data.evaluation is None or not run.folder.uncertainty.exists():
         return None
     return Uncertainty.load(run.folder.uncertainty)
-
-
-def _path(file: ScoredFile) -> Path:
-    return file.path if isinstance(file, GgufFile) else file.onnx
 
 
 def uncertainty_of_file(run: Run, file: ScoredFile) -> FileUncertainty | None:
@@ -58,7 +53,7 @@ def uncertainty_of_file(run: Run, file: ScoredFile) -> FileUncertainty | None:
 
 def _estimate(run: Run, files: Sequence[ScoredFile]) -> Uncertainty:
     scored: dict[ScoredFile, _Scored] = {file: found for file in files if (found := _scored(run, file)) is not None}
-    dense = scored.get(run.dense_member.file(Variant.FP32))
+    dense = scored.get(run.dense_member.as_exported)
     return Uncertainty(
         n_resamples=N_RESAMPLES,
         files={
@@ -96,9 +91,9 @@ def _of_file(run: Run, found: _Scored, dense: _Scored | None, source: _Scored | 
 
 def _source(file: ScoredFile) -> ModelFile:
     """The float32 file that an INT8 or GGUF file was made from; others are their own."""
-    if isinstance(file, GgufFile):
-        return file.member.file(Variant.FP32)
-    return file.member.file(Variant.SPARSE if file.variant.is_sparse else Variant.FP32)
+    if isinstance(file, ModelFile) and file.variant.is_sparse:
+        return file.member.file(Variant.SPARSE)
+    return file.member.as_exported
 
 
 def _beside_source(run: Run, found: _Scored, source: _Scored) -> Comparison | None:
@@ -113,7 +108,7 @@ def _beside_source(run: Run, found: _Scored, source: _Scored) -> Comparison | No
 
 
 def _of_training(run: Run, scored: dict[ScoredFile, _Scored]) -> dict[str, Comparison]:
-    pairs = {file.member.name: (file.member.file(Variant.FP32), file) for file in scored if _is_before_training(file)}
+    pairs = {file.member.name: (file.member.as_exported, file) for file in scored if _is_before_training(file)}
     return {
         name: scored[trained].resampled.beside(scored[pruned].resampled, run.task.metric_name)
         for name, (trained, pruned) in pairs.items()
