@@ -6,6 +6,9 @@ a row: the prefill, and decode at each cache length that is timed.
 ``worst_deviation_percent`` and ``median_deviation_percent``: of |predicted / measured - 1| over models and calls, the
 whole request included; their intervals are the same of the nearest and the farthest speedup in each interval, the
 spread that of the shapes. The same without the table's correction is recorded beside it (``…_of_sums``).
+
+``--gguf Q8_0`` (or Q4_0, F16) does all this in llama.cpp, with GGUF files of such weights; shapes must be of the Llama
+kind. Its result is ``decoder_additivity_llamacpp``.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from additivity import benchmark_config, draw_sizes, figures_of, profile_config
@@ -28,8 +31,9 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.deployed import export_settings
+from ziplm_deploy.models.gguf_export import write_to_be_timed
 from ziplm_deploy.models.resizing import random_resized
-from ziplm_deploy.recipe import Environment, ExportConfig, Workload
+from ziplm_deploy.recipe import Environment, ExportConfig, GgufType, Workload
 
 DEFAULT_SHAPES = ["gpt2-124m", "smollm2-135m"]
 SLOWEST, FASTEST, OF_LARGEST = 1.2, 4.0, 0.8  # speedups of the models drawn; of the largest that the table knows
@@ -39,8 +43,9 @@ def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, A
     """Rows, one a model and call, and what else the shape's run was."""
     started, load_before = time.monotonic(), load_average()
     workload = Workload(prefill=options.prefill, decode=options.decode)
-    environment = Environment(threads=options.threads, workload=workload, huge_pages=options.huge_pages)
-    export = ExportConfig()
+    engine = "onnxruntime" if options.gguf is None else "llamacpp"
+    environment = Environment(engine=engine, threads=options.threads, workload=workload, huge_pages=options.huge_pages)
+    export = ExportConfig(gguf=options.gguf)
     dense = dense_decoder(shape)
     request = TableRequest(dense, OUTPUTS, environment, profile_config(options), export)
     table = measure_table(request)
@@ -50,15 +55,19 @@ def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, A
     plans = {f"model {index}": draw_sizes(table, target, generator) for index, target in enumerate(targets)}
     settings = export_settings(export, workload)
     with tempfile.TemporaryDirectory(prefix="ziplm-additivity-") as folder:
-        files = {"dense": export_decoder(dense, Path(folder) / "dense.onnx", settings, request.form)}
-        for name, sizes in plans.items():
-            path = Path(folder) / f"{name.replace(' ', '-')}.onnx"
-            files[name] = export_decoder(random_resized(dense, sizes), path, settings, request.form)
+        files = {name: Path(folder) / name.replace(" ", "-") for name in ("dense", *plans)}
+        for name, path in files.items():
+            model = dense if name == "dense" else random_resized(dense, plans[name])
+            if options.gguf is None:
+                export_decoder(model, path, settings, request.form)
+            else:
+                write_to_be_timed(model, path, options.gguf)
         record = compare(files, environment, benchmark_config(options), "dense")
     rows = [row for name, sizes in plans.items() for row in rows_of(shape, name, sizes, table, record)]
     about = {
         "shape": shape,
         "environment": environment.describe(),
+        "gguf": options.gguf,
         "load_average_before": load_before,
         "table_seconds": table.total_seconds,
         "table_noise": table.noise,
@@ -107,6 +116,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=12, help="random models a shape")
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--gguf", choices=get_args(GgufType), help="in llama.cpp, with weights of this type")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--huge-pages", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--precision", type=float, default=0.006, help="of the table's medians")
@@ -133,7 +143,8 @@ def main() -> None:
         "seed": options.seed,
     }
     goals = {"worst": "<= 5", "median": "<= 2"}
-    write_result("decoder_additivity", figures_of(rows, goals), rows, settings, options.output)
+    name = "decoder_additivity" if options.gguf is None else "decoder_additivity_llamacpp"
+    write_result(name, figures_of(rows, goals), rows, settings, options.output)
 
 
 if __name__ == "__main__":
