@@ -117,6 +117,7 @@ def test_captions_and_images_are_distinct_and_belong_together(tmp_path: Path) ->
 def test_columns_say_whether_there_are_images(tmp_path: Path) -> None:
     assert has_images(config(tmp_path, [{"text": "a", "file_name": "b"}]))
     assert not has_images(config(tmp_path, [{"query": "a", "passage": "b"}]))
+    assert not has_images(config(tmp_path, [{"query": "a", "passage": "b", "image": "c"}]))
     rows = [{"legend": "a", "image": "b"}]
     assert not has_images(config(tmp_path, rows))
     assert has_images(config(tmp_path, rows, retrieval_columns=("legend", "image")))

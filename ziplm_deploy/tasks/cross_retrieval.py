@@ -24,7 +24,7 @@ from ziplm_deploy.tasks.images import IMAGE_COLUMNS, identity, linked_images_has
 from ziplm_deploy.tasks.metrics import Metric, ratio_of_sums
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.ranking import NDCG, ndcg, ranked_gains
-from ziplm_deploy.tasks.retrieval import relevance_column, relevance_of
+from ziplm_deploy.tasks.retrieval import TEXT_PAIRS, relevance_column, relevance_of
 from ziplm_deploy.tasks.search import Embedded, Search, Vectors
 
 Side = Literal["texts", "images"]
@@ -52,11 +52,15 @@ class PairSet:
 
 
 def has_images(data: DataConfig) -> bool:
-    """Whether ``data.retrieval`` pairs captions with images, by the name of its second column; raises as reading it."""
+    """Whether ``data.retrieval`` pairs captions with images, by the names of its columns; raises as reading it.
+
+    Where there are a query and a passage, too, these are meant.
+    """
     raw = _raw(data)
     if data.retrieval_columns is not None:
         return len(data.retrieval_columns) == 2 and data.retrieval_columns[1] in IMAGE_COLUMNS
-    return any(set(pair) <= set(raw[0]) for pair in _COLUMNS)
+    texts, pairs = (any(set(pair) <= set(raw[0]) for pair in usual) for usual in (TEXT_PAIRS, _COLUMNS))
+    return pairs and not texts
 
 
 def pairs_hash(data: DataConfig) -> str:

@@ -26,6 +26,7 @@ from ziplm_deploy.tasks.scores import parse_score
 from ziplm_deploy.tasks.search import Embedded, Search, Vectors
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
+TEXT_PAIRS = (*PAIRS, ("anchor", "positive"))  # usual names of query and passage
 RELEVANCE_COLUMNS = ("relevance", "score", "label")
 QUERIES_AT_ONCE = 256  # rows of the matrix of similarities in memory
 
@@ -72,8 +73,8 @@ class _Collected:
 
 
 def _collected(raw: list[Row], data: DataConfig) -> _Collected:
-    usual = (*PAIRS, ("anchor", "positive"))
-    columns = find_columns(raw, data.retrieval_columns, usual, what="query and passage", field="retrieval_columns")
+    what, field = "query and passage", "retrieval_columns"
+    columns = find_columns(raw, data.retrieval_columns, TEXT_PAIRS, what=what, field=field)
     if len(columns) != 2:
         raise DataError(f"expected the columns of query and passage in data.retrieval_columns, found {columns}")
     relevance = relevance_column(raw, columns)
