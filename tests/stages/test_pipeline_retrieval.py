@@ -14,13 +14,14 @@ from tests.helpers.models import save_dense, sentences
 from tests.helpers.pipeline import raw_recipe, written_again
 from tests.helpers.search_data import ranked_rows, write_lines
 from tests.helpers.sentence_models import TinySentenceModel
+from ziplm_deploy.cli.console import print_family
 from ziplm_deploy.errors import CorruptArtifactError, DataError, RecipeError
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_data
-from ziplm_deploy.stages.retrieval import score_retrieval
+from ziplm_deploy.stages.retrieval import cut_passages_note, score_retrieval
 
 MODEL = TinySentenceModel(
     settings={"prompts": {"query": "who ran ? ", "passage": "the "}, "truncate_dim": 8}, normalize=True
@@ -94,6 +95,19 @@ def test_members_are_scored_both_ways_and_cut(report: FamilyReport, folder: Path
     assert FamilyReport.load(run_folder / "report.json").retrieval == report.retrieval
 
 
+def test_the_console_shows_what_is_found_and_cut_passages_are_noted(
+    report: FamilyReport, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_family(report, folder)
+    shown = "".join(capsys.readouterr())
+    assert f"nDCG@10 of {report.retrieval.n_queries} queries" in shown  # type: ignore[union-attr]
+    assert not any("data.retrieval" in note for note in report.notes)
+    with Run(search_recipe(folder, environment={"workload": {"seq_len": 6}}, output_dir=str(tmp_path))) as run:
+        note = cut_passages_note(run)
+    assert note is not None
+    assert "are longer than 6 tokens and were cut" in note
+
+
 def test_only_what_changed_is_searched_again(report: FamilyReport, folder: Path) -> None:
     assert not [name for name in written_again(folder, search_recipe(folder)) if "retrieval" in name]
     again = written_again(folder, search_recipe(folder, data={"n_retrieval": 20}))
@@ -157,6 +171,7 @@ def test_a_reranker_is_pruned_trained_and_ranked(tmp_path: Path) -> None:
     for file in member.files:
         assert -1 <= file.accuracy["score_correlation"] <= 1
         assert file.of_dense["ndcg_at_10"].n_examples == 16
+    assert "Scores are on 16 queries" in (tmp_path / "runs" / "tiny" / "report.md").read_text()
     card = (tmp_path / "runs" / "tiny" / "1.5x" / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
     assert "ORTModelForSequenceClassification" in card

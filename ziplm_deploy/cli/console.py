@@ -17,6 +17,7 @@ from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport, Timed
 from ziplm_deploy.reporting.table import aa_line, ratio_text
 from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
+from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 
 if TYPE_CHECKING:
     from ziplm_deploy.models.model_types import ModelType
@@ -45,6 +46,8 @@ def print_family(report: FamilyReport, folder: Path) -> None:
     )
     if report.environment.workload.has_several:
         _print_calls(console, {member.name: member.served for member in report.members}, report.members[0].name)
+    if report.retrieval is not None:
+        _print_retrieval(console, report.retrieval)
     if members.has_other_baseline(report):
         line(console, f"baseline: the dense model on {members.baseline_of(report)}; members run on {report.engine}")
     line(console, aa_line(report.itself, report.tolerance))
@@ -57,6 +60,12 @@ def print_family(report: FamilyReport, folder: Path) -> None:
         line(console, f"note: {note}")
     line(console, f"models: {', '.join(str(folder / member.folder) for member in report.members)}")
     line(console, f"report: {folder / 'report.md'} (and report.json)")
+
+
+def _print_retrieval(console: Console, found: RetrievalScores) -> None:
+    """What every file finds."""
+    title = f"retrieval: nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages"
+    console.print(_table(title, members.RETRIEVAL_TITLES, members.retrieval_rows(found, list(found.files))))
 
 
 def print_benchmark(record: BenchmarkRecord) -> None:

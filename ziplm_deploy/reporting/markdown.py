@@ -269,9 +269,10 @@ def _differences(report: FamilyReport, keys: list[str]) -> list[str]:
     known = [key for key in keys if any(key in member.served.of_dense for member in compared)]
     cells = [[m.name, *(difference_text(m.served.of_dense.get(key)) for key in known)] for m in compared]
     n_examples = next(iter(compared[0].served.of_dense.values())).n_examples
+    counted = "queries" if report.task == "reranking" else "examples"  # each with all its passages
     text = (
-        f"Scores are on {n_examples} examples, with the interval of 95 % that other examples would have left them in "
-        "(bootstrap). Both models answer the same examples, so that the difference to dense is surer than either "
+        f"Scores are on {n_examples} {counted}, with the interval of 95 % that other {counted} would have left them in "
+        f"(bootstrap). Both models answer the same {counted}, so that the difference to dense is surer than either "
         "score; one whose interval includes 0 is within noise:"
     )
     return ["", text, "", *markdown_table(["model", *known], cells)]

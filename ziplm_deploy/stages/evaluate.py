@@ -33,7 +33,8 @@ def evaluate(run: Run) -> None:
     recipe = run.recipe
     score_retrieval(run)
     if recipe.data.evaluation is None:
-        run.progress.note("no data.evaluation in the recipe: accuracy is not reported")
+        searched = "; retrieval is" if recipe.data.retrieval is not None else ""
+        run.progress.note(f"no data.evaluation in the recipe: accuracy is not reported{searched}")
         return
     files = runnable_files(run)
     if run.trains:

@@ -16,6 +16,7 @@ from ziplm_deploy.reporting.embeddings import embeddings_file, load_embeddings
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.timed_files import runnable_files
+from ziplm_deploy.tasks.batching import length_limit
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.resampling import N_RESAMPLES, ResampledScores
 from ziplm_deploy.tasks.retrieval_scores import FileRetrieval, RetrievalScores
@@ -25,6 +26,7 @@ from ziplm_deploy.tasks.search import Embedded
 def score_retrieval(run: Run) -> None:
     """Write the retrieval scores of all files; nothing without ``data.retrieval``."""
     if run.recipe.data.retrieval is None:
+        run.folder.set_note("cut passages", None)
         return
     dense = run.dense_member.file(Variant.FP32)
     _embed_dense(run, dense)
@@ -60,8 +62,24 @@ def _embed_dense(run: Run, dense: ModelFile) -> None:
     def work() -> None:
         tensors = _embed(run, dense) | run.data.retrieval.embed_fixed()
         write_bytes_with(path, lambda target: save_file(tensors, target))
+        run.folder.set_note("cut passages", cut_passages_note(run))
 
     run.folder.make("embed passages", key, [path], work)
+
+
+def cut_passages_note(run: Run) -> str | None:
+    """How many passages lose their ends, where no query finds anything; None where all are whole."""
+    processor = run.dense.processor
+    limit = length_limit(processor, run.recipe.environment.workload.seq_len)
+    lengths = run.data.retrieval.passage_lengths(processor)
+    cut = sum(length > limit for length in lengths)
+    if not cut:
+        return None
+    return (
+        f"{cut / len(lengths):.1%} of the passages of data.retrieval ({cut:,} of {len(lengths):,}, the longest "
+        f"{max(lengths):,} tokens) are longer than {limit} tokens and were cut: no query finds what stood behind; a "
+        "larger environment.workload.seq_len keeps them whole, where the model has positions for it"
+    )
 
 
 def _search(run: Run, file: ModelFile) -> None:

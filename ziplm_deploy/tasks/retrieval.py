@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, Similarity
+from ziplm_deploy.tasks.batching import token_lengths
 from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.data import Row, cell, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.embeddings import similarity_matrix
@@ -158,6 +160,11 @@ class Retrieval(Search):
     def embed_passages(self, function: ModelFunction, how: EvaluationSet) -> Vectors:
         """Embeddings [passages, size], with the prompt that passages have."""
         return self.embed(function, how, self.data.passages, self.task.model.prompt_of_passages)
+
+    def passage_lengths(self, processor: Any) -> list[int]:
+        """Tokens of every passage with its prompt, before any is cut."""
+        prompt = self.task.model.prompt_of_passages
+        return token_lengths(processor, [{"text": prompt + text} for text in self.data.passages])
 
     def outcomes(self, queries: Vectors, passages: Vectors, dense_passages: Vectors) -> Outcomes:
         """Every metric of every query, from embeddings of one model and of passages by the dense one, too."""
