@@ -15,6 +15,7 @@ from rich.text import Text
 from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport, Timed
+from ziplm_deploy.reporting.retrieval import retrieval_cells, retrieval_title
 from ziplm_deploy.reporting.table import aa_line, ratio_text
 from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
 from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
@@ -64,8 +65,8 @@ def print_family(report: FamilyReport, folder: Path) -> None:
 
 def _print_retrieval(console: Console, found: RetrievalScores) -> None:
     """What every file finds."""
-    title = f"retrieval: nDCG@10 of {found.n_queries:,} queries among {found.n_passages:,} passages"
-    console.print(_table(title, members.RETRIEVAL_TITLES, members.retrieval_rows(found, list(found.files))))
+    titles, rows = retrieval_cells(found, list(found.files))
+    console.print(_table(f"retrieval: {retrieval_title(found)}", titles, rows))
 
 
 def print_benchmark(record: BenchmarkRecord) -> None:

@@ -16,9 +16,19 @@ DIRECTIONS = {TO_IMAGES: "caption to image", TO_TEXTS: "image to caption"}
 
 def retrieval_table(found: RetrievalScores, labels: Sequence[str]) -> list[str]:
     """Lines of the table of these files."""
+    return markdown_table(*retrieval_cells(found, labels))
+
+
+def retrieval_cells(found: RetrievalScores, labels: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the table of these files."""
     if _is_of_pairs(found):
-        return markdown_table(PAIR_TITLES, _pair_rows(found, labels))
-    return markdown_table(PASSAGE_TITLES, _passage_rows(found, labels))
+        return PAIR_TITLES, _pair_rows(found, labels)
+    return PASSAGE_TITLES, _passage_rows(found, labels)
+
+
+def retrieval_title(found: RetrievalScores) -> str:
+    """What was searched, in a line."""
+    return _pairs(found) if _is_of_pairs(found) else _passages(found)
 
 
 def retrieval_text(found: RetrievalScores) -> str:

@@ -70,8 +70,8 @@ def _embed_dense(run: Run, dense: ModelFile) -> None:
 def cut_passages_note(run: Run) -> str | None:
     """How many passages lose their ends, where no query finds anything; None where all are whole."""
     processor = run.dense.processor
-    limit = length_limit(processor, run.recipe.environment.workload.seq_len)
     lengths = run.data.retrieval.passage_lengths(processor)
+    limit = length_limit(processor, run.recipe.environment.workload.seq_len) if lengths else 0
     cut = sum(length > limit for length in lengths)
     if not cut:
         return None

@@ -35,6 +35,10 @@ class Search(ABC):
     def n_passages(self) -> int:
         """What each query is searched among."""
 
+    def passage_lengths(self, processor: Any) -> list[int]:
+        """Tokens of every passage that files of the run embed, before any is cut; empty where they embed none."""
+        return []
+
     @abstractmethod
     def embed_own(self, function: ModelFunction, how: EvaluationSet) -> Embedded:
         """What a file of the run embeds; ``how`` says in which batches, its rows do not count."""
