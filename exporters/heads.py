@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -134,18 +134,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class EmbeddingModel(nn.Module):
-    """A token encoder that also returns ``sentence_embedding``; ``last_hidden_state`` stays the first output,
-    so that optimum's ``ORTModelForFeatureExtraction`` and sentence-transformers accept the exported file.
+class _WithHead(nn.Module):
+    """A model with what makes one vector an input of its outputs."""
 
-    Raises:
-        ValueError: unknown pooling.
-    """
+    poolings: ClassVar[tuple[str, ...]]  # those that its kind of input has
 
     def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
         super().__init__()
-        if pooling not in get_args(Pooling):
-            raise ValueError(f"expected a pooling of {', '.join(get_args(Pooling))}, found {pooling!r}; correct it")
+        if pooling not in self.poolings:
+            raise ValueError(f"expected a pooling of {', '.join(self.poolings)}, found {pooling!r}; correct it")
         self.wrapped = model
         self.pooling: Pooling = pooling
         self.normalize = normalize
@@ -155,6 +152,17 @@ class EmbeddingModel(nn.Module):
     def config(self) -> Any:
         """The wrapped model's configuration."""
         return self.wrapped.config
+
+
+class EmbeddingModel(_WithHead):
+    """A token encoder that also returns ``sentence_embedding``; ``last_hidden_state`` stays the first output,
+    so that optimum's ``ORTModelForFeatureExtraction`` and sentence-transformers accept the exported file.
+
+    Raises:
+        ValueError: unknown pooling.
+    """
+
+    poolings = get_args(Pooling)
 
     def forward(
         self,
@@ -170,26 +178,14 @@ class EmbeddingModel(nn.Module):
         return {"last_hidden_state": outputs.last_hidden_state, "sentence_embedding": embedding}
 
 
-class ImageEmbeddingModel(nn.Module):
+class ImageEmbeddingModel(_WithHead):
     """An image encoder that returns ``image_embeds``, as the towers of transformers call them, and nothing else.
 
     Raises:
         ValueError: a pooling that images have not.
     """
 
-    def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
-        super().__init__()
-        if pooling not in ("cls", "mean", "max", "pooler"):
-            raise ValueError(f"expected a pooling of images, cls, mean, max or pooler, found {pooling!r}; correct it")
-        self.wrapped = model
-        self.pooling: Pooling = pooling
-        self.normalize = normalize
-        self.training = model.training
-
-    @property
-    def config(self) -> Any:
-        """The wrapped model's configuration."""
-        return self.wrapped.config
+    poolings = ("cls", "mean", "max", "pooler")
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """``image_embeds`` ``[batch, size]`` of ``pixel_values`` ``[batch, channels, height, width]``."""

@@ -117,7 +117,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         for context, settings in (request.args for request in requests):
             until = settings.get("until") or []
             limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-            kept = self.tok_encode(context)[-(self.max_length - limit) :]
+            ids = self.tok_encode(context)
+            kept = ids[-(self.max_length - limit) :]
             if limit >= self.max_length or not kept:
                 raise UsageError(
                     f"expected a text to go on from and max_gen_toks below the window of {self.max_length} tokens, "
@@ -129,7 +130,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
                 top_k=int(settings.get("top_k", 0)) if drawn else 0,
                 top_p=float(settings.get("top_p", 1.0)) if drawn else 1.0,
             )
-            prompt = context if len(kept) == len(self.tok_encode(context)) else self.generator.tokenizer.decode(kept)
+            prompt = context if len(kept) == len(ids) else self.generator.tokenizer.decode(kept)
             stops = [until] if isinstance(until, str) else list(until)
             texts.append(self.generator.generate(prompt, limit, sampling, stops))
         return texts
