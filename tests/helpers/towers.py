@@ -54,9 +54,9 @@ def tower_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def save_whole(folder: Path, kind: str = "clip") -> Any:
+def save_whole(folder: Path, kind: str = "clip", **changes: Any) -> Any:
     """A checkpoint of both towers of CLIP or SigLIP, of other depths, with tokenizer and image processor."""
-    settings: dict[str, Any] = {name: {**COMMON, **sizes} for name, sizes in _kinds().items()}
+    settings: dict[str, Any] = {name: {**COMMON, **sizes, **changes} for name, sizes in _kinds().items()}
     if kind == "clip":
         settings = {name: {**sizes, "projection_dim": PROJECTION} for name, sizes in settings.items()}
         settings["projection_dim"] = PROJECTION
