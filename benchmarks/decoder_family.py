@@ -139,7 +139,9 @@ class Family:
         began = time.monotonic()
         if method == OURS and options.fisher:
             modules, batches = prunable_modules(self.dense), self.calibration.hessian
-            fisher = fisher_information(self.dense, self.task, batches, modules, seed=options.seed)
+            fisher = fisher_information(
+                self.dense, self.task, batches, modules, seed=options.seed, memory_limit_bytes=8 * 2**30
+            )
         prune = PruneConfig(method=method, fisher=fisher is not None, search=search)
         sizes = database_sizes(self.dense, self.table)
         database = build_database(self.dense, self.statistics, sizes, prune, seed=options.seed, fisher=fisher)

@@ -124,5 +124,6 @@ def test_a_method_a_task_an_engine_and_a_stage_more(copied: Path, tmp_path: Path
     assert "model (reference)" in printed
 
 
+@pytest.mark.slow
 def test_an_architecture_more(copied: Path) -> None:
     python(copied, "-c", ARCHITECTURE)

@@ -31,6 +31,7 @@ def test_what_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
 
 
 @needs_nncf
+@pytest.mark.slow
 def test_its_answers_are_near_those_of_the_dense_model(tmp_path: Path) -> None:
     source, baseline = dense_source(tmp_path), get_baseline("openvino-int8")
     (tmp_path / "made").mkdir()
@@ -47,6 +48,7 @@ def test_its_answers_are_near_those_of_the_dense_model(tmp_path: Path) -> None:
 
 
 @needs_nncf
+@pytest.mark.slow
 def test_paths_relative_to_the_current_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = dense_source(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -79,6 +81,7 @@ def test_a_model_that_it_refuses_is_an_error_with_its_words(tmp_path: Path) -> N
 
 
 @needs_nncf
+@pytest.mark.slow
 def test_inputs_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
     source = dense_source(tmp_path, "roberta", "text-classification")  # takes no token_type_ids
     more = dataclasses.replace(source, batches=lambda: calibration(source.model()))

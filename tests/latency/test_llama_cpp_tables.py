@@ -144,6 +144,7 @@ def larger() -> Any:
     return tiny_causal_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS)
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_call_by_call(table: LatencyTable, tmp_path: Path) -> None:
     assert (table.engine, table.variant, table.baseline_engine) == ("llamacpp", "gguf", "llamacpp")
     assert (table.form, table.unpruned) == ("Q8_0 weights, Q8_0 embedding and head", None)
@@ -162,6 +163,7 @@ def test_a_table_of_other_weights_does_not_fit(table: LatencyTable) -> None:
         check_table(table, request("Q4_0", dense=larger()))
 
 
+@pytest.mark.slow
 def test_predictions_are_near_what_random_models_take(table: LatencyTable, tmp_path: Path) -> None:
     """Far from the precision of real tables: three rounds, and models of a millisecond."""
     dense, generator = larger(), np.random.default_rng(3)

@@ -197,6 +197,7 @@ def embeddings(model: ModelConfig) -> np.ndarray:
     return np.asarray(task.embed(torch_function(task, dense), EvaluationSet(rows, processor, 40, 4)))
 
 
+@pytest.mark.slow
 def test_folders_are_read_as_sentence_transformers_reads_them(folders: dict[str, Path], tmp_path: Path) -> None:
     for name, model in (("qwen3", QWEN3), ("dense", WITH_DENSE)):
         found = embeddings(settings(folders[name]))

@@ -225,6 +225,7 @@ def by_cross_encoder(code: str, scratch: Path, *arguments: Path) -> list[np.ndar
     return list(np.load(scratch / "found.npy"))
 
 
+@pytest.mark.slow
 def test_cross_encoder_scores_alike(folder: Path, tmp_path: Path) -> None:
     """A language model with LogitScore and the chat template of its files, and a member from our loader in a converted
     one; cut texts keep what follows them."""

@@ -116,6 +116,7 @@ def scores_of(model: Any, tokenizer: Path) -> np.ndarray:
         return np.array([model(**processor(*pair, return_tensors="pt")).logits.item() for pair in PAIRS])
 
 
+@pytest.mark.slow
 def test_cross_encoder_takes_a_member_from_our_loader(tmp_path: Path) -> None:
     """The dense folder opened by CrossEncoder, its model replaced by the member's."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")

@@ -109,6 +109,7 @@ def full_size(folder: Path, dense: nn.Module, entries: Any, target: Path) -> Pat
     return target
 
 
+@pytest.mark.slow
 def test_dense_and_pruned_answer_as_sentence_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     opened: list[Path] = []

@@ -70,6 +70,7 @@ def make_member(folder: Path, model_type: str = "bert", task: str = "sentence-si
     return model, folder / "member"
 
 
+@pytest.mark.slow
 def test_reloaded_in_a_fresh_process_is_identical(tmp_path: Path) -> None:
     expected: dict[Path, dict[str, torch.Tensor]] = {}
     cases = [("bert", task) for task in TEXT_TASKS]

@@ -72,6 +72,7 @@ def test_embeddings_are_those_that_the_files_say(name: str, folders: dict[str, P
     assert (name == "mean") == (plain.shape == expected.shape and np.allclose(plain, expected, atol=1e-3))
 
 
+@pytest.mark.slow
 def test_sentence_transformers_answers_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     found = by_sentence_transformers(list(folders.values()), TEXTS, tmp_path)

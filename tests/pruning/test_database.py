@@ -261,6 +261,7 @@ def test_dropped_modules_need_no_statistics_and_keep_their_only_level(method: Me
         < estimate_bytes(modules, sizes, 32)
         < estimate_bytes(prunable_modules(dense), {m.name: [m.structures, 0] for m in prunable_modules(dense)}, 32)
     )
+    assert estimate_bytes(modules, sizes, 32) < estimate_bytes(modules, sizes, 32, fisher=True)
 
 
 def test_a_model_without_any_layer_left_has_a_database() -> None:

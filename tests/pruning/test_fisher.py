@@ -13,13 +13,13 @@ from torch.autograd.functional import hessian
 
 from tests.helpers.models import random_entries, tiny_inputs, tiny_model
 from tests.pruning.test_planner import table
-from ziplm_deploy.errors import NumericalError
+from ziplm_deploy.errors import NumericalError, UsageError
 from ziplm_deploy.models.modules import output_linear, prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.compensations import obs_levels
 from ziplm_deploy.pruning.database import Database, build_database
-from ziplm_deploy.pruning.fisher import fisher_information
+from ziplm_deploy.pruning.fisher import fisher_bytes, fisher_information
 from ziplm_deploy.pruning.methods import OutputLinear
 from ziplm_deploy.pruning.methods.base import FISHER_FLOOR
 from ziplm_deploy.pruning.moments import InputMoments
@@ -38,6 +38,7 @@ TASKS: dict[str, tuple[Task, tuple[int, ...]]] = {
     "embeddings by dot product": (get_task(SIMILARITY), (1, 4)),
 }
 DRAWS = 40_000
+ROOM = 2**30  # bytes that F may take
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -70,7 +71,7 @@ def test_noise_at_an_output_costs_what_its_information_says(task_name: str) -> N
     model = tiny_model("bert", task_name).eval()
     batch = tiny_inputs(model, 4, 9, 0)
     modules = prunable_modules(model)
-    information = fisher_information(model, task, [batch] * 100, modules, seed=0)
+    information = fisher_information(model, task, [batch] * 100, modules, seed=0, memory_limit_bytes=ROOM)
     generator, scale, draws = torch.Generator().manual_seed(3), 0.01, 300
     with torch.no_grad():
         dense = task.compared(model, batch)
@@ -92,7 +93,8 @@ def test_the_pass_leaves_the_model_as_it_was_and_repeats_itself(model_type: str)
     before = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     batches = [tiny_inputs(model, 3, 7, seed) for seed in range(2)]
     first, again, other = (
-        fisher_information(model, task, batches, prunable_modules(model), seed=seed) for seed in (0, 0, 1)
+        fisher_information(model, task, batches, prunable_modules(model), seed=seed, memory_limit_bytes=ROOM)
+        for seed in (0, 0, 1)
     )
     assert [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()] == before
     assert model.training
@@ -108,9 +110,28 @@ def test_a_model_that_gives_nan_is_refused_by_name() -> None:
     output_linear(model, prunable_modules(model)[-1]).weight.data.fill_(1e38)
     model.classifier.weight.data.fill_(1e38)  # type: ignore[union-attr, operator]
     with pytest.raises((NumericalError, RuntimeError)):
-        fisher_information(
-            model, get_task("text-classification"), [tiny_inputs(model)], prunable_modules(model), seed=0
-        )
+        information_of(model)
+
+
+def test_more_than_the_memory_limit_holds_is_refused() -> None:
+    model = tiny_model("bert", "text-classification")
+    needed = fisher_bytes([32] * len(prunable_modules(model)))
+    information_of(model, needed)
+    with pytest.raises(
+        UsageError, match=r"within prune\.memory_limit_gb = 0\.00, found that it takes 0\.00 GiB; raise"
+    ):
+        information_of(model, needed - 1)
+
+
+def information_of(model: nn.Module, memory_limit_bytes: int = ROOM) -> dict[str, Tensor]:
+    return fisher_information(
+        model,
+        get_task("text-classification"),
+        [tiny_inputs(model)],
+        prunable_modules(model),
+        seed=0,
+        memory_limit_bytes=memory_limit_bytes,
+    )
 
 
 def problem(seed: int = 0) -> tuple[OutputLinear, Tensor, Tensor]:
@@ -177,7 +198,7 @@ def test_a_plan_comes_without_measured_sensitivities(tmp_path) -> None:  # type:
     batches = [tiny_inputs(model, 8, 9, seed) for seed in range(6)]
     modules = prunable_modules(model)
     stats = collect_statistics(model, batches, modules, memory_limit_bytes=2**30)
-    information = fisher_information(model, task, batches, modules, seed=0)
+    information = fisher_information(model, task, batches, modules, seed=0, memory_limit_bytes=ROOM)
     assert "1.attention" not in information, "it was dropped before"
     search = SearchConfig(sensitivity_levels=0, coefficient_steps=4, swap_evaluations=8)
     prune = PruneConfig(fisher=True, search=search)

@@ -61,6 +61,7 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.slow
 def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
     run_dir = made / "runs" / "tiny"
     report = FamilyReport.load(run_dir / "report.json")
@@ -92,6 +93,7 @@ def test_by_default_all_that_can_be_made_here_are_measured(made: Path) -> None:
     assert not list(run_dir.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_the_report_shows_them_beside_the_members(made: Path) -> None:
     text = family_markdown(FamilyReport.load(made / "runs" / "tiny" / "report.json"))
     members = text.partition("## Members")[2].partition("##")[0]
@@ -101,12 +103,14 @@ def test_the_report_shows_them_beside_the_members(made: Path) -> None:
     assert "AutoQuantizationConfig." in text.partition("## Baselines")[2]
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_and_measures_nothing_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "openvino-int8")
     again = written_again(copied, recipe(copied, benchmark={"baselines": None}))
     assert not {name for name in again if name.startswith("baselines/") or name == "benchmark.json"}
 
 
+@pytest.mark.slow
 def test_without_any_nothing_is_left(copied: Path) -> None:
     report = run_pipeline(with_baselines(copied))
     assert report.baselines == []
@@ -115,6 +119,7 @@ def test_without_any_nothing_is_left(copied: Path) -> None:
     assert "## Baselines" not in family_markdown(report)
 
 
+@pytest.mark.slow
 def test_one_that_is_named_and_missing_ends_the_run_at_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "openvino-int8")
     before = stamps(copied)
@@ -124,6 +129,7 @@ def test_one_that_is_named_and_missing_ends_the_run_at_once(copied: Path, monkey
     assert not (copied / "runs" / "other" / "profile.json").exists()
 
 
+@pytest.mark.slow
 def test_a_tool_that_refuses_the_model_is_a_note_or_an_error(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: object, dense: DenseSource, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"half")
@@ -141,6 +147,7 @@ def test_a_tool_that_refuses_the_model_is_a_note_or_an_error(copied: Path, monke
     assert [path.name for path in (copied / "runs" / "tiny" / "baselines").iterdir()] == [f"{INT8}.json"]
 
 
+@pytest.mark.slow
 def test_a_file_that_its_engine_cannot_run_is_not_timed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_nonsense(self: object, dense: DenseSource, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"no graph")
@@ -152,6 +159,7 @@ def test_a_file_that_its_engine_cannot_run_is_not_timed(copied: Path, monkeypatc
     assert not (copied / "runs" / "tiny" / "baselines" / INT8).exists()
 
 
+@pytest.mark.slow
 def test_another_dense_model_or_tool_makes_them_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_dense(copied / "model", task="text-classification", num_hidden_layers=1, seed=1)
     changed = with_baselines(copied, INT8)
@@ -163,6 +171,7 @@ def test_another_dense_model_or_tool_makes_them_again(copied: Path, monkeypatch:
     assert "benchmark.json" not in again  # the file is the same
 
 
+@pytest.mark.slow
 def test_damaged_weights_beside_a_file_are_measured_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "openvino-int8")
     given = recipe(copied, benchmark={"baselines": None})
@@ -204,6 +213,7 @@ def test_where_members_learn_from_labels_so_does_a_dense_model(copied: Path, mon
     assert not {name for name in written_again(copied, again) if CONTROL in name}
 
 
+@pytest.mark.slow
 def test_a_dense_model_that_would_learn_nothing_is_not_trained_on(copied: Path) -> None:
     label_free = {"mode": "one-shot", "max_steps": 3, "batch_size": 16}
     with pytest.raises(RecipeError, match=rf"for the baseline {CONTROL}, found recover\.mode: one-shot without labels"):

@@ -31,6 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_llama_cpp_continues_as_the_member_does(finished: Path) -> None:
     pytest.importorskip("xllamacpp", reason="runs GGUF files; in the extra llamacpp")
     folder = finished / "runs" / "tiny" / "1.5x"

@@ -41,6 +41,7 @@ def run_dir(finished: Path) -> Path:
     return finished / "runs" / "tiny"
 
 
+@pytest.mark.slow
 def test_files_are_timed_on_every_call_of_the_same_rounds(run_dir: Path) -> None:
     record = BenchmarkRecord.load(run_dir / "benchmark.json")
     assert [timing.name for timing in record.variants] == ["dense", "1.1x", "dense F16", "1.1x F16"]
@@ -54,6 +55,7 @@ def test_files_are_timed_on_every_call_of_the_same_rounds(run_dir: Path) -> None
         assert len(timing.samples_ms) == len(record.variants[0].samples_ms)
 
 
+@pytest.mark.slow
 def test_scores_are_nearly_those_of_the_same_weights_in_onnx_runtime(run_dir: Path) -> None:
     for name in ("dense", "1.1x"):
         own, onnx = (Scores.load(run_dir / name / f"accuracy{part}.json") for part in ("_gguf", ""))
@@ -63,6 +65,7 @@ def test_scores_are_nearly_those_of_the_same_weights_in_onnx_runtime(run_dir: Pa
         assert own.scores["inverse_perplexity"] != onnx.scores["inverse_perplexity"]  # activations in float16
 
 
+@pytest.mark.slow
 def test_report_has_speedups_within_llama_cpp_and_over_onnx_runtime(run_dir: Path) -> None:
     report = FamilyReport.load(run_dir / "report.json")
     record = BenchmarkRecord.load(run_dir / "benchmark.json")
@@ -80,6 +83,7 @@ def test_report_has_speedups_within_llama_cpp_and_over_onnx_runtime(run_dir: Pat
     assert low < member.accuracy["inverse_perplexity"] < high
 
 
+@pytest.mark.slow
 def test_report_is_written_for_people(run_dir: Path) -> None:
     text = (run_dir / "report.md").read_text(encoding="utf-8")
     section = text.partition("## llama.cpp")[2].partition("\n## ")[0]
@@ -89,6 +93,7 @@ def test_report_is_written_for_people(run_dir: Path) -> None:
     assert "| 1 | 1 after 15 | 2 a request |" in section
 
 
+@pytest.mark.slow
 def test_other_weights_repeat_what_is_of_gguf_only(finished: Path) -> None:
     again = written_again(finished, parse_recipe(causal_recipe(finished, **MEASURED)))
     assert not {name for name in again if name.endswith((".gguf", ".onnx", "benchmark.json", "accuracy_gguf.json"))}

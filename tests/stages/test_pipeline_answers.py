@@ -27,6 +27,7 @@ def answers(model: Any, folder: Path) -> list[str]:
     return [NAMES[int(each.argmax())] for each in logits]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_members_own_answers(tmp_path: Path) -> None:
     classes = {"id2label": dict(enumerate(NAMES)), "label2id": {name: n for n, name in enumerate(NAMES)}}
     dense = save_dense(

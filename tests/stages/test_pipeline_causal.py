@@ -142,6 +142,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "tiny"
 
 
+@pytest.mark.slow
 def test_members_learn_from_the_dense_model(trained: Path) -> None:
     record = TrainingRecord.load(trained / "1.5x" / "training.json")
     assert record.steps == 40

@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_ranks_as_it_does_itself_and_members_are_classifiers(folder: Path) -> None:
     compress = {"variants": ["int8"], "int8": {"method": "static", "n_calibration": 8}}
     changes = {"compress": compress, "recover": {"mode": "one-shot", "max_steps": 3, "batch_size": 8}}
@@ -73,6 +74,7 @@ def test_a_model_ranks_as_it_does_itself_and_members_are_classifiers(folder: Pat
     assert {"1.5x/model.onnx", "1.5x/chat_template.jinja", "dense/model.onnx", "report.json"} <= again
 
 
+@pytest.mark.slow
 def test_a_reranker_is_trained_from_its_answers(folder: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", ranked_rows(8))
     training = {"dense": {"train": True, "max_steps": 2, "batch_size": 8}, "output_dir": str(tmp_path / "runs")}

@@ -149,6 +149,7 @@ def test_a_finished_run_does_nothing_and_a_changed_setting_redoes_what_depends_o
     }
 
 
+@pytest.mark.slow
 def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made: Path) -> None:
     report = run(for_int8(made, tmp_path, STATIC))
     folder = tmp_path / "tiny"
@@ -166,6 +167,7 @@ def test_a_target_of_int8_is_profiled_and_measured_in_int8(tmp_path: Path, made:
         run(recipe(made, name="other", output_dir=str(tmp_path), profile={"table": str(folder / "profile.json")}))
 
 
+@pytest.mark.slow
 def test_a_target_that_float32_linears_cost_is_solved_again(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     assert manifest["corrections"]["1.5x"]["float32_slowdown"] > 1
 
 
+@pytest.mark.slow
 def test_training_with_zeros_and_rounding_keeps_the_zeros(copied: Path, made: Path) -> None:
     settings = {
         "variants": ["sparse", "sparse-int8"],

@@ -84,6 +84,7 @@ def image_recipe(folder: Path, **data: Any) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_a_tower_of_images_is_pruned_trained_compressed_and_judged(images: FamilyReport, folder: Path) -> None:
     dense, member = images.members
     assert set(dense.served.accuracy) == {"ndcg_at_10", "recall_at_1"}
@@ -97,6 +98,7 @@ def test_a_tower_of_images_is_pruned_trained_compressed_and_judged(images: Famil
     assert "ORTModelForCustomTasks" in card
 
 
+@pytest.mark.slow
 def test_captions_search_images_and_images_captions(images: FamilyReport, folder: Path) -> None:
     found = images.retrieval
     assert found is not None

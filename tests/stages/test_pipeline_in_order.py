@@ -16,6 +16,7 @@ from ziplm_deploy.reporting.records import FamilyReport
 pytestmark = pytest.mark.transformers
 
 
+@pytest.mark.slow
 def test_a_causal_model_by_slimgpt(tmp_path: Path) -> None:
     save_causal(tmp_path)
     recipe = parse_recipe(causal_recipe(tmp_path, prune={"method": "slimgpt"}, speedups=[1.3]))

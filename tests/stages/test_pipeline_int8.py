@@ -35,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_half_of_the_examples_chooses(made: Path) -> None:
     folder = made / "runs" / "tiny"
     choosing, others = halves(30, seed=0)

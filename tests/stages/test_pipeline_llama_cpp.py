@@ -51,6 +51,7 @@ def run_dir(finished: Path) -> Path:
     return finished / "runs" / "tiny"
 
 
+@pytest.mark.slow
 def test_table_is_of_gguf_files_in_llama_cpp(run_dir: Path) -> None:
     table = LatencyTable.load(run_dir / "profile.json")
     assert (table.engine, table.engine_version) == ("llamacpp", importlib.metadata.version("xllamacpp"))
@@ -60,12 +61,14 @@ def test_table_is_of_gguf_files_in_llama_cpp(run_dir: Path) -> None:
     assert [len(cell.timing.of_calls) for cell in table.cells] == [3] * len(table.cells)
 
 
+@pytest.mark.slow
 def test_members_are_gguf_files_and_nothing_else(run_dir: Path) -> None:
     assert not list(run_dir.rglob("*.onnx"))
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*.gguf")}
     assert files == {"dense/model.gguf", "1.1x/model.gguf", "pruning/1.1x/model.gguf"}
 
 
+@pytest.mark.slow
 def test_speedups_are_over_the_dense_gguf_file(run_dir: Path) -> None:
     record = BenchmarkRecord.load(run_dir / "benchmark.json")
     assert [(timing.name, timing.engine) for timing in record.variants] == [("dense", "llamacpp"), ("1.1x", "llamacpp")]
@@ -77,6 +80,7 @@ def test_speedups_are_over_the_dense_gguf_file(run_dir: Path) -> None:
     assert in_loop.variant("1.1x").engine == "llamacpp"
 
 
+@pytest.mark.slow
 def test_scores_are_llama_cpps_own_and_near_torch(finished: Path, run_dir: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -91,6 +95,7 @@ def test_scores_are_llama_cpps_own_and_near_torch(finished: Path, run_dir: Path)
     assert {"next_token_agreement", "divergence"} <= scores.scores.keys()
 
 
+@pytest.mark.slow
 def test_members_continue_texts_in_llama_cpp(run_dir: Path) -> None:
     written = Continuations.load(run_dir / "dense" / "continuations.json")
     from transformers import AutoTokenizer
@@ -104,6 +109,7 @@ def test_members_continue_texts_in_llama_cpp(run_dir: Path) -> None:
     assert written.texts[0].startswith(tokenizer.decode(ids[start:]))
 
 
+@pytest.mark.slow
 def test_report_and_card_say_what_was_measured(run_dir: Path) -> None:
     report = FamilyReport.load(run_dir / "report.json")
     assert [member.served.facts["weights"] for member in report.members] == ["F16", "F16"]
@@ -120,11 +126,13 @@ def test_report_and_card_say_what_was_measured(run_dir: Path) -> None:
     assert "optimum" not in card
 
 
+@pytest.mark.slow
 def test_a_member_for_llama_cpp_says_so_where_onnx_is_asked_for(run_dir: Path) -> None:
     with pytest.raises(CorruptArtifactError, match=r"expected model\.onnx .*run its model\.gguf in llama\.cpp"):
         load_runner(run_dir / "1.1x")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again_and_other_weights_are_another_run(finished: Path) -> None:
     again = written_again(finished, parse_recipe(causal_recipe(finished, **IN_LLAMA_CPP)))
     assert not {name for name in again if name.endswith((".gguf", "profile.json", "benchmark.json", ".safetensors"))}

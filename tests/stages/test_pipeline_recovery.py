@@ -49,7 +49,7 @@ def with_training(folder: Path, mode: str, **changes: Any) -> dict[str, Any]:
     return {**raw, "recover": recover, **changes}
 
 
-@pytest.fixture(scope="module", params=["one-shot", "gradual"])
+@pytest.fixture(scope="module", params=["one-shot", pytest.param("gradual", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(base, folder, dirs_exist_ok=True)
@@ -162,6 +162,7 @@ def test_a_training_that_fails_leaves_the_pruned_model_and_goes_on_where_it_was(
     assert (run_dir / "pruning" / "1.5x" / "model.onnx").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_a_base_checkpoint_is_fine_tuned_first(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(base, folder)
@@ -242,6 +243,7 @@ def test_pruning_alone_is_refused_where_it_needs_trained_models(base: Path) -> N
         ziplm_deploy.recover(recipe(base))
 
 
+@pytest.mark.slow
 def test_drafts_of_all_generations_are_timed_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     raw = with_training(tmp_path, "gradual")

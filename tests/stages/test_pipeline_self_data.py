@@ -54,6 +54,7 @@ def names_in(path: Path) -> set[str]:
         return set(tensors.keys())
 
 
+@pytest.mark.slow
 def test_reports_and_cards_say_what_the_text_is(run_dir: Path) -> None:
     report, texts = FamilyReport.load(run_dir / "report.json"), read_texts(run_dir / "sampled-texts")
     assert report.sampled_text is not None
@@ -69,6 +70,7 @@ def test_reports_and_cards_say_what_the_text_is(run_dir: Path) -> None:
     assert not list(run_dir.glob("sampling-*"))
 
 
+@pytest.mark.slow
 def test_members_are_trained_by_adapters_and_none_is_left(run_dir: Path) -> None:
     for member in ("1.2x", "1.5x"):
         record = TrainingRecord.load(run_dir / member / "training.json")
@@ -81,6 +83,7 @@ def test_members_are_trained_by_adapters_and_none_is_left(run_dir: Path) -> None
     assert not (run_dir / "recovery").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_samples_nothing_and_other_settings_sample_and_calibrate_again(finished: Path) -> None:
     changed = written_again(finished, parse_recipe(without_text(finished)))
     assert not {name for name in changed if name.endswith((".onnx", ".safetensors")) or name.startswith("sampled")}
@@ -101,6 +104,7 @@ def test_a_finished_run_samples_nothing_and_other_settings_sample_and_calibrate_
             assert run.folder.is_made("profile", profile_key(run))
 
 
+@pytest.mark.slow
 def test_a_killed_sampling_goes_on_and_one_shot_members_learn_from_it(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,12 +135,14 @@ def test_a_killed_sampling_goes_on_and_one_shot_members_learn_from_it(
     }
 
 
+@pytest.mark.slow
 def test_a_profile_alone_needs_no_text(finished: Path, tmp_path: Path) -> None:
     raw = without_text(finished, profile={"table": str(finished / "runs" / "tiny" / "profile.json")})
     ziplm_deploy.profile(parse_recipe({**raw, "output_dir": str(tmp_path)}))
     assert not (tmp_path / "tiny" / "sampled-texts").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_before_any_work(finished: Path, tmp_path: Path) -> None:
     raw = {**without_text(finished), "output_dir": str(tmp_path)}
     wide = {**raw["recover"], "lora": {"rank": 64}}

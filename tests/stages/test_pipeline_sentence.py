@@ -64,6 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_scores_itself_right_and_its_members_keep_what_it_has(folder: Path) -> None:
     compress = {"variants": ["int8"], "int8": {"method": "static", "n_calibration": 8}}
     recover = {"mode": "one-shot", "max_steps": 3, "batch_size": 8}

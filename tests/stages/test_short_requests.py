@@ -39,6 +39,7 @@ def test_when_short_requests_are_timed(
     assert (found.workload.seq_len if found else None) == tokens
 
 
+@pytest.mark.slow
 def test_the_report_shows_them_beside_the_workloads(tmp_path: Path) -> None:
     save_dense(tmp_path / "model", task="text-classification", num_hidden_layers=1)
     for name, seed in (("train", 0), ("test", 1)):

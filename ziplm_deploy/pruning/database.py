@@ -22,6 +22,7 @@ from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_
 from ziplm_deploy.models.resizing import dropped_as_is
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.compensations import dropped_level
+from ziplm_deploy.pruning.fisher import fisher_bytes
 from ziplm_deploy.pruning.methods import OutputLinear, get_method
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.recipe import PruneConfig
@@ -224,8 +225,17 @@ def build_database(
     return database
 
 
-def estimate_bytes(modules: Iterable[PrunableModule], sizes: Mapping[str, Sequence[int]], hidden: int) -> int:
-    """Bytes that :func:`build_database` needs at most beside the model: all levels, all Hessians, one module's work."""
+def estimate_bytes(
+    modules: Iterable[PrunableModule], sizes: Mapping[str, Sequence[int]], hidden: int, *, fisher: bool = False
+) -> int:
+    """Bytes that :func:`build_database` needs at most beside the model: all levels, all Hessians, one module's work.
+
+    Args:
+        fisher: with Fisher information at every output, and the factor of one.
+    """
+    modules = list(modules)
+    outputs = [hidden for module in modules if module.structures]
+    information = fisher_bytes(outputs) + 16 * hidden**2 if fisher else 0
     levels = hessians = largest = 0
     for module in modules:
         d = module.structures * module.group_size
@@ -234,4 +244,4 @@ def estimate_bytes(modules: Iterable[PrunableModule], sizes: Mapping[str, Sequen
         hessians += 8 * d * d
         # moment, damped H, factor and permuted copy, or H, G, S and their panels; W in five float64 versions
         largest = max(largest, 8 * (5 * d * d + 5 * hidden * d))
-    return levels + hessians + largest
+    return levels + hessians + largest + information

@@ -8,12 +8,12 @@ of different modules cannot be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.errors import NumericalError
+from ziplm_deploy.errors import NumericalError, UsageError
 from ziplm_deploy.models.modules import PrunableModule, output_linear
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.tasks import Task
@@ -30,6 +30,7 @@ def fisher_information(
     modules: Sequence[PrunableModule],
     *,
     seed: int,
+    memory_limit_bytes: int,
     progress: StepProgress | None = None,
 ) -> dict[str, Tensor]:
     """F of every module that is there, by name: float64 [hidden, hidden], in the unit of the task's divergence.
@@ -38,15 +39,25 @@ def fisher_information(
 
     Args:
         batches: model inputs; as many are read as hold :data:`ENOUGH_TOKENS`.
+        memory_limit_bytes: for F of all modules, see :func:`fisher_bytes`.
         progress: called with (tokens done, tokens in all).
 
     Raises:
+        UsageError: F of all modules is above the limit.
         NumericalError: NaN or infinite gradients; names the module.
     """
+    modules = [module for module in modules if module.structures]
+    needed = fisher_bytes([output_linear(model, module).out_features for module in modules])
+    if needed > memory_limit_bytes:
+        raise UsageError(
+            f"expected Fisher information of {len(modules)} modules within prune.memory_limit_gb = "
+            f"{memory_limit_bytes / 2**30:.2f}, found that it takes {needed / 2**30:.2f} GiB; raise the limit, or set "
+            "prune.fisher: false"
+        )
     parts = list(_parts(batches))
     total = sum(_tokens(part) for part in parts)
     generator = torch.Generator().manual_seed(seed)
-    sums = _Gradients(model, [module for module in modules if module.structures])
+    sums = _Gradients(model, modules)
     done = n_rows = 0
     with sums:
         for part in parts:
@@ -57,6 +68,11 @@ def fisher_information(
             if progress is not None:
                 progress(done, total)
     return sums.finish(n_rows)
+
+
+def fisher_bytes(widths: Iterable[int]) -> int:
+    """Bytes of F for outputs of these sizes: its sums in float64, and what a database keeps of it in float32."""
+    return sum((8 + 4) * width * width for width in widths)
 
 
 class _Gradients:

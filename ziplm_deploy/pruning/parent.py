@@ -56,7 +56,7 @@ class Parent:
         prune = self._recipe.prune
         modules = prunable_modules(self.model)
         hidden_size = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        needed = estimate_bytes(modules, self.sizes, hidden_size)
+        needed = estimate_bytes(modules, self.sizes, hidden_size, fisher=prune.fisher)
         limit = f"Hessians at most {prune.memory_limit_gb:g} GiB at a time"
         progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
         fisher = self._fisher(hessians_of, progress) if prune.fisher else None
@@ -69,15 +69,24 @@ class Parent:
     def _fisher(self, hessians_of: nn.Module | None, progress: Progress) -> dict[str, Tensor]:
         """Fisher information at every module's output, of the model that statistics are of."""
         model = self.model if hessians_of is None else hessians_of
-        batches, seed = self._calibration().hessian, self._recipe.seed
         return fisher_information(
-            model, self._task, batches, prunable_modules(model), seed=seed, progress=progress.step
+            model,
+            self._task,
+            self._calibration().hessian,
+            prunable_modules(model),
+            seed=self._recipe.seed,
+            memory_limit_bytes=self._limit_bytes,
+            progress=progress.step,
         )
+
+    @property
+    def _limit_bytes(self) -> int:
+        return int(self._recipe.prune.memory_limit_gb * 2**30)
 
     def _moments(
         self, modules: list[PrunableModule], hessians_of: nn.Module | None
     ) -> Iterator[tuple[str, InputMoments]]:
-        batches, limit = self._calibration().hessian, int(self._recipe.prune.memory_limit_gb * 2**30)
+        batches, limit = self._calibration().hessian, self._limit_bytes
         if hessians_of is None:
             yield from iter_statistics(self.model, batches, modules, memory_limit_bytes=limit)
             return
