@@ -174,6 +174,27 @@ def of_result(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable
     return wrap
 
 
+# The widest arithmetic of a CPU decides how INT8 does there: what a row is called after, best first.
+_ARITHMETIC = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+
+
+def cpu_text(machine: Mapping[str, Any]) -> str:
+    """A CPU with the widest arithmetic that it has, as tables name it."""
+    kinds = [name for flag, name in _ARITHMETIC.items() if flag in machine["isa"]]
+    return f"{machine['cpu']} ({kinds[0]})" if kinds else str(machine["cpu"])
+
+
+def place_text(result: Mapping[str, Any]) -> str:
+    """Where and when a result was measured, as the end of a caption."""
+    return f"{cpu_text(result['machine'])}, {result['date'][:10]}."
+
+
 def interval_text(speedup: float, low: float, high: float) -> str:
     """A measured speedup as tables have it."""
     return f"{speedup:.2f}x [{low:.2f}, {high:.2f}]"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, verdict_of
+from common import RESULTS, cpu_text, verdict_of
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -35,8 +35,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown table: program, figure, value, spread or 95 % interval, goal, verdict, n, commit."""
-    lines = ["| program | figure | value | spread | goal | | n | commit |", "|---|---|---|---|---|---|---|---|"]
+    """Markdown table: program, figure, value, spread or 95 % interval, goal, verdict, n, CPU, commit."""
+    lines = [
+        "| program | figure | value | spread | goal | | n | CPU | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for result in results:
         for name, figure in result["figures"].items():
             bounds = figure.get("interval") or figure.get("spread") or []
@@ -51,22 +54,23 @@ def table(results: list[dict[str, Any]]) -> str:
                 figure["goal"],
                 met,
                 figure["n"],
-                measured_at(result, name),
+                *measured_at(result, name),
             ]
             lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
 
 
-def measured_at(result: Mapping[str, Any], figure: str) -> str:
-    """The commits that a figure was measured at: where a result is merged of parts, not that of the merging."""
+def measured_at(result: Mapping[str, Any], figure: str) -> tuple[str, str]:
+    """CPUs and commits that a figure was measured at: where a result is merged of parts, not those of the merging."""
     settings = result.get("settings", {})
     tasks, parts = settings.get("tasks", settings), settings.get("parts", [])
     named = [(name, part) for name, part in tasks.items() if isinstance(part, dict)]
     named += [(part["task"], part) for part in parts if isinstance(part, dict) and "task" in part]
-    commits = [(name.replace("-", "_"), part["commit"]) for name, part in named if "commit" in part]
-    own = max((name for name, _ in commits if figure.startswith(f"{name}_")), key=len, default="")
-    found = [commit for name, commit in commits if name == (own or name)]
-    return ", ".join(dict.fromkeys(commit[:10] for commit in found or [result["commit"]]))
+    origins = [(name.replace("-", "_"), part) for name, part in named if "commit" in part]
+    own = max((name for name, _ in origins if figure.startswith(f"{name}_")), key=len, default="")
+    found = [{**result, **part} for name, part in origins if name == (own or name)] or [result]
+    cpus, commits = [cpu_text(each["machine"]) for each in found], [each["commit"][:10] for each in found]
+    return ", ".join(dict.fromkeys(cpus)), ", ".join(dict.fromkeys(commits))
 
 
 def main() -> int:

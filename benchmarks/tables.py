@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accuracy import gain_text, percent_of_dense_text, percent_text
-from common import PENDING, RESULTS, ROOT, goal_met, interval_text, of_result
+from common import PENDING, RESULTS, ROOT, cpu_text, goal_met, interval_text, of_result, place_text
 from summary import read_results
 from summary import table as figures_table
 from tables_compression import (
@@ -95,7 +95,7 @@ def _quickstart_baselines(result: dict[str, Any]) -> list[BaselineReport]:
 def _quickstart_place(result: dict[str, Any]) -> str:
     machine, (ratio, low, high) = result["machine"], result["settings"]["aa"]
     return (
-        f"{result['settings']['environment']}, {machine['cores']} core(s) of {machine['cpu']}, onnxruntime "
+        f"{result['settings']['environment']}, {machine['cores']} core(s) of {cpu_text(machine)}, onnxruntime "
         f"{result['versions']['onnxruntime']}, {result['date'][:10]}; the dense model against itself in the same run: "
         f"{ratio:.3f} [{low:.3f}, {high:.3f}]. Intervals over {_processes(result['settings'])}. The run took "
         f"{result['figures']['total_seconds']['value'] / 60:.1f} minutes."
@@ -121,7 +121,7 @@ def headline(result: dict[str, Any]) -> str:
         f"Measured by `benchmarks/pareto.py`: all-MiniLM-L6-v2, every method trained alike for {recovery['max_steps']} "
         f"steps without labels, scores of the ONNX files; baseline: the dense float32 model on onnxruntime "
         f"{result['versions']['onnxruntime']} in the same run; batch 1, 128 tokens, 1 thread of {machine['cores']} "
-        f"core(s) of {machine['cpu']}, {result['date'][:10]}; one seed, intervals over {_processes(about)}."
+        f"core(s) of {cpu_text(machine)}, {result['date'][:10]}; one seed, intervals over {_processes(about)}."
     )
     return f"{what} {how}"
 
@@ -163,7 +163,7 @@ def family_table(result: dict[str, Any]) -> str:
     places: dict[str, list[str]] = {}
     for task, about in result["settings"]["tasks"].items():
         origin = result | about
-        place = f"{origin['machine']['cores']} core(s) of {origin['machine']['cpu']}, {origin['date'][:10]}"
+        place = f"{origin['machine']['cores']} core(s) of {cpu_text(origin['machine'])}, {origin['date'][:10]}"
         places.setdefault(place, []).append(task)
     caption = (
         "One gradual run a task, one seed: " + "; ".join(f"{', '.join(t)} on {p}" for p, t in places.items()) + "."
@@ -180,7 +180,8 @@ def ablation_table(result: dict[str, Any]) -> str:
         [task, variant, *(percent_text(found.get((task, variant, target))) for target in targets)]
         for task, variant in dict.fromkeys(key[:2] for key in found)
     ]
-    return "\n".join(markdown_table(["task", "training", *(f"{target:g}x" for target in targets)], cells))
+    titles = ["task", "training", *(f"{target:g}x" for target in targets)]
+    return "\n".join([*markdown_table(titles, cells), "", place_text(result)])
 
 
 @of_result("pareto")
@@ -196,7 +197,8 @@ def pareto_table(result: dict[str, Any]) -> str:
         ]
         for row in sorted(result["rows"], key=lambda row: (row["task"], row["target"]))
     ]
-    return "\n".join(markdown_table(["task", "method", "measured [95 %]", "score", "of dense"], cells))
+    titles = ["task", "method", "measured [95 %]", "score", "of dense"]
+    return "\n".join([*markdown_table(titles, cells), "", place_text(result)])
 
 
 def figures_with_goals() -> str:

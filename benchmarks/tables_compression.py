@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accuracy import percent_of_dense_text, percent_text, points_lost_text
-from common import interval_text, of_result
+from common import cpu_text, interval_text, of_result, place_text
 
 from ziplm_deploy.reporting.table import MISSING, markdown_table
 
@@ -27,8 +27,8 @@ def zeros_and_integers(result: dict[str, Any]) -> str:
     return (
         f"A banking77 classifier pruned to 4x: {figure('fp32', 'onnxruntime')}; INT8 on top: "
         f"{figure('int8', 'onnxruntime')}; zeros and INT8: {figure('sparse-int8', 'deepsparse')}. Speedup over dense "
-        f"float32 ONNX Runtime and percent of its accuracy; 1 thread, {result['machine']['cpu']} "
-        f"({_integer_flags(result)}), {result['date'][:10]}; one seed."
+        f"float32 ONNX Runtime and percent of its accuracy; 1 thread, {cpu_text(result['machine'])}, "
+        f"{result['date'][:10]}; one seed."
     )
 
 
@@ -43,8 +43,7 @@ def compound_table(result: dict[str, Any]) -> str:
         cells.append([task, member, variant, *map(_speedup_and_score, own)])
     caption = (
         f"Speedup over dense float32 ONNX Runtime in the same run, and accuracy on that engine. Batch 1 where no other "
-        f"is named, 128 tokens, 1 thread, {result['machine']['cpu']} "
-        f"({_integer_flags(result)}), "
+        f"is named, 128 tokens, 1 thread, {cpu_text(result['machine'])}, "
         f"{result['date'][:10]}; one seed. The dense model against itself in the same run: "
         + ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(*part["timing"]["aa"]) for part in result["settings"].values())
         + "."
@@ -78,7 +77,7 @@ def int8_table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     titles = ["model", "form", "engine", "accuracy", "points lost", "over float32 [95 %]", "ONNX MB"]
-    return "\n".join(markdown_table(titles, cells))
+    return "\n".join([*markdown_table(titles, cells), "", place_text(result)])
 
 
 @of_result("compound_tables")
@@ -96,7 +95,7 @@ def compound_targets_table(result: dict[str, Any]) -> str:
         for row in sorted(result["rows"], key=lambda row: row["target"])
     ]
     titles = ["target", "table", "measured [95 %]", "off by", "corrections", "accuracy"]
-    return "\n".join(markdown_table(titles, cells))
+    return "\n".join([*markdown_table(titles, cells), "", place_text(result)])
 
 
 @of_result("sparsity_accuracy")
@@ -113,11 +112,7 @@ def sparsity_accuracy_table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     titles = ["zeros", "passes", "steps of training", "accuracy", "of dense"]
-    return "\n".join(markdown_table(titles, cells))
-
-
-def _integer_flags(result: dict[str, Any]) -> str:
-    return " ".join(flag for flag in result["machine"]["isa"] if "vnni" in flag or "int8" in flag)
+    return "\n".join([*markdown_table(titles, cells), "", place_text(result)])
 
 
 @of_result("int8_ranges")
@@ -138,6 +133,6 @@ def int8_ranges_table(result: dict[str, Any]) -> str:
     caption = (
         f"Means over {len(result['settings']['seeds'])} seeds of {result['settings']['n_calibration']} calibration "
         f"sentences, with the smallest and the largest; {result['settings']['n_evaluation']} pairs, on which float32 "
-        f"has {figures['float32_spearman']['value']:.4f}. {result['machine']['cpu']}, {result['date'][:10]}."
+        f"has {figures['float32_spearman']['value']:.4f}. {place_text(result)}"
     )
     return "\n".join([*markdown_table(titles, cells), "", caption])

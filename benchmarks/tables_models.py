@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import of_result
+from common import of_result, place_text
 
 from ziplm_deploy.reporting.table import MISSING, markdown_table
 
@@ -33,7 +33,7 @@ def architectures_table(result: dict[str, Any]) -> str:
     n_models = len(result["settings"]["models"])
     text = (
         f"{n_models} random models, random weights: largest difference of a file's answers from torch's, predicted "
-        f"against measured speedup. {result['machine']['cpu']}, {result['date'][:10]}."
+        f"against measured speedup. {place_text(result)}"
     )
     return "\n".join([*markdown_table(titles, cells), "", text])
 
@@ -54,7 +54,10 @@ def decoder_speed_table(result: dict[str, Any]) -> str:
     ]
     titles = ["model", "perplexity", "prefill tokens/s", "ms", "decode tokens/s", "ms a token"]
     settings = result["settings"]
-    text = f"One thread, prompts of {settings['prefill']} tokens. {result['machine']['cpu']}, {result['date'][:10]}."
+    text = (
+        f"One thread, prompts of {settings['prefill']} tokens; brackets hold the least and the most of the rounds. "
+        f"{place_text(result)}"
+    )
     return "\n".join([*markdown_table(titles, cells), "", text])
 
 

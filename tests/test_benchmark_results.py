@@ -91,7 +91,19 @@ def test_result_has_the_published_shape_and_the_summary_shows_it(tmp_path: Path)
     ],
 )
 def test_a_figure_names_the_commits_it_was_measured_at(settings: dict[str, Any], figure: str, shown: str) -> None:
-    assert measured_at({"commit": "of_merging", "settings": settings}, figure) == shown
+    result = {"commit": "of_merging", "machine": {"cpu": "EPYC", "isa": ["avx2", "fma"]}, "settings": settings}
+    assert measured_at(result, figure) == ("EPYC (AVX2)", shown)
+
+
+def test_a_figure_names_the_cpus_of_its_parts() -> None:
+    parts = {
+        name: {"commit": name, "machine": {"cpu": name, "isa": isa}}
+        for name, isa in (("sst2", ["avx2", "avx512f", "avx512_vnni"]), ("rte", ["avx2", "avx512_vnni", "amx_int8"]))
+    }
+    result = {"commit": "of_merging", "machine": {"cpu": "last", "isa": []}, "settings": parts}
+    assert measured_at(result, "best_percent") == ("sst2 (AVX-512 VNNI), rte (AMX)", "sst2, rte")
+    assert measured_at(result, "rte_percent") == ("rte (AMX)", "rte")
+    assert measured_at(result | {"settings": {}}, "rte_percent") == ("last", "of_merging")
 
 
 def test_summary_fails_on_a_missed_goal_and_on_a_damaged_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prune a Transformer encoder to measured speedups on this CPU and export the family as ONNX.
+"""Prune a Transformer to measured speedups on this CPU and export the family as ONNX.
 
 Everything in ``__all__`` is imported when it is first asked for: importing the package loads no torch and no engine.
 """

@@ -268,7 +268,7 @@ OF_CAUSAL_MODELS = {
 # Refused with training of zeros, which this run has; what it repeats: test_pipeline_recovery.
 NOT_WITH_ZEROS = {"recover.lora"}
 # Refused for classifiers; what it repeats: test_pipeline_retrieval.
-OF_EMBEDDINGS = {"data.retrieval"}
+OF_EMBEDDINGS = {"data.retrieval", "data.passage_length"}
 # The same; what they repeat: test_pipeline_causal_reranker.
 OF_RERANKERS = {"model.pair_prompt", "model.instruction", "model.answer_tokens"}
 

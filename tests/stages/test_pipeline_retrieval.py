@@ -15,9 +15,10 @@ from tests.helpers.pipeline import raw_recipe, written_again
 from tests.helpers.search_data import ranked_rows, write_lines
 from tests.helpers.sentence_models import TinySentenceModel
 from ziplm_deploy.cli.console import print_family
+from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import CorruptArtifactError, DataError, RecipeError
 from ziplm_deploy.pipeline import run_pipeline
-from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.recipe import Recipe, Variant, parse_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_data
@@ -106,6 +107,27 @@ def test_the_console_shows_what_is_found_and_cut_passages_are_noted(
         note = cut_passages_note(run)
     assert note is not None
     assert "are longer than 6 tokens and were cut" in note
+
+
+def test_passages_may_be_longer_than_queries(report: FamilyReport, folder: Path, tmp_path: Path) -> None:
+    short = {"environment": {"workload": {"seq_len": 6}}, "output_dir": str(tmp_path)}
+    with Run(search_recipe(folder)) as plain, Run(search_recipe(folder, data={"passage_length": 32}, **short)) as run:
+        assert cut_passages_note(run) is None
+        assert run.data.retrieval_key != plain.data.retrieval_key
+        runner = onnx_runner(folder / "runs" / "tiny" / "dense" / "model.onnx")
+        how, whole = (each.data.passages_taken_by(Variant.FP32) for each in (run, plain))
+        found, expected = run.data.retrieval.embed_own(runner, how), plain.data.retrieval.embed_own(runner, whole)
+    np.testing.assert_allclose(found["passages"], expected["passages"], atol=1e-6)
+    assert np.abs(found["queries"] - expected["queries"]).max() > 1e-3, "queries are cut"
+    with (
+        Run(search_recipe(folder, data={"passage_length": 4096}, **short)) as run,
+        pytest.raises(RecipeError, match=r"expected data\.passage_length up to \d+ tokens, .* found 4096"),
+    ):
+        check_data(run)
+    for changes in ({"data": {"retrieval": None}}, {"export": {"shapes": "static"}}):
+        data = {"passage_length": 32, **changes.get("data", {})}
+        with pytest.raises(RecipeError, match=r"expected data\.retrieval and export\.shapes: dynamic beside"):
+            search_recipe(folder, **{**changes, "data": data})
 
 
 def test_only_what_changed_is_searched_again(report: FamilyReport, folder: Path) -> None:

@@ -86,7 +86,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Make a Transformer encoder as much faster as you need on this CPU, and measure that it is.",
+    help="Make a Transformer as much faster as you need on this CPU, and measure that it is.",
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; fields: ziplm-deploy recipe-reference.")]

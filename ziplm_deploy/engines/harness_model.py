@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
-from lm_eval.utils import (
-    get_rolling_token_windows,
-    make_disjoint_window,
-)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ziplm_deploy.engines.generator import Sampling, load_runner, read_settings
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import UsageError
+from ziplm_deploy.tasks.evaluation_set import ModelFunction
 
 TOKENS_AT_ONCE = 2048  # of a call, padding included: each has logits of the whole vocabulary
 MAX_NEW_TOKENS = 256  # where a task names no limit, as in the harness
@@ -41,11 +40,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, folder: Path | str, file: str = "model.onnx") -> None:
         super().__init__()
-        folder = Path(folder)
+        self._path = Path(folder) / file
         self.generator = load_runner(folder, file)
-        self._answer = onnx_runner(folder / file)
-        self._settings = read_settings(folder / "config.json")
+        self._settings = read_settings(Path(folder) / "config.json")
         self.max_length = self.generator.max_length or TOKENS_AT_ONCE
+
+    @functools.cached_property
+    def _answer(self) -> ModelFunction:
+        """Logits of all tokens, by a session of its own, which tasks of continuations alone do without."""
+        return onnx_runner(self._path)
 
     @property
     def eot_token_id(self) -> int:

@@ -90,6 +90,13 @@ class DataConfig(Frozen):
         description="Queries of `retrieval`, or images with their captions, searched for among all that it holds; "
         "default: all of them.",
     )
+    passage_length: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda length: length is None,
+        description="Tokens that passages of `retrieval` are cut at, for models that serve short queries against an "
+        "index of long passages; default: the workload's `seq_len`, as for queries.",
+    )
     n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")
 
     def is_generated(self, which: str) -> bool:

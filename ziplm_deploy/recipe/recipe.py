@@ -151,6 +151,11 @@ class Recipe(Frozen):
                 "expected model.task image-feature-extraction or sentence-similarity for data.retrieval, which is "
                 f"searched by embeddings, found {self.model.task}; leave the field out"
             )
+        if self.data.passage_length is not None and (self.data.retrieval is None or self.export.shapes == "static"):
+            raise ValueError(
+                "expected data.retrieval and export.shapes: dynamic beside data.passage_length, found "
+                f"{self.data.retrieval} and {self.export.shapes}; leave data.passage_length out"
+            )
         return self
 
     @model_validator(mode="after")

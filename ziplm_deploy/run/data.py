@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from exporters import input_names
+from exporters import input_names, max_tokens
 from exporters.heads import patches_of
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.errors import RecipeError
@@ -25,7 +25,7 @@ from ziplm_deploy.run.folder import RunFolder
 from ziplm_deploy.run.partner import embed_by
 from ziplm_deploy.tasks import EvaluationSet, Task
 from ziplm_deploy.tasks.base import Which
-from ziplm_deploy.tasks.batching import Batch, fitted
+from ziplm_deploy.tasks.batching import Batch, fitted, length_limit
 from ziplm_deploy.tasks.cross_retrieval import CrossRetrieval, has_images, pairs_hash, read_pairs
 from ziplm_deploy.tasks.embeddings import EmbeddingTask
 from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
@@ -155,7 +155,7 @@ class RunData:
     def retrieval_key(self) -> str:
         """Stands for what is searched for, and where, as the model sees it."""
         recipe = self._recipe
-        names = {"retrieval_split", "config_name", "retrieval_columns", "n_retrieval"}
+        names = {"retrieval_split", "config_name", "retrieval_columns", "n_retrieval", "passage_length"}
         other = {"images": pairs_hash(recipe.data), "towers": self.dense.base_hash} if self.searches_images else {}
         return content_key(
             **other,
@@ -203,10 +203,30 @@ class RunData:
             self._task,
             read_retrieval_set(self._recipe.data, self._recipe.seed),
             tuple(asked for asked in dimensions if asked < size),
+            self._passage_length,
         )
+
+    @property
+    def _passage_length(self) -> int | None:
+        """Tokens that passages are cut at, where the recipe says so; refused beyond the model's own limit."""
+        asked, limit = (
+            self._recipe.data.passage_length,
+            length_limit(self.dense.processor, max_tokens(self.dense.model)),
+        )
+        if asked is not None and asked > limit:
+            raise RecipeError(
+                f"expected data.passage_length up to {limit} tokens, to which {self._recipe.model.path} cuts texts, "
+                f"found {asked}; give {limit} or less"
+            )
+        return asked
 
     def _cross_retrieval(self) -> CrossRetrieval:
         recipe, task = self._recipe, self._task
+        if recipe.data.passage_length is not None:
+            raise RecipeError(
+                "expected data.passage_length beside queries and passages alone, found captions and images in "
+                "data.retrieval; leave it out"
+            )
         other = partner_of(recipe.model)
         load_processor(other)  # what it lacks is said before any work
         assert isinstance(task, EmbeddingTask)  # other tasks were refused with the recipe

@@ -71,14 +71,15 @@ def cut_passages_note(run: Run) -> str | None:
     """How many passages lose their ends, where no query finds anything; None where all are whole."""
     processor = run.dense.processor
     lengths = run.data.retrieval.passage_lengths(processor)
-    limit = length_limit(processor, run.recipe.environment.workload.seq_len) if lengths else 0
+    asked = run.recipe.data.passage_length or run.recipe.environment.workload.seq_len
+    limit = length_limit(processor, asked) if lengths else 0
     cut = sum(length > limit for length in lengths)
     if not cut:
         return None
     return (
         f"{cut / len(lengths):.1%} of the passages of data.retrieval ({cut:,} of {len(lengths):,}, the longest "
         f"{max(lengths):,} tokens) are longer than {limit} tokens and were cut: no query finds what stood behind; a "
-        "larger environment.workload.seq_len keeps them whole, where the model has positions for it"
+        "larger data.passage_length keeps them whole, where the model has positions for it"
     )
 
 

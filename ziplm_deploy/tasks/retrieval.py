@@ -6,6 +6,7 @@ index that exists stays valid, and queries by a faster one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,10 +118,17 @@ class Retrieval(Search):
 
     ``dimensions``: how many numbers of each embedding are kept, beside all of them, where a model was trained for that
     (Kusupati et al., "Matryoshka representation learning", 2022); ``similarity`` is of what is left, not scaled again.
+    ``passage_length``: tokens that passages are cut at; None: as queries are.
     """
 
-    def __init__(self, task: SentenceSimilarity, data: RetrievalSet, dimensions: tuple[int, ...] = ()) -> None:
-        self.task, self.data = task, data
+    def __init__(
+        self,
+        task: SentenceSimilarity,
+        data: RetrievalSet,
+        dimensions: tuple[int, ...] = (),
+        passage_length: int | None = None,
+    ) -> None:
+        self.task, self.data, self.passage_length = task, data, passage_length
         self._similarity: Similarity = task.model.similarity or "cosine"
         self._cuts: dict[str, int | None] = {"": None, **{f"_first_{size}": size for size in dimensions}}
 
@@ -159,6 +167,8 @@ class Retrieval(Search):
 
     def embed_passages(self, function: ModelFunction, how: EvaluationSet) -> Vectors:
         """Embeddings [passages, size], with the prompt that passages have."""
+        if self.passage_length is not None:
+            how = dataclasses.replace(how, max_length=self.passage_length)
         return self.embed(function, how, self.data.passages, self.task.model.prompt_of_passages)
 
     def passage_lengths(self, processor: Any) -> list[int]:
