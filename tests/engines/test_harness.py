@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from exporters import DecoderExportSettings, export_decoder
 from tests.helpers.models import random_entries, tiny_causal_model, tiny_tokenizer
@@ -126,5 +127,9 @@ def test_texts_are_continued_and_end_where_a_task_says(folder: Path) -> None:
     (cut,) = harness.generate_until(requests((prompt, {**greedy, "until": [stop]})))
     assert stop not in cut
     assert whole.startswith(cut)
+    long = " ".join(["the cat sat on mat"] * 5)  # loses its beginning, and nothing is put around the rest
+    tail = harness.tok_encode(long)[-(WINDOW - 4) :]
+    harness.generator.tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    assert harness.generate_until(requests((long, greedy))) == harness.generator.continue_tokens([tail], 4)
     with pytest.raises(UsageError, match="max_gen_toks below the window of 16"):
         harness.generate_until(requests(("the cat", {"max_gen_toks": 16})))

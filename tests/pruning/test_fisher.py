@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
-from tests.helpers.models import random_entries, tiny_inputs, tiny_model
+from tests.helpers.models import random_entries, tiny_causal_model, tiny_inputs, tiny_model
 from tests.pruning.test_planner import table
 from ziplm_deploy.errors import NumericalError, UsageError
 from ziplm_deploy.models.modules import output_linear, prunable_modules
 from ziplm_deploy.models.resizing import resize
+from ziplm_deploy.pruning import fisher
 from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.compensations import obs_levels
 from ziplm_deploy.pruning.database import Database, build_database
@@ -111,6 +112,37 @@ def test_a_model_that_gives_nan_is_refused_by_name() -> None:
     model.classifier.weight.data.fill_(1e38)  # type: ignore[union-attr, operator]
     with pytest.raises((NumericalError, RuntimeError)):
         information_of(model)
+
+
+def read_by(task_name: str, batches: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what the pass reads of batches."""
+    model = tiny_causal_model("llama") if task_name == "text-generation" else tiny_model("bert", task_name)
+    task, shapes = get_task(task_name), []
+    forward = type(task).forward
+
+    def spy(self: Task, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        shapes.append(tuple(batch["input_ids"].shape))
+        return forward(self, model, batch)
+
+    monkeypatch.setattr(type(task), "forward", spy)
+    fisher_information(model, task, batches, prunable_modules(model), seed=0, memory_limit_bytes=ROOM)
+    return shapes
+
+
+def test_all_lengths_are_read_and_long_windows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("bert", "text-classification")
+    batches = [tiny_inputs(model, 8, length, 0) for length in range(4, 24)]  # sorted, as calibration examples are
+    for batch in batches:
+        batch["attention_mask"].fill_(1)
+    monkeypatch.setattr(fisher, "ENOUGH_TOKENS", 400)
+    monkeypatch.setattr(fisher, "TOKENS_AT_ONCE", 40)
+    shapes = read_by("text-classification", batches, monkeypatch)
+    assert 400 <= sum(rows * length for rows, length in shapes) <= 500
+    lengths = [length for _, length in shapes]
+    assert (min(lengths) < 9, max(lengths) > 19) == (True, True)
+    windows = [{name: value for name, value in batches[-1].items() if name != "token_type_ids"}]
+    monkeypatch.setattr(fisher, "TOKENS_AT_ONCE", 10)
+    assert {length for _, length in read_by("text-generation", windows, monkeypatch)} == {10}
 
 
 def test_more_than_the_memory_limit_holds_is_refused() -> None:

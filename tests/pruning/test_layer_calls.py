@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tests.helpers.models import BLOCK_TYPES, HERE, tiny_causal_model, tiny_inputs, tiny_model
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.models.adapted import adapted
 from ziplm_deploy.models.causal import without_cache
-from ziplm_deploy.models.modules import layers_of, prunable_modules
+from ziplm_deploy.models.modules import attention_kind, layers_of, prunable_modules
 from ziplm_deploy.pruning.calibration import collect_statistics
 from ziplm_deploy.pruning.layer_calls import capture_calls, input_moments
 
@@ -46,6 +47,19 @@ def test_layers_one_at_a_time_are_the_model(model_type: str) -> None:
         mask = batch.get("attention_mask", torch.ones(states.shape[:2]))
         assert torch.equal(call.mask, mask.bool())
     assert not any(layer._forward_pre_hooks for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_layers_with_windows_have_masks_of_their_own(model_type: str) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    model = adapted(without_cache(tiny_causal_model(model_type, **windows)))
+    assert [attention_kind(layer) for layer in layers_of(model)] == ["full_attention", *["sliding_attention"] * 2]
+    batch = tiny_inputs(model, 3, 14)
+    with torch.no_grad():
+        (call,), (states,) = capture_calls(model, [batch])
+        for layer in layers_of(model):
+            states = call.run(layer, states)
+    torch.testing.assert_close(call.tokens(states), call.tokens(last_layer_output(model, batch)), atol=1e-5, rtol=1e-4)
 
 
 def test_every_fifth_example_is_held_out_over_all_batches() -> None:

@@ -17,10 +17,11 @@ from tests.helpers.reports import family_report, file, machine, member
 from ziplm_deploy import pair_towers
 from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import CorruptArtifactError, IncompatibleArtifactError, UsageError
-from ziplm_deploy.recipe import Variant
+from ziplm_deploy.recipe import Environment, Variant
 from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
 from ziplm_deploy.tasks.cross_retrieval import PAIR_METRICS, PairJudge, pair_outcomes
 from ziplm_deploy.tasks.resampling import ResampledScores
+from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 
 COUNT = 12
 TASKS = {"texts": "sentence-similarity", "images": "image-feature-extraction"}
@@ -52,7 +53,9 @@ def reports_of(latencies: dict[str, float]) -> list[Any]:
 def finished(folder: Path, side: str, latencies: dict[str, float], **changes: Any) -> Path:
     """A run folder as an evaluation with captions and images leaves it."""
     (folder / "retrieval").mkdir(parents=True)
-    family_report(*reports_of(latencies), task=changes.pop("task", TASKS[side]), **changes).save(folder / "report.json")
+    searched = RetrievalScores(n_queries=COUNT, n_passages=COUNT, files={})
+    fields = {"task": TASKS[side], "retrieval": searched, **changes}
+    family_report(*reports_of(latencies), **fields).save(folder / "report.json")
     model = {"path": "some/clip", "task": TASKS[side], "similarity": "cosine"}
     recipe = {"name": "x", "model": model, "speedups": [2]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -135,6 +138,12 @@ def test_runs_that_do_not_belong_together_are_refused(runs: tuple[Path, Path], t
     other = finished(tmp_path / "elsewhere", "images", IMAGE_MS, machine=elsewhere)
     with pytest.raises(IncompatibleArtifactError, match="machine differ"):
         pair_towers(text, other, 10)
+    other = finished(tmp_path / "threads", "images", IMAGE_MS, environment=Environment(threads=2))
+    with pytest.raises(IncompatibleArtifactError, match="threads or huge pages of environment differ"):
+        pair_towers(text, other, 10)
+    other = finished(tmp_path / "earlier", "images", IMAGE_MS, retrieval=None)
+    with pytest.raises(CorruptArtifactError, match=r"search of captions and images in .*found none; give"):
+        pair_towers(text, other, 10)
     dense = image / "retrieval" / "dense.safetensors"
     numbers = {"pairs": np.array([(n, n) for n in range(COUNT)]), "drawn": np.arange(COUNT)}
     changed = {"texts": -vectors("texts", "dense"), "images": vectors("images", "dense"), **numbers}
@@ -148,5 +157,5 @@ def test_runs_that_do_not_belong_together_are_refused(runs: tuple[Path, Path], t
     with pytest.raises(CorruptArtifactError, match=r"no drawn, images, pairs, texts; give data\.retrieval"):
         pair_towers(text, image, 10)
     dense.unlink()
-    with pytest.raises(CorruptArtifactError, match=r"search of captions and images in .*found no"):
+    with pytest.raises(CorruptArtifactError, match=r"search of captions and images in .*found none"):
         pair_towers(text, image, 10)

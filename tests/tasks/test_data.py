@@ -257,5 +257,22 @@ def test_the_images_that_a_table_names_count(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"x" * 100_001)
     assert len({missing, one, two, large, hashed()}) == 5
     assert get_task("text-classification").linked_files_hash(str(table), DataConfig()) == ""
+    nested = tmp_path / "a.jsonl"
+    nested.write_text('{"image": {"bytes": null, "path": "a.png"}, "label": 0}\n')
+    assert task.linked_files_hash(str(nested), DataConfig()) not in ("", one, two)
     table.write_text("broken\n1,2\n")
     assert hashed() == "", "what is wrong with a file is said when it is read"
+
+
+@pytest.mark.parametrize(("named", "counts"), [(True, True), (False, False)])
+def test_images_that_parquet_names_count_and_those_that_it_holds_do_not(
+    named: bool, counts: bool, tmp_path: Path
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    image = "a.png" if named else {"bytes": b"one", "path": "a.png"}
+    parquet.write_table(pytest.importorskip("pyarrow").table({"image": [image], "label": [0]}), tmp_path / "a.parquet")
+    found = []
+    for content in (b"one", b"two"):
+        (tmp_path / "a.png").write_bytes(content)
+        found.append(get_task("image-classification").linked_files_hash(str(tmp_path / "a.parquet"), DataConfig()))
+    assert (found[0] != found[1]) == counts

@@ -108,10 +108,21 @@ class TextGenerator:
             UsageError: no prompt, one without tokens, or prompt and continuation do not fit the model's window.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [""] * len(several)
-        for pieces in self._rounds(several, max_new_tokens, sampling, stop):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        texts = self.continue_tokens(self._encoded(several), max_new_tokens, sampling, stop)
         return texts[0] if isinstance(prompts, str) else texts
+
+    def continue_tokens(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """What follows prompts that are tokens already, such as those of a chat template; as :meth:`generate`."""
+        texts = [""] * len(rows)
+        for pieces in self._rounds(rows, max_new_tokens, sampling, stop):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
 
     def stream(
         self,
@@ -121,15 +132,15 @@ class TextGenerator:
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of what follows a prompt, as they come; raises as :meth:`generate`."""
-        for (piece,) in self._rounds([prompt], max_new_tokens, sampling, stop):
+        for (piece,) in self._rounds(self._encoded([prompt]), max_new_tokens, sampling, stop):
             if piece:
                 yield piece
 
     def _rounds(
-        self, prompts: list[str], max_new_tokens: int, sampling: Sampling, stop: Sequence[str]
+        self, rows: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[str]
     ) -> Iterator[list[str]]:
         """New text of every row after each call; empty where a row has ended, or waits for the rest of a character."""
-        rows = self._encoded(prompts, max_new_tokens)
+        self._check(rows, max_new_tokens)
         generator = np.random.default_rng(sampling.seed)
         counts = np.array([len(row) for row in rows])
         ids = np.zeros((len(rows), int(counts.max())), np.int64)
@@ -146,13 +157,15 @@ class TextGenerator:
                 return
             ids, counts = np.array(chosen, np.int64)[:, None], np.ones(len(rows), np.int64)
 
-    def _encoded(self, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
-        if not prompts or max_new_tokens < 1:
+    def _encoded(self, prompts: list[str]) -> list[list[int]]:
+        return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(prompts)]
+
+    def _check(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        if not rows or max_new_tokens < 1:
             raise UsageError(
-                f"expected a prompt and max_new_tokens >= 1, found {len(prompts)} prompts and {max_new_tokens}; "
-                "correct them"
+                f"expected a prompt and max_new_tokens >= 1, found {len(rows)} prompts and {max_new_tokens}; correct "
+                "them"
             )
-        rows = [list(encoding.ids) for encoding in self.tokenizer.encode_batch(prompts)]
         for number, row in enumerate(rows, 1):
             if not row:
                 raise UsageError(f"expected tokens in every prompt, found none in number {number}; give some text")
@@ -161,7 +174,6 @@ class TextGenerator:
                     f"expected prompt and continuation within {self.max_length} tokens, found {len(row)} in prompt "
                     f"{number} and max_new_tokens {max_new_tokens}; shorten one of them"
                 )
-        return rows
 
 
 class _Continuation:

@@ -133,9 +133,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
                 top_k=int(settings.get("top_k", 0)) if drawn else 0,
                 top_p=float(settings.get("top_p", 1.0)) if drawn else 1.0,
             )
-            prompt = context if len(kept) == len(ids) else self.generator.tokenizer.decode(kept)
             stops = [until] if isinstance(until, str) else list(until)
-            texts.append(self.generator.generate(prompt, limit, sampling, stops))
+            texts += self.generator.continue_tokens([kept], limit, sampling, stops)
         return texts
 
 

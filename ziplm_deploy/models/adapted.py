@@ -12,6 +12,7 @@ from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.causal import as_linears
 from ziplm_deploy.models.image_positions import fix_positions
 from ziplm_deploy.models.layer_scale import fold_layer_scales
+from ziplm_deploy.models.modules import layers_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -52,4 +53,14 @@ def adapted(model: _Module) -> _Module:
     adapt = architecture_of(model.config).adapt  # type: ignore[arg-type]
     if adapt is not None:
         adapt(model)
+    _name_attention_kinds(model)
     return model
+
+
+def _name_attention_kinds(model: nn.Module) -> None:
+    """Let layers say which attention they have: Qwen's of transformers 5 leave that to the configuration."""
+    kinds = getattr(model.config, "layer_types", None) or ()
+    if len(set(kinds)) > 1:
+        for layer, kind in zip(layers_of(model), kinds, strict=False):
+            if not hasattr(layer, "attention_type"):
+                layer.attention_type = kind  # type: ignore[assignment]

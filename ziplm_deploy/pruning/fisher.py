@@ -8,7 +8,8 @@ of different modules cannot be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def fisher_information(
     Gradients are of losses against labels drawn from the model's own answers (:meth:`Task.sampled_loss`).
 
     Args:
-        batches: model inputs; as many are read as hold :data:`ENOUGH_TOKENS`.
+        batches: model inputs; as many parts are read, evenly from all, as hold :data:`ENOUGH_TOKENS`. Windows of
+            language models are cut at :data:`TOKENS_AT_ONCE`.
         memory_limit_bytes: for F of all modules, see :func:`fisher_bytes`.
         progress: called with (tokens done, tokens in all).
 
@@ -54,7 +56,7 @@ def fisher_information(
             f"{memory_limit_bytes / 2**30:.2f}, found that it takes {needed / 2**30:.2f} GiB; raise the limit, or set "
             "prune.fisher: false"
         )
-    parts = list(_parts(batches))
+    parts = _parts(batches, TOKENS_AT_ONCE if task.is_causal else None)
     total = sum(_tokens(part) for part in parts)
     generator = torch.Generator().manual_seed(seed)
     sums = _Gradients(model, modules)
@@ -123,18 +125,19 @@ class _Gradients:
         return self.sums
 
 
-def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Batches in parts of a few rows, until there are enough tokens."""
-    seen = 0
+def _parts(batches: Sequence[Batch], longest: int | None) -> list[Batch]:
+    """Batches in parts of a few rows; evenly from all of them, which are sorted by length, until there are enough."""
+    parts: list[Batch] = []
     for batch in batches:
+        if longest is not None:
+            batch = {name: value[:, :longest] for name, value in batch.items()}
         n_rows = len(next(iter(batch.values())))
         step = max(1, TOKENS_AT_ONCE * n_rows // max(_tokens(batch), 1))
         for first in range(0, n_rows, step):
-            if seen >= ENOUGH_TOKENS:
-                return
-            part = {name: value[first : first + step] for name, value in batch.items()}
-            seen += _tokens(part)
-            yield part
+            parts.append({name: value[first : first + step] for name, value in batch.items()})
+    share = min(1.0, ENOUGH_TOKENS / max(sum(map(_tokens, parts)), 1))
+    chosen = range(math.ceil(share * len(parts)))
+    return [parts[int((number + 0.5) * len(parts) / len(chosen))] for number in chosen]
 
 
 def _tokens(batch: Batch) -> int:

@@ -175,8 +175,8 @@ def _opened(folder: Path, side: Literal["texts", "images"]) -> _Tower:
             "then that of the image tower"
         )
     path = embeddings_file(folder, report.members[0].name)
-    if not path.exists():
-        raise CorruptArtifactError(f"expected what {_asked_for(folder)} leaves, found no {path}; {_HOW}")
+    if report.retrieval is None or not path.exists():  # embeddings of an earlier recipe are of other members
+        raise CorruptArtifactError(f"expected what {_asked_for(folder)} leaves, found none; {_HOW}")
     dense = load_embeddings(path)
     missing = {"texts", "images", "pairs", "drawn"} - dense.keys()
     if missing:
@@ -204,6 +204,7 @@ def _check_same(text: _Tower, image: _Tower) -> None:
             "images by the dense tower": _are_alike(ours["images"], theirs["images"]),
             "model.similarity": text.recipe.model.similarity == image.recipe.model.similarity,
             "machine": text.report.machine.fingerprint == image.report.machine.fingerprint,
+            "threads or huge pages of environment": _served(text.report) == _served(image.report),
         }.items()
         if not same
     ]
@@ -211,8 +212,14 @@ def _check_same(text: _Tower, image: _Tower) -> None:
         raise IncompatibleArtifactError(
             f"expected runs of the two towers of one checkpoint, with the same data.retrieval, n_retrieval and seed, "
             f"on one machine, found others in {text.folder} and {image.folder}: {', '.join(differing)} differ; run "
-            "both again"
+            "both again (where texts alone differ, with a workload.seq_len that cuts no caption)"
         )
+
+
+def _served(report: FamilyReport) -> tuple[object, ...]:
+    """What milliseconds of two runs must share to be added: all but batches and lengths, which are the towers' own."""
+    environment = report.environment
+    return environment.threads, environment.huge_pages
 
 
 def _are_alike(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> bool:

@@ -132,15 +132,18 @@ def linked_images_hash(source: str, column_of: Callable[[list[Row]], str]) -> st
     ``column_of``: finds the column with the images.
     """
     path = Path(source)
-    if not path.is_file() or ".parquet" in path.name:
+    if not path.is_file():
         return ""
     try:
         raw = read_rows(source, split="train")
         column = column_of(raw)
     except DataError:  # refused with its reason when the rows are loaded
         return ""
+    named = [name for name in (_held(row.get(column)) for row in raw) if isinstance(name, str)]
+    if not named:
+        return ""
     digest = hashlib.sha256()
-    for name in dict.fromkeys(str(row.get(column)) for row in raw):
+    for name in dict.fromkeys(named):
         digest.update(f"{name}\n".encode())
         with contextlib.suppress(OSError), (path.parent / name).open("rb") as stream:
             digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode() + stream.read(HASHED_BYTES))
@@ -161,8 +164,7 @@ def image_batches(data: EvaluationSet) -> Iterator[tuple[list[int], Arrays]]:
 
 def locate(value: Any, folder: Path, number: int) -> Any:
     """Bytes, an existing path or a PIL image, from what data files and `datasets` hold."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+    value = _held(value)
     if isinstance(value, str):
         path = folder / value
         if not path.is_file():
@@ -175,6 +177,11 @@ def locate(value: Any, folder: Path, number: int) -> Any:
         f"expected an image path, bytes or image in row {number}, found {type(value).__name__}; see: "
         "ziplm-deploy guide recipe"
     )
+
+
+def _held(value: Any) -> Any:
+    """What a cell of `datasets` holds of an image: its bytes, or else its path."""
+    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
 
 def identity(image: Any) -> str | bytes:
