@@ -188,7 +188,7 @@ def figures_of(
         float(np.median(shares)), "", ">= 0.8", len(shares), (min(shares), max(shares))
     )
     figures["read_bandwidth"] = Figure(gigabytes_per_second, "GB/s", "", 1)
-    if fastest.perplexity and plain.perplexity:
+    if fastest is not plain and fastest.perplexity and plain.perplexity:
         loss = 100 * (fastest.perplexity / plain.perplexity - 1)
         figures["perplexity_loss_of_fastest_percent"] = Figure(loss, "%", "<= 3", 1)
     return figures
