@@ -151,7 +151,7 @@ class OnnxExport:
         export = recipe.export
         settings = export_settings(export, recipe.environment.workload)
         form = cache_form(export, recipe.environment)
-        return cls(recipe.model, export, settings, output_names(task, export), recipe.benchmark.parity_atol, form)
+        return cls(recipe.model, export, settings, output_names(task, export), recipe.parity_atol, form)
 
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Inputs that a model is traced with."""

@@ -214,5 +214,10 @@ class Recipe(Frozen):
         return self.benchmark.baseline_engine or self.environment.engine
 
     @property
+    def parity_atol(self) -> float:
+        """Largest difference that an exported file may have to torch."""
+        return self.benchmark.parity_atol or (1e-3 if self.model.task == "text-generation" else 1e-4)
+
+    @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name

@@ -104,7 +104,7 @@ def make_checked(run: Run, stage: str, key: str, outputs: list[Path], work: Call
 
 def check_difference(run: Run, stage: str) -> None:
     """Refuse a file that was made when the recipe allowed a larger difference to torch; no key holds that limit."""
-    found, allowed = run.folder.difference(stage), run.recipe.benchmark.parity_atol
+    found, allowed = run.folder.difference(stage), run.recipe.parity_atol
     if found is not None and found > allowed:
         raise ParityError(
             f"expected the file of stage {stage!r} within {allowed:g} of torch (benchmark.parity_atol), found a "
