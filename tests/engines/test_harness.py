@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from exporters import DecoderExportSettings, export_decoder
 from tests.helpers.models import random_entries, tiny_causal_model, tiny_tokenizer
@@ -121,7 +120,7 @@ def test_texts_are_continued_and_end_where_a_task_says(folder: Path) -> None:
     greedy = {"until": [], "max_gen_toks": 4}
     prompts = ["the cat", "a dog ran", "who sat on", "under the tree", "mat ."]
     texts = harness.generate_until(requests(*((prompt, greedy) for prompt in prompts)))
-    assert texts == [harness.generator.generate(prompt, 4) for prompt in prompts]
+    assert texts == [harness.generator.continue_tokens([harness.tok_encode(prompt)], 4)[0] for prompt in prompts]
     prompt, whole = max(zip(prompts, texts, strict=True), key=lambda pair: len(pair[1]))
     stop = whole.split()[-1]
     (cut,) = harness.generate_until(requests((prompt, {**greedy, "until": [stop]})))
@@ -129,7 +128,7 @@ def test_texts_are_continued_and_end_where_a_task_says(folder: Path) -> None:
     assert whole.startswith(cut)
     long = " ".join(["the cat sat on mat"] * 5)  # loses its beginning, and nothing is put around the rest
     tail = harness.tok_encode(long)[-(WINDOW - 4) :]
-    harness.generator.tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    assert harness.tok_encode(long, add_special_tokens=True) != harness.tok_encode(long)
     assert harness.generate_until(requests((long, greedy))) == harness.generator.continue_tokens([tail], 4)
     with pytest.raises(UsageError, match="max_gen_toks below the window of 16"):
         harness.generate_until(requests(("the cat", {"max_gen_toks": 16})))
