@@ -247,7 +247,7 @@ def retrieval_table(result: dict[str, Any]) -> str:
     titles = ["model", "measured [95 %]", "symmetric", "of dense", "asymmetric", "of dense"]
     text = (
         f"nDCG@10 of {settings['n_queries']:,} questions among {settings['n_passages']:,} paragraphs; "
-        f"{settings['environment']}, {result['date'][:10]}."
+        f"{settings['environment']}, {place_text(result)}"
     )
     return "\n".join([*markdown_table(titles, cells), "", text])
 
