@@ -63,4 +63,4 @@ def _name_attention_kinds(model: nn.Module) -> None:
     if len(set(kinds)) > 1:
         for layer, kind in zip(layers_of(model), kinds, strict=False):
             if not hasattr(layer, "attention_type"):
-                layer.attention_type = kind  # type: ignore[assignment]
+                layer.attention_type = kind
