@@ -172,7 +172,7 @@ class OnnxExport:
             return check_parity(deployed, path, (inputs, served), self.parity_atol)
         except ParityMismatch as error:
             path.unlink(missing_ok=True)
-            raise ParityError(str(error)) from error
+            raise ParityError(f"{error}; benchmark.parity_atol of the recipe is the limit") from error
 
     def write_to_be_timed(self, model: nn.Module, path: Path, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         """Export ``model`` to ``path``, its answers unchecked; the model with its head, and the inputs of the trace.

@@ -76,7 +76,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "gpt_bigcode",
     ),
     _ALIBI: ("bloom", "mpt"),
-    _ENCODER_DECODER: (*("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "mt5", "umt5", "longt5"),),
+    _ENCODER_DECODER: ("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "mt5", "umt5", "longt5"),
     f"{_AUDIO}, always as 1,500 frames of 30 s; {_ENCODER_DECODER}": ("whisper",),
     f"{_AUDIO}; {_ENCODER_DECODER}": ("speech_to_text",),
     _AUDIO: ("wav2vec2", "hubert", "wavlm"),
