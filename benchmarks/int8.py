@@ -1,9 +1,10 @@
 """INT8 three ways and by both back ends, against what users do without this package: accuracy lost and speedup.
 
-``python benchmarks/int8.py --model CHECKPOINT --data FOLDER`` quantizes a fine-tuned SST-2 classifier, as it is and
-pruned (``--member FOLDER``): dynamic, static, QAT, neural-compressor; beside them ``optimum-cli onnxruntime quantize``
-and NNCF (``pip install nncf``), both with their defaults. All files are scored on the engine that runs them and timed
-in one interleaved run, batch 1, 128 tokens, 1 thread. Figures: accuracy lost in points, and speedup over the float32
+``python benchmarks/int8.py --task banking77 --model CHECKPOINT --members RUN/dense RUN/3x`` quantizes members of a
+finished family run (``benchmarks/family.py --keep``): dynamic, static, QAT, neural-compressor; beside them
+``optimum-cli onnxruntime quantize`` (``pip install ".[optimum]"``) and NNCF, both with their defaults. All files are
+scored on the engine that runs them and timed in one interleaved run, batch 1, 128 tokens, 1 thread. Figures: accuracy
+lost in points, on the half of the examples by which no setting kept linears in float32, and speedup over the float32
 file of the same model on ONNX Runtime.
 """
 
@@ -25,6 +26,7 @@ from family import CASES, TOWARDS_LOGITS, training_file
 
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.latency.benchmark import TimedFile, compare
+from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.progress import ConsoleProgress
 from ziplm_deploy.recipe import BenchmarkConfig, EngineName, Environment, Recipe, Variant, parse_recipe
 from ziplm_deploy.run.run import Run
@@ -46,7 +48,8 @@ FLOAT, OPTIMUM, NNCF = "float32", "optimum-cli", "NNCF (OpenVINO)"
 
 
 def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argparse.Namespace, folder: Path) -> Recipe:
-    case, data = CASES["sst2"], options.data.resolve() / CASES["sst2"].folder
+    case, data = CASES[options.task], options.data.resolve() / CASES[options.task].folder
+    train = data / f"{case.train}.jsonl.gz"
     losses = {key: value for key, value in TOWARDS_LOGITS.items() if key != "learning_rate"}
     training = {"max_steps": options.steps, "learning_rate": options.learning_rate, "precision": options.precision}
     mode = "distil" if int8.get("method") == "qat" else "none"
@@ -56,9 +59,9 @@ def recipe_of(name: str, engine: EngineName, int8: dict[str, Any], options: argp
             "output_dir": str(folder),
             "model": {"path": str(options.model), "task": case.task},
             "data": {
-                "calibration": str(data / "train.jsonl.gz"),
-                "evaluation": str(data / "validation.jsonl.gz"),
-                "train": training_file("sst2", data / "train.jsonl.gz", folder),
+                "calibration": str(train),
+                "evaluation": str(data / f"{case.evaluation}.jsonl.gz"),
+                "train": training_file(options.task, train, folder),
             },
             "environment": {"engine": engine},
             "speedups": [2],
@@ -94,8 +97,9 @@ def ours(title: str, options: argparse.Namespace, source: Path, folder: Path) ->
 def by_optimum(source: Path, folder: Path) -> Path:
     """``optimum-cli onnxruntime quantize`` as its documentation shows it for this kind of CPU."""
     target = folder / "optimum"
-    executable = str(Path(sys.executable).with_name("optimum-cli"))
-    command = ["onnxruntime", "quantize", "--onnx_model", str(source), "--avx512_vnni", "-o", str(target)]
+    executable, flags = str(Path(sys.executable).with_name("optimum-cli")), machine_info().isa_flags
+    setting = next((flag for flag in ("avx512_vnni", "avx512f") if flag in flags), "avx2").removesuffix("f")
+    command = ["onnxruntime", "quantize", "--onnx_model", str(source), f"--{setting}", "-o", str(target)]
     subprocess.run([executable, *command], check=True, capture_output=True, text=True)
     return next(target.glob("*.onnx"))
 
@@ -141,6 +145,7 @@ def measure(title: str, source: Path, options: argparse.Namespace, folder: Path)
     for name, (path, engine, outcomes, facts) in found.items():
         result, score = record.variant(name), run.task.scores(outcomes)[run.task.metric_name]
         compared = {} if name == FLOAT else beside_dense(run.task, outcomes, dense)
+        compared |= compared.get("on_reporting_half", {})
         rows.append(
             {
                 "model": title,
@@ -164,7 +169,8 @@ def measure(title: str, source: Path, options: argparse.Namespace, folder: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="dense SST-2 classifier")
+    parser.add_argument("--task", choices=list(CASES), default="banking77")
+    parser.add_argument("--model", type=Path, required=True, help="dense classifier of the task")
     parser.add_argument("--members", type=Path, nargs="+", required=True, help="folders of members: dense, 3x …")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
@@ -183,10 +189,11 @@ def main() -> None:
         if row["form"] != FLOAT:
             name = f"{row['model']}_{row['form']}".replace(" ", "_").replace(",", "").replace("-", "_").lower()
             lost = (-100 * row["difference_high"], -100 * row["difference_low"])
-            figures[f"{name}_lost_points"] = Figure(row["lost_points"], "points", "report", 1, interval=lost)
-            figures[f"{name}_speedup"] = Figure(row["speedup"], "x", "report", row["n"], (row["low"], row["high"]))
+            n, speedup = row["n_examples"], (row["low"], row["high"])
+            figures[f"{name}_lost_points"] = Figure(row["lost_points"], "points", "report", n, interval=lost)
+            figures[f"{name}_speedup"] = Figure(row["speedup"], "x", "report", row["n"], speedup, interval=speedup)
     packages = {name: importlib.metadata.version(name) for name in ("nncf", "optimum", "openvino")}
-    settings = {"task": "sst2", "packages": packages, "load_average_before": load_before, "steps": options.steps}
+    settings = {"task": options.task, "packages": packages, "load_average_before": load_before, "steps": options.steps}
     write_result("int8", figures, rows, settings, options.output)
 
 

@@ -1,12 +1,15 @@
 """What one-shot pruning of SmolLM2-135M costs, all levels at once, and how that grows to a model of a billion weights.
 
-From a loaded model and encoded text: second moments of what enters every output linear, and the database of every
-level of every module, heads and widths as the default table has them. Figures: ``smollm2_minutes``, median of the
-repeats, and ``smollm2_peak_bytes``, highest resident memory of the whole process, model, text and libraries included.
+From a loaded model and encoded text: what the loss makes of each output (``prune.fisher``, as recipes of decoders have
+it; ``--no-fisher`` without), second moments of what enters every output linear, and the database of every level of
+every module, heads and widths as the default table has them. The search and the refit of a chosen plan are not in it.
+Figures: ``smollm2_minutes``, median of the repeats, and ``smollm2_peak_bytes``, highest resident memory of the whole
+process, model, text and libraries included.
 
 ``--billion N``: the shapes of Llama-3.2-1B (hidden size 2048, FFN 8192, 8 groups of heads), random weights, cut to N
-layers, beside another of 2 N: their difference is what N more layers cost. Moments stream under
-``prune.memory_limit_gb``, here that of one FFN, so memory grows by the layer's weights and levels only. Every case runs
+layers, beside another of 2 N: their difference is what N more layers cost, and figures called ``billion_…_16_layers``
+go on from there to all 16, by a straight line (the embedding of the whole vocabulary is not in it). Moments stream
+under ``prune.memory_limit_gb``, here that of one FFN, so memory grows by weights and levels only. Every case runs
 in a process of its own, since peak memory only ever rises.
 """
 
@@ -36,6 +39,7 @@ from ziplm_deploy.models.levels import ffn_widths, head_counts
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.pruning.calibration import iter_statistics, statistics_bytes
 from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.fisher import fisher_information
 from ziplm_deploy.recipe import DataConfig, ModelConfig, PruneConfig
 from ziplm_deploy.tasks import EvaluationSet, get_task
 from ziplm_deploy.tasks.batching import Batch
@@ -101,13 +105,17 @@ def run_case(layers: int, options: argparse.Namespace) -> dict[str, Any]:
         for kind in ("attention", "ffn")
     }
     sizes = {module.name: levels[module.kind] for module in modules}
-    prune = PruneConfig()
+    prune = PruneConfig(fisher=options.fisher)
     limit = int(prune.memory_limit_gb * GIBIBYTE)
     if layers:
         limit = max(statistics_bytes([module]) for module in modules)
     began = time.perf_counter()
+    fisher = None
+    if options.fisher:
+        bound = int(prune.memory_limit_gb * GIBIBYTE)
+        fisher = fisher_information(model, get_task(MODEL), batches, modules, seed=0, memory_limit_bytes=bound)
     statistics = iter_statistics(model, batches, modules, memory_limit_bytes=limit)
-    database = build_database(model, statistics, sizes, prune)
+    database = build_database(model, statistics, sizes, prune, fisher=fisher)
     return {
         "model": f"{layers} layers of a billion weights' shapes" if layers else "SmolLM2-135M",
         "layers": len(modules) // 2,
@@ -133,6 +141,20 @@ def run_apart(layers: int) -> dict[str, Any]:
     return row
 
 
+def grown(few: dict[str, Any], many: dict[str, Any]) -> dict[str, Figure]:
+    """What 16 layers of the larger shapes would take, on the straight line through two smaller cases."""
+    per_layer = {
+        key: (many[key] - few[key]) / (many["layers"] - few["layers"])
+        for key in ("seconds", "peak_bytes", "database_bytes")
+    }
+    whole = {key: few[key] + (16 - few["layers"]) * value for key, value in per_layer.items()}
+    return {
+        "billion_minutes_16_layers": Figure(whole["seconds"] / 60, "min", "report", 2),
+        "billion_peak_bytes_16_layers": Figure(whole["peak_bytes"], "bytes", "report", 2),
+        "billion_database_bytes_16_layers": Figure(whole["database_bytes"], "bytes", "report", 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=40, help="calibration windows")
@@ -142,6 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--billion", type=int, default=1, help="layers of the larger shapes, and twice as many; 0: none"
     )
+    parser.add_argument("--fisher", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--random", action="store_true", help="SmolLM2's shapes, not its package")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/prune_cost.json")
@@ -159,7 +182,10 @@ def main() -> None:
         "smollm2_minutes": Figure(summary.median(minutes), "min", "<= 6", n, (min(minutes), max(minutes))),
         "smollm2_peak_bytes": Figure(max(peaks), "bytes", "<= 3e9", n, (min(peaks), max(peaks))),
     }
-    settings = {"threads": options.threads, "context": options.context, "prune": PruneConfig().model_dump(mode="json")}
+    if growth:
+        figures |= grown(*growth)
+    prune = PruneConfig(fisher=options.fisher).model_dump(mode="json")
+    settings = {"threads": options.threads, "context": options.context, "prune": prune}
     write_result("prune_cost", figures, rows + growth, settings, options.output)
 
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from additivity import deviation_bounds
 from common import ROOT, Figure, load_average, write_result
 
 from ziplm_deploy.api import run_recipe
@@ -27,14 +28,17 @@ def figures(report: FamilyReport, seconds: float, goals: tuple[str, str]) -> dic
     """Wall time, how close members come to their targets, and how far predictions are off."""
     members = report.members[1:]
     worst = min((_over_target(member) for member in members), key=lambda ratio: ratio.value)
-    off = [100 * abs(m.served.measured_speedup / (m.predicted_speedup or 1.0) - 1.0) for m in members]
+    off = [100 * abs((m.predicted_speedup or 1.0) / m.served.measured_speedup - 1.0) for m in members]
+    nearest, farthest = zip(*(deviation_bounds(prediction_row(member), "") for member in members), strict=True)
     found = {
         "total_seconds": Figure(seconds, "s", goals[0], 1),
         "stage_seconds_over_total": Figure(sum(report.stage_seconds.values()) / seconds, "", ">= 0.97", 1),
         "worst_measured_over_target": Figure(
             worst.value, "", ">= 0.98", len(members), interval=(worst.low, worst.high)
         ),
-        "worst_prediction_percent": Figure(max(off), "%", "<= 5", len(members), (min(off), max(off))),
+        "worst_prediction_percent": Figure(
+            max(off), "%", "<= 5", len(members), (min(off), max(off)), (max(nearest), max(farthest))
+        ),
     }
     kept = [member.served.of_dense[report.metric] for member in members if report.metric in member.served.of_dense]
     if kept:
@@ -43,6 +47,16 @@ def figures(report: FamilyReport, seconds: float, goals: tuple[str, str]) -> dic
         )
         found["worst_score_over_dense"] = Figure(percent / 100, "", goals[1], n, interval=(low / 100, high / 100))
     return found
+
+
+def prediction_row(member: MemberReport) -> dict[str, float]:
+    """What was promised and the interval that was measured, as rows of ``additivity`` have them."""
+    served = member.served
+    return {
+        "predicted_speedup": member.predicted_speedup or 1.0,
+        "measured_low": served.measured_low,
+        "measured_high": served.measured_high,
+    }
 
 
 def _over_target(member: MemberReport) -> Ratio:

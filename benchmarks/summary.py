@@ -84,7 +84,7 @@ def main() -> int:
         return 1
     print(table(results))
     figures = [figure for result in results for figure in result["figures"].values()]
-    return 1 if any(verdict_of(figure) == "MISSED" for figure in figures) else 0
+    return 1 if any(verdict_of(figure).startswith("MISSED") for figure in figures) else 0
 
 
 if __name__ == "__main__":

@@ -40,12 +40,15 @@ TITLES = {"stsb": "STS-B"}
 FOLDERS = {"extending": "Add a method, an architecture, an engine, a task or a stage of your own."}  # of guides
 
 
-@of_result("quickstart")
-def quickstart_table(result: dict[str, Any]) -> str:
-    """Members of the committed quickstart run, all that is known of them, and where it was measured."""
+def _run_table(result: dict[str, Any]) -> str:
+    """Members of a committed run, all that is known of them, and where it was measured."""
     members, metric = _quickstart_members(result), result["settings"]["metric"]
     cells = [*rows(members, metric), *baseline_rows(members, _quickstart_baselines(result), metric)]
     return "\n".join([*markdown_table(header(members, metric), cells), "", _quickstart_place(result)])
+
+
+quickstart_table = of_result("quickstart")(_run_table)
+quickstart_decoder_table = of_result("quickstart_decoder")(_run_table)
 
 
 @of_result("quickstart")
@@ -267,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guides": guides_table,
     "recipe": recipe_reference,
     "quickstart": quickstart_table,
+    "quickstart_decoder": quickstart_decoder_table,
     "family": family_table,
     "ablation": ablation_table,
     "pareto": pareto_table,

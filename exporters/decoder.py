@@ -23,7 +23,7 @@ from exporters.decoder_fused import HEAD_DIM_STEP, FusedGraph
 from exporters.decoder_parts import AttentionPart, DecoderParts
 from exporters.decoder_portable import PortableGraph
 from exporters.encoder import ExportError
-from exporters.files import atomic_pair, atomic_path
+from exporters.files import atomic_pair, atomic_path, weights_beside
 from exporters.graph import GraphWriter, WeightStream
 
 _OLDEST_OPSET = 17  # the first with LayerNormalization
@@ -84,7 +84,7 @@ def write_model(
     Raises:
         OSError: a file cannot be written.
     """
-    beside = path.with_name(f"{path.name}.data")
+    beside = weights_beside(path)
     if weights_bytes(parts) <= max_file_bytes:
         with atomic_path(path) as temporary:
             temporary.write_bytes(model(None).SerializeToString())

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def weights_beside(path: Path) -> Path:
+    """The file that an ONNX file of more than 2 GB keeps its large weights in; it need not exist."""
+    return path.with_name(f"{path.name}.data")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it, on any failure remove it."""

@@ -110,7 +110,7 @@ def _loaded(folder: Path) -> Any:
             f"expected a GGUF file or a folder with tokenizer.json at {folder}, found none; "
             "give the folder that the model was loaded from"
         )
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call, unused-ignore]
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _copied(path: Path, vocabulary_size: int, pre_tokenizer: str | None) -> Callable[[Any], None]:

@@ -18,9 +18,9 @@ from accuracy import beside_dense, percent_figure, percent_of_dense_text  # noqa
 from additivity import deviation_bounds  # noqa: E402
 from common import Figure, goal_met, write_result  # noqa: E402
 from compound import best  # noqa: E402
-from decoder_family import log_perplexity_at, wins  # noqa: E402
+from equal_speed import Windows, log_perplexity_at, wins  # noqa: E402
 from summary import measured_at  # noqa: E402
-from traffic import gains_of, long_tailed, relative_latency_at, workloads_of  # noqa: E402
+from traffic import gains_of, long_tailed, relative_latency_at, resampled_gains, workloads_of  # noqa: E402
 
 from ziplm_deploy.tasks import get_task  # noqa: E402
 from ziplm_deploy.tasks.outcomes import Outcomes, halves  # noqa: E402
@@ -73,7 +73,9 @@ def test_result_has_the_published_shape_and_the_summary_shows_it(tmp_path: Path)
     assert set(result["versions"]) == {"python", "torch", "onnxruntime", "transformers", "onnx", "numpy"}
     shown = summary(tmp_path)
     assert shown.returncode == 0
-    assert "| additivity | `worst_deviation_percent` | 3.1 % | 2.4 to 3.9 | <= 5 | met | 24 |" in shown.stdout
+    assert (
+        "| additivity | `worst_deviation_percent` | 3.1 % | 2.4 to 3.9 | <= 5 | met, no interval | 24 |" in shown.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,16 @@ def test_a_figure_names_the_cpus_of_its_parts() -> None:
     assert measured_at(result | {"settings": {}}, "rte_percent") == ("last", "of_merging")
 
 
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((93.5, 96.5), "met"), ((92.0, 98.0), "undecided"), ((90.0, 94.0), "undecided"), ((90.0, 92.9), "MISSED")],
+)
+def test_a_goal_of_two_limits_is_undecided_where_the_interval_holds_either(
+    interval: tuple[float, float], expected: str
+) -> None:
+    assert Figure(sum(interval) / 2, "%", "93 to 97", 1, interval=interval).verdict == expected
+
+
 def test_summary_fails_on_a_missed_goal_and_on_a_damaged_file(tmp_path: Path) -> None:
     write_result("cost", {"seconds": Figure(400.0, "s", "<= 300", n=1)}, [], {}, tmp_path / "cost.json")
     missed = summary(tmp_path)
@@ -121,7 +133,7 @@ def test_summary_fails_on_a_missed_goal_and_on_a_damaged_file(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("interval", "expected"),
-    [((98.2, 99.9), "undecided"), ((99.0, 99.9), "met"), ((97.0, 98.9), "MISSED"), (None, "met")],
+    [((98.2, 99.9), "undecided"), ((99.0, 99.9), "met"), ((97.0, 98.9), "MISSED"), (None, "met, no interval")],
 )
 def test_a_goal_is_decided_by_the_whole_interval(
     tmp_path: Path, interval: tuple[float, float] | None, expected: str
@@ -168,6 +180,9 @@ def test_the_best_file_is_the_fastest_of_those_that_one_half_accepts() -> None:
     assert (keeps.value, keeps.verdict, keeps.n) == (97.5, "undecided", 100)
 
 
+WIDE = ((1.5, 0.005), (3.0, 0.08))  # speedups, losses: whatever is resampled stays between
+
+
 def searched(name: str, target: float, loss: float, speedup: float) -> dict[str, Any]:
     return {"searched_for": name, "target": target, "loss": loss, "measured_speedup": speedup}
 
@@ -189,6 +204,27 @@ def test_rivals_of_traffic_are_read_at_its_own_loss() -> None:
     assert both["over_the_better_percent"] == min(both["over_mean_percent"], both["over_longest_percent"])
 
 
+def test_gains_of_traffic_are_as_uncertain_as_losses_and_speedups() -> None:
+    rows = [
+        {**each, "measured_low": each["measured_speedup"], "measured_high": each["measured_speedup"]}
+        for each in (
+            searched("traffic", 2.0, 0.02, 2.25),
+            *(searched(name, target, loss, target) for name in ("mean", "longest") for target, loss in WIDE),
+        )
+    ]
+    known = resampled_gains(rows, [np.full(50, each["loss"]) for each in rows], seed=0)
+    expected = gains_of(rows)[0]["over_the_better_percent"]
+    assert [gain[0]["over_the_better_percent"] for gain in known] == pytest.approx([expected] * len(known))
+    noise = np.random.default_rng(0).lognormal(sigma=1.0, size=50)
+    drawn = resampled_gains(rows, [each["loss"] * noise / noise.mean() for each in rows], seed=0)
+    assert np.std([gain[0]["over_mean_percent"] for gain in drawn]) < 1e-9  # the same sentences are hard for all
+    rows[0] |= {"measured_low": 2.0, "measured_high": 2.5}
+    spread = np.std(
+        [g[0]["over_mean_percent"] for g in resampled_gains(rows, [np.ones(9) * r["loss"] for r in rows], 0)]
+    )
+    assert 4 < spread < 8  # a speedup known to 11 % to a side
+
+
 def test_lengths_of_traffic_have_a_long_tail() -> None:
     workloads = workloads_of(long_tailed())
     traffic, mean, longest = (workloads[name].calls for name in ("traffic", "mean", "longest"))
@@ -199,7 +235,25 @@ def test_lengths_of_traffic_have_a_long_tail() -> None:
 
 
 def decoder_row(method: str, speedup: float, **perplexities: float) -> dict[str, Any]:
-    return {"method": method, "measured_speedup": speedup, **perplexities}
+    measured = {"measured_speedup": speedup, "measured_low": speedup, "measured_high": speedup}
+    return {
+        "name": f"{method} {speedup:g}x",
+        "method": method,
+        "target": speedup,
+        "seed": 0,
+        **measured,
+        **perplexities,
+    }
+
+
+def windows_of(rows: list[dict[str, Any]], dense: float, n: int = 40) -> Windows:
+    """Windows of 10 tokens, some of them harder for every model."""
+    tokens, hard = np.full(n, 10), np.random.default_rng(0).normal(size=n)
+    windows = Windows(tokens, {"dense": -10 * (np.log(dense) + hard - hard.mean())})
+    for row in rows:
+        for key in (each for each in row if each.startswith("perplexity")):
+            windows.log_likelihoods[f"{row['name']} {key}"] = -10 * (np.log(row[key]) + hard - hard.mean())
+    return windows
 
 
 def test_rivals_are_compared_at_the_speed_that_was_measured() -> None:
@@ -210,14 +264,32 @@ def test_rivals_are_compared_at_the_speed_that_was_measured() -> None:
         decoder_row("magnitude", 1.6, perplexity=30.0),
     ]
     dense = 40.0
+    windows = windows_of(rows, dense)
     # half of the way from 1 to 4 in logarithms, so the geometric mean of 40 and 160
     assert log_perplexity_at(2.0, rows[2:3], dense, "perplexity") == pytest.approx(np.log(80))
     assert log_perplexity_at(4.1, rows[2:3], dense, "perplexity") is None
     assert log_perplexity_at(1.5, rows[3:], dense, "perplexity_recovered") is None  # of dense alone
-    one_shot = wins(rows, dense, "ziplm", ["flap", "magnitude"], "perplexity")
+    one_shot = wins(rows, windows, "ziplm", ["flap", "magnitude"], "perplexity")
     assert one_shot is not None
     assert (one_shot.value, one_shot.n) == (pytest.approx(1 / 3), 3)  # at 2x, flap has 80 and magnitude nothing
-    recovered = wins(rows, dense, "ziplm", ["flap", "magnitude"], "perplexity_recovered")
+    assert one_shot.interval == pytest.approx((1 / 3, 1 / 3))  # the same windows are hard for all
+    recovered = wins(rows, windows, "ziplm", ["flap", "magnitude"], "perplexity_recovered")
     assert recovered is not None
     assert (recovered.value, recovered.n) == (1.0, 1)
-    assert wins(rows, dense, "uniform", ["flap"], "perplexity") is None
+    assert wins(rows, windows, "uniform", ["flap"], "perplexity") is None
+
+
+def test_a_win_is_undecided_where_the_speed_is() -> None:
+    rows = [decoder_row("ziplm", 2.0, perplexity=79.0), decoder_row("flap", 4.0, perplexity=160.0)]
+    rows[0] |= {"measured_low": 1.8, "measured_high": 2.2}  # at 1.8x the rival has 72
+    found = wins(rows, windows_of(rows, 40.0), "ziplm", ["flap"], "perplexity")
+    assert found is not None
+    assert (found.value, found.interval, found.verdict) == (1.0, (0.0, 1.0), "undecided")
+
+
+def test_a_perplexity_is_known_as_well_as_its_windows_are_alike() -> None:
+    windows = windows_of([], 40.0, n=400)
+    low, high = windows.interval(["dense"])
+    assert windows.perplexity("dense") == pytest.approx(40.0)
+    assert low < 40.0 < high
+    assert np.log(high / low) == pytest.approx(2 * 1.96 / np.sqrt(400), rel=0.15)  # windows differ by a factor of e

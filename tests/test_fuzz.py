@@ -32,6 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_damaged_files_are_taken_or_refused(tmp_path: Path) -> None:
     options = ["--only", "fuzz", "--fuzz-cases", "130", "--seed", "1", "--output", str(tmp_path / "fuzz.json")]
     done = subprocess.run([sys.executable, str(BENCHMARKS / "robustness.py"), *options], capture_output=True, text=True)

@@ -67,6 +67,18 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_texts_are_continued_without_torch() -> None:
+    code = (
+        "import sys, ziplm_deploy\n"
+        "ziplm_deploy.load_runner\n"
+        "heavy = {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_names_stay_functions_after_their_modules_are_imported() -> None:
     code = (
         "import ziplm_deploy.run.run, ziplm_deploy.api, ziplm_deploy.reporting.collect, ziplm_deploy as z\n"

@@ -5,6 +5,7 @@ Each does what it needs of the stages before it; what a run folder already holds
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ziplm_deploy import pipeline
@@ -21,6 +22,8 @@ from ziplm_deploy.stages import profile as profiling
 from ziplm_deploy.stages import report as reporting
 from ziplm_deploy.stages.benchmark import is_benchmarked
 from ziplm_deploy.stages.export import export_generation
+from ziplm_deploy.stages.profile import check_taken_table
+from ziplm_deploy.stages.quantize import check_differences
 
 
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
@@ -115,7 +118,7 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
         CorruptArtifactError: the run has no benchmark yet.
     """
     path = recipe.run_dir / "benchmark.json"
-    if not path.exists():
+    if not os.path.exists(path):
         raise CorruptArtifactError(
             f"expected a benchmarked run, found no {path}; run: ziplm-deploy benchmark RECIPE (or run RECIPE) first"
         )
@@ -125,5 +128,7 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
                 f"expected a benchmark of the models and settings of this recipe in {path}, found one of others; run: "
                 "ziplm-deploy run RECIPE"
             )
+        check_taken_table(run)
+        check_differences(run)
         evaluate.STAGE(run)
         return reporting.STAGE(run)

@@ -150,12 +150,24 @@ CODE_VERSION = 1  # raise it when a stage computes something else from the same 
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, followed by those of the weights that an ONNX file may keep beside it."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for part in parts_of(path):
+        with part.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def parts_of(path: Path) -> list[Path]:
+    """A file, and the weights that an ONNX file of more than 2 GB keeps beside it."""
+    beside = files.weights_beside(path)
+    return [path, beside] if beside.is_file() else [path]
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file with all its parts."""
+    return sum(part.stat().st_size for part in parts_of(path))
 
 
 def source_hash(source: str | None) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
+from tests.helpers.commands import invoke, replace, write_recipe
 from tests.helpers.onnx_models import write_mlp
 from tests.helpers.reports import benchmark_record, family_report, latency_table, member, plan
 from ziplm_deploy import api
 from ziplm_deploy.baselines import BASELINES
 from ziplm_deploy.cli import console
 from ziplm_deploy.cli.app import Terminated
-from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import DataError, EngineError, TargetUnreachableError, ZipLMError
 from ziplm_deploy.latency import benchmark as benchmarking
 from ziplm_deploy.latency.benchmark import TimedFile
@@ -30,31 +30,7 @@ from ziplm_deploy.recipe import Recipe
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "r.yaml"
-    path.write_text(
-        f"name: demo\noutput_dir: {tmp_path / 'runs'}\nmodel: {{path: m, task: fill-mask}}\n"
-        "environment: {workload: {seq_len: 32, batch_size: 2}}\nspeedups: [2]\n",
-        encoding="utf-8",
-    )
-    return path
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def replace(monkeypatch: pytest.MonkeyPatch, name: str, outcome: Any) -> list[Recipe]:
-    """Make a stage return ``outcome``, or raise it; returns the recipes that it is called with."""
-    seen: list[Recipe] = []
-
-    def stage(recipe: Recipe, progress: Any = None, **options: Any) -> Any:
-        seen.append(recipe)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(api, name, stage)
-    return seen
+    return write_recipe(tmp_path)
 
 
 def test_run_prints_the_table_and_where_everything_is(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.onnx_models import write_mlp
-from ziplm_deploy.engines.runner import cpu_session, onnx_runner, open_runner
+from ziplm_deploy.engines import WorkerHandle
+from ziplm_deploy.engines.runner import onnx_runner, open_runner
+from ziplm_deploy.engines.session import cpu_session
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.recipe import Environment
 
@@ -41,3 +43,12 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
         cpu_session(b"no model")
     with pytest.raises(EngineError), open_runner(Environment(), path):
         pass
+
+
+def test_answers_of_another_number_of_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    path = write_mlp(tmp_path / "a.onnx", 32)
+    monkeypatch.setattr(WorkerHandle, "infer", lambda self, model, inputs: {"output": np.zeros((0, 32), np.float32)})
+    said = r"expected 1 rows of output from openvino .*, found 0: .*benchmark\.baselines"
+    with open_runner(Environment(engine="openvino"), path) as run, pytest.raises(EngineError, match=said):
+        run(INPUTS)

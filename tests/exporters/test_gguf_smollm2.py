@@ -22,7 +22,7 @@ from tests.helpers.gguf_models import (
     rounded,
     shortfall,
 )
-from ziplm_deploy.models.gguf_source import check_gguf, gguf_file_of, load_gguf_model
+from ziplm_deploy.models.gguf_source import check_gguf, gguf_file_of, load_gguf_config, load_gguf_model
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def tokenizer(file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def dense(file: Path) -> DecoderParts:
-    return parts_of(load_gguf_model(file))
+    return parts_of(load_gguf_model(file, load_gguf_config(file)))
 
 
 @pytest.fixture(scope="module")
@@ -98,5 +98,6 @@ def test_its_own_file_gives_the_same_tokens(file: Path, tokenizer: Any) -> None:
 
 def test_the_reference_is_transformers(file: Path, tokenizer: Any, dense: DecoderParts) -> None:
     with torch.no_grad():
-        expected = torch.log_softmax(load_gguf_model(file)(torch.tensor([ids_of(tokenizer)])).logits[0, -1], dim=-1)
+        model = load_gguf_model(file, load_gguf_config(file))
+        expected = torch.log_softmax(model(torch.tensor([ids_of(tokenizer)])).logits[0, -1], dim=-1)
     torch.testing.assert_close(log_probabilities(dense, ids_of(tokenizer)), expected, atol=1e-3, rtol=0)

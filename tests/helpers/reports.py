@@ -249,7 +249,7 @@ class FinishedRun(SimpleNamespace):
         family = FamilyFacts(self.recipe, "spearman", record, self.table, [], [], {})
         reports: list[FileReport] = []
         for each in facts:
-            reports.append(collect._file_report(family, each, reports))
+            reports.append(collect._file_report(family, each, reports, is_pruned=name != "dense"))
         return reports
 
 
@@ -271,7 +271,7 @@ def finished_run(
         recipe=recipe,
         folder=folder,
         table=latency_table(),
-        task=SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction"),
+        task=SimpleNamespace(metric_name="spearman", ort_class="ORTModelForFeatureExtraction", is_causal=False),
         trains=False,
         data=SimpleNamespace(sampled_texts=None),
         dense_member=folder.dense_member,

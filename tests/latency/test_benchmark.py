@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -310,6 +310,26 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
     result = benchmarking._result(timed, "2x", Workload())
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.latency.median_ms > 5.0
+
+
+def test_another_measurement_is_waited_for(staged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def alone(note: Any) -> Iterator[None]:
+        done.append("the lock is taken")
+        yield
+        done.append("and given back")
+
+    def start(*given: Any, **more: Any) -> StagedWorker:
+        done.append("started")
+        return StagedWorker(*given, **more)
+
+    monkeypatch.setattr(benchmarking, "timing_alone", alone)
+    monkeypatch.setattr(benchmarking, "start_worker", start)
+    compare(staged, ENVIRONMENT, QUICK, "dense")
+    assert (done[0], done[-1]) == ("the lock is taken", "and given back")
+    assert len(done) > 4
 
 
 def test_unknown_baseline_and_no_models(models: dict[str, Path]) -> None:

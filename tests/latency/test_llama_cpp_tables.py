@@ -157,6 +157,7 @@ def test_a_table_is_measured_call_by_call(table: LatencyTable, tmp_path: Path) -
     assert LatencyTable.load(tmp_path / "table.json") == table
 
 
+@pytest.mark.slow
 def test_a_table_of_other_weights_does_not_fit(table: LatencyTable) -> None:
     check_table(table, request(dense=larger()))
     with pytest.raises(IncompatibleArtifactError, match=r"form: expected Q4_0 weights, .*found Q8_0 weights"):

@@ -30,7 +30,10 @@ ENVIRONMENT = Environment(workload=Workload(batch_size=2, seq_len=12))
 QUICK = ProfileConfig(min_rounds=3, max_rounds=3, max_seconds=20, width_ratio=0.4, stack_depth=2)
 HIDDEN = ("last_hidden_state",)
 # Positions in every layer's scores, in its projections, rotary with masks of two kinds, images with scaled layers.
-PROFILED = ("distilbert", "mpnet", "deberta-v2", "modernbert", "dinov2")
+PROFILED = (
+    "modernbert",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("deberta-v2", "distilbert", "mpnet", "dinov2")),
+)
 
 
 def request(dense: nn.Module | None = None, **changes: Any) -> TableRequest:

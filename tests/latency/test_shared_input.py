@@ -49,7 +49,7 @@ def test_every_model_of_a_table_computes_the_bias_once(tmp_path: Path) -> None:
     assert counted == dict.fromkeys(counted, 1)
 
 
-@pytest.mark.parametrize("model_type", ["deberta-v2", "t5"])
+@pytest.mark.parametrize("model_type", [pytest.param("deberta-v2", marks=pytest.mark.slow), "t5"])
 def test_every_model_of_a_table_computes_the_mask_of_scores_once(model_type: str, tmp_path: Path) -> None:
     found = graphs(model_type, tmp_path)
     counted = {
@@ -61,6 +61,7 @@ def test_every_model_of_a_table_computes_the_mask_of_scores_once(model_type: str
     assert counted == dict.fromkeys(counted, 1)
 
 
+@pytest.mark.slow
 def test_every_model_of_a_table_computes_masks_and_rotary_positions_once(tmp_path: Path) -> None:
     """The window of local attention takes one Abs; each of the two kinds of attention has cosines of its own."""
     found = graphs("modernbert", tmp_path)

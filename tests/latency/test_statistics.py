@@ -54,7 +54,9 @@ def test_bootstrap_interval_covers_the_true_median_about_as_often_as_it_says() -
     assert 0.88 <= covered / 200 <= 1.0
 
 
-@pytest.mark.parametrize("spread", [0.01, 0.02, 0.03])
+@pytest.mark.parametrize(
+    "spread", [pytest.param(0.01, marks=pytest.mark.slow), 0.02, pytest.param(0.03, marks=pytest.mark.slow)]
+)
 def test_speedup_intervals_of_the_shipped_defaults_hold_the_truth_as_often_as_they_say(spread: float) -> None:
     """Benchmarks that end when every interval is narrow enough, or after the largest number of processes."""
     n_trials, truth = 700, interval_coverage.TARGET

@@ -116,6 +116,7 @@ def test_cells_are_timed_as_finished_files_against_a_dense_float_model(
     assert LatencyTable.load(tmp_path / "table.json") == table
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_the_dense_model_may_be_timed_on_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     version = pytest.importorskip("openvino", reason="the extra openvino is not installed").__version__.split("-")[0]
@@ -165,7 +166,15 @@ def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("needed", ["dense", "base", "both-dropped", "attention-4", "ffn-64"])
+@pytest.mark.parametrize(
+    "needed",
+    [
+        "dense",
+        "base",
+        "attention-4",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("both-dropped", "ffn-64")),
+    ],
+)
 def test_a_table_needs_its_references(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "may_abort", True)
 

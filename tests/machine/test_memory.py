@@ -28,6 +28,7 @@ def faults(how: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_freed_tensors_are_used_again_without_page_faults() -> None:
     pages_of_one = 2**26 // 4096

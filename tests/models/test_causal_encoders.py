@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ziplm_deploy.errors import RecipeError, UnsupportedModelError
 from ziplm_deploy.models.causal import is_language_model
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.dense import load_dense
-from ziplm_deploy.models.deployed import OnnxExport, write_graph
+from ziplm_deploy.models.deployed import MAX_POSITIONS, OnnxExport, longest_text, write_graph
 from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.models.own_settings import with_own_settings
@@ -224,6 +225,28 @@ def test_sentence_transformers_opens_members_as_the_original(folders: dict[str, 
     found = by_sentence_transformers(members, TEXTS, tmp_path, backend="onnx")
     for model, folder, answers in zip((QWEN3, WITH_DENSE), folders.values(), found, strict=True):
         np.testing.assert_allclose(answers, model.embeddings(folder, TEXTS), atol=1e-4)
+
+
+def test_one_whose_tokens_attend_to_those_after_them_is_refused(tmp_path: Path) -> None:
+    save_causal(tmp_path, "qwen2")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "is_causal": False}), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="a qwen2 with is_causal False: its tokens attend to those after"):
+        load_dense(settings(tmp_path / "model", pooling="lasttoken"))
+
+
+def test_members_cut_texts_where_the_positions_of_their_file_end(tmp_path: Path) -> None:
+    save_causal(tmp_path, "qwen3", max_position_embeddings=20_000)
+    config = settings(tmp_path / "model", pooling="lasttoken")
+    model, processor = load_dense(config)
+    processor.model_max_length = 131_072
+    assert longest_text(model) == MAX_POSITIONS
+    save_member(tmp_path / "member", model, processor, config, {})
+    fields = json.loads((tmp_path / "member" / "tokenizer_config.json").read_text())
+    assert fields["model_max_length"] == MAX_POSITIONS
+    (tmp_path / "short").mkdir()
+    save_causal(tmp_path / "short", "qwen3", max_position_embeddings=64)
+    assert longest_text(load_dense(settings(tmp_path / "short" / "model", pooling="lasttoken"))[0]) == 64
 
 
 def test_a_model_that_names_no_pooling_or_has_learned_positions_is_refused(tmp_path: Path) -> None:

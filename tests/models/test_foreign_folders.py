@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.models import random_entries, save_dense
 from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError, ZipLMError
+from ziplm_deploy.models.config_file import check_parameter_count
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.inspection import inspect_model
 from ziplm_deploy.models.location import resolve_model_path
@@ -124,6 +125,54 @@ def test_sizes_that_the_weights_do_not_bear_out_take_no_memory(
     assert 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before_bytes + (300 << 20)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "field", "match"),
+    [
+        ("llama", {"head_dim": "x"}, r"head_dim: 'x' \(expected 1 to"),
+        ("gpt2", {"n_inner": "wide"}, "n_inner: 'wide'"),
+        ("gpt2", {"n_embd": 1 << 20, "n_head": 1}, "sizes of a gpt2 model .* intermediate_size"),
+    ],
+)
+def test_inspect_of_sizes_that_are_none(tmp_path: Path, model_type: str, field: dict[str, Any], match: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **field}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match=match):
+        inspect_model(str(tmp_path))
+
+
+def test_masks_in_layers_count() -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(1 << 15, 1 << 15, dtype=torch.bool))
+
+    with pytest.raises(CorruptArtifactError, match=r"of the Masked that config.json describes \(268,435,456 param"):
+        check_parameter_count(Masked, None, {}, (1 << 28) - 1)
+    check_parameter_count(Masked, None, {}, 1 << 28)  # a byte a position, of weights four
+
+
+def test_positions_by_sines_are_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.distilbert import modeling_distilbert
+
+    save_dense(tmp_path, "distilbert", TASK)
+    plain, _ = load_dense(settings(tmp_path))
+    change(tmp_path, sinusoidal_pos_embds=True)
+    monkeypatch.setattr(
+        modeling_distilbert, "create_sinusoidal_embeddings", lambda *_, **__: pytest.fail("a loop over positions")
+    )
+    model, _ = load_dense(settings(tmp_path))
+    inspect_model(str(tmp_path))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_names_that_no_file_may_have(tmp_path: Path) -> None:
+    for name in ("n" * 300, f"{tmp_path}/{'n' * 300}"):
+        with pytest.raises(UnsupportedModelError, match="found"):
+            inspect_model(name)
+        with pytest.raises(UnsupportedModelError, match="found"):
+            load_dense(settings(Path(name)))
+
+
 def test_inspect_of_a_billion_layers_ends(dense: Path) -> None:
     change(dense, num_hidden_layers=HUGE)
     with pytest.raises(CorruptArtifactError, match=r"num_hidden_layers: 1000000000 \(expected 1 to 1024\)"):
@@ -220,6 +269,7 @@ def test_kept_structures_without_end_take_no_memory(member: Path) -> None:
         load(member)
 
 
+@pytest.mark.slow
 def test_commands_to_paste_hold_names_as_names(tmp_path: Path) -> None:
     """A folder may be called like a command; pasted into a shell it must stay a name."""
     folder = tmp_path / "a'$(touch ran)`touch ran`\"; touch ran #"

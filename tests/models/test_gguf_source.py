@@ -25,7 +25,8 @@ from tests.helpers.gguf_models import (
     sentencepiece_like,
     tiny_llama,
 )
-from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.models import dense
 from ziplm_deploy.models.dense import load_dense, load_processor
 from ziplm_deploy.models.gguf_source import (
     GgufSummary,
@@ -98,7 +99,8 @@ def parts() -> DecoderParts:
 def test_answers_are_those_of_the_weights_in_the_file(tmp_path: Path, parts: DecoderParts, file_type: FileType) -> None:
     file = write_llama(tmp_path / "model.gguf", parts, file_type=file_type)
     assert check_gguf(file) == GgufSummary("llama", tuple(sorted({"F32", file_type})))
-    config, model = load_gguf_config(file), load_gguf_model(file)
+    config = load_gguf_config(file)
+    model = load_gguf_model(file, config)
     assert (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size) == (3, 2, 96)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not model.training
@@ -200,6 +202,39 @@ def test_damaged_files(tmp_path: Path, parts: DecoderParts, share: float) -> Non
     file.write_bytes(b"no GGUF file at all, but some text that is long enough")
     with pytest.raises(UnsupportedModelError, match="a whole GGUF file"):
         check_gguf(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("llama.block_count", 10**9, r"block_count from 1 to 1024 .* found 1000000000"),
+        ("llama.attention.head_count", 0, "attention.head_count from 1"),
+        ("llama.embedding_length", 1 << 19, "LlamaForCausalLM that config.json describes|transformers can build"),
+        ("llama.block_count", 1000, "tensors of 1000 layers .* found those of"),
+        ("tokenizer.ggml.bos_token_id", 10**6, "a whole tokenizer"),
+    ],
+)
+def test_keys_that_the_tensors_do_not_bear_out(
+    tmp_path: Path, parts: DecoderParts, key: str, value: int, match: str
+) -> None:
+    def change(writer: Any) -> None:
+        writer.kv_data[0].pop(key, None)
+        writer.add_uint32(key, value)
+
+    path = write_llama(tmp_path / "a.gguf", parts, tokenizer=byte_level_tokenizer("gpt-2"), change=change)
+    with pytest.raises(CorruptArtifactError, match=match):
+        load_dense(ModelConfig(path=str(path), task="text-generation"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_file_has_embeddings(
+    tmp_path: Path, parts: DecoderParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_level_tokenizer("gpt-2")
+    path = write_llama(tmp_path / "a.gguf", parts, tokenizer=tokenizer)
+    tokenizer.add_tokens([f"newt{number}" for number in range(len(parts.embedding))])
+    monkeypatch.setattr(dense, "load_gguf_tokenizer", lambda file: tokenizer)
+    with pytest.raises(UnsupportedModelError, match="tokens 0 to"):
+        load_dense(ModelConfig(path=str(path), task="text-generation"))
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,8 +183,8 @@ def test_damaged_towers_of_images_are_refused(tmp_path: Path) -> None:
     vision = fields["vision_config"]
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"vision_config": None}, CorruptArtifactError, "settings of a tower as vision_config"),
-        ({"vision_config": {**vision, "projection_dim": 8}}, CorruptArtifactError, "visual_projection"),
-        ({"vision_config": {**vision, "projection_dim": 0}}, CorruptArtifactError, r"config\.json"),
+        ({"projection_dim": 8}, CorruptArtifactError, "visual_projection"),
+        ({"projection_dim": 0}, CorruptArtifactError, r"config\.json"),
     ]
     for changes, kind, said in cases:
         (tmp_path / "whole" / "config.json").write_text(json.dumps({**fields, **changes}))

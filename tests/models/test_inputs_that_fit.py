@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 from tests.helpers.models import output_tensors, save_dense, tiny_inputs
-from ziplm_deploy.errors import UnsupportedModelError, ZipLMError
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError, ZipLMError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.recipe import ModelConfig
 
 pytestmark = pytest.mark.transformers
+META = {"format": "pt"}
 DEFAULT_OF_TWO = {"LABEL_0": 0, "LABEL_1": 1}
 
 
@@ -94,6 +97,21 @@ def test_a_tokenizer_with_more_tokens_than_embeddings(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"tokens 0 to 18 .* found 2 more, the first 'newt' \(19\)"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "like", ["layer.0.output.adapters.0.weight", "layer.1.attention.self.distance_embedding.weight"]
+)
+def test_weights_in_layers_that_the_model_does_not_use(tmp_path: Path, like: str) -> None:
+    save_dense(tmp_path, task="text-classification")
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    extra = {f"bert.encoder.{like}": torch.zeros(2, 2), "bert.encoder.layer.0.attention.self.attn.bias": torch.zeros(2)}
+    safetensors.torch.save_file(weights | {"lm.head": torch.zeros(2)} | extra, tmp_path / "model.safetensors", META)
+    with pytest.raises(CorruptArtifactError, match=rf"found 1 in its layers .*, the first \S*{re.escape(like)}"):
+        load(tmp_path)
+    del extra[f"bert.encoder.{like}"]
+    safetensors.torch.save_file(weights | {"lm.head": torch.zeros(2)} | extra, tmp_path / "model.safetensors", META)
+    load(tmp_path)
 
 
 def save_images(folder: Path, size: dict[str, int], **changes: Any) -> None:

@@ -68,6 +68,7 @@ def in_process(code: str, scratch: Path, *arguments: object) -> np.ndarray:
 # FastEmbed: output 0 of the file, pooled and normalized by its own code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_fastembed_embeds_as_members_do(name: str, tmp_path: Path) -> None:
     pytest.importorskip("fastembed", reason="fastembed is not installed")
@@ -87,6 +88,7 @@ def test_fastembed_embeds_as_members_do(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, embeddings(settings, member), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fastembed_ranks_as_members_do(tmp_path: Path) -> None:
     pytest.importorskip("fastembed", reason="fastembed is not installed")
     save_dense(tmp_path / "dense", "bert", "text-regression")

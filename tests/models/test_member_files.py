@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ from ziplm_deploy.errors import (
     ZipLMError,
 )
 from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.models.inspection import inspect_model
 from ziplm_deploy.models.location import resolve_model_path
 from ziplm_deploy.models.member_files import MEMBER_FILE, WEIGHTS_FILE, load, save_member
 from ziplm_deploy.models.resizing import kept_structures, resize
@@ -341,6 +343,14 @@ def test_resolve_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (empty / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert resolve_model_path("package:tiny-ships-a-model") == str(package / "model")
+    shutil.copytree(package / "model", package / "sentences" / "0_Transformer")
+    shutil.rmtree(package / "model")
+    assert resolve_model_path("package:tiny-ships-a-model") == str(package / "sentences" / "0_Transformer")
+    (package / "sentences" / "modules.json").write_text("[]")
+    assert resolve_model_path("package:tiny-ships-a-model") == str(package / "sentences"), "pooling is named there"
+    assert inspect_model("package:tiny-ships-a-model")
+    config = ModelConfig(path="package:tiny-ships-a-model", task="text-classification")
+    load_dense(config, {"num_labels": 2})  # for tasks that read no modules
     for path, error, match in (
         ("package:tiny_ships_nothing", UnsupportedModelError, r"config\.json and"),
         ("package:tiny_not_installed", EnvironmentMismatchError, "pip install tiny-not-installed"),

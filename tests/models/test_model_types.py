@@ -121,6 +121,8 @@ def test_all_types_are_listed_with_what_they_lose_or_why_not() -> None:
     assert kinds["qwen2"].pruned[0].startswith("cached heads")
     assert "position bias of all layers, cut to the heads that are kept" in kinds["mpnet"].dense
     assert "patch and position embeddings" in kinds["vit"].dense
+    assert "embeddings and buckets of distances" in kinds["deberta-v2"].dense
+    assert "embeddings and buckets of distances" not in kinds["bert"].dense
     assert json.loads(json.dumps(kinds["bert"].as_row()))["model_type"] == "bert"
 
 
@@ -175,6 +177,7 @@ REMOTE = [  # as their configurations say it on the hub
     ("bert", "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel", None),
     ("bert", "mine.MyBert", "bert"),
     ("neobert", "model.NeoBERT", None),
+    ("qwen2", "modeling_qwen.Qwen2Model", "qwen2"),  # of gte-Qwen2: attends to both sides
 ]
 
 
@@ -189,5 +192,8 @@ def test_code_of_a_model_is_refused_with_what_is_native_instead(
         inspect_model(str(tmp_path))
     wanted = "no type for it" if native is None else rf"the type {native} natively|natively as type {native}"
     assert re.search(wanted, str(caught.value))
+    if native == "qwen2":
+        assert "may let tokens attend to those after them" in str(caught.value)
+        assert "remove auto_map" not in str(caught.value)
     if native == "bert":
         assert "which can be pruned: remove auto_map" in str(caught.value)

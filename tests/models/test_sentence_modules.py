@@ -207,6 +207,11 @@ WHOLE = [*BASIC, module(2, "2_Dense", "Dense"), module(3, "3_Normalize", "Normal
             "Dropout",
         ),
         ("modules.json", [{**BASIC[0], "type": "custom_st.Transformer"}, BASIC[1]], "custom_st.Transformer"),
+        (
+            "modules.json",
+            [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}],
+            r"CLIPModel\); give that folder as model\.path, of a local copy: .*/0_CLIPModel",
+        ),
         ("modules.json", [BASIC[0]], "then any Dense layers .*found Transformer;"),
         ("modules.json", [*BASIC, WHOLE[3], WHOLE[2]], "found Transformer, Pooling, Normalize, Dense"),
         ("modules.json", [BASIC[0], {**BASIC[1], "path": "../other"}], "inside of"),
@@ -247,6 +252,21 @@ def test_what_cannot_be_reproduced_is_refused(file: str, content: Any, match: st
         load_dense(settings(tmp_path))
 
 
+def test_code_of_a_models_own_is_refused_before_its_modules(tmp_path: Path) -> None:
+    DENSE.save(tmp_path)
+    write(tmp_path / "modules.json", [{**BASIC[0], "type": "custom_st.Transformer"}, BASIC[1]])
+    code = {"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_lora.XLMRobertaLoRA"}
+    write(tmp_path / "config.json", {"model_type": "xlm-roberta", "auto_map": code})
+    with pytest.raises(UnsupportedModelError, match=r"never run; .*jina_embeddings_v3"):
+        read_sentence_modules(settings(tmp_path))
+
+
+def test_sizes_are_found_in_the_python_of_a_card(tmp_path: Path) -> None:
+    DENSE.save(tmp_path)
+    (tmp_path / "README.md").write_text("loss = MatryoshkaLoss(model, loss, matryoshka_dims=[8, 4])", encoding="utf-8")
+    assert sorted(read_sentence_modules(settings(tmp_path)).dimensions or ()) == [4, 8]
+
+
 def test_a_prompt_that_is_not_pooled_matters_only_where_there_is_one(tmp_path: Path) -> None:
     model = TinySentenceModel({"pooling_mode": "mean", "include_prompt": False}, settings=PROMPTS)
     assert with_own_settings(settings(model.save(tmp_path), prompt="")).prompt == ""
@@ -255,7 +275,7 @@ def test_a_prompt_that_is_not_pooled_matters_only_where_there_is_one(tmp_path: P
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        *(("modules.json", content) for content in (None, {}, "x", [1], [{"path": 1, "type": "x"}], [{"type": "x"}])),
+        *(("modules.json", content) for content in (None, {}, 5, [1], [{"path": 1, "type": "x"}], [{"type": "x"}])),
         *(("1_Pooling/config.json", content) for content in ([], {"pooling_mode": 3}, {"embedding_dimension": 64})),
         *(("2_Dense/config.json", content) for content in ({}, {"in_features": -1, "out_features": 16})),
         ("2_Dense/config.json", {"in_features": 32, "out_features": "16"}),

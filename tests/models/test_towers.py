@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from torch.nn.functional import normalize
+from typer.testing import CliRunner
 
 from exporters import ExportSettings, check_parity
 from tests.helpers.models import output_tensors, random_entries, tiny_tokenizer
 from tests.helpers.sentence_models import TEXTS, by_sentence_transformers
 from tests.helpers.towers import PROJECTION, TOWER_TYPES, save_whole, tower, tower_inputs
+from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport, write_graph
@@ -144,8 +146,15 @@ def test_a_member_of_the_text_tower_embeds_alike_everywhere(clip: Path, tmp_path
 
 
 def test_towers_that_a_task_cannot_take_are_refused(clip: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="the two towers of a clip; save the one that is meant"):
+    with pytest.raises(UnsupportedModelError, match=r"the two towers of a clip; name one \(inspect --tower text"):
         inspect_model(clip / "whole")
+    rows = {side: inspect_model(clip / "whole", side) for side in ("text", "image")}  # type: ignore[arg-type]
+    assert rows["text"] == inspect_model(clip / "text")
+    assert rows["image"] != rows["text"]
+    shown = CliRunner().invoke(app, ["inspect", str(clip / "whole"), "--tower", "image", "--json"])
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout) == rows["image"]
+    assert CliRunner().invoke(app, ["inspect", str(clip / "whole"), "--tower", "both"]).exit_code == 2
     with pytest.raises(UnsupportedModelError, match="found a clip_vision_model; choose another task"):
         load_dense(ModelConfig(path=str(clip / "whole"), task="image-classification"))
     with pytest.raises(UnsupportedModelError, match=r"reads images for .*, found a clip_text_model, which reads texts"):
@@ -161,8 +170,8 @@ def test_damaged_checkpoints_are_refused(clip: Path, tmp_path: Path) -> None:
         ({"text_config": None}, CorruptArtifactError, "settings of a tower as text_config"),
         ({"auto_map": {"AutoModel": "x.Y"}}, UnsupportedModelError, "auto_map"),
         ({"text_config": {**text, "num_hidden_layers": 4}}, CorruptArtifactError, "4 layers"),
-        ({"text_config": {**text, "projection_dim": 8}}, CorruptArtifactError, "projection"),
-        ({"text_config": {**text, "projection_dim": 0}}, CorruptArtifactError, r"config\.json"),
+        ({"projection_dim": 8}, CorruptArtifactError, "projection"),
+        ({"projection_dim": 0}, CorruptArtifactError, r"config\.json"),
     ]
     for number, (changes, kind, said) in enumerate(cases):
         folder = tmp_path / str(number)

@@ -199,7 +199,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(tmp_path: Path
 
 
 @CACHES
-@pytest.mark.parametrize("steps", [14, 18])
+@pytest.mark.parametrize("steps", [14, pytest.param(18, marks=pytest.mark.slow)])
 def test_a_training_in_a_later_epoch_is_resumed_exactly(tmp_path: Path, steps: int, cache_bytes: int) -> None:
     """Twelve steps are an epoch; checkpoints stand at 5, 10 and 15."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ziplm_deploy.cli import console
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.statistics import Ratio
+from ziplm_deploy.models.architectures import ARCHITECTURES
 from ziplm_deploy.reporting import collect
 from ziplm_deploy.reporting.baselines import standing
 from ziplm_deploy.reporting.card import model_card
@@ -89,7 +91,31 @@ def test_every_report_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
     text = family_markdown(report)
     assert "its \\| defaults" in text.partition("## Baselines")[2]
     card = model_card(report, report.members[1], "ORTModelForFeatureExtraction")
-    assert "| stock int8 | 2.500x | 2.400 to 2.600 | 0.8610 | a tool 1.0: its \\| defaults |" in card
+    assert "| stock int8 | 2.500x | 2.400 to 2.600 | 0.8610 | – | a tool 1.0: its \\| defaults |" in card
+
+
+def test_a_card_names_no_loader_that_lacks_the_type() -> None:
+    report = family_report(task="sentence-similarity")
+    known = model_card(report, report.members[1], "ORTModelForFeatureExtraction")
+    assert "from optimum.onnxruntime import ORTModelForFeatureExtraction" in known
+    assert "from sentence_transformers import SentenceTransformer" in known
+    unknown = model_card(report, report.members[1], None)
+    assert "from optimum" not in unknown
+    assert "from sentence_transformers" not in unknown
+    assert 'onnxruntime.InferenceSession("2x/model.onnx")' in unknown
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"), [("bert", "ORTModelForFeatureExtraction"), ("eurobert", None), (None, True)]
+)
+def test_optimum_is_asked_for_the_types_that_it_has(tmp_path: Path, model_type: str | None, expected: Any) -> None:
+    run = finished_run(tmp_path, benchmark_record(**{"2x": 2.0, "4x": 4.0}), dict.fromkeys(("dense", "2x", "4x"), 0.8))
+    if model_type is not None:
+        (run.dense_member.folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    found = report_stage.ort_class_of(run)  # type: ignore[arg-type]
+    if model_type == "eurobert" and model_type not in ARCHITECTURES:
+        pytest.skip("transformers 4 has no such type")
+    assert found == (run.task.ort_class if expected else None)
 
 
 def test_reports_from_before_there_were_any_are_read(tmp_path: Path) -> None:

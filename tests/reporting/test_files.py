@@ -146,6 +146,26 @@ def test_a_file_outside_the_accuracy_budget_is_not_recommended_however_fast(tmp_
     assert [each.recommended for each in good.files] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("low", "aa", "reason"),
+    [
+        (1.4, 0.0, ""),
+        (0.99, 0.0, "not faster than the dense model beyond noise (1.50x)"),
+        (1.4, 0.2, "the baseline against itself is up to 20.00 % from 1"),
+    ],
+)
+def test_a_pruned_file_is_recommended_only_where_it_is_faster_beyond_noise(
+    tmp_path: Path, low: float, aa: float, reason: str
+) -> None:
+    record = benchmark_record(**{"2x": 1.5, "4x": 2.0})
+    record.variant("2x").__dict__.update(speedup_low=low)
+    record.__dict__.update(aa_low=1 - aa, aa_high=1 + aa)
+    run = finished_run(tmp_path, record, SCORES)
+    dense, found, _ = run.report().members
+    assert (dense.files[0].recommended, found.files[0].recommended) == (True, not reason)
+    assert found.files[0].reason.startswith(reason)
+
+
 def test_the_budget_holds_where_the_file_serves_too(tmp_path: Path) -> None:
     record = benchmark_record(**{"2x": 2.0, "2x int8": 2.5})
     run = int8_run(tmp_path, record, compress={**INT8, "int8": {"max_loss": 0.02}})
@@ -208,7 +228,9 @@ def test_notes_name_the_linears_that_they_are_about() -> None:
     lost = int8_record(**outliers, scores=[0.7, 0.71], fp32_linears=["a"], within_budget=False)
     note = int8_note("2x int8", lost, 0.01)
     assert "0.7100 is outside the accuracy budget (max_loss 0.01 of 0.8700), the best of 2 tried" in note
-    assert "with 1 of 12 linears in float32: a; outliers ruin c, d; try" in note
+    assert "with 1 of 12 linears in float32: a; outliers ruin c, d; try int8.method qat, a larger" in note
+    assert "ruin c, d; try a larger max_fp32_share" in int8_note("2x int8", lost, 0.01, may_train=False)
+    assert int8_note("2x int8", unjudged, 0.01, may_train=False).endswith("; give data.evaluation")
 
 
 @pytest.mark.parametrize("within_budget", [True, None])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tests.helpers.reports import family_report, file, member
 from ziplm_deploy.recipe import Variant
-from ziplm_deploy.reporting.markdown import MAX_LABELS, family_markdown
+from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import MemberReport
+from ziplm_deploy.reporting.scores import MAX_LABELS
 from ziplm_deploy.tasks.lengths import TokenLengths
 
 

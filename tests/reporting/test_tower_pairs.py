@@ -18,8 +18,9 @@ from ziplm_deploy import pair_towers
 from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import CorruptArtifactError, IncompatibleArtifactError, UsageError
 from ziplm_deploy.recipe import Environment, Variant
-from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
+from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPair, TowerPairs, pair_rows
 from ziplm_deploy.tasks.cross_retrieval import PAIR_METRICS, PairJudge, pair_outcomes
+from ziplm_deploy.tasks.outcomes import halves
 from ziplm_deploy.tasks.resampling import ResampledScores
 from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 
@@ -89,9 +90,14 @@ def test_every_pair_costs_the_sum_of_its_calls_and_is_scored_by_its_own_embeddin
     for name, (text_ms, image_ms) in slower.items():
         assert by_name[name, name].latency_high_ms == pytest.approx(4 * text_ms + 0.5 * image_ms)
     assert [pair.latency_ms for pair in found.pairs] == sorted(pair.latency_ms for pair in found.pairs)
-    best = max(found.pairs, key=lambda pair: pair.scores[found.metric])
     assert found.chosen is not None
-    assert found.pairs[found.chosen].scores[found.metric] == best.scores[found.metric]
+
+
+def scores_on(images: np.ndarray, found: TowerPairs, pair: TowerPair) -> ResampledScores:
+    numbers = np.stack([np.arange(COUNT)] * 2, axis=1)
+    embedded = vectors("texts", pair.text), vectors("images", pair.image)
+    outcomes = pair_outcomes(*embedded, numbers, np.arange(COUNT), "cosine")
+    return ResampledScores(PairJudge(), outcomes.take(images))
 
 
 def test_the_choice_keeps_the_budget_beyond_noise(runs: tuple[Path, Path]) -> None:
@@ -101,12 +107,43 @@ def test_the_choice_keeps_the_budget_beyond_noise(runs: tuple[Path, Path]) -> No
         chosen = found.pairs[found.chosen]
         assert chosen.latency_high_ms <= budget
         fitting = [pair for pair in found.pairs if pair.latency_high_ms <= budget]
-        assert chosen.scores[found.metric] == max(pair.scores[found.metric] for pair in fitting)
+        chooses, reports = halves(COUNT, 0)
+        on_half = [scores_on(chooses, found, pair).score(found.metric) for pair in fitting]
+        assert scores_on(chooses, found, chosen).score(found.metric) == max(on_half)
+        assert found.unseen is not None
+        unseen = scores_on(reports, found, chosen)
+        assert (found.unseen.n_images, found.unseen.score) == (len(reports), unseen.score(found.metric))
+        assert found.unseen.interval == unseen.interval(found.metric)
+        assert (found.unseen.of_dense is None) == (chosen.text == chosen.image == "dense")
         kinds = {pair.fits: pair for pair in found.pairs}
         assert all(pair.latency_ms > budget for pair in found.pairs if pair.fits == "no"), kinds
     rows = pair_rows(found)
     assert {len(row) for row in rows} == {len(TITLES)}
     assert [row[0] for row in rows].count("take this") == 1
+
+
+def test_what_fits_does_so_beyond_the_noise_of_a_measurement_that_it_spoilt(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    noisy = finished(tmp_path / "noisy", "images", IMAGE_MS, aa_low=0.7, aa_high=1.3)
+    assert "yes" in {pair.fits for pair in pair_towers(*runs, budget_ms=17).pairs}
+    found = pair_towers(runs[0], noisy, budget_ms=17)
+    for pair in found.pairs:
+        within = "yes" if 1.3 * pair.latency_high_ms <= 17 else "undecided"
+        assert pair.fits == ("no" if pair.latency_ms > 17 else within)
+    tight = pair_towers(runs[0], noisy, budget_ms=1.2 * min(pair.latency_high_ms for pair in found.pairs))
+    assert (tight.chosen, tight.unseen) == (None, None)
+    assert "undecided" in {pair.fits for pair in tight.pairs}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_figures_that_no_measurement_gives(runs: tuple[Path, Path], value: float) -> None:
+    path = runs[1] / "report.json"
+    report = json.loads(path.read_text())
+    report["members"][1]["files"][0]["measured_low"] = value
+    path.write_text(json.dumps(report))
+    with pytest.raises(CorruptArtifactError, match=r"report\.json"):
+        pair_towers(*runs, budget_ms=17)
 
 
 def invoke(*arguments: object) -> Result:
@@ -118,6 +155,7 @@ def test_the_command_prints_what_the_function_gives(runs: tuple[Path, Path], tmp
     done = invoke(*runs, "--budget-ms", 17, "-o", file)
     assert done.exit_code == 0, done.stderr
     assert "take this" in done.stdout
+    assert "chosen by one half of the images; on the other 6: " in done.stdout
     assert TowerPairs.load(file) == pair_towers(*runs, budget_ms=17)
     assert json.loads(invoke(*runs, "--budget-ms", 17, "--json").stdout)["budget_ms"] == 17
     assert invoke(*runs, "--budget-ms", 1).exit_code == 3

@@ -18,7 +18,7 @@ from tests.helpers.reports import (
 )
 from ziplm_deploy.recipe import RecoverConfig, Variant
 from ziplm_deploy.reporting.card import model_card
-from ziplm_deploy.reporting.judge import harmed_by_training, nothing_to_keep, taught_more_than_dense
+from ziplm_deploy.reporting.judge import harmed_by_training, judged_apart, nothing_to_keep, taught_more_than_dense
 from ziplm_deploy.reporting.markdown import family_markdown
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.reporting.table import file_header, file_rows, header, rows
@@ -160,14 +160,38 @@ def test_the_accuracy_budget_is_met_missed_or_undecided(
     assert (float32.budget, float32.recommended) == (None, True)
     assert (int8.budget, int8.recommended) == (budget, recommended)
     assert int8.accuracy_intervals == {"spearman": (0.77, 0.81)}
-    if budget == "missed":
+    if budget != "met":
+        where = "outside" if budget == "missed" else "undecided whether it holds"
         assert int8.reason == (
-            "outside the accuracy budget: 98.5 % [97.0, 98.9] of the float32 score on 750 examples, where 99 % is asked"
+            f"{where} the accuracy budget: 98.5 % [{low}, {high}] of the float32 score on 750 examples, where 99 % is "
+            "asked"
         )
     assert (
         any(note.startswith("2x int8: whether it holds the accuracy budget is undecided") for note in report.notes)
         is noted
     )
+
+
+def test_a_budget_that_the_other_half_holds_is_held_though_the_choosing_half_did_not(tmp_path: Path) -> None:
+    run = int8_run(tmp_path, 99.1, 100.2)
+    lost = int8_record(reference_score=0.8, scores=[0.7, 0.78], within_budget=False, n_choosing=750)
+    lost.save(run.member("2x").file(Variant.INT8).int8_record)
+    report = run.report()
+    found = report.members[1].files[1]
+    assert (found.budget, found.recommended, found.reason) == ("met", True, "")
+    assert found.facts["budget"] == "not held on the 750 examples that chose"
+    assert any("2x int8: 0.7800 on the 750 examples that chose is outside" in note for note in report.notes)
+
+
+def test_files_compared_on_the_examples_that_did_not_choose_are_noted() -> None:
+    whole, half = (comparison(-0.01, 0.02).model_copy(update={"n_examples": n}) for n in (1500, 750))
+    one, other = member("2x"), member("4x")
+    one.files = [file(Variant.FP32, of_dense={"spearman": whole}), file(Variant.INT8, of_dense={"spearman": half})]
+    other.files = [file(Variant.FP32, of_dense={"spearman": whole})]
+    (note,) = judged_apart([one, other], "spearman")
+    assert "on the 750 evaluation examples that did not choose; their scores are of all 1500" in note
+    assert judged_apart([other], "spearman") == []
+    assert judged_apart([member("dense")], "spearman") == []
 
 
 def test_intervals_of_other_outcomes_than_those_scored_are_left_out(tmp_path: Path) -> None:

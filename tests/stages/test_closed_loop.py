@@ -43,7 +43,7 @@ class Machine:
         self.predicted = {member.name: member.target for member in self.pruned_members}
         self.corrections: dict[str, Correction] = {}
         self.notes: dict[str, str | None] = {}
-        self.measurements = 0
+        self.measurements, self.was_measured_again = 0, False
         self.recipe = SimpleNamespace(
             benchmark=BenchmarkConfig(),
             target=Variant.FP32,
@@ -65,6 +65,8 @@ class Machine:
             monkeypatch.setattr(stage, "PruningPlan", load)
         monkeypatch.setattr(closed_loop, "prune_member", self._prune)
         monkeypatch.setattr(closed_loop, "export_pruned", lambda run, member: None)
+        monkeypatch.setattr(closed_loop, "is_measured_again", lambda run: self.was_measured_again)
+        monkeypatch.setattr(closed_loop, "measure_again", lambda run: "measured again")
         monkeypatch.setattr(closed_loop, "measure_generation", lambda run, generation: self.measure())
         monkeypatch.setattr(closed_loop, "refused_members", lambda run, generation: self.refused(generation.members))
 
@@ -150,7 +152,7 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
     machine = Machine(monkeypatch, (2.0, 4.0), bias=bias)
     two, four = machine.pruned_members
     machine.generations = [Generation(machine.dense_member, (two,)), Generation(two, (four,))]
-    measured = SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=bias * machine.predicted[name]))
+    measured = record_of(lambda name: bias * machine.predicted[name])
     monkeypatch.setattr(prune, "BenchmarkRecord", SimpleNamespace(load=lambda path: measured))
     prune.start_from_last_bias(machine, machine.generations[0])  # type: ignore[arg-type]
     assert machine.corrections == {}
@@ -166,6 +168,21 @@ def test_a_gradual_step_starts_from_what_the_one_before_has_shown(
         machine.limit = 4.2  # the larger aim is out of reach, the target itself is not
         prune.start_from_last_bias(machine, machine.generations[1])  # type: ignore[arg-type]
         assert machine.corrections == {}
+
+
+def test_noise_says_nothing_to_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, (2.0, 4.0), bias=0.9)
+    two, four = machine.pruned_members
+    machine.generations = [Generation(machine.dense_member, (two,)), Generation(two, (four,))]
+    noisy = record_of(lambda name: 0.9 * machine.predicted[name], noise=0.3)
+    monkeypatch.setattr(prune, "BenchmarkRecord", SimpleNamespace(load=lambda path: noisy))
+    prune.start_from_last_bias(machine, machine.generations[1])  # type: ignore[arg-type]
+    assert machine.corrections == {}
+    slowed = SlowedMachine(monkeypatch, slowdown=1.25)
+    slowed.run()
+    final = record_of(lambda name: slowed.predicted[name.removesuffix(" int8")] / 1.25, noise=0.3)
+    assert not closed_loop.compensate_float32(slowed, final)  # type: ignore[arg-type]
+    assert closed_loop.compensate_float32(slowed, slowed.final())  # type: ignore[arg-type]
 
 
 class AbortingMachine(Machine):
@@ -272,6 +289,11 @@ def test_linears_that_stay_in_float32_are_made_room_for(monkeypatch: pytest.Monk
     assert 4.0 <= machine.final().variant("4x int8").speedup <= 4.1
     assert machine.predicted["2x"] == 2.0
     assert machine.corrections["4x"].float32_slowdown == pytest.approx(1.3)
+    ended = machine.final()
+    assert closed_loop.reported(machine, ended) == "measured again"  # type: ignore[arg-type,comparison-overlap]
+    machine.was_measured_again, machine.slowdown = True, 2.0  # what is reported is not selected, whatever it says
+    assert closed_loop.reported(machine, ended) is ended  # type: ignore[arg-type]
+    assert not closed_loop.compensate_float32(machine, machine.final())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +305,8 @@ def test_no_room_is_made_without_need_or_hope(
     machine = SlowedMachine(monkeypatch, slowdown, kept, limit)
     assert machine.finish() == 0
     assert machine.corrections == {}
+    final = machine.final()
+    assert closed_loop.reported(machine, final) is final  # type: ignore[arg-type]
 
 
 def test_room_is_made_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import transformers
 from tests.helpers.evaluation import evaluation_set
 from tests.helpers.models import save_dense, sentences, tiny_tokenizer
 from tests.helpers.pipeline import recipe
+from tests.helpers.sentence_models import TinySentenceModel
 from ziplm_deploy import pipeline
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import DataError
@@ -90,6 +91,25 @@ def test_examples_in_both_data_sets_are_noted(folder: Path) -> None:
     assert not any("stand in" in note for note in apart.folder.notes)
 
 
+def test_notes_follow_the_recipe(folder: Path) -> None:
+    """In one folder: what trains, what is evaluated and what is served may change."""
+    texts = sentences(60)
+    train, test = rows(texts[:40]), rows(texts[36:])
+    own: dict[str, Any] = {"data": {"n_calibration": 8}, "output_dir": f"{folder}/n"}
+    once = checked(folder, train, test, **own).folder
+    assert not any("training data, too" in note for note in once.notes)
+    trained = checked(folder, train, test, recover={"mode": "one-shot", "batch_size": 8}, **own).folder
+    assert any("in the training data, too" in note for note in trained.notes)
+    (short,) = (note for note in trained.notes if "half of the evaluation texts" in note)
+    assert "static shapes" not in short
+    fixed = checked(folder, train, test, export={"shapes": "static"}, **own).folder
+    (short,) = (note for note in fixed.notes if "half of the evaluation texts" in note)
+    assert "static shapes" in short
+    unscored = checked(folder, train, test, **{**own, "data": {"n_calibration": 8, "evaluation": None}}).folder
+    assert set(unscored.lengths) == {"calibration"}
+    assert not any("evaluation" in note for note in unscored.notes)
+
+
 def test_lengths_are_counted_once_for_the_same_examples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = rows(sentences(16)), rows(sentences(9, 1))
     first = checked(folder, train, test, output_dir=f"{folder}/f")
@@ -97,6 +117,35 @@ def test_lengths_are_counted_once_for_the_same_examples(folder: Path, monkeypatc
     again = checked(folder, train, test, output_dir=f"{folder}/f")
     assert again.folder.lengths == first.folder.lengths
     assert again.folder.notes == first.folder.notes
+
+
+LEARNS_LABELS: dict[str, Any] = {"recover": {"mode": "one-shot", "batch_size": 8, "task_weight": 1.0}}
+
+
+def test_how_training_labels_are_read_is_noted(folder: Path) -> None:
+    named = pytest.importorskip("datasets").ClassLabel(names=["bad", "good", "fair"])
+    data = pytest.importorskip("datasets")
+    features = data.Features({"text": data.Value("string"), "label": named})
+    train = data.Dataset.from_dict({"text": sentences(16), "label": [0, 1, 2, 1] * 4}, features=features)
+    train.to_parquet(folder / "named.parquet")
+    given = {"train": str(folder / "named.parquet")}
+    plain = rows(sentences(16)), rows(sentences(9, 1))
+    notes = checked(folder, *plain, output_dir=f"{folder}/h", data=given, **LEARNS_LABELS).folder.notes
+    assert any(note.startswith("training data: the data set names its classes (bad, good, fair)") for note in notes)
+    notes = checked(folder, *plain, output_dir=f"{folder}/i", data=given).folder.notes
+    assert not any(note.startswith("training data") for note in notes), "labels that no loss reads"
+
+
+def test_labels_of_both_data_sets_are_read_alike(folder: Path, tmp_path: Path) -> None:
+    save_dense(tmp_path / "model", task="text-classification", id2label={0: "1", 1: "2", 2: "3"})
+    settings = {"path": str(tmp_path / "model"), "task": "text-classification"}
+    from_0 = [{"text": text, "label": number % 3} for number, text in enumerate(sentences(16))]
+    without_0 = [{"text": text, "label": 1 + number % 2} for number, text in enumerate(sentences(9, 1))]
+    match = r"same in all data, found names of classes in the evaluation data \(the model's are 1, 2, 3 …\)"
+    with pytest.raises(DataError, match=match):
+        checked(tmp_path, from_0, without_0, model=settings, output_dir=f"{tmp_path}/a", **LEARNS_LABELS)
+    assert not (tmp_path / "a").exists()
+    checked(tmp_path, without_0 * 2, without_0, model=settings, output_dir=f"{tmp_path}/b", **LEARNS_LABELS)
 
 
 def test_refused_data_leave_nothing_behind(folder: Path) -> None:
@@ -160,9 +209,9 @@ def test_a_text_without_tokens_is_named(tmp_path: Path) -> None:
     plain = without_token_types(tokenizer)
     texts = [{"text": "the cat"}, {"text": "a dog"}, {"text": " "}]
     assert tokenize(plain, texts[:2], 8)[0]["input_ids"] == [5, 7]
-    with pytest.raises(DataError, match=r"none in number 3 of 3 .*remove blank rows"):
+    with pytest.raises(DataError, match=r"none in ' ' .*remove blank rows"):
         tokenize(plain, texts, 8)
-    with pytest.raises(DataError, match="none in number 3 of 3"):
+    with pytest.raises(DataError, match="none in ' '"):
         get_task("text-classification").token_lengths(texts, plain)
 
 
@@ -182,6 +231,17 @@ def test_rectangular_images_count_their_patches(tmp_path: Path) -> None:
     assert run.folder.lengths == {}
     assert any("16 of 16 evaluation examples" in note for note in run.folder.notes)
     assert run.onnx_export.write(run.dense.model, tmp_path / "model.onnx", "dense") < 1e-3
+
+
+def test_embeddings_that_a_loader_cuts_are_noted(tmp_path: Path) -> None:
+    pairs = [{"text": a, "text_pair": b, "label": 1.0} for a, b in zip(sentences(20), sentences(20, 1), strict=True)]
+    data = {"text_columns": ["text", "text_pair"], "label_column": "label"}
+    for cut in (None, 8):
+        path = TinySentenceModel(settings={"truncate_dim": cut}).save(tmp_path / f"m{cut}")
+        model = {"path": str(path), "task": "sentence-similarity"}
+        run = checked(tmp_path, pairs, pairs[:4], model=model, data=data, output_dir=f"{tmp_path}/{cut}")
+        noted = [note for note in run.folder.notes if "to their first 8 numbers (truncate_dim)" in note]
+        assert len(noted) == (0 if cut is None else 1)
 
 
 def test_a_pooling_that_nobody_names_is_noted(tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from exporters import gguf as gguf_writer
+from exporters import gguf_layers
 from tests.helpers.gguf_models import LlamaCpp, byte_level_tokenizer
 from tests.helpers.pipeline import causal_recipe, raw_recipe, save_causal, written_again
-from ziplm_deploy.errors import RecipeError, UnsupportedModelError
+from ziplm_deploy.errors import ParityError, RecipeError, UnsupportedModelError
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import parse_recipe
+from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_task
+from ziplm_deploy.stages.formats import check_formats, write_formats
 
 FORMATS = {"export": {"gguf": "F16", "genai": True}}
 
@@ -62,6 +66,12 @@ def test_they_are_made_once_and_change_nothing_else(finished: Path) -> None:
         ("gpt2", {"export": {"gguf": "F16"}}, UnsupportedModelError, "export.gguf: expected"),
         ("llama", {"export": {"gguf": "F16"}}, UnsupportedModelError, "export.gguf: expected"),  # its tokenizer
         ("llama", {"export": {"genai": True, "cache_form": "portable"}}, RecipeError, "cache_form onnxruntime"),
+        (
+            "llama",
+            {"export": {"genai": True, "stock_optimum": True}},
+            RecipeError,
+            "optimum, found both",
+        ),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_at_once(
@@ -74,6 +84,30 @@ def test_what_a_format_cannot_hold_is_refused_at_once(
     assert not list((tmp_path / "runs").rglob("profile.json"))
 
 
-def test_encoders_have_no_such_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["genai", "stock_optimum"])
+def test_encoders_have_no_such_files(tmp_path: Path, field: str) -> None:
     with pytest.raises(RecipeError, match=r"expected no export\.gguf"):
-        check_task(parse_recipe(raw_recipe(tmp_path, export={"genai": True})))
+        check_task(parse_recipe(raw_recipe(tmp_path, export={field: True})))
+
+
+def test_genai_needs_a_token_that_ends_texts(tmp_path: Path) -> None:
+    save_causal(tmp_path)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    generation = tmp_path / "model" / "generation_config.json"
+    generation.unlink(missing_ok=True)
+    with Run(parse_recipe(causal_recipe(tmp_path, export={"genai": True}))) as run:
+        with pytest.raises(UnsupportedModelError, match=r"export\.genai: expected a token that ends a text"):
+            check_formats(run)
+        run.dense.processor.eos_token = "[SEP]"
+        check_formats(run)
+
+
+def test_a_gguf_file_beside_onnx_is_compared_with_torch(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="runs GGUF files; in the extra llamacpp")
+    first = lambda layers, *sizes: gguf_layers.file_layers(layers[:1], *sizes)  # noqa: E731
+    monkeypatch.setattr(gguf_writer, "file_layers", first)  # and no further ones
+    with Run(parse_recipe(causal_recipe(finished, export={"gguf": "Q4_0"}))) as run:
+        with pytest.raises(ParityError, match=r"expected dense as GGUF to answer in llama\.cpp within 50 %"):
+            write_formats(run)
+        assert not (finished / "runs" / "tiny" / "dense" / "model.gguf").exists()

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, write_rows
 from ziplm_deploy import pipeline
+from ziplm_deploy.engines import get_engine
 from ziplm_deploy.machine import info
 from ziplm_deploy.machine.side_environments import SideEnvironment
 from ziplm_deploy.recipe import Recipe, parse_recipe
@@ -261,6 +262,7 @@ OF_CAUSAL_MODELS = {
     "environment.workload.decode",
     "export.gguf",
     "export.genai",
+    "export.stock_optimum",
     "benchmark.engines",
     "compress.int8.weight_only_4",
     "data.generated",  # what it repeats: test_pipeline_self_data
@@ -290,6 +292,27 @@ def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(
             (tmp_path / name).mkdir()
             found = repeated(finished, tmp_path / name, patch, "model.path", f"@{name}")
         assert found == DENSE | SCORED | INT8, name
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "expected"),
+    [
+        (type(get_engine("onnxruntime")), "version", lambda self: "0.0", TIMED | SCORED | {"profile"}),
+        (info.MachineInfo, "fingerprint", property(lambda self: "Z80"), TIMED | {"profile"}),
+    ],
+    ids=["version", "machine"],
+)
+def test_another_engine_or_machine_repeats_what_it_did(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    value: Any,
+    expected: set[str],
+) -> None:
+    monkeypatch.setattr(owner, name, value)
+    assert repeated(finished, tmp_path, monkeypatch, "benchmark.overshoot", 0.2) == expected
 
 
 def test_an_unchanged_recipe_repeats_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

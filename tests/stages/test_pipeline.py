@@ -153,9 +153,8 @@ def test_a_new_target_costs_a_search_and_keeps_the_others(copied: Path) -> None:
     assert not again.intersection(kept)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_continues(made: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "killed"
     shutil.copytree(made, folder, ignore=shutil.ignore_patterns("runs"))
@@ -205,8 +204,9 @@ def test_a_foreign_table_is_refused_unless_asked_for(copied: Path) -> None:
     assert len(report.members) == 2
     [note] = [note for note in report.notes if "another machine" in note]
     assert "Z80" in note
-    with pytest.raises(IncompatibleArtifactError, match="Z80"):  # also in a folder that has taken it over
-        api.profile(recipe(copied, profile={"table": str(copied / "foreign.json")}))
+    for work in (api.profile, api.report):  # also in a folder that has taken it over
+        with pytest.raises(IncompatibleArtifactError, match="Z80"):
+            work(recipe(copied, profile={"table": str(copied / "foreign.json")}))
     api.profile(recipe(copied))
     assert "another machine" not in (copied / "runs" / "tiny" / "manifest.json").read_text(encoding="utf-8")
     table.model_copy(update={"variant": Variant.INT8}).save(copied / "int8.json")
@@ -218,6 +218,8 @@ def test_a_file_is_compared_with_what_is_allowed_now(copied: Path) -> None:
     before = stamps(copied)
     with pytest.raises(ParityError, match="'export dense' within 1e-13 of torch"):
         run(recipe(copied, speedups=[1.5, 2.5], benchmark={"parity_atol": 1e-13}))
+    with pytest.raises(ParityError, match="'export dense' within 1e-13 of torch"):
+        api.report(recipe(copied, speedups=[1.5, 2.5], benchmark={"parity_atol": 1e-13}))
     run(recipe(copied, speedups=[1.5, 2.5]))
     again = {name for name, stamp in stamps(copied).items() if before.get(name) != stamp}
     assert not {name for name in again if name.endswith((".onnx", ".safetensors", "benchmark.json"))}

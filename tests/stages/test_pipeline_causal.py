@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from tests.helpers.models import VOCABULARY, random_entries, tiny_causal_model, tiny_tokenizer
 from tests.helpers.pipeline import causal_recipe, save_causal, written_again
 from ziplm_deploy import load_runner
 from ziplm_deploy.compression.int8.quantize import quantized_linears
 from ziplm_deploy.compression.int8.weight_only import weight_only_linears
 from ziplm_deploy.compression.records import Int8Record
 from ziplm_deploy.engines.runner import onnx_runner
-from ziplm_deploy.errors import DataError
+from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.member_files import load
+from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.benchmark import is_benchmarked
+from ziplm_deploy.stages.checks import check_lengths
+from ziplm_deploy.stages.export import export_dense, fits_stock_optimum
 from ziplm_deploy.stages.profile import profile_key
+from ziplm_deploy.stages.report import ort_class_of
 from ziplm_deploy.tasks.record import Continuations, Scores
 
 pytestmark = pytest.mark.transformers
@@ -66,8 +75,6 @@ def test_table_and_benchmark_have_a_column_a_call(run_dir: Path) -> None:
 
 def test_scores_are_the_perplexity_of_the_file_itself(finished: Path, run_dir: Path) -> None:
     member = load(run_dir / "1.5x")
-    from tests.helpers.models import tiny_tokenizer
-
     ids = tiny_tokenizer(finished / "again")((finished / "text.txt").read_text(), add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: 12 * 16]).reshape(12, 16)
     with torch.no_grad():
@@ -115,7 +122,87 @@ def test_report_shows_perplexity_and_what_models_write(run_dir: Path) -> None:
     perplexity = 1 / report.members[1].served.accuracy["inverse_perplexity"]
     text = (run_dir / "report.md").read_text(encoding="utf-8")
     assert f"1.5x {perplexity:.2f}" in text
+    assert "Perplexity of windows of 16 tokens, 16 apart: dense" in text
     assert f"> {written.prompts[0]}" in text
+
+
+def test_the_card_opens_the_member_with_what_it_prints(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir)
+    card = (run_dir / "1.5x" / "README.md").read_text(encoding="utf-8")
+    assert "ORTModelForCausalLM" not in card  # layers may keep other numbers of heads
+    for code in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        exec(code.replace("max_new_tokens=40", "max_new_tokens=4"), {})
+    assert "load_runner" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"context": 65}}, r"expected data\.context up to 40 tokens, .* found 65"),
+        ({"data": {"context": 16, "stride": 17}}, r"expected data\.stride up to data\.context \(16 tokens\), found 17"),
+        (
+            {"environment": {"workload": {"prefill": 60, "decode": 5}}},
+            r"expected environment\.workload within 64 tokens, .* found 65",
+        ),
+    ],
+)
+def test_windows_and_requests_beyond_the_model_are_refused(changes: Any, said: str, tmp_path: Path) -> None:
+    save_causal(tmp_path, max_position_embeddings=64)
+    with Run(parse_recipe(causal_recipe(tmp_path, **changes))) as run, pytest.raises(RecipeError, match=said):
+        check_lengths(run)
+
+
+def test_windows_are_as_long_as_a_small_model_takes_unless_asked_otherwise(tmp_path: Path) -> None:
+    save_causal(tmp_path, max_position_embeddings=24)  # its tokenizer allows 40
+    with Run(parse_recipe(causal_recipe(tmp_path, data={"context": None}))) as run:
+        check_lengths(run)
+        assert {len(row["input_ids"]) for row in run.data.evaluation_rows} == {24}
+
+
+def test_every_token_that_ends_a_chat_stays_with_a_member(tmp_path: Path) -> None:
+    save_causal(tmp_path, eos_token_id=3)
+    AutoTokenizer.from_pretrained(tmp_path / "model", eos_token="mat").save_pretrained(tmp_path / "model")
+    settings = tmp_path / "model" / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [3, 7]}), encoding="utf-8")
+    with Run(parse_recipe(causal_recipe(tmp_path))) as run:
+        export_dense(run)
+        folder = run.dense_member.folder
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [3, 7, VOCABULARY.index("mat")]
+    assert load_runner(folder).end_ids == {3, 7, VOCABULARY.index("mat")}
+
+
+def test_stock_optimum_is_told_of_only_where_it_can_load_the_files(tmp_path: Path) -> None:
+    save_causal(tmp_path)
+    with Run(parse_recipe(causal_recipe(tmp_path, export={"stock_optimum": True}))) as run:
+        export_dense(run)
+        session = onnxruntime.InferenceSession(run.dense_member.folder / "model.onnx")
+        assert ort_class_of(run) == "ORTModelForCausalLM"
+    (key,) = (entry for entry in session.get_inputs() if entry.name == "past_key_values.0.key")
+    assert not isinstance(key.shape[1], int)
+
+
+def test_a_table_is_of_files_for_stock_optimum_or_of_others(finished: Path) -> None:
+    with Run(parse_recipe(causal_recipe(finished, export={"stock_optimum": True}))) as run:
+        assert not run.folder.is_made("profile", profile_key(run))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "fits"),
+    [
+        ("llama", {}, True),
+        (
+            "llama",
+            {f"{layer}.attention": 1 for layer in range(3)},
+            False,
+        ),  # every layer keeps one of two: alike, and not what config.json says
+        ("qwen3", {}, False),  # of heads wider than hidden_size / num_attention_heads
+    ],
+)
+def test_stock_optimum_starts_with_the_heads_of_the_configuration(
+    model_type: str, sizes: dict[str, int], fits: bool
+) -> None:
+    dense = tiny_causal_model(model_type)
+    assert fits_stock_optimum(resize(dense, random_entries(dense, sizes)) if sizes else dense) == fits
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:
@@ -143,6 +230,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_members_learn_from_the_dense_model(trained: Path) -> None:
     record = TrainingRecord.load(trained / "1.5x" / "training.json")
     assert record.steps == 40
@@ -150,6 +238,7 @@ def test_members_learn_from_the_dense_model(trained: Path) -> None:
     assert "before training" in (trained / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_trained_members_are_read_as_they_were_saved(trained: Path) -> None:
     ids = np.arange(5, 17).reshape(1, 12)
     answer = onnx_runner(trained / "1.5x" / "model.onnx")({"input_ids": ids, "attention_mask": np.ones_like(ids)})
@@ -158,6 +247,7 @@ def test_trained_members_are_read_as_they_were_saved(trained: Path) -> None:
     assert np.abs(answer["logits"] - expected).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_int8_files_are_scored_as_they_are(trained: Path) -> None:
     folder = trained / "1.5x"
     record = Int8Record.load(trained / "compression" / "1.5x" / "int8.json")

@@ -182,18 +182,22 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
         plans.append(PruningPlan.load(of.pruned_members[0].plan))
         figures = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), 1.1 if len(plans) == 1 else 1.5)
         record.variant("1.5x int8").__dict__.update(figures)
+        record.__dict__.update(dict.fromkeys(("aa_ratio", "aa_low", "aa_high"), 1.0))  # of a quiet machine
         return record
 
     monkeypatch.setattr(int8_budget, "spare_linears", keep_two)
     stage = Stage("benchmark", benchmark_stage.STAGE.describe, slower_at_first)
     monkeypatch.setattr(benchmark_stage, "STAGE", stage)
-    run(for_int8(made, tmp_path, {**STATIC, "max_fp32_share": 0.5}))
+    recipe_of_int8 = for_int8(made, tmp_path, {**STATIC, "max_fp32_share": 0.5})
+    run(recipe_of_int8)
     before, after = plans
+    assert not {name for name in written_again(tmp_path, recipe_of_int8) if "benchmark" in name}
     assert after.budget_ms < before.budget_ms
     assert after.predicted_speedup > before.predicted_speedup
     manifest = json.loads((tmp_path / "tiny" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["corrections"]["1.5x"]["float32_restarts"] == 1
     assert manifest["corrections"]["1.5x"]["float32_slowdown"] > 1
+    assert manifest["ended_loop"] not in (None, manifest["stages"]["benchmark"])  # that one is not reported
 
 
 @pytest.mark.slow
@@ -308,7 +312,7 @@ def test_a_budget_that_cannot_be_held_is_said(copied: Path, made: Path, monkeypa
     settings = {"variants": ["int8"], "int8": {"n_calibration": 8}}
     report = run(recipe(made, compress=settings, output_dir=str(copied.parent)))
     file = report.members[1].files[1]
-    assert file.facts["budget"] == "not held"
+    assert file.facts["budget"].startswith("not held on the ")
     assert any("accuracy budget" in note for note in report.notes)
 
 

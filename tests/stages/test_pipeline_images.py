@@ -137,6 +137,7 @@ def test_two_runs_are_combined_within_one_budget(images: FamilyReport, texts: Fa
     expected = 2 * texts.members[0].served.p50_ms + images.members[0].served.p50_ms
     assert dense.latency_ms == pytest.approx(expected)
     assert dense.scores == pytest.approx(images.retrieval.files["dense"].scores, abs=0.05)  # type: ignore[union-attr]
+    assert {pair.fits for pair in found.pairs} == {"yes"}, "a budget far beyond any noise"
     assert found.chosen is not None
 
 

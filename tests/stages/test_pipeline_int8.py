@@ -21,6 +21,7 @@ from ziplm_deploy.recipe import Variant
 from ziplm_deploy.reporting.records import FamilyReport
 from ziplm_deploy.tasks.outcomes import halves
 
+pytestmark = pytest.mark.slow
 COMPRESS = {"variants": ["int8", "sparse", "sparse-int8"], "int8": {"n_calibration": 16}}
 
 
@@ -35,7 +36,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_one_half_of_the_examples_chooses(made: Path) -> None:
     folder = made / "runs" / "tiny"
     choosing, others = halves(30, seed=0)

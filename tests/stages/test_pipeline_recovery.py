@@ -133,6 +133,7 @@ def test_without_training_a_trained_member_is_not_taken_for_a_pruned_one(
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_leaves_the_pruned_model_and_goes_on_where_it_was(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

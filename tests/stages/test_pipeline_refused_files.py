@@ -46,6 +46,7 @@ def test_a_file_that_the_engine_cannot_run_is_left_out_and_named(
         run(recipe(made, compress={**settings, "target": "int8"}, output_dir=str(tmp_path / "target")))
 
 
+@pytest.mark.slow
 def test_a_pruned_model_that_the_engine_cannot_run_is_pruned_a_little_further(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,9 @@ CASES = [
     ("mpnet", "sentence-similarity", "static"),
     ("deberta-v2", "text-regression", "static"),
     ("t5", "sentence-similarity", "dynamic"),
+    ("modernbert", "text-classification", "dynamic"),
     ("vit", "image-classification", "dynamic"),
+    ("dinov2", "image-classification", "dynamic"),
 ]
 
 

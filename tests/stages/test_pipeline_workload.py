@@ -32,6 +32,9 @@ from ziplm_deploy.tasks.lengths import TokenLengths
 LENGTHS = {"8": 1, "24": 3, "40": 6}
 
 
+pytestmark = pytest.mark.slow
+
+
 def on_lengths(folder: Path, lengths: Any, **changes: Any) -> dict[str, Any]:
     raw = {**raw_recipe(folder, **changes), "environment": {"workload": {"lengths": lengths}}}
     return {**raw, "speedups": [1.2]}  # short calls are mostly what no pruning takes away

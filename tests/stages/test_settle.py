@@ -141,7 +141,7 @@ def test_where_noise_hides_drafts_a_generation_goes_by_the_one_before(
     assert machine.corrections == {}
     plan = SimpleNamespace(load=lambda path: SimpleNamespace(predicted_speedup=1.5))
     monkeypatch.setattr(prune, "PruningPlan", plan)
-    record = SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=1.5 * 0.8))
+    record = SimpleNamespace(variant=lambda name: SimpleNamespace(speedup=1.5 * 0.8), itself=Ratio(1.0, 0.99, 1.01))
     monkeypatch.setattr(prune, "BenchmarkRecord", SimpleNamespace(load=lambda path: record))
     machine.folder.generation_benchmark = lambda parent: parent
     machine.run(1)

@@ -12,6 +12,7 @@ from tests.helpers.pipeline import recipe, write_rows
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.reporting.table import aa_line
 from ziplm_deploy.stages.benchmark import short_requests
 from ziplm_deploy.tasks.lengths import TokenLengths
 
@@ -55,3 +56,5 @@ def test_the_report_shows_them_beside_the_workloads(tmp_path: Path) -> None:
     assert member.short_speedup.value == record.variant("1.5x").speedup
     text = (given.run_dir / "report.md").read_text(encoding="utf-8")
     assert f"| model | speedup at 32 tokens | at {median} |" in text
+    assert report.short_itself == record.itself
+    assert f"At that length, {aa_line(record.itself, report.tolerance)}." in text

@@ -36,6 +36,16 @@ def test_a_tsv_of_a_csv_writer_is_unquoted(tmp_path: Path, style: Any, end: str)
     assert [row["text"] for row in read_rows(str(path), split="train")] == texts
 
 
+def test_a_tsv_of_a_spreadsheet_is_unquoted(tmp_path: Path) -> None:
+    path, texts = tmp_path / "a.tsv", ['say "hi", all', "one, two", "plain"]
+    path.write_text('text\tlabel\r\n"say ""hi"", all"\t0\r\n"one, two"\t1\r\nplain\t0\r\n')
+    assert [row["text"] for row in read_rows(str(path), split="train")] == texts
+    path.write_text('text\tlabel\n"one, two"\t1\none, two\t0\n')
+    assert [row["text"] for row in read_rows(str(path), split="train")] == ['"one, two"', "one, two"], (
+        "no writer quotes so"
+    )
+
+
 def test_a_broken_tsv_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('text\tn\n"one\t1\ntwo" \t2\t3\n')
@@ -79,6 +89,12 @@ def test_answers_of_a_csv_file_are_the_answers(tmp_path: Path) -> None:
     task = get_task("question-answering")
     assert [row["answers"] for row in task.load_rows(data, "evaluation", 0)] == [["cat", "the cat"], ["dog"]]
     assert sorted(row["answer_start"] for row in task.load_rows(data, "train", 0)) == [2, 4]
+    lists = {**rows, "answers": [["cat", "the cat"], ["dog"]]}
+    datasets.Dataset.from_dict(lists).to_csv(tmp_path / "a.csv")
+    assert [row["answers"] for row in task.load_rows(data, "evaluation", 0)] == [["cat", "the cat"], ["dog"]]
+    for text in ("[x]", "[1]"):
+        (tmp_path / "a.csv").write_text(f"question,context,answers\nwho ?,{text} a,{text}\n")
+        assert task.load_rows(data, "evaluation", 0)[0]["answers"] == [text], "a text in brackets is a text"
     (tmp_path / "a.csv").write_text("question,context,answers\nwho ?,{x} a,{x}\n")
     assert task.load_rows(data, "evaluation", 0)[0]["answers"] == ["{x}"], "a text in braces is a text"
     (tmp_path / "a.csv").write_text("question,context,answers\nwho ?,a,\"{'text': array(['a', ...])}\"\n")

@@ -134,6 +134,25 @@ def test_the_dense_model_agrees_with_itself(tmp_path: Path, processor: Any) -> N
     assert differing["next_token_agreement"] < 1.0
 
 
+def test_outcomes_and_fidelity_take_one_pass_of_the_model(tmp_path: Path, processor: Any) -> None:
+    dense = torch_function(TASK, tiny_causal_model("llama"))
+    other = torch_function(TASK, tiny_causal_model("llama", seed=5))
+    data = EvaluationSet(rows_of(tmp_path, text(60), processor, context=20), processor, 20, batch_size=2)
+    calls = 0
+
+    def counted(inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return other(inputs)
+
+    outcomes, fidelity = TASK.outcomes_and_fidelity(counted, dense, data, data)
+    assert calls == -(-len(data.rows) // 2)
+    assert fidelity == TASK.fidelity(other, dense, data, data)
+    expected = TASK.outcomes(other, data)
+    for name in ("scored", "right", "log_likelihood"):
+        np.testing.assert_array_equal(outcomes[name], expected[name])
+
+
 def test_plain_text_keeps_its_line_breaks_and_blank_lines(tmp_path: Path, processor: Any) -> None:
     data = DataConfig(evaluation=str(tmp_path / "a.txt"))
     (tmp_path / "a.txt").write_text(" = Title = \n\n the cat\n", encoding="utf-8")

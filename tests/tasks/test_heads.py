@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import transformers
 
 from tests.helpers.evaluation import evaluation_set
-from tests.helpers.models import NUM_LABELS, labelled_rows
+from tests.helpers.models import NUM_LABELS, labelled_rows, save_dense
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.recipe import DataConfig
+from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.tasks import get_task
 
 # new heads
@@ -55,6 +57,15 @@ def test_a_new_head_has_the_classes_of_the_data(labels: list[Any], names: list[s
 def test_labels_that_make_no_head(labels: list[Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         get_task("text-classification").head_settings([{"text": "a", "label": label} for label in labels])
+
+
+def test_a_new_head_is_of_no_older_problem_type(tmp_path: Path) -> None:
+    save_dense(tmp_path, task="text-regression", problem_type="regression")
+    task = get_task("text-classification")
+    settings = task.head_settings([{"text": "a", "label": "no"}, {"text": "b", "label": "yes"}])
+    model, _ = load_dense(ModelConfig(path=str(tmp_path), task="text-classification"), settings)
+    assert (model.config.num_labels, model.config.problem_type) == (2, None)
+    assert get_task("reranking").head_settings([{"label": 0.0}, {"label": 1.0}])["problem_type"] is None
 
 
 def test_heads_of_the_other_tasks() -> None:

@@ -46,6 +46,8 @@ def numbers(path: Path, config: Any, task: str = "text-classification") -> tuple
         ([0, 1, 2], ["0", "1", "2"], [0, 1, 2], False),
         ([0, 1, 2], ["no", "yes", "2"], [0, 1, 2], False),
         ([2, 0, 1], ["LABEL_0", "LABEL_1", "LABEL_2"], [2, 0, 1], False),
+        ([1, 2, 10], ["001", "002", "010"], [0, 1, 2], True),
+        ([1, 3, 4], ["1.0", "2.0", "3.0", "4.0", "5.0"], [0, 2, 3], True),
     ],
 )
 def test_numbers_mean_the_same_in_every_format(
@@ -55,6 +57,21 @@ def test_numbers_mean_the_same_in_every_format(
     found, note = numbers(path, head(*names))
     assert found == expected * 3
     assert (note is not None) is noted
+
+
+def test_readings_that_differ_in_nothing_are_alike() -> None:
+    plain, shifted = head("0", "1", "other"), head("1", "2", "3")
+    assert not read_labels([0, 1], plain).is_unlike(read_labels([0, 1, 2], plain)), "every number means the same"
+    assert read_labels([1, 2], shifted).is_unlike(read_labels([0, 1, 2], shifted))
+    assert read_labels([0, 1, 2], shifted).is_unlike(read_labels([1, 2], shifted))
+    assert not read_labels(["2", "3"], shifted).is_unlike(read_labels([1, 2], shifted))
+
+
+def test_texts_are_the_names_that_they_are() -> None:
+    reading = read_labels(["1", "01"], head("01", "1", "2"))
+    assert [reading.number(label, 1) for label in ("1", "01")] == [1, 0], "two names spell one number"
+    reading = read_labels([1, 2], head("01", "1", "2"))
+    assert [reading.number(label, 1) for label in (1, 2)] == [1, 2], "a number of two names counts from 0"
 
 
 @pytest.mark.parametrize("form", ["parquet", "folder"])

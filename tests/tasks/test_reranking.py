@@ -176,7 +176,7 @@ def test_calibration_takes_pairs_without_labels_and_no_single_texts() -> None:
 
 def test_a_new_head_has_one_output_and_other_heads_are_refused() -> None:
     rows = normalized(ranked_rows(), "train")
-    assert TASK.head_settings(rows) == {"num_labels": 1}
+    assert TASK.head_settings(rows) == {"num_labels": 1, "problem_type": None}
     with pytest.raises(DataError, match="one output for reranking, found one with 2"):
         TASK.check_labels(rows, SimpleNamespace(num_labels=2))
 

@@ -69,7 +69,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(metric: Metric, draw: Any
     assert all(93 <= percent <= 97 for percent in found.values()), found
 
 
-@pytest.mark.parametrize("n", [50, 100])
+@pytest.mark.parametrize("n", [50, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("metric", "draw"),
     [

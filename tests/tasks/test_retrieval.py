@@ -51,6 +51,12 @@ def test_a_column_of_relevance_adds_passages_that_answer_nothing(tmp_path: Path)
     assert (found.queries, len(found.passages), found.relevant) == (["who sat ?"], 3, [{0: 2.0}])
 
 
+def test_a_column_of_labels_is_read_where_it_is_named(tmp_path: Path) -> None:
+    rows = [{**row, "label": label} for row, label in zip(PAIRS, (1, 0, 0, 0), strict=True)]
+    found = read(tmp_path, rows, retrieval_columns=["query", "passage", "label"])
+    assert (found.queries, len(found.passages), found.relevant) == (["who sat ?"], 3, [{0: 1.0}])
+
+
 def test_fewer_queries_search_all_passages(tmp_path: Path) -> None:
     found = read(tmp_path, PAIRS, n_retrieval=1)
     assert (len(found.queries), len(found.passages)) == (1, 3)
@@ -69,12 +75,17 @@ def test_other_columns_are_found_or_named(tmp_path: Path) -> None:
     ("rows", "changes", "match"),
     [
         (PAIRS[:1], {}, "among two or more, found 1 queries and 1 passages"),
-        ([{**row, "label": 0} for row in PAIRS], {}, "found 0 queries and 3 passages"),
+        ([{**row, "score": 0} for row in PAIRS], {}, "found 0 queries and 3 passages"),
+        ([{**row, "label": 0} for row in PAIRS], {}, r"label' means, .*QNLI.*\[query, passage, label\]\), else keep"),
         ([{"text": "a"}], {}, r"query and passage in column.*found columns 'text'.*data\.retrieval_columns"),
-        (PAIRS, {"retrieval_columns": ["query"]}, r"query and passage in data\.retrieval_columns, found \('query',\)"),
+        (
+            PAIRS,
+            {"retrieval_columns": ["query"]},
+            r"query and passage in data\.retrieval_columns, .*found \('query',\)",
+        ),
         ([*PAIRS, {"query": " ", "passage": "a"}], {}, "blank text in row 5"),
         ([*PAIRS, {"query": "a", "passage": ["b"]}], {}, r"a passage in column 'passage', found \['b'\] in row 5"),
-        ([{**row, "label": "yes"} for row in PAIRS], {}, "number as relevance, found 'yes' in row 1"),
+        ([{**row, "score": "yes"} for row in PAIRS], {}, "number as relevance, found 'yes' in row 1"),
     ],
 )
 def test_data_that_nothing_is_found_in_are_refused(

@@ -14,10 +14,12 @@ import torch
 from tests.helpers.evaluation import evaluation_set
 from tests.helpers.models import tiny_model
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.recipe import DataConfig
+from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.tasks import get_task, torch_function
 from ziplm_deploy.tasks.answering import best_span, make_windows
 from ziplm_deploy.tasks.batching import Arrays
+from ziplm_deploy.tasks.class_names import NamedClass
+from ziplm_deploy.tasks.resampling import ResampledScores
 
 # question answering
 
@@ -137,6 +139,41 @@ def test_a_word_is_judged_by_its_first_token(tokenizer: Any) -> None:
 def test_bad_tagged_rows(row: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         get_task("token-classification").normalize_rows([row], DataConfig(), "evaluation")
+
+
+NO_NAMES = SimpleNamespace(num_labels=3, id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+
+
+@pytest.mark.parametrize("names", ["LABEL_{}", "{}"])
+def test_tags_without_names_are_no_entities(names: str, tokenizer: Any) -> None:
+    task, config = get_task("token-classification"), SimpleNamespace(num_labels=3)
+    config.id2label = {number: names.format(number) for number in range(3)}
+    numbers = [{"words": row["words"], "label": [0] * len(row["words"])} for row in TAGGED]
+    checked = task.check_labels(numbers, config)
+    with pytest.raises(DataError, match=r"tags with names .* found (LABEL_)?0 to (LABEL_)?2;.*model.metric: token_acc"):
+        task.settle_rows(checked, DataConfig(), "evaluation", 0, None)
+    assert task.settle_rows(checked, DataConfig(), "train", 0, None) == checked
+    by_words = get_task(ModelConfig(path="m", task="token-classification", metric="token_accuracy"))
+    assert by_words.settle_rows(checked, DataConfig(), "evaluation", 0, None) == checked
+    data = evaluation_set(checked, tokenizer, max_length=12)
+    perfect = by_words.outcomes(lambda inputs: {"logits": np.eye(3)[0 * inputs["input_ids"]]}, data)
+    assert by_words.scores(perfect) == {"token_accuracy": 1.0}
+    assert by_words.label_scores(perfect, config) == {}
+    low, high = ResampledScores(by_words, perfect).interval("token_accuracy")
+    assert low < high == 1.0
+
+
+def test_tags_take_the_names_of_a_data_set_where_the_model_has_none(tokenizer: Any) -> None:
+    task, known = get_task("token-classification"), ("O", "B-X", "I-X")
+    tagged = [{**TAGGED[1], "label": [NamedClass(tag, known) for tag in (0, 1, 2, 0, 0)]}]
+    rows = task.settle_rows(task.check_labels(tagged, NO_NAMES), DataConfig(), "evaluation", 0, tokenizer)
+
+    def says_outside(inputs: Arrays) -> Arrays:
+        return {"logits": np.eye(3, dtype=np.float32)[np.zeros_like(inputs["input_ids"])]}
+
+    scores = task.evaluate(says_outside, evaluation_set(rows, tokenizer, max_length=12))
+    assert scores["entity_f1"] == 0.0
+    assert scores["token_accuracy"] == pytest.approx(3 / 5)
 
 
 def test_unknown_tags_and_unchecked_rows(tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -50,6 +50,7 @@ def inspect(
         typer.Argument(help="Folder, hub id, package:NAME, the folder of a family member, or a model type."),
     ] = None,
     types: Annotated[bool, typer.Option("--types", help="All model types: what can be pruned, or why not.")] = False,
+    tower: Annotated[str | None, typer.Option(help="Of a model with two: text or image.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what can be pruned in a model, layer by layer, or in every type of models."""
@@ -63,12 +64,15 @@ def inspect(
         found = model_types()
         console.print_json([each.as_row() for each in found]) if as_json else console.print_types(found)
         return
-    rows = inspection.inspect_model(model)
+    if tower not in (None, "text", "image"):
+        raise UsageError(f"expected --tower text or image, found {tower}; name one of the two")
+    side = cast(Literal["text", "image"] | None, tower)
+    rows = inspection.inspect_model(model, side)
     if as_json:
         console.print_json(rows)
         return
     console.print_rows(model, rows)
-    console.print_type(model_type_of(inspection.model_type_name(model)))
+    console.print_type(model_type_of(inspection.model_type_name(model, side)))
 
 
 def _stage(work: Callable[[Recipe, Progress], None]) -> Callable[[Recipe, Progress], None]:
@@ -147,18 +151,20 @@ def recover(resolved: Recipe, progress: Progress) -> None:
 def export(resolved: Recipe, progress: Progress) -> None:
     """Prune where needed, then write model.onnx (model.gguf for llama.cpp) of the dense model and of every member."""
     from ziplm_deploy import api
+    from ziplm_deploy.artifacts import file_bytes
 
     for name, path in api.export(resolved, progress).items():
-        typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB: {path}")
+        typer.echo(f"{name}: {file_bytes(path) / 1e6:.1f} MB: {path}")
 
 
 @_stage
 def compress(resolved: Recipe, progress: Progress) -> None:
     """Make the further files of every member: model_int8.onnx, model_sparse.onnx, model_sparse_int8.onnx."""
     from ziplm_deploy import api
+    from ziplm_deploy.artifacts import file_bytes
 
     for name, path in api.compress(resolved, progress).items():
-        typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB: {path}")
+        typer.echo(f"{name}: {file_bytes(path) / 1e6:.1f} MB: {path}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport, Timed
 from ziplm_deploy.reporting.retrieval import retrieval_cells, retrieval_title
-from ziplm_deploy.reporting.table import aa_line, ratio_text
+from ziplm_deploy.reporting.table import aa_line, percent_text, ratio_text
 from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
 from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 
@@ -102,6 +102,13 @@ def print_tower_pairs(found: TowerPairs) -> None:
     calls = f"{found.text_calls:g} call(s) of the text tower, {found.image_calls:g} of the image tower"
     console.print(_table(f"{calls}, budget {found.budget_ms:g} ms", TITLES, pair_rows(found)))
     line(console, f"scores: {found.metric} on {found.n_images:,} images and their captions, 95 % intervals")
+    if (unseen := found.unseen) is not None:
+        low, high = unseen.interval
+        line(
+            console,
+            f"chosen by one half of the images; on the other {unseen.n_images:,}: {unseen.score:.4f} "
+            f"[{low:.4f}, {high:.4f}], of dense {percent_text(unseen.of_dense)}",
+        )
 
 
 def _print_calls(console: Console, files: Mapping[str, Timed | FileTiming], baseline: str) -> None:

@@ -96,8 +96,11 @@ def _spared(record: Int8Record) -> dict[str, list[str]]:
     return {form: names for form, names in forms.items() if names}
 
 
-def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
-    """What to know about an INT8 file, with the names of the linears it is about; empty if nothing."""
+def int8_note(title: str, record: Int8Record, max_loss: float, *, may_train: bool = True) -> str:
+    """What to know about an INT8 file, with the names of the linears it is about; empty if nothing.
+
+    ``may_train``: whether training with integers (``qat``) is made for such models, and may be advised.
+    """
     outliers = f"outliers ruin {', '.join(record.ruined_by_outliers)}" if record.ruined_by_outliers else ""
     spared = _spared(record)
     kept = "; ".join(
@@ -105,17 +108,22 @@ def int8_note(title: str, record: Int8Record, max_loss: float) -> str:
     )
     if record.within_budget is False:
         why = outliers or f"most sensitive are {', '.join(row.name for row in record.sensitivities[:3])}"
-        embeddings = ", int8.embeddings: false" if record.embeddings else ""
+        ways = ["int8.method qat"] * may_train + ["int8.embeddings: false"] * bool(record.embeddings)
         return (
-            f"{title}: {max(record.scores):.4f} is outside the accuracy budget (max_loss {max_loss:g} of "
-            f"{record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
-            f"{_counted(record)}; {why}; try int8.method qat{embeddings}, or a larger max_fp32_share"
+            f"{title}: {max(record.scores):.4f}{_on_choosing(record)} is outside the accuracy budget (max_loss "
+            f"{max_loss:g} of {record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
+            f"{_counted(record)}; {why}; try {', '.join([*ways, 'a larger max_fp32_share'])}"
         )
     if kept:
         return f"{title}: {kept}"
     if outliers and record.within_budget is None:
-        return f"{title}: {outliers}, and nothing judged its accuracy; give data.evaluation, or try int8.method qat"
+        training = ", or try int8.method qat" if may_train else ""
+        return f"{title}: {outliers}, and nothing judged its accuracy; give data.evaluation{training}"
     return ""
+
+
+def _on_choosing(record: Int8Record) -> str:
+    return "" if record.n_choosing is None else f" on the {record.n_choosing} examples that chose"
 
 
 def _counted(record: Int8Record) -> str:
@@ -144,5 +152,5 @@ def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[s
             looks = f"{len(int8.scores)} look{'s' if len(int8.scores) > 1 else ''}"
             facts["chosen by"] = f"{looks} at {int8.n_choosing} examples"
         if int8.within_budget is False:
-            facts["budget"] = "not held"
+            facts["budget"] = f"not held{_on_choosing(int8)}"
     return facts

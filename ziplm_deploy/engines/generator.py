@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer  # type: ignore[import-untyped, unused-ignore]
 
 from ziplm_deploy.documents import read_json
-from ziplm_deploy.engines.runner import cpu_session, refuse_if_too_old
+from ziplm_deploy.engines.session import cpu_session, refuse_if_too_old
 from ziplm_deploy.engines.worker.cache import CachedModel, is_causal
 from ziplm_deploy.errors import CorruptArtifactError, UsageError
 

@@ -43,7 +43,7 @@ class TableModel:
     output_names: tuple[str, ...]
     treatment: Treatment
 
-    def export(self, path: Path, settings: ExportSettings, form: CacheForm) -> None:
+    def export(self, path: Path, settings: ExportSettings, form: CacheForm, *, stock_optimum: bool = False) -> None:
         """Build the model and write the file that will be timed.
 
         Raises:
@@ -54,7 +54,8 @@ class TableModel:
             if self.treatment.gguf_type is not None:
                 write_to_be_timed(model, path, self.treatment.gguf_type)
                 return
-            inputs = write_graph(model, path, list(self.output_names), settings, form)
+            names = list(self.output_names)
+            inputs = write_graph(model, path, names, settings, form, stock_optimum=stock_optimum)
         except ExportError as error:
             raise UnsupportedModelError(
                 f"expected a model of which {self.model_id!r} of the latency table can be exported, found: {error}"

@@ -195,7 +195,8 @@ def _load_models(
         for done, model in enumerate(models, start=1):
             with tempfile.TemporaryDirectory(prefix="profile-", dir=scratch_root()) as folder:
                 path = Path(folder) / f"{model.model_id.replace(' ', '-')}{suffix}"
-                model.export(path, request.settings, request.form)
+                stock = request.export.stock_optimum
+                model.export(path, request.settings, request.form, stock_optimum=stock)
                 reason = _refusal(model.model_id, trials.get(request.engine_of(model.model_id)), path, request.grid)
                 if reason:
                     refused[model.model_id] = reason

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.documents import shown
 from ziplm_deploy.errors import CorruptArtifactError
-from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Timing, process_ratio
+from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Speedup, Timing, process_ratio
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, with_nested_workload
 
@@ -50,9 +50,9 @@ class CallFigures(BaseModel):
     cache_length: int | None = Field(None, ge=0, exclude_if=lambda length: length is None)
     p50_ms: Milliseconds
     p99_ms: Milliseconds
-    speedup: float
-    speedup_low: float
-    speedup_high: float
+    speedup: Speedup
+    speedup_low: Speedup
+    speedup_high: Speedup
 
     @property
     def ratio(self) -> Ratio:
@@ -78,9 +78,9 @@ class FileTiming(BaseModel):
     p50_ms: Milliseconds
     throughput_per_second: float = Field(gt=0, allow_inf_nan=False)
     peak_memory_bytes: int = Field(ge=0)
-    speedup: float  # over the baseline of the same run
-    speedup_low: float
-    speedup_high: float
+    speedup: Speedup  # over the baseline of the same run
+    speedup_low: Speedup
+    speedup_high: Speedup
     samples_ms: list[Milliseconds]
     calls: list[CallTiming] = Field(default_factory=list, exclude_if=lambda calls: not calls)  # none: there is but one
 
@@ -102,9 +102,9 @@ class BenchmarkRecord(Artifact):
     engine_version: str
     environment: Environment
     baseline: str
-    aa_ratio: float  # the baseline against itself in the same run
-    aa_low: float
-    aa_high: float
+    aa_ratio: Speedup  # the baseline against itself in the same run
+    aa_low: Speedup
+    aa_high: Speedup
     tolerance: float = 0.02  # that it was to decide about, as a fraction
     rounds_of_processes: list[int] = Field(default_factory=list)  # of each process a file had; old files: none
     variants: list[FileTiming]

@@ -32,7 +32,7 @@ CACHES = 3
 USUAL_CACHE_BYTES = 32 * 2**20  # where the system does not tell
 STACKS_MEMORY_SHARE = 4  # all stacks together may take one in so many bytes of the machine's memory
 
-_ACTIVATIONS = ("hidden_act", "activation", "feed_forward_proj")
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "feed_forward_proj")
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -145,7 +145,8 @@ class TableRequest:
         architecture = architecture_of(config)
         if architecture.causal is not None:
             form = self.form if self.served.gguf_type is None else f"GGUF, {ARCHITECTURE}"
-            parts.append(f"{form} {'cache' if is_language_model(self.dense) else 'attention'}")
+            cache = "cache from any empty one" if self.export.stock_optimum else "cache"
+            parts.append(f"{form} {cache if is_language_model(self.dense) else 'attention'}")
         if architecture.shared_inputs:  # tables from before had a share of them in each cell
             parts.append(f"{' '.join(architecture.shared_inputs)} in the base")
         layers = layers_of_dense(self.dense)

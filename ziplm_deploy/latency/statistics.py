@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 
 Floats = npt.NDArray[np.float64]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # of a file from anywhere, too
+Speedup = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # the same
 CONFIDENCE = 0.95
 N_BOOTSTRAP = 1000
 DRIFT_WINDOW = 9  # neighbouring samples: well under a second, while machines change their speed for seconds

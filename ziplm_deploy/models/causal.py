@@ -49,6 +49,26 @@ def has_language_head(fields: Mapping[str, Any]) -> bool:
     return is_causal(fields) and isinstance(named, str) and named.endswith(("ForCausalLM", "LMHeadModel"))
 
 
+def end_tokens(model: nn.Module, processor: Any) -> list[int]:
+    """Ids of all tokens that end a text, by configuration and generation settings of the model and by the tokenizer."""
+    settings = (model.config, getattr(model, "generation_config", None), processor)
+    named = [getattr(each, "eos_token_id", None) for each in settings]
+    listed = [token for each in named for token in (each if isinstance(each, list) else [each])]
+    return list(dict.fromkeys(int(token) for token in listed if token is not None))
+
+
+def keep_end_tokens(model: nn.Module, processor: Any) -> None:
+    """Name every token that ends a text in the configuration, the only settings that members and all loaders share.
+
+    Chat models name some in ``generation_config.json``, or by their tokenizer, alone.
+    """
+    config: Any = model.config
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    found = end_tokens(model, processor)
+    if set(found) - set(named):
+        config.eos_token_id = found if len(found) > 1 else found[0]
+
+
 def without_cache(model: _Module) -> _Module:
     """Have a causal language model keep no keys and values, but where text is generated: ``model.generate`` still does.
 

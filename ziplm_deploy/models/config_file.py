@@ -6,6 +6,7 @@ of the weights beside it, so that a few bytes never take gigabytes of memory or 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from ziplm_deploy.models.two_towers import Reads, tower_fields
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_VOCABULARY = 1 << 22
+HEAD_PARAMETERS = 1 << 26  # a head that starts at random, and what else a checkpoint of a base model may lack
 MAX_RATIO = 64  # FFN columns a hidden unit
 # Names that the supported architectures give their sizes, and the largest of each.
 _SIZES = {
@@ -37,6 +39,7 @@ _SIZES = {
     "vocab_size": MAX_VOCABULARY,
     "mlp_ratio": MAX_RATIO,
 }
+_MAY_BE_NULL = dict.fromkeys(("n_inner", "head_dim"), MAX_SIZE)  # which follow from others
 _MAY_BE_ZERO = {"type_vocab_size": MAX_SIZE, "num_labels": MAX_SIZE}
 _MAY_BE_NONE = {"position_buckets": MAX_SIZE, "max_relative_positions": MAX_SIZE}  # -1, for none, or another default
 _SHARES = (
@@ -46,6 +49,8 @@ _SHARES = (
 _NAMES = ("hidden_act", "activation", "feed_forward_proj", "position_embedding_type")
 # What would fetch or choose code by name; every model here is built with eager attention.
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+# In layers of old checkpoints: causal masks, positions and frequencies, which models compute.
+_NO_WEIGHT = re.compile(r"(?:attn|attention)\.(?:masked_)?bias$|(?:inv_freq|position_ids|relative_position_index)$")
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -80,12 +85,14 @@ def config_of(fields: Mapping[str, Any], path: str) -> transformers.PretrainedCo
         ) from error
     if getattr(config, "torchscript", False):  # it would answer by tuples instead of by names
         config.torchscript = False
+    if getattr(config, "sinusoidal_pos_embds", False):  # a loop over positions, for numbers that the weights hold
+        config.sinusoidal_pos_embds = False
     return config  # type: ignore[no-any-return]
 
 
 def _fields(path: str, source: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         try:
             fields: dict[str, Any] = transformers.PretrainedConfig.get_config_dict(path, **source)[0]
             return fields
@@ -110,14 +117,19 @@ def _fields(path: str, source: Mapping[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _check_support(fields: Mapping[str, Any], path: str) -> None:
-    """Refuse what is not built here, before transformers looks at it."""
-    model_type = fields.get("model_type")
+def refuse_own_code(fields: Mapping[str, Any], path: str) -> None:
+    """Raise :class:`UnsupportedModelError` for a model that brings code; says what transformers has instead."""
     if "auto_map" in fields:
         raise UnsupportedModelError(
             f"expected a model of transformers in {path}, found one with code of its own (auto_map, model type "
-            f"{shown(model_type)}), which is never run; {_instead(fields)}"
+            f"{shown(fields.get('model_type'))}), which is never run; {_instead(fields)}"
         )
+
+
+def _check_support(fields: Mapping[str, Any], path: str) -> None:
+    """Refuse what is not built here, before transformers looks at it."""
+    refuse_own_code(fields, path)
+    model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"expected a model that can be pruned in {path}, found {why_unsupported(model_type)}; choose a "
@@ -138,6 +150,11 @@ def _instead(fields: Mapping[str, Any]) -> str:
     if native not in transformers.CONFIG_MAPPING:
         return f"newer versions of transformers have it natively as type {native}: update, and take such a checkpoint"
     support = "can be pruned" if native in ARCHITECTURES else "cannot be pruned here either"
+    if native in ARCHITECTURES and ARCHITECTURES[native].causal is not None:
+        return (
+            f"transformers has the type {native} natively, but such code may let tokens attend to those after them, "
+            "and no weight tells: take a checkpoint without auto_map"
+        )
     if native == fields.get("model_type"):
         return f"transformers has the type {native} natively, which {support}: remove auto_map if its weights are those"
     return f"transformers has it natively as type {native}, which {support}: take a checkpoint of that type"
@@ -146,6 +163,7 @@ def _instead(fields: Mapping[str, Any]) -> str:
 def _wrong_sizes(fields: Mapping[str, Any]) -> list[str]:
     least_of = {1: _SIZES, 0: _MAY_BE_ZERO, -1: _MAY_BE_NONE}
     limits = [(name, least, most) for least, sizes in least_of.items() for name, most in sizes.items()]
+    limits += [(name, 1, most) for name, most in _MAY_BE_NULL.items() if fields.get(name) is not None]
     return [
         f"{name}: {shown(fields[name])} (expected {least} to {most})"
         for name, least, most in limits
@@ -193,10 +211,8 @@ def check_layer_count(config: Any, shapes: Shapes, where: str) -> None:
     Raises:
         CorruptArtifactError: names the first layer that only one of them has.
     """
-    architecture = ARCHITECTURES[config.model_type]
-    own = re.compile(rf"(?:^|\.){re.escape(architecture.layers)}\.(\d+)\.")
-    layers = _numbered(own, shapes) or _numbered(_LAYER, shapes)
-    expected, found = getattr(config, architecture.config_layers), max(layers.values(), default=-1)
+    layers = _numbered(_layer_names(config), shapes) or _numbered(_LAYER, shapes)
+    expected, found = getattr(config, ARCHITECTURES[config.model_type].config_layers), max(layers.values(), default=-1)
     if layers and found + 1 != expected:
         extra = next((name for name, layer in layers.items() if layer >= expected), "")
         more = f", among them {extra}, which would be left out" if extra else ""
@@ -206,20 +222,46 @@ def check_layer_count(config: Any, shapes: Shapes, where: str) -> None:
         )
 
 
-def _numbered(layer: re.Pattern[str], shapes: Shapes) -> dict[str, int]:
-    return {name: int(match[1]) for name in shapes if (match := layer.search(name)) is not None}
+def check_all_are_used(config: Any, unexpected: Iterable[str], where: str) -> None:
+    """Refuse weights inside layers that the model of ``config.json`` has no place for: it would be another model.
+
+    Masks and positions that old releases stored are no weights.
+
+    Raises:
+        CorruptArtifactError: names the first.
+    """
+    inside = _numbered(_layer_names(config), unexpected)
+    left = [name for name in inside if not _NO_WEIGHT.search(name)]
+    if left:
+        raise CorruptArtifactError(
+            f"expected weights in {where} that the model of its config.json uses, found {len(left)} in its layers that "
+            f"it does not, the first {min(left)}: adapters, biases or positions that would be left out; correct "
+            "config.json, or merge adapters into the weights"
+        )
+
+
+def _layer_names(config: Any) -> re.Pattern[str]:
+    """Names of weights inside of layers, as the architecture calls them."""
+    return re.compile(rf"(?:^|\.){re.escape(ARCHITECTURES[config.model_type].layers)}\.(\d+)\.")
+
+
+def _numbered(layer: re.Pattern[str], names: Iterable[str]) -> dict[str, int]:
+    return {name: int(match[1]) for name in names if (match := layer.search(name)) is not None}
 
 
 def check_parameter_count(model_class: Any, config: Any, shapes: Shapes, most: int, **options: Any) -> None:
     """Refuse a configuration of a model with more than ``most`` parameters; ``shapes`` are for the message.
 
-    The model is built on the ``meta`` device, which takes no memory for weights.
+    Buffers count by their bytes, four for one: GPT-2 of transformers 4 has a causal mask in every layer. The model is
+    built on the ``meta`` device, which takes no memory.
 
     Raises:
         CorruptArtifactError: the weights cannot be those of the model.
     """
     with torch.device("meta"):
-        declared = sum(parameter.numel() for parameter in model_class(config, **options).parameters())
+        model = model_class(config, **options)
+    declared = sum(parameter.numel() for parameter in model.parameters())
+    declared += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()) // 4
     if declared > most:
         stored = sum(torch.Size(shape).numel() for shape in shapes.values())
         raise CorruptArtifactError(

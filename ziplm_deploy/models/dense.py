@@ -24,9 +24,11 @@ from ziplm_deploy.errors import (
 )
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import architecture_of
-from ziplm_deploy.models.causal import has_language_head, without_cache
+from ziplm_deploy.models.causal import has_language_head, keep_end_tokens, without_cache
 from ziplm_deploy.models.causal_reranker import answer_ids, as_classifier, prepare_reranker
 from ziplm_deploy.models.config_file import (
+    HEAD_PARAMETERS,
+    check_all_are_used,
     check_layer_count,
     check_parameter_count,
     first_not_finite,
@@ -42,9 +44,10 @@ from ziplm_deploy.models.gguf_source import (
 )
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.label_maps import settle_class_names
+from ziplm_deploy.models.location import transformer_place
 from ziplm_deploy.models.member_files import MEMBER_FILE
 from ziplm_deploy.models.own_settings import completed
-from ziplm_deploy.models.processors import check_processor
+from ziplm_deploy.models.processors import check_processor, limit_length
 from ziplm_deploy.models.score_activation import keep_score_activation
 from ziplm_deploy.models.sentence_dense import load_layers
 from ziplm_deploy.models.sentence_modules import read_sentence_modules
@@ -54,7 +57,6 @@ from ziplm_deploy.models.two_towers import Reads, without_other_tower
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS, Task
 
-HEAD_PARAMETERS = 1 << 26  # a head that starts at random, and what else a checkpoint of a base model may lack
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -98,6 +100,9 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
     if answers:
         model = as_classifier(model, answer_ids(processor, settings, own.answer_ids))
     check_processor(model, processor, task.input_kind, path)
+    if task.is_causal:
+        limit_length(processor, model)
+        keep_end_tokens(model, processor)
     if settings.pair_prompt is not None:
         prepare_reranker(model, processor, settings)
     if own.source:
@@ -118,10 +123,14 @@ def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
     with quiet_transformers():
         config: Any = load_gguf_config(file)
         _check_task(config, task, with_head=True)
-        model: Any = load_gguf_model(file)
+        model: Any = load_gguf_model(file, config)
     model.config.return_dict, model.config._attn_implementation = True, "eager"
     _check_finite(model, str(file))
-    return without_cache(model), load_gguf_tokenizer(file)
+    tokenizer = load_gguf_tokenizer(file)
+    check_processor(model, tokenizer, task.input_kind, str(file))
+    limit_length(tokenizer, model)
+    keep_end_tokens(model, tokenizer)
+    return without_cache(model), tokenizer
 
 
 def _check_task(config: Any, task: type[Task], *, with_head: bool) -> None:
@@ -169,7 +178,7 @@ def _transformer_of(root: str, model_config: ModelConfig, own: SentenceModules) 
     """Folder or hub id of the transformers model, and what its files are to be read with."""
     source: dict[str, Any] = {"trust_remote_code": False}
     if Path(root).is_dir():
-        return str(Path(root, own.transformer)), {**source, "local_files_only": True}
+        return transformer_place(root, own.transformer), {**source, "local_files_only": True}
     hub = {"revision": model_config.revision, "subfolder": own.transformer or None}
     return root, source | {name: value for name, value in hub.items() if value is not None}
 
@@ -256,7 +265,8 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected weights that fit config.json in {path}, found: {type(error).__name__}: {shortened(str(error))}; "
             "copy the checkpoint again"
         ) from error
-    names = dict.fromkeys([*model.state_dict(), *report["unexpected_keys"]], ())
+    unexpected = dict.fromkeys(report["unexpected_keys"], ())
+    names = {**dict.fromkeys(model.state_dict(), ()), **unexpected}
     check_layer_count(config, without_other_tower(names, config.model_type), path)  # of the hub
     missing = sorted(report["missing_keys"])
     if may_lack_head:
@@ -267,6 +277,7 @@ def _load_weights(path: str, config: Any, auto_class: str, source: dict[str, Any
             f"expected all weights of {chosen.__name__} in {path}, found none for {_first(missing)}: they would "
             "be random; fine-tune the model for this task first, or choose the task it was trained for"
         )
+    check_all_are_used(config, without_other_tower(unexpected, config.model_type), path)
     dense: nn.Module = without_cache(adapted(model.eval()))
     return dense
 

@@ -23,6 +23,7 @@ from exporters import (
     export_causal_encoder,
     export_decoder,
     export_encoder,
+    max_tokens,
 )
 from exporters.decoder_parts import LinearPart
 from exporters.heads import evaluation_mode, sentence_dense
@@ -37,6 +38,13 @@ from ziplm_deploy.tasks import Task
 CacheForm = Literal["onnxruntime", "portable"]
 MAX_POSITIONS = 8192  # tokens that the tables of positions in a file reach; they take memory in every process
 PARITY_PROMPTS = (12, 7)  # tokens of the prompts that a file is compared with torch on
+
+
+def longest_text(model: nn.Module) -> int:
+    """Tokens that a model's file takes: as many as it has positions for, of a causal one up to ``MAX_POSITIONS``."""
+    positions = max_tokens(model)
+    is_causal = architecture_of(model.config).causal is not None  # type: ignore[arg-type]
+    return min(positions, MAX_POSITIONS) if is_causal else positions
 
 
 def with_embedding_head(model: nn.Module, settings: ModelConfig, export: ExportConfig) -> nn.Module:
@@ -76,11 +84,18 @@ def cache_form(export: ExportConfig, environment: Environment) -> CacheForm:
 
 
 def write_graph(
-    model: nn.Module, path: Path, output_names: list[str], settings: ExportSettings, form: CacheForm
+    model: nn.Module,
+    path: Path,
+    output_names: list[str],
+    settings: ExportSettings,
+    form: CacheForm,
+    *,
+    stock_optimum: bool = False,
 ) -> dict[str, Tensor]:
     """Write a model, with its head, to ``path``; returns inputs to compare it on, none for one that writes text.
 
-    ``form``: of a causal model, whose file takes texts as long as the model does, up to ``MAX_POSITIONS``.
+    ``form``: of a causal model, whose file takes texts as long as the model does, up to ``MAX_POSITIONS``;
+    ``stock_optimum``: see :class:`exporters.DecoderExportSettings`.
 
     Raises:
         ExportError: the exporter cannot express the model.  OSError: the file cannot be written.
@@ -96,7 +111,7 @@ def write_graph(
     if settings.seq_len > longest:
         raise ExportError(f"expected requests within {longest} tokens, found {settings.seq_len}; shorten them")
     if is_language_model(inner):
-        export_decoder(parts, path, DecoderExportSettings(longest, form, settings.opset))
+        export_decoder(parts, path, DecoderExportSettings(longest, form, settings.opset, stock_optimum=stock_optimum))
         return {}
     export_causal_encoder(parts, _head(model), output_names, path, settings, form=form, max_length=longest)
     return dummy_inputs(model, settings)
@@ -182,7 +197,8 @@ class OnnxExport:
         """
         deployed = with_embedding_head(model, self.model, self.export)
         try:
-            inputs = write_graph(deployed, path, self.output_names, self.settings, self.form)
+            stock = self.export.stock_optimum
+            inputs = write_graph(deployed, path, self.output_names, self.settings, self.form, stock_optimum=stock)
         except ExportError as error:
             raise UsageError(f"{name}: {error}") from error
         except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,23 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.documents import shortened, shown
+from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.models.adapted import model_class
+from ziplm_deploy.models.config_file import HEAD_PARAMETERS, MAX_VOCABULARY, check_parameter_count
 from ziplm_deploy.models.location import CONFIG_FILE, package_folders, resolve_model_path
+from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
 
 GGUF_SUFFIX = ".gguf"
 # What llama.cpp calls architectures whose pruning is known here and which transformers builds from a GGUF file.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_SIZES = {
+    "block_count": MAX_LAYERS,
+    **dict.fromkeys(("embedding_length", "feed_forward_length"), MAX_SIZE),
+    **dict.fromkeys(("attention.head_count", "attention.head_count_kv", "attention.key_length"), MAX_SIZE),
+    **dict.fromkeys(("attention.value_length", "rope.dimension_count"), MAX_SIZE),
+    "vocab_size": MAX_VOCABULARY,
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ def check_gguf(file: Path) -> GgufSummary:
     Raises:
         UnsupportedModelError: no GGUF file, truncated, one of several parts, of an unknown architecture, quantized in
             a way that cannot be turned back, or with scaled positions.
+        CorruptArtifactError: sizes that no model has, or another number of layers than it says.
         EnvironmentMismatchError: the package ``gguf`` is not installed.
     """
     gguf = gguf_package()
@@ -91,20 +104,35 @@ def check_gguf(file: Path) -> GgufSummary:
             f"expected a GGUF file that is whole, found one of {_value(reader, 'split.count', 1)} parts at {file}; "
             "join them: llama-gguf-split --merge FIRST_PART WHOLE"
         )
+    _check_sizes(reader, architecture, file)
     _check_positions(reader, architecture, file)
     return GgufSummary(architecture, _checked_types(gguf, reader, file))
 
 
 def load_gguf_config(file: Path) -> PretrainedConfig:
-    """Configuration of a GGUF file that :func:`check_gguf` has passed."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+    """Configuration of a GGUF file that :func:`check_gguf` has passed.
+
+    Raises:
+        CorruptArtifactError: transformers makes none of its keys.
+    """
+    with _readable(file):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True
+        )
     return config
 
 
-def load_gguf_model(file: Path) -> PreTrainedModel:
-    """The causal language model in float32, for evaluation; the file must have passed :func:`check_gguf`."""
+def load_gguf_model(file: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model in float32, for evaluation; the file must have passed :func:`check_gguf`.
+
+    Raises:
+        CorruptArtifactError: its tensors are not those of the model that its keys describe.
+    """
+    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf_package().GGUFReader(file).tensors}
+    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+    check_parameter_count(model_class(config, "AutoModelForCausalLM"), config, shapes, 2 * stored + HEAD_PARAMETERS)
     # Its progress bar heeds no setting of transformers.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with _readable(file), contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
@@ -117,6 +145,24 @@ def load_gguf_model(file: Path) -> PreTrainedModel:
     model.hf_quantizer = None  # else save_pretrained refuses them
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Whatever transformers raises over what a file says: it trusts that."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except ImportError as error:
+        raise EnvironmentMismatchError(
+            f"expected packages that read {file}, found: {error}; run: pip install -U 'ziplm-deploy[llamacpp]'"
+        ) from error
+    except Exception as error:
+        raise CorruptArtifactError(
+            f"expected a model that transformers can build in {file}, found: {type(error).__name__}: "
+            f"{shortened(str(error))}; get the file anew"
+        ) from error
 
 
 def gguf_package() -> Any:
@@ -149,6 +195,27 @@ def _only_one(path: str, candidates: list[Path]) -> Path | None:
 def _value(reader: Any, key: str, default: Any) -> Any:
     field = reader.fields.get(key)
     return default if field is None else field.contents()
+
+
+def _check_sizes(reader: Any, architecture: str, file: Path) -> None:
+    """Refuse sizes that no model has, before anything is built of them."""
+    found = {name: _value(reader, f"{architecture}.{name}", None) for name in _SIZES}
+    wrong = {
+        name: value
+        for name, value in found.items()
+        if value is not None and not (isinstance(value, (int, np.integer)) and 1 <= value <= _SIZES[name])
+    }
+    if wrong:
+        name, value = next(iter(wrong.items()))
+        raise CorruptArtifactError(
+            f"expected {name} from 1 to {_SIZES[name]} in {file}, found {shown(value)}; get the file anew"
+        )
+    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    if found["block_count"] not in (None, len(blocks)):
+        raise CorruptArtifactError(
+            f"expected tensors of {found['block_count']} layers in {file}, as its block_count says, found those of "
+            f"{len(blocks)}; get the file anew"
+        )
 
 
 def _check_positions(reader: Any, architecture: str, file: Path) -> None:

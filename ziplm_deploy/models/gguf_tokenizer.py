@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from exporters.gguf_sentencepiece import pairs_of
 from exporters.gguf_tokenizer import PRE_TOKENIZERS
-from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.documents import shortened
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError, ZipLMError
 from ziplm_deploy.models.gguf_source import gguf_package
 
 _SPECIAL = {
@@ -33,8 +34,21 @@ def load_gguf_tokenizer(file: Path) -> Any:
 
     Raises:
         UnsupportedModelError: the file has none, or one that splits text in a way that is not known here.
+        CorruptArtifactError: its tokens, kinds and merges do not fit each other.
         EnvironmentMismatchError: the package ``gguf`` is not installed.
     """
+    try:
+        return _read(file)
+    except (ZipLMError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # of any kind, over what the file says
+        raise CorruptArtifactError(
+            f"expected a whole tokenizer in {file}, found: {type(error).__name__}: {shortened(str(error))}; get the "
+            "file anew, or give the model's folder with tokenizer.json"
+        ) from error
+
+
+def _read(file: Path) -> Any:
     fields = gguf_package().GGUFReader(file).fields
     prefix = "tokenizer.ggml."
     keys = {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,49 @@ from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import ARCHITECTURES, CHOICES, why_not
 from ziplm_deploy.models.config_file import config_of, read_config
 from ziplm_deploy.models.gguf_source import GGUF_SUFFIX, check_gguf, load_gguf_config, model_place
+from ziplm_deploy.models.location import transformer_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
 from ziplm_deploy.models.shape import ModuleId
+from ziplm_deploy.models.two_towers import Reads
 
 
-def inspect_model(model: str | Path | nn.Module) -> list[dict[str, Any]]:
+def inspect_model(model: str | Path | nn.Module, tower: Reads | None = None) -> list[dict[str, Any]]:
     """One row a layer: ``layer, heads, head_dim, ffn_width, parameters, prunable, reason``.
 
     ``model`` is a local folder, a hub id, ``package:NAME``, the folder of a family member, a loaded model, or a
-    ``model_type`` of transformers, which stands for its default configuration.
+    ``model_type`` of transformers, which stands for its default configuration. ``tower``: ``text`` or ``image``, of a
+    checkpoint that holds two.
 
     Raises:
-        UnsupportedModelError: no such model, or one that cannot be pruned; names what is supported.
+        UnsupportedModelError: no such model, two towers and none named, or one that cannot be pruned; names what is
+            supported.
         CorruptArtifactError: ``config.json`` or the folder of a family member is damaged.
     """
-    rows = layer_rows(model if isinstance(model, nn.Module) else _open(str(model)))
+    rows = layer_rows(model if isinstance(model, nn.Module) else _open(str(model), tower))
     refused = [str(row["reason"]) for row in rows if not row["prunable"]]
     if refused:
         raise UnsupportedModelError(f"expected a model that can be pruned, found {refused[0]}")
     return rows
 
 
-def model_type_name(model: str) -> str:
+def model_type_name(model: str, tower: Reads | None = None) -> str:
     """The ``model_type`` of what :func:`inspect_model` takes; raises as it does, but for members reads no weights."""
     resolved = _place(model)
     if resolved.endswith(GGUF_SUFFIX):
         check_gguf(Path(resolved))
         return str(load_gguf_config(Path(resolved)).model_type)
-    return str(_config(resolved).model_type)
+    return str(_config(resolved, tower).model_type)
 
 
-def _open(path: str) -> Any:
+def _open(path: str, tower: Reads | None) -> Any:
     resolved = _place(path)
     if resolved.endswith(GGUF_SUFFIX):
         check_gguf(Path(resolved))
         return load_gguf_config(Path(resolved))
-    if (Path(resolved) / MEMBER_FILE).exists():
+    if os.path.exists(os.path.join(resolved, MEMBER_FILE)):
         return load(resolved)
-    return _config(resolved)
+    return _config(resolved, tower)
 
 
 def _place(path: str) -> str:
@@ -63,13 +68,13 @@ def _place(path: str) -> str:
 
 
 def _is_type(path: str) -> bool:
-    return (path in CONFIG_MAPPING or path in ARCHITECTURES) and not Path(path).exists()
+    return (path in CONFIG_MAPPING or path in ARCHITECTURES) and not os.path.exists(path)
 
 
-def _config(resolved: str) -> Any:
+def _config(resolved: str, tower: Reads | None) -> Any:
     if _is_type(resolved):
         return config_of({"model_type": resolved}, f"the defaults of {resolved}")
-    return read_config(resolved, trust_remote_code=False)
+    return read_config(transformer_place(resolved), trust_remote_code=False, reads=tower)
 
 
 def layer_rows(model_or_config: nn.Module | PretrainedConfig) -> list[dict[str, Any]]:

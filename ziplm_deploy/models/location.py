@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ziplm_deploy.errors import EnvironmentMismatchError, UnsupportedModelError
 
 CONFIG_FILE = "config.json"
+MAX_HUB_ID = 200  # characters; the hub has a limit of 96 for each part
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -29,9 +30,22 @@ def resolve_model_path(path: str) -> str:
     folder = Path(os.path.expanduser(path))  # pathlib's raises for a user that there is not
     if os.path.isdir(folder):  # as below: False for a name too long for any file
         return str(folder)
-    if os.path.exists(folder) or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UnsupportedModelError(f"expected a model folder at {path}, found no folder; check model.path")
+    is_no_id = path.startswith((".", "/", "~")) or path.count("/") > 1 or len(path) > MAX_HUB_ID
+    if os.path.exists(folder) or is_no_id:
+        raise UnsupportedModelError(f"expected a model folder at {path:.200}, found no folder; check model.path")
     return path
+
+
+def transformer_place(folder: str, named: str = "") -> str:
+    """Where the transformers model of a folder is: in the sub-folder that is ``named``, or in the one that has it.
+
+    Old sentence-transformers folders have it in ``0_Transformer``, which only tasks of embeddings read about.
+    """
+    place = Path(folder)
+    if named or (place / CONFIG_FILE).is_file() or not (place / "modules.json").is_file():
+        return str(place / named)
+    below = [config.parent for config in place.glob(f"*/{CONFIG_FILE}") if any(config.parent.glob("*.safetensors"))]
+    return str(below[0]) if len(below) == 1 else folder
 
 
 def is_hub_id(path: str) -> bool:
@@ -60,7 +74,7 @@ def find_file(model: str, name: str, revision: str | None = None, *, must_know: 
     parts = PurePosixPath(name).parts
     if ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name:
         raise UnsupportedModelError(f"expected files inside of {model}, found {name!r}; get the model anew")
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         file = Path(model, *parts)
         return file if file.is_file() else None
     try:
@@ -113,7 +127,8 @@ def _package_folder(name: str) -> Path:
         # The model's own configuration stands above those of its sentence-transformers modules.
         for config in sorted(root.rglob(CONFIG_FILE), key=lambda path: (len(path.parts), path)):
             if any(config.parent.glob("*.safetensors")):
-                return config.parent
+                above = config.parent.parent  # old sentence-transformers folders have the model in 0_Transformer
+                return above if above != root and (above / "modules.json").is_file() else config.parent
     raise UnsupportedModelError(
         f"expected a folder with {CONFIG_FILE} and *.safetensors in the package {name}, found none; name another one"
     )

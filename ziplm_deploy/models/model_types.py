@@ -62,4 +62,5 @@ def _dense(architecture: Architecture) -> tuple[str, ...]:
     inputs = "patch and position embeddings" if of_images else "word and position embeddings"
     cut = ", cut to the heads that are kept" if architecture.sliced_attention is not None else ""
     shared = (f"{name.replace('_', ' ')} of all layers{cut}" for name in architecture.shared_inputs)
-    return ("hidden size", inputs, "norms", "head of the task", *shared)
+    distances = ("embeddings and buckets of distances",) if architecture.position_projections else ()
+    return ("hidden size", inputs, "norms", "head of the task", *distances, *shared)

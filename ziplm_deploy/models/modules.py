@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
 from torch import nn
 from transformers import PretrainedConfig
 
-from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.documents import shortened
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.architectures import Architecture, architecture_of
 from ziplm_deploy.models.shape import ModelShape, ModuleId, ModuleKind
 
@@ -125,19 +127,31 @@ def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:
-    """Dimensions of a configuration; raises :class:`UnsupportedModelError` like :func:`architecture_of`."""
+    """Dimensions of a configuration.
+
+    Raises:
+        UnsupportedModelError: like :func:`architecture_of`.  CorruptArtifactError: they are none of a model.
+    """
     architecture = architecture_of(config)
     n_queries, hidden = config.num_attention_heads, config.hidden_size
     n_heads = getattr(config, architecture.config_kv_heads or "", None) or n_queries
-    return ModelShape(
-        model_type=config.model_type,
-        n_layers=getattr(config, architecture.config_layers),
-        hidden_size=hidden,
-        n_heads=n_heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // n_queries,
-        intermediate_size=_ffn_width(config, architecture),
-        queries_per_head=n_queries // n_heads,
-    )
+    try:
+        return ModelShape(
+            model_type=config.model_type,
+            n_layers=getattr(config, architecture.config_layers),
+            hidden_size=hidden,
+            n_heads=n_heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // n_queries,
+            intermediate_size=_ffn_width(config, architecture),
+            queries_per_head=n_queries // n_heads,
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:
+        wrong = error.errors() if isinstance(error, ValidationError) else []
+        found = "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in wrong) or str(error)
+        raise CorruptArtifactError(
+            f"expected the sizes of a {config.model_type} model in its configuration, found {shortened(found)}; copy "
+            "config.json again"
+        ) from error
 
 
 def _ffn_width(config: PretrainedConfig, architecture: Architecture) -> int:

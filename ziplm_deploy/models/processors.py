@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from exporters import max_tokens
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.deployed import longest_text
 from ziplm_deploy.models.image_positions import settle_positions
 
 _NO_LIMIT = 1 << 30  # tokens; tokenizers without a limit have a larger number
@@ -31,10 +31,14 @@ def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str
 
 
 def limit_length(processor: Any, model: nn.Module) -> None:
-    """Have a tokenizer that names no limit cut texts where the positions of a model end, in every loader."""
-    length, positions = getattr(processor, "model_max_length", 0), max_tokens(model)
-    if length > _NO_LIMIT and positions < _NO_LIMIT:
-        processor.model_max_length = positions
+    """Have a tokenizer cut texts where those end that the model's file takes, in every loader.
+
+    A tokenizer whose own limit is larger than an encoder's positions counts them in its own way, and is left alone.
+    """
+    length, longest = getattr(processor, "model_max_length", 0), longest_text(model)
+    is_causal = architecture_of(model.config).causal is not None  # type: ignore[arg-type]
+    if (length > _NO_LIMIT or is_causal) and longest < min(length, _NO_LIMIT):
+        processor.model_max_length = longest
 
 
 def _check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:

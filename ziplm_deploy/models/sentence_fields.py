@@ -108,7 +108,7 @@ def with_texts(found: SentenceModules, files: SentenceFiles, neutral: dict[str, 
 
 
 def with_prompts(found: SentenceModules, files: SentenceFiles) -> SentenceModules:
-    """Add what is said about prompts and the similarity."""
+    """Add what is said about prompts, the similarity and the size of embeddings."""
     name, fields = files.mapping(SETTINGS_FILE)
     where = f"{files.path}/{name}"
     settings = checked(_Settings, fields, where)
@@ -127,13 +127,8 @@ def with_prompts(found: SentenceModules, files: SentenceFiles) -> SentenceModule
         query_prompt=prompts.get("query"),
         passage_prompt=of_passages,
         similarity=None if similarity is None else _SIMILARITIES[similarity],
+        truncated=settings.truncate_dim,
     )
-
-
-def truncated_dimension(files: SentenceFiles) -> int | None:
-    """Numbers that embeddings are cut to, as the settings of a model say; None: they are whole."""
-    name, fields = files.mapping(SETTINGS_FILE)
-    return checked(_Settings, fields, f"{files.path}/{name}").truncate_dim
 
 
 def with_pooling(found: SentenceModules, name: str, fields: Any) -> SentenceModules:

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 from ziplm_deploy.documents import shortened
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.config_file import refuse_own_code
 from ziplm_deploy.models.cross_encoder_modules import read_cross_encoder
 from ziplm_deploy.models.location import CONFIG_FILE, find_file, resolve_model_path
 from ziplm_deploy.models.sentence_fields import (
     dense_layer,
     module_list,
-    truncated_dimension,
     with_pooling,
     with_prompts,
     with_texts,
@@ -40,7 +40,7 @@ from ziplm_deploy.recipe import ModelConfig
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1 << 20
-_DIMENSIONS = re.compile(r'"?matryoshka_dim(?:ension)?s"?\s*:\s*\[([\d,\s]{1,400})\]')
+_DIMENSIONS = re.compile(r'"?matryoshka_dim(?:ension)?s"?\s*[:=]\s*\[([\d,\s]{1,400})\]')
 # Fields of modules that change what they answer, and the values with which they do not.
 _PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -69,9 +69,11 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
     files = SentenceFiles(resolve_model_path(model.path), model.revision)
     if model.task == "reranking":
         return read_cross_encoder(files)
+    # Towers of images never needed that file, so that caches may not say whether there is one.
+    modules = files.read(MODULES_FILE, must_know=model.task != "image-feature-extraction")
+    _refuse_clip_module(modules, files.path)
     if model.task == "image-feature-extraction":
         return _tower_modules(files, "image")
-    modules = files.read(MODULES_FILE, must_know=True)
     if modules is not None:
         return _read_modules(files, modules)
     # sentence-transformers would not look at a pooling alone, but somebody has put it there.
@@ -79,6 +81,18 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
     if pooling is not None:
         return with_pooling(SentenceModules(files.path), POOLING_FILE, pooling)
     return _tower_modules(files, "text")
+
+
+def _refuse_clip_module(modules: Any, path: str) -> None:
+    """Refuse CLIP as a module of sentence-transformers: its files lie deeper, and would be read without their heads."""
+    listed = modules if isinstance(modules, list) else []  # else it is damaged, which is found where it is read
+    kinds = {str(each.get("type")): each.get("path") for each in listed if isinstance(each, dict)}
+    folder = next((place for kind, place in kinds.items() if kind.endswith(".CLIPModel")), None)
+    if folder:
+        raise UnsupportedModelError(
+            f"expected a checkpoint of CLIP as transformers saves it, found one inside of {path} as a module of "
+            f"sentence-transformers (CLIPModel); give that folder as model.path, of a local copy: {path}/{folder}"
+        )
 
 
 def _tower_modules(files: SentenceFiles, reads: Reads) -> SentenceModules:
@@ -94,6 +108,7 @@ def _tower_modules(files: SentenceFiles, reads: Reads) -> SentenceModules:
 
 def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
     where = f"{files.path}/{MODULES_FILE}"
+    refuse_own_code(files.config(), files.path)  # its modules may be of that code, too
     modules = module_list(raw, where)
     kinds = [kind for _, kind in modules]
     usual = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense")]
@@ -121,7 +136,7 @@ def _read_modules(files: SentenceFiles, raw: Any) -> SentenceModules:
 def _dimensions(found: SentenceModules, files: SentenceFiles) -> tuple[int, ...] | None:
     """Sizes that a model was trained to be cut to, from the first file that lists them: settings, or its model card.
 
-    No release of sentence-transformers has a field for them; its cards show the settings of the loss.
+    No release of sentence-transformers has a field for all of them; its cards show the settings of the loss.
     """
     size = found.dense[-1].out_features if found.dense else found.width
     config = f"{found.transformer}/config.json" if found.transformer else "config.json"
@@ -132,5 +147,4 @@ def _dimensions(found: SentenceModules, files: SentenceFiles) -> tuple[int, ...]
         if listed is not None:
             sizes = {int(each) for each in re.findall(r"\b\d{1,6}\b", listed[1])}
             return tuple(sorted(each for each in sizes if 0 < each <= (size or each))) or None
-    cut = truncated_dimension(files)
-    return None if cut is None else (cut,)
+    return None if found.truncated is None else (found.truncated,)

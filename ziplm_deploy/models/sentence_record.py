@@ -20,6 +20,7 @@ class SentenceModules:
     query_prompt: str | None = None  # put before queries, and the next before passages
     passage_prompt: str | None = None
     dimensions: tuple[int, ...] | None = None  # sizes that embeddings may be cut to
+    truncated: int | None = None  # numbers of an embedding that sentence-transformers keeps by default
     similarity: Similarity | None = None
     include_prompt: bool = True  # whether the tokens of a prompt are pooled, too
     transformer: str = ""  # sub-folder of the transformers model: old ones have it in 0_Transformer

@@ -64,12 +64,13 @@ def tower_head(fields: Mapping[str, Any], reads: Reads) -> TowerHead | None:
 
 def _projection(fields: Mapping[str, Any], settings: Mapping[str, Any], reads: Reads) -> DenseLayer | None:
     """CLIP's projection; None where a tower was saved without it."""
-    if fields.get("model_type") != "clip" and _WITH_PROJECTION[reads] not in (fields.get("architectures") or ()):
+    is_whole = fields.get("model_type") == "clip"
+    if not is_whole and _WITH_PROJECTION[reads] not in (fields.get("architectures") or ()):
         return None
     return DenseLayer.model_validate(
         {
             "in_features": settings.get("hidden_size", _WIDTHS[reads]),
-            "out_features": settings.get("projection_dim", 512),
+            "out_features": (fields if is_whole else settings).get("projection_dim", 512),
             "bias": False,
             "activation": "Identity",
         }

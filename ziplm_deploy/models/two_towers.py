@@ -26,8 +26,8 @@ def tower_fields(fields: Mapping[str, Any], reads: Reads | None, path: str) -> M
         return fields
     if reads is None:
         raise UnsupportedModelError(
-            f"expected one model in {path}, found the two towers of a {fields['model_type']}; save the one that is "
-            f"meant, of type {towers['text'][1]} or {towers['image'][1]}, as a model of its own"
+            f"expected one model in {path}, found the two towers of a {fields['model_type']}; name one "
+            "(inspect --tower text or image; in a recipe, model.task sentence-similarity or image-feature-extraction)"
         )
     name, model_type = towers[reads]
     inner = fields.get(name)

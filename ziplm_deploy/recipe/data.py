@@ -63,7 +63,9 @@ class DataConfig(Frozen):
     )
     label_column: str | None = Field(None, description="Column with the label; default: the task's usual name.")
     retrieval_columns: tuple[str, ...] | None = Field(
-        None, description="Columns with query and passage, or caption and image; default: found from the usual names."
+        None,
+        description="Columns with query and passage, or caption and image, and perhaps their relevance; default: found "
+        "from the usual names.",
     )
     context: int | None = Field(
         None,
@@ -76,7 +78,7 @@ class DataConfig(Frozen):
         None,
         ge=1,
         description="Tokens from one window to the next of the evaluation data (text-generation); tokens that windows "
-        "share are scored in the first of them only. Default: `context`.",
+        "share are scored in the first of them only. At most, and by default: `context`.",
     )
     n_calibration: int = Field(
         512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."

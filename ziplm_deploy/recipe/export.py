@@ -36,6 +36,12 @@ class ExportConfig(Frozen):
         exclude_if=lambda asked: not asked,
         description="Text-generation: also write `genai_config.json`, with which onnxruntime-genai loads the folder.",
     )
+    stock_optimum: bool = Field(
+        False,
+        exclude_if=lambda asked: not asked,
+        description="Text-generation: files that stock `ORTModelForCausalLM` loads also where layers keep different "
+        "numbers of heads, for some microseconds a layer; not together with `genai`.",
+    )
     embed_in_graph: bool = Field(
         True,
         description="Sentence-similarity: add pooling, Dense layers and normalization as output `sentence_embedding`.",

@@ -103,6 +103,7 @@ class Recipe(Frozen):
         of_onnx = {
             "compress.variants": self.compress.variants,
             "export.genai": self.export.genai,
+            "export.stock_optimum": self.export.stock_optimum,
             "export.cache_form": self.export.cache_form,
             "export.shapes: static": self.export.shapes == "static",
             "benchmark.engines": self.benchmark.engines,

@@ -25,6 +25,7 @@ from torch import Tensor
 from exporters import max_tokens
 from ziplm_deploy.artifacts import Artifact, write_text
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError
+from ziplm_deploy.models.causal import end_tokens
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.recipe import GeneratedConfig
 from ziplm_deploy.tasks.batching import encode
@@ -89,7 +90,7 @@ class TextSampler:
             )
         self._length = min(context, max_tokens(model) - len(self._start))  # tokens that a text has at most
         self._between = 0 if processor.eos_token_id is None else 1  # tokens between two texts in windows
-        self._ends = sorted(_end_ids(self._model, processor))
+        self._ends = sorted(end_tokens(self._model, processor))
         special = special_ids(processor)
         n_known, n_embedded = len(processor), self._model.get_input_embeddings().num_embeddings
         self._plain = [token for token in range(min(n_known, n_embedded)) if token not in special]
@@ -190,13 +191,6 @@ def special_ids(processor: Any) -> set[int]:
     """Tokens that are no text: start, end, padding, and those of chat templates."""
     added = {int(token) for token, content in processor.added_tokens_decoder.items() if content.special}
     return added | set(processor.all_special_ids)
-
-
-def _end_ids(model: Any, processor: Any) -> set[int]:
-    """Tokens that end a text, by the tokenizer and by the model's own settings."""
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return {int(token) for token in (*listed, processor.eos_token_id) if token is not None}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from ziplm_deploy.engines import get_engine
+from ziplm_deploy.machine.huge_pages import ASSIGNMENT
 from ziplm_deploy.models.location import is_hub_id, public_name
 from ziplm_deploy.models.shape import ModuleId
 from ziplm_deploy.recipe import Variant, file_label
@@ -28,7 +29,9 @@ from ziplm_deploy.reporting.table import (
 )
 
 
-def model_card(report: FamilyReport, member: MemberReport, ort_class: str, dimensions: tuple[int, ...] = ()) -> str:
+def model_card(
+    report: FamilyReport, member: MemberReport, ort_class: str | None, dimensions: tuple[int, ...] = ()
+) -> str:
     """Card of one member: what was measured, where, and how to load it.
 
     Args:
@@ -37,7 +40,7 @@ def model_card(report: FamilyReport, member: MemberReport, ort_class: str, dimen
     dense = report.members[0]
     title = f"{report.name}, {member.name}"
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(report, member), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(_front_matter(report, member, ort_class), sort_keys=False, allow_unicode=True)}---",
         f"# {title}\n\n{_summary(report, member)}",
         "\n".join(
             ["## Measured", "", *_measured(report, member, dense), *_calls(member, dense), "", *_conditions(report)]
@@ -63,10 +66,11 @@ _PIPELINE_TAGS = {
 _CLASSES_OF_SENTENCE_TRANSFORMERS = {"sentence-similarity": "SentenceTransformer", "reranking": "CrossEncoder"}
 
 
-def _front_matter(report: FamilyReport, member: MemberReport) -> dict[str, object]:
+def _front_matter(report: FamilyReport, member: MemberReport, ort_class: str | None) -> dict[str, object]:
     is_gguf = file_kind(member) == "GGUF"
+    of_onnx = "onnxruntime" if ort_class is None else "optimum"
     facts: dict[str, object] = {
-        "library_name": "llama.cpp" if is_gguf else "optimum",
+        "library_name": "llama.cpp" if is_gguf else of_onnx,
         "pipeline_tag": _PIPELINE_TAGS.get(report.task, report.task),
         "tags": ["gguf" if is_gguf else "onnx", "ziplm-deploy", *([] if member.speedup_target is None else ["pruned"])],
     }
@@ -138,12 +142,13 @@ def _baselines(report: FamilyReport, member: MemberReport) -> list[str]:
             baseline.title,
             f"{baseline.measured_speedup:.3f}x",
             f"{baseline.measured_low:.3f} to {baseline.measured_high:.3f}",
-            f"{baseline.accuracy[report.metric]:.4f}" if report.metric in baseline.accuracy else "–",
+            score_text(baseline, report.metric),
+            percent_text(baseline.of_dense.get(report.metric)),
             f"{baseline.tool}: {baseline.settings}",
         ]
         for baseline in report.baselines
     ]
-    titles = ["same run", "speedup, measured", "95 % interval", report.metric, "made by"]
+    titles = ["same run", "speedup, measured", "95 % interval", report.metric, "of dense", "made by"]
     verdict = not_ahead(member.served.beaten_by, member.served.undecided_against)
     return [*markdown_table(titles, cells), *(["", f"This model is {verdict}: see report.md."] if verdict else [])]
 
@@ -179,29 +184,27 @@ def _calls(member: MemberReport, dense: MemberReport) -> list[str]:
 
 def _conditions(report: FamilyReport) -> list[str]:
     machine, environment = report.machine, report.environment
+    pages = f", huge pages ({ASSIGNMENT} in the server's environment)" if environment.huge_pages else ""
     baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [
-        f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s), "
+        f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s){pages}, "
         f"{environment.workload.describe()}, {report.engine} {report.engine_version}, {baseline}{report.date}. "
         "On another CPU, shape or thread count the speedup is another one: measure it there.",
     ]
 
 
-def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
+def _usage(report: FamilyReport, member: MemberReport, ort_class: str | None) -> str:
     exported, file = Variant.FP32.file_name, member.served.variant.file_name
+    opens_alone = ort_class is not None or report.task != "text-generation"  # a bare session keeps no cache
     name, origin = ("", "") if file == exported else (f', file_name="{file}"', f": {exported}, not {file}")
     return "\n".join(
         [
             "## Use",
             "",
             *_other_engine(report, member),
-            "```python",
-            f"from optimum.onnxruntime import {ort_class}",
-            "",
-            f'model = {ort_class}.from_pretrained("{member.folder}"{name})  # this folder',
-            "```",
-            "",
-            *_of_sentence_transformers(report, member),
+            *(_of_runner(member, name) if report.task == "text-generation" else []),
+            *(_of_onnx_runtime(member, file, ort_class, name) if opens_alone else []),
+            *(_of_sentence_transformers(report, member) if ort_class is not None else []),
             "```python",
             "import ziplm_deploy",
             "",
@@ -209,6 +212,40 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str) -> str:
             "```",
         ]
     )
+
+
+def _of_onnx_runtime(member: MemberReport, file: str, ort_class: str | None, name: str) -> list[str]:
+    """Lines that open the file, by optimum where that knows the type; ``name``: an argument for another file."""
+    if ort_class is None:
+        return [
+            "```python",
+            "import onnxruntime  # optimum, and sentence-transformers by it, do not know this type of model yet",
+            "",
+            f'session = onnxruntime.InferenceSession("{member.folder}/{file}")',
+            "```",
+            "",
+        ]
+    return [
+        "```python",
+        f"from optimum.onnxruntime import {ort_class}",
+        "",
+        f'model = {ort_class}.from_pretrained("{member.folder}"{name})  # this folder',
+        "```",
+        "",
+    ]
+
+
+def _of_runner(member: MemberReport, name: str) -> list[str]:
+    """Lines that continue a text; ``name``: an argument for another file."""
+    return [
+        "```python",
+        "import ziplm_deploy  # here with ONNX Runtime and tokenizers alone, without torch",
+        "",
+        f'model = ziplm_deploy.load_runner("{member.folder}"{name.replace("file_name=", "file=")})',
+        'print(model.generate("Once upon a time", max_new_tokens=40))',
+        "```",
+        "",
+    ]
 
 
 def _of_sentence_transformers(report: FamilyReport, member: MemberReport) -> list[str]:

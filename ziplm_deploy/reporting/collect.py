@@ -21,6 +21,7 @@ from ziplm_deploy.reporting.judge import (
     budget_decision,
     harmed_by_training,
     judge,
+    judged_apart,
     nothing_to_keep,
     taught_more_than_dense,
     too_noisy,
@@ -69,14 +70,17 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
             *harmed_by_training(members, facts.metric),
             *taught_more_than_dense(recipe.recover, has_control=TRAINED_ON in (each.name for each in facts.baselines)),
             *_int8_notes(facts),
+            *judged_apart(members, facts.metric),
             *undecided_budget(members, recipe.compress.int8.max_loss),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
         ],
         stage_seconds=facts.stage_seconds,
         lengths=facts.lengths,
         retrieval=facts.retrieval,
+        windows=facts.windows,
         sampled_text=sampled_text(recipe, facts.sampled_texts),
         short_tokens=facts.short.environment.workload.seq_len if facts.short else None,
+        short_itself=facts.short.itself if facts.short else None,
         versions=measured_with,
         other_versions=_differing(facts.stage_versions, measured_with),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -113,7 +117,7 @@ def member_report(family: FamilyFacts, member: MemberFacts) -> MemberReport:
     """One member with all its files, its verdict and the reason for it."""
     files: list[FileReport] = []
     for file in member.files:
-        files.append(_file_report(family, file, files))
+        files.append(_file_report(family, file, files, is_pruned=member.target is not None))
     variant, verdict, reason = family.recipe.exported, "baseline", ""
     if member.target is not None:
         variant = family.recipe.target
@@ -166,12 +170,13 @@ def _judge(family: FamilyFacts, member: MemberFacts, target: float, variant: Var
     return verdict, reason
 
 
-def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport]) -> FileReport:
+def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport], *, is_pruned: bool) -> FileReport:
     timing, max_loss = file.timing, family.recipe.compress.int8.max_loss
     noise = too_noisy(family.record.itself, family.recipe.benchmark)
     beside = beside_baselines(file, family.baselines, noise)
     rivals = not_ahead(beside["beaten"], beside["undecided"])
-    reason = why_not_recommended(file, file.scores.get(family.metric), max_loss, before, noise) or rivals
+    served_score = file.scores.get(family.metric)
+    reason = why_not_recommended(file, served_score, max_loss, before, noise, is_pruned=is_pruned) or rivals
     weights = {"weights": str(family.recipe.export.gguf)} if file.variant is Variant.GGUF else {}
     return FileReport(
         variant=file.variant,
@@ -196,9 +201,9 @@ def _file_report(family: FamilyFacts, file: FileFacts, before: list[FileReport])
 
 def _int8_notes(facts: FamilyFacts) -> list[str]:
     """What INT8 did to linears: which stayed float32, and which cost more than is allowed."""
-    max_loss = facts.recipe.compress.int8.max_loss
+    max_loss, may_train = facts.recipe.compress.int8.max_loss, facts.recipe.model.task != "text-generation"
     notes = (
-        int8_note(member.label(file.variant), file.int8, max_loss)
+        int8_note(member.label(file.variant), file.int8, max_loss, may_train=may_train)
         for member in facts.members
         for file in member.files
         if file.int8 is not None

@@ -14,6 +14,7 @@ from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Recipe, Variant, file_label
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.recovery.self_data import SampledTexts
+from ziplm_deploy.reporting.records import TextWindows
 from ziplm_deploy.tasks.lengths import TokenLengths
 from ziplm_deploy.tasks.record import Continuations
 from ziplm_deploy.tasks.resampling import Comparison
@@ -103,5 +104,6 @@ class FamilyFacts:
     baselines: list[BaselineFacts] = field(default_factory=list)
     gguf: list[GgufFacts] = field(default_factory=list)  # that of the dense model first
     retrieval: RetrievalScores | None = None  # of embedding models, where the recipe has data for it
+    windows: TextWindows | None = None  # that a causal language model was scored on
     sampled_texts: SampledTexts | None = None  # of the dense model, where they stand for data
     stage_versions: dict[str, dict[str, str]] = field(default_factory=dict)  # of the packages that made each stage

@@ -80,21 +80,38 @@ def was_fast_enough(speedup_in_loop: float | None, target: float, settings: Benc
 
 
 def why_not_recommended(
-    file: FileFacts, served_score: float | None, max_loss: float, before: Sequence[FileReport], noise: str
+    file: FileFacts,
+    served_score: float | None,
+    max_loss: float,
+    before: Sequence[FileReport],
+    noise: str,
+    *,
+    is_pruned: bool,
 ) -> str:
-    """Reason why a file is not worth having; empty if it is.
+    """Reason why a file is not worth having; empty if it is, as the dense model's first file always is.
 
     ``before``: the member's files that were looked at already; ``max_loss``: accuracy budget of INT8; ``noise``: why
-    no timing can be trusted, if none can.
+    no timing can be trusted, if none can; ``is_pruned``: the file is to be faster than the dense model's.
     """
-    if noise and before:
+    if noise and (before or is_pruned):
         return noise
+    slow = is_pruned and file.timing.speedup_low <= 1
+    than_dense = [f"not faster than the dense model beyond noise ({file.timing.speedup:.2f}x)"] if slow else []
+    budget = _budget_reason(file, served_score, max_loss)
+    return next(filter(None, [budget, *_not_faster(file, before), *than_dense]), "")
+
+
+def _budget_reason(file: FileFacts, served_score: float | None, max_loss: float) -> str:
+    """Why a file does not surely hold its accuracy budget; empty if it does. Scores are asked where no interval is."""
     decision = budget_decision(file, max_loss)
-    # Where the interval tells, the score alone is not asked.
-    budget = outside_budget(file.int8, None if decision == "met" else served_score, max_loss)
-    if decision == "missed":
-        budget = f"outside the accuracy budget: {_kept(_of_source(file), max_loss)}"
-    return next(filter(None, [budget, *_not_faster(file, before)]), "")
+    if decision is None:
+        return outside_budget(file.int8, served_score, max_loss)
+    kept = _kept(_of_source(file), max_loss)
+    return {
+        "met": "",
+        "missed": f"outside the accuracy budget: {kept}",
+        "undecided": f"undecided whether it holds the accuracy budget: {kept}",
+    }[decision]
 
 
 def budget_decision(file: FileFacts, max_loss: float) -> Decision | None:
@@ -120,6 +137,23 @@ def nothing_to_keep(members: Sequence[MemberReport], metric: str) -> list[str]:
     return [
         f"the dense model's {metric} is 0, so that there is nothing for the others to keep: look at its answers and at "
         "the labels; if this run trained it (dense.train), train longer (dense.epochs)"
+    ]
+
+
+def judged_apart(members: Sequence[MemberReport], metric: str) -> list[str]:
+    """A note where INT8 files are compared on fewer examples than others, because the rest chose among their forms."""
+    counts = {
+        (file.variant.is_int8, file.of_dense[metric].n_examples)
+        for member in members
+        for file in member.files
+        if metric in file.of_dense
+    }
+    most = max((n for _, n in counts), default=0)
+    fewer = {n for is_int8, n in counts if is_int8 and n < most}
+    return [
+        f"INT8 files that are one of several which were tried stand beside the dense model and the baselines on the "
+        f"{n} evaluation examples that did not choose; their scores are of all {most}"
+        for n in sorted(fewer)
     ]
 
 

@@ -7,8 +7,8 @@ import html
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId
 from ziplm_deploy.reporting.gguf import gguf_section
 from ziplm_deploy.reporting.records import FamilyReport, MemberReport
-from ziplm_deploy.reporting.retrieval import retrieval_table, retrieval_text
 from ziplm_deploy.reporting.sampled import sampled_sentence
+from ziplm_deploy.reporting.scores import score_sections
 from ziplm_deploy.reporting.table import (
     MISSING,
     aa_line,
@@ -27,11 +27,8 @@ from ziplm_deploy.reporting.table import (
     markdown_table,
     ratio_text,
     rows,
-    score_text,
     shows_no_speedup,
 )
-
-MAX_LABELS = 20  # rows of the table of classes
 
 
 def family_markdown(report: FamilyReport) -> str:
@@ -52,9 +49,7 @@ def family_markdown(report: FamilyReport) -> str:
         ["## Sizes", "", *_sizes(report)],
         *_search(report),
         *_in_order(report),
-        *_scores(report),
-        *_retrieval(report),
-        *_by_label(report),
+        *score_sections(report),
         *gguf_section(report),
         *_continuations(report),
         *_sampled_text(report),
@@ -235,7 +230,9 @@ def _continuations(report: FamilyReport) -> list[list[str]]:
         for member in written
         if member.served.accuracy.get("inverse_perplexity")
     ]
-    lines = [f"Perplexity: {', '.join(perplexities)}. The likeliest tokens after beginnings of evaluation texts:"]
+    windows = report.windows
+    of = f" of windows of {windows.context} tokens, {windows.stride} apart" if windows else ""
+    lines = [f"Perplexity{of}: {', '.join(perplexities)}. The likeliest tokens after beginnings of evaluation texts:"]
     for prompt in written[0].continued:
         cells = [[member.name, _one_line(member.continued.get(prompt, ""))] for member in written]
         lines += ["", f"> {_one_line(prompt)}", "", *markdown_table(["model", "goes on"], cells)]
@@ -245,59 +242,6 @@ def _continuations(report: FamilyReport) -> list[list[str]]:
 def _one_line(text: str) -> str:
     """Text of a model as a cell of a table: no line breaks, nothing that Markdown or HTML would read."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
-
-
-def _scores(report: FamilyReport) -> list[list[str]]:
-    keys = list(dict.fromkeys(key for member in report.members for key in member.served.accuracy))
-    if not keys:
-        return []
-    cells = [
-        [
-            member.name,
-            *(score_text(member.served, key) for key in keys),
-        ]
-        for member in report.members
-    ]
-    return [["## Scores", "", *markdown_table(["model", *keys], cells), *_differences(report, keys)]]
-
-
-def _differences(report: FamilyReport, keys: list[str]) -> list[str]:
-    """Every score less that of dense; nothing in files from before intervals were computed."""
-    compared = [member for member in report.members if member.served.of_dense]
-    if not compared:
-        return []
-    known = [key for key in keys if any(key in member.served.of_dense for member in compared)]
-    cells = [[m.name, *(difference_text(m.served.of_dense.get(key)) for key in known)] for m in compared]
-    n_examples = next(iter(compared[0].served.of_dense.values())).n_examples
-    counted = "queries" if report.task == "reranking" else "examples"  # each with all its passages
-    text = (
-        f"Scores are on {n_examples} {counted}, with the interval of 95 % that other {counted} would have left them in "
-        f"(bootstrap). Both models answer the same {counted}, so that the difference to dense is surer than either "
-        "score; one whose interval includes 0 is within noise:"
-    )
-    return ["", text, "", *markdown_table(["model", *known], cells)]
-
-
-def _retrieval(report: FamilyReport) -> list[list[str]]:
-    """What the files find; nothing where there was no data to search."""
-    found = report.retrieval
-    if found is None:
-        return []
-    return [["## Retrieval", "", retrieval_text(found), "", *retrieval_table(found, [*found.files])]]
-
-
-def _by_label(report: FamilyReport) -> list[list[str]]:
-    """F1 of every class beside the dense model's; of many classes those that lose most."""
-    scored = [member for member in report.members if member.served.by_label]
-    if len(scored) < 2:
-        return []
-    dense, *others = (member.served.by_label for member in scored)
-    losses = {label: max(score - other.get(label, 0.0) for other in others) for label, score in dense.items()}
-    shown = sorted(losses, key=lambda label: -losses[label])[:MAX_LABELS]
-    cells = [[label, *(f"{member.served.by_label.get(label, 0.0):.4f}" for member in scored)] for label in shown]
-    rest = f" The {len(shown)} of {len(losses)} classes that lose most." if len(shown) < len(losses) else ""
-    text = f"F1 of every class, those first that lose most; classes with few examples vary by chance.{rest}"
-    return [["## Scores by class", "", text, "", *markdown_table(["class", *(m.name for m in scored)], cells)]]
 
 
 def _sampled_text(report: FamilyReport) -> list[list[str]]:
@@ -373,7 +317,8 @@ def _short_requests(report: FamilyReport) -> list[str]:
         if (short := member.short_speedup) is not None
     ]
     text = f"Half of the texts have at most {report.short_tokens} tokens. Requests as short as that gain this much:"
-    return ["", text, "", *markdown_table(titles, cells)]
+    noise = ["", f"At that length, {aa_line(itself, report.tolerance)}."] if (itself := report.short_itself) else []
+    return ["", text, "", *markdown_table(titles, cells), *noise]
 
 
 def _environment(report: FamilyReport) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from ziplm_deploy.artifacts import Artifact, Fields
 from ziplm_deploy.latency.record import CallFigures, FileTiming, from_schema_1, of_one_call
-from ziplm_deploy.latency.statistics import Ratio
+from ziplm_deploy.latency.statistics import Milliseconds, Ratio, Speedup
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Environment, GeneratedConfig, Variant
 from ziplm_deploy.recovery.record import TrainingRecord
@@ -22,12 +22,12 @@ class Timed(BaseModel):
     """Figures of one file in the benchmark, on its engine."""
 
     engine: str
-    measured_speedup: float  # over the dense float32 model of the same run
-    measured_low: float  # 95 % interval
-    measured_high: float
-    p50_ms: float
-    p99_ms: float
-    throughput_per_second: float
+    measured_speedup: Speedup  # over the dense float32 model of the same run
+    measured_low: Speedup  # 95 % interval
+    measured_high: Speedup
+    p50_ms: Milliseconds
+    p99_ms: Milliseconds
+    throughput_per_second: float = Field(gt=0, allow_inf_nan=False)
     peak_memory_bytes: int
     # Where the workload has several; all the others are of their weighted sum.
     calls: list[CallFigures] = Field(default_factory=list, exclude_if=lambda calls: not calls)
@@ -164,6 +164,13 @@ class SampledText(BaseModel):
     settings: GeneratedConfig
 
 
+class TextWindows(BaseModel):
+    """Windows of text that perplexities are of, which depend on both figures."""
+
+    context: int  # tokens of a window
+    stride: int  # tokens from one to the next
+
+
 class FamilyReport(Artifact):
     """What ``ziplm-deploy run`` ends with: every member beside the dense model of the same run."""
 
@@ -186,14 +193,16 @@ class FamilyReport(Artifact):
     members: list[MemberReport]
     baselines: list[BaselineReport] = Field(default_factory=list)
     gguf: list[GgufReport] = Field(default_factory=list, exclude_if=lambda files: not files)  # that of dense first
-    aa_ratio: float
-    aa_low: float
-    aa_high: float
+    aa_ratio: Speedup
+    aa_low: Speedup
+    aa_high: Speedup
     tolerance: float = 0.02  # fraction by which a target may be missed, and the noise that verdicts allow
     notes: list[str]  # warnings of the run, e.g. few calibration tokens
     # where data was sampled from the dense model
     sampled_text: SampledText | None = Field(None, exclude_if=lambda sampled: sampled is None)
+    windows: TextWindows | None = Field(None, exclude_if=lambda windows: windows is None)  # of causal language models
     short_tokens: int | None = None  # median length of the evaluation texts, if it is much below the workload's
+    short_itself: Ratio | None = None  # the baseline over itself on requests of that length
     lengths: dict[str, TokenLengths] = Field(
         default_factory=dict
     )  # of the texts by data set; empty: images, or unknown

@@ -33,6 +33,14 @@ class Answers:
         """On all evaluation examples."""
         return self._task.outcomes(self.function, self.data)
 
+    def beside(self, dense: Answers) -> tuple[Outcomes, dict[str, float]]:
+        """Outcomes, and the task's fidelity to what the dense file answers."""
+        asked = self.function, dense.function, self.data, dense.data
+        if "outcomes" in self.__dict__:
+            return self.outcomes, self._task.fidelity(*asked)
+        self.outcomes, fidelity = self._task.outcomes_and_fidelity(*asked)
+        return self.outcomes, fidelity
+
 
 class KnownAnswers:
     """Answers of files by their content, kept until somebody takes them."""

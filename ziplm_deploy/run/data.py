@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
 
-from exporters import input_names, max_tokens
+from exporters import input_names
 from exporters.heads import patches_of
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.models.dense import load_processor
+from ziplm_deploy.models.deployed import longest_text
 from ziplm_deploy.models.partner import partner_of
 from ziplm_deploy.models.sentence_dense import embedding_size
 from ziplm_deploy.models.sentence_record import SentenceModules
@@ -49,7 +50,11 @@ class RunData:
         }
         self._pools_prompts = own.include_prompt
         self.dense = DenseModel(
-            recipe, folder, self._dense_training_key, lambda: task.head_settings(self.raw_train_rows)
+            recipe,
+            folder,
+            self._dense_training_key,
+            lambda: task.head_settings(self.raw_train_rows),
+            own.transformer,
         )
         self.calibration_hash = self._hash_for("calibration")
         self.evaluation_hash = self._hash_for("evaluation")
@@ -64,7 +69,7 @@ class RunData:
         """Stands for the content of a data set, with the files that it names; a name with its revision."""
         linked = "" if source is None else self._task.linked_files_hash(source, self._recipe.data)
         revision = self._recipe.data.revision
-        pinned = f"@{revision}" if source is not None and revision is not None and not Path(source).exists() else ""
+        pinned = f"@{revision}" if source is not None and revision is not None and not os.path.exists(source) else ""
         return source_hash(source) + pinned + (f"+{linked}" if linked else "")
 
     def _dense_training_key(self, base_hash: str) -> str:
@@ -134,8 +139,10 @@ class RunData:
         """Stands for the evaluation examples, and the metric if the recipe chooses one."""
         names = {"evaluation_split", "config_name", "text_columns", "label_column", "n_evaluation"}
         chosen = {} if self._recipe.model.metric is None else {"metric": self._recipe.model.metric}
+        reading = {} if self._task.reading_version == 1 else {"reading": self._task.reading_version}
         return content_key(
             **chosen,
+            **reading,
             data=self.evaluation_hash,
             columns=self._recipe.data.model_dump(include=names) | self._windows,
             inputs=self.dense.input_key,
@@ -211,7 +218,7 @@ class RunData:
         """Tokens that passages are cut at, where the recipe says so; refused beyond the model's own limit."""
         asked, limit = (
             self._recipe.data.passage_length,
-            length_limit(self.dense.processor, max_tokens(self.dense.model)),
+            length_limit(self.dense.processor, longest_text(self.dense.model)),
         )
         if asked is not None and asked > limit:
             raise RecipeError(
@@ -270,10 +277,15 @@ class RunData:
         """Training rows with labels as the data have them."""
         return self._load_rows("train")
 
+    @property
+    def trains_on_labels(self) -> bool:
+        """Whether a loss of the training reads labels."""
+        return bool(self._recipe.dense.train or self._recipe.recover.task_weight)
+
     @functools.cached_property
     def train_rows(self) -> list[dict[str, Any]]:
         """Training rows, with labels in the model's numbering where a loss reads them."""
-        if self._recipe.dense.train or self._recipe.recover.task_weight:
+        if self.trains_on_labels:
             return self._settled(self._task.check_labels(self.raw_train_rows, self.dense.model.config), "train")
         return self._settled(self._task.unlabelled(self.raw_train_rows), "train")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ziplm_deploy.artifacts import content_key, file_hash, source_hash
 from ziplm_deploy.documents import read_json
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.gguf_source import model_place
-from ziplm_deploy.models.location import hub_version
+from ziplm_deploy.models.location import hub_version, transformer_place
 from ziplm_deploy.models.modules import model_shape
 from ziplm_deploy.models.shape import ModelShape
 from ziplm_deploy.recipe import Recipe
@@ -44,9 +45,10 @@ class DenseModel:
         folder: RunFolder,
         training_key: Callable[[str], str],
         head_settings: Callable[[], dict[str, Any]],
+        transformer: str,  # sub-folder with model and tokenizer
     ) -> None:
         self._recipe, self._folder = recipe, folder
-        self._training_key, self._head_settings = training_key, head_settings
+        self._training_key, self._head_settings, self._transformer = training_key, head_settings, transformer
         self.base_hash = model_hash(recipe.model.path, recipe.model.revision)
 
     @functools.cached_property
@@ -56,10 +58,13 @@ class DenseModel:
         Weights do not count: results that hold for any of them stay where only these change.
         """
         folder = Path(model_place(self._recipe.model.path))
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             return self.base_hash
-        files = (file for file in sorted(folder.iterdir()) if file.suffix in _OF_PROCESSORS and file.is_file())
-        hashes = {file.name: file_hash(file) for file in files if file.name not in _NOT_OF_PROCESSORS}
+        places = {folder, Path(transformer_place(str(folder), self._transformer))}
+        found = {file for place in places for file in place.glob("*")}
+        files = [file for file in sorted(found) if file.suffix in _OF_PROCESSORS and file.is_file()]
+        files = [file for file in files if file.name not in _NOT_OF_PROCESSORS]
+        hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
         try:
             config = read_json(folder / "config.json")
         except (OSError, ValueError):  # refused with its reason when the model is loaded

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.artifacts import parts_of, write_text
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
 from ziplm_deploy.recipe import Recipe, member_name
@@ -199,6 +199,17 @@ class RunFolder:
         corrections = self._manifest.corrections
         for name in self._member_names.intersection(corrections):
             corrections[name] = corrections[name].without_history()
+        self._manifest.ended_loop = None
+        self.save()
+
+    @property
+    def ended_loop(self) -> str | None:
+        """Key of the benchmark of all files that satisfied the loop around it; None where there was no such loop."""
+        return self._manifest.ended_loop
+
+    def set_ended_loop(self, key: str) -> None:
+        """Remember that a benchmark ended the loop around it, so that another one is reported."""
+        self._manifest.ended_loop = key
         self.save()
 
     def unmake(self, stage: str) -> None:
@@ -284,7 +295,7 @@ class RunFolder:
 
 
 def _files(outputs: list[Path]) -> Iterator[Path]:
-    """Files among outputs, and all in the folders among them."""
+    """Files among outputs with their parts, and all in the folders among them."""
     for output in outputs:
-        inside = sorted(output.rglob("*")) if output.is_dir() else [output]
+        inside = sorted(output.rglob("*")) if output.is_dir() else parts_of(output)
         yield from (path for path in inside if path.is_file())

@@ -111,6 +111,7 @@ class Manifest(Artifact):
     seconds: dict[str, float] = Field(default_factory=dict)  # wall time of every stage, all its runs together
     corrections: dict[str, Correction] = Field(default_factory=dict)  # by member
     correction_keys: dict[str, str] = Field(default_factory=dict)  # inputs that a member's correction belongs to
+    ended_loop: str | None = None  # key of the benchmark that satisfied the loop around it, and is not reported
     notes: dict[str, str] = Field(default_factory=dict)  # topic -> warning that the report repeats
     lengths: dict[str, TokenLengths] = Field(default_factory=dict)  # of calibration and evaluation texts
     notes_of_members: dict[str, dict[str, str]] = Field(default_factory=dict)  # member -> topic -> warning

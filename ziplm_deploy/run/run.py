@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ziplm_deploy.artifacts import file_hash
+from ziplm_deploy.artifacts import file_hash, parts_of
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.table import LatencyTable
@@ -71,9 +71,15 @@ class Run:
             self._lock.release()
             raise
 
+    @property
+    def learns_classes(self) -> bool:
+        """Whether a loss of the training reads labels that are classes."""
+        return self.task.has_classes and self.data.trains_on_labels
+
     def _open(self, recipe: Recipe) -> None:
         own = read_sentence_modules(recipe.model)
         self.names_pooling = (recipe.model.pooling or own.pooling) is not None  # recipe or files of the model
+        self.truncated = own.truncated  # numbers of an embedding that its own loader keeps
         recipe = recipe.model_copy(update={"model": completed(recipe.model, own)})
         self.task: Task = get_task(recipe.model)
         self.recipe = recipe = with_counted_lengths(recipe, self.task, self.progress.note)
@@ -82,7 +88,7 @@ class Run:
         self.dense = self.data.dense
         self.n_stages = 0  # how many will be announced
         self._parent: Parent | None = None
-        self._hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}  # state of a file when its hash was computed
+        self._hashes: dict[Path, tuple[Any, str]] = {}  # state of a file when its hash was computed
         self._announced = 0
         self.folder.record(
             model_hash=self.dense.base_hash,
@@ -214,8 +220,8 @@ class Run:
         """
         if not path.is_file():
             raise CorruptArtifactError(f"expected {path} from an earlier stage, found none; run all stages again")
-        facts = path.stat()
-        state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        facts = [part.stat() for part in parts_of(path)]
+        state = tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in facts)
         known = self._hashes.get(path)
         if known is None or known[0] != state:
             known = self._hashes[path] = (state, file_hash(path))

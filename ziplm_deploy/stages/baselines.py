@@ -20,7 +20,7 @@ from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import export_checked
+from ziplm_deploy.stages.export import check_difference, export_checked
 from ziplm_deploy.stages.recover import train_dense_on
 from ziplm_deploy.stages.stage import Stage
 
@@ -84,7 +84,7 @@ def _is_asked(recipe: Recipe, name: str) -> bool:
 
 def _make(run: Run, files: BaselineFiles) -> str:
     """Make one baseline; returns why it cannot be made, or nothing."""
-    page, machine = files.page, machine_info()
+    page, machine, stage = files.page, machine_info(), f"baseline {files.name}"
     if run.task.is_causal:
         _remove(files)
         return f"nothing stock is made for {run.recipe.model.task} yet"
@@ -107,7 +107,7 @@ def _make(run: Run, files: BaselineFiles) -> str:
 
     def export_trained_on(path: Path) -> None:
         member = run.folder.dense_trained_on
-        export_checked(run, load(member.folder), path, member.name)
+        run.folder.set_difference(stage, export_checked(run, load(member.folder), path, member.name))
 
     source = DenseSource(dense, lambda: run.dense.model, lambda: _batches(run), machine, export_trained_on)
 
@@ -122,7 +122,8 @@ def _make(run: Run, files: BaselineFiles) -> str:
             refused = str(error)
         made_by.model_copy(update={"refused": refused}).save(files.record)
 
-    run.folder.make(f"baseline {files.name}", key, [files.record, *files.paths], work)
+    run.folder.make(stage, key, [files.record, *files.paths], work)
+    check_difference(run, stage)
     return BaselineRecord.load(files.record).refused
 
 

@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
-from exporters import max_tokens
 from ziplm_deploy.compression.int8.weight_only import check_bits
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.side_environments import NEURAL_COMPRESSOR
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.deployed import longest_text
 from ziplm_deploy.recipe import CompressConfig, Recipe, TrainConfig, Variant
 from ziplm_deploy.recovery.teacher_model import check_teacher
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.data_notes import leave_data_notes
 from ziplm_deploy.tasks import TASKS
 from ziplm_deploy.tasks.batching import length_limit
+from ziplm_deploy.tasks.generation import window_tokens
 from ziplm_deploy.tasks.reranking import Reranking
 
 CAUSAL_ENGINES = ("onnxruntime", "llamacpp")  # they have workers that keep a cache
@@ -60,10 +61,10 @@ def check_task(recipe: Recipe) -> None:
                 f"expected no weight-only linears for {recipe.model.task}, found {weight_only[0]}: they are those of "
                 "causal language models; leave the field out"
             )
-        if export.gguf is not None or export.genai:
+        if export.gguf is not None or export.genai or export.stock_optimum:
             raise RecipeError(
-                f"expected no export.gguf and no export.genai for {recipe.model.task}, found one: such files are those "
-                "of causal language models; leave the field out"
+                f"expected no export.gguf, genai and stock_optimum for {recipe.model.task}, found one: such files are "
+                "those of causal language models; leave the field out"
             )
         return
     if weight_only and export.cache_form == "portable":
@@ -75,6 +76,11 @@ def check_task(recipe: Recipe) -> None:
         raise RecipeError(
             "expected export.cache_form onnxruntime for export.genai, found portable: onnxruntime-genai needs the "
             "heads of each layer; change one of them"
+        )
+    if export.genai and export.stock_optimum:
+        raise RecipeError(
+            "expected export.genai or export.stock_optimum, found both: onnxruntime-genai reads the heads of each "
+            "layer where stock optimum needs them open; make two runs, or export one of them in Python (exporters)"
         )
     asked = {
         "export.shapes": (recipe.export.shapes, "dynamic"),
@@ -111,16 +117,41 @@ def check_lengths(run: Run) -> None:
             no document fits.
     """
     _check_padding(run)
+    if run.task.is_causal:
+        _check_windows(run)
     workload = run.recipe.environment.workload
     if isinstance(run.task, Reranking):
         run.task.check_room(run.dense.processor, workload.seq_len)
     if workload.lengths is None:
         return
-    limit = length_limit(run.dense.processor, max_tokens(run.dense.model))
+    limit = length_limit(run.dense.processor, longest_text(run.dense.model))
     if workload.seq_len > limit:
         raise RecipeError(
             f"expected environment.workload.lengths up to {limit} tokens, to which {run.recipe.model.path} cuts texts, "
             f"found {workload.seq_len}; count longer requests as {limit}"
+        )
+
+
+def _check_windows(run: Run) -> None:
+    """Refuse requests and windows of text beyond what a causal language model takes, and strides that skip text."""
+    recipe, path = run.recipe, run.recipe.model.path
+    positions = longest_text(run.dense.model)
+    if recipe.environment.workload.seq_len > positions:
+        raise RecipeError(
+            f"expected environment.workload within {positions} tokens, prompt and answer together, which is what files "
+            f"of {path} take, found {recipe.environment.workload.seq_len}; shorten them"
+        )
+    limit = length_limit(run.dense.processor, positions)
+    if recipe.data.context is not None and recipe.data.context > limit:
+        raise RecipeError(
+            f"expected data.context up to {limit} tokens, to which {path} reads texts, found {recipe.data.context}; "
+            f"give {limit} or less"
+        )
+    context = window_tokens(recipe.data, run.dense.processor)
+    if recipe.data.stride is not None and recipe.data.stride > context:
+        raise RecipeError(
+            f"expected data.stride up to data.context ({context} tokens), found {recipe.data.stride}, by which text "
+            "between windows would not be scored; lower it"
         )
 
 
@@ -129,7 +160,7 @@ def _check_padding(run: Run) -> None:
     model, export, seq_len = run.recipe.model, run.recipe.export, run.recipe.environment.workload.seq_len
     if model.task != "sentence-similarity" or model.pooling != "pooler":
         return
-    length = max_tokens(run.dense.model)
+    length = longest_text(run.dense.model)
     if export.shapes != "static" or seq_len != length:
         raise RecipeError(
             f"expected export.shapes: static and environment.workload.seq_len: {length} for {model.path}, which was "
@@ -194,6 +225,24 @@ def check_training(run: Run) -> None:
         _check_batches(run, recipe.compress.train, "compress.train")
     if run.trains or recipe.compress.trains:
         _check_recovery(run)
+    if run.learns_classes and recipe.data.evaluation is not None:
+        _check_read_alike(run)
+
+
+def _check_read_alike(run: Run) -> None:
+    """Refuse numbers that are names of classes in one data set and count from 0 in another."""
+    config = run.dense.model.config
+    train, evaluation = (
+        run.task.label_reading(rows, config) for rows in (run.data.raw_train_rows, run.data.raw_evaluation_rows)
+    )
+    if train is None or evaluation is None or not train.is_unlike(evaluation):
+        return
+    named, counted = ("training", "evaluation") if train.numbers_are_names else ("evaluation", "training")
+    raise DataError(
+        f"expected numbers as labels that mean the same in all data, found names of classes in the {named} data (the "
+        f"model's are {', '.join(train.names[:4])} …) and, by numbers that are no such names, class numbers from 0 in "
+        f"the {counted} data; write names into both, or count both from 0"
+    )
 
 
 def _check_batches(run: Run, config: TrainConfig, section: str) -> None:

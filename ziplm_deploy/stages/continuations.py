@@ -9,6 +9,7 @@ import numpy as np
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.engines.generator import TextGenerator
 from ziplm_deploy.engines.runner import open_runner
+from ziplm_deploy.models.causal import end_tokens
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.tasks import ModelFunction
@@ -38,6 +39,7 @@ def _continue(run: Run, member: Member) -> None:
         data=run.data.evaluation_key,
         engine=run.engine_versions[run.recipe.environment.engine],
         tokens=[N_PROMPTS, MOST_TOKENS],
+        ends=end_tokens(run.dense.model, run.dense.processor),
     )
 
     def work() -> None:
@@ -57,6 +59,7 @@ def _in_onnxruntime(run: Run, path: Path, prompts: list[str]) -> list[str]:
 def _in_llama_cpp(run: Run, path: Path, prompts: list[str]) -> list[str]:
     """Continuations from a GGUF file, which is asked for the whole text again at each of the few tokens."""
     tokenizer = run.dense.processor
+    ends = end_tokens(run.dense.model, tokenizer)
 
     def continued(model: ModelFunction, prompt: str) -> str:
         ids: list[int] = list(tokenizer(prompt)["input_ids"])
@@ -65,7 +68,7 @@ def _in_llama_cpp(run: Run, path: Path, prompts: list[str]) -> list[str]:
             text = np.array([ids + new], np.int64)  # [1, tokens]
             logits = model({"input_ids": text, "attention_mask": np.ones_like(text)})["logits"]
             token = int(logits[0, -1].argmax())
-            if token == tokenizer.eos_token_id:
+            if token in ends:
                 break
             new.append(token)
         return str(tokenizer.decode(new, skip_special_tokens=True))

@@ -16,20 +16,51 @@ Which = Literal["calibration", "evaluation"]
 def leave_data_notes(run: Run) -> None:
     """Count tokens and compare the data sets; once for the same examples."""
     run.folder.set_note("pooling", _pooling_note(run))
-    keys: dict[Which, str] = {"calibration": run.data.calibration_key}
-    if run.recipe.data.evaluation is not None:
-        keys["evaluation"] = content_key(evaluation=run.data.evaluation_key, train=run.data.train_hash)
-        run.folder.set_note("labels", run.task.label_note(run.data.raw_evaluation_rows, run.dense.model.config))
-    known = run.folder.lengths
-    if all(name in known and known[name].key == key for name, key in keys.items()):
+    run.folder.set_note("truncated", _truncated_note(run))
+    run.folder.set_note("labels", _evaluation_note(run))
+    run.folder.set_note("training labels", _training_note(run))
+    keys = _keys(run)
+    if {name: found.key for name, found in run.folder.lengths.items()} == keys:
         return
     rows = {name: getattr(run.data, f"{name}_rows") for name in keys}
     lengths = {name: counted for name, key in keys.items() if (counted := _lengths(run, rows[name], key)) is not None}
     run.folder.record(lengths=lengths)
     run.folder.set_note("cut texts", _cut_note(lengths))
     run.folder.set_note("lengths", _length_note(run, lengths))
-    if "evaluation" in rows:
-        run.folder.set_note("overlap", _overlap_note(run, rows["evaluation"], rows["calibration"]))
+    overlap = _overlap_note(run, rows["evaluation"], rows["calibration"]) if "evaluation" in rows else None
+    run.folder.set_note("overlap", overlap)
+
+
+def _keys(run: Run) -> dict[Which, str]:
+    """What the lengths of each data set, and notes about it, depend on."""
+    shapes, data = run.recipe.export.shapes, run.data
+    keys: dict[Which, str] = {"calibration": content_key(calibration=data.calibration_key, shapes=shapes)}
+    if run.recipe.data.evaluation is not None:
+        train = {"train": data.train_hash, "columns": data.train_columns} if _trains(run) else {}
+        calibration = keys["calibration"]
+        keys["evaluation"] = content_key(
+            evaluation=data.evaluation_key, calibration=calibration, shapes=shapes, **train
+        )
+    return keys
+
+
+def _trains(run: Run) -> bool:
+    return run.trains or run.recipe.dense.train or run.recipe.compress.trains
+
+
+def _evaluation_note(run: Run) -> str | None:
+    """What may surprise about how labels are read that scores compare with."""
+    if run.recipe.data.evaluation is None:
+        return None
+    return run.task.label_note(run.data.raw_evaluation_rows, run.dense.model.config)
+
+
+def _training_note(run: Run) -> str | None:
+    """What may surprise about how labels are read that a loss compares with."""
+    if not (_trains(run) and run.learns_classes):
+        return None
+    reading = run.task.label_reading(run.data.raw_train_rows, run.dense.model.config)
+    return None if reading is None or reading.note is None else f"training data: {reading.note}"
 
 
 def _pooling_note(run: Run) -> str | None:
@@ -43,6 +74,17 @@ def _pooling_note(run: Run) -> str | None:
         f"neither the recipe nor a file of {public_name(model.path)} names a pooling: embeddings are the "
         f"{what}, {length}; if the model was trained with another one, name it in "
         "model.pooling"
+    )
+
+
+def _truncated_note(run: Run) -> str | None:
+    """Note on embeddings of which sentence-transformers keeps the first numbers only."""
+    if run.truncated is None:
+        return None
+    found = "give data.retrieval to score both" if run.recipe.data.retrieval is None else "retrieval is scored of both"
+    return (
+        f"sentence-transformers cuts embeddings of {public_name(run.recipe.model.path)} to their first {run.truncated} "
+        f"numbers (truncate_dim): other scores, and what model.onnx answers, are of whole embeddings; {found}"
     )
 
 
@@ -90,7 +132,7 @@ def _length_note(run: Run, lengths: dict[Which, TokenLengths]) -> str | None:
 def _overlap_note(run: Run, evaluation: list[dict[str, Any]], calibration: list[dict[str, Any]]) -> str | None:
     """Which other data hold examples of the evaluation, and how many."""
     others = {"calibration": calibration}
-    if run.trains or run.recipe.dense.train or run.recipe.compress.trains:
+    if _trains(run):
         others["training"] = run.data.raw_train_rows
     wanted = run.task.inputs(evaluation)
     parts = []

@@ -74,11 +74,12 @@ def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
     )
 
     def work() -> None:
+        fidelity: dict[str, float] = {}
         if is_baseline:
-            outcomes, fidelity = dense.outcomes, {}
+            outcomes = dense.outcomes
         else:
             with run.answers.take(file.path, file.variant, engine) as own:
-                outcomes, fidelity = own.outcomes, run.task.fidelity(own.function, dense.function, data, dense.data)
+                outcomes, fidelity = own.beside(dense)
         _save(run, file, outcomes, fidelity, engine, run.engine_versions[engine])
 
     stage = f"evaluate pruned {file.label}" if file.is_before_training else f"evaluate {file.label}"
@@ -101,8 +102,7 @@ def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None
     def work() -> None:
         with open_runner(run.recipe.environment.model_copy(update={"engine": engine}), baseline.paths[0]) as runner:
             own = cache_embeddings(runner)
-            outcomes = run.task.outcomes(own, data)
-            fidelity = run.task.fidelity(own, dense.function, data, dense.data)
+            outcomes, fidelity = run.task.outcomes_and_fidelity(own, dense.function, data, dense.data)
         _save(run, baseline, outcomes, fidelity, engine, version)
 
     run.folder.make(f"evaluate baseline {baseline.name}", key, [baseline.scores, baseline.outcomes], work)

@@ -8,20 +8,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from exporters.decoder_parts import AttentionPart
 from exporters.files import temporary_name
+from exporters.genai import CONFIG_NAME
 from ziplm_deploy.artifacts import atomic_path, content_key
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.errors import ParityError
+from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.deployed import PARITY_PROMPTS
 from ziplm_deploy.models.gguf_export import rounded
 from ziplm_deploy.models.member_files import load, replace_member
 from ziplm_deploy.recipe import GgufType, Variant
+from ziplm_deploy.run import gguf
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Generation, Run
 from ziplm_deploy.stages.stage import Stage
@@ -70,8 +75,14 @@ def export_member(run: Run, member: Member, folder: Path) -> None:
     """A member's exported file beside its weights; raises :class:`ParityError` if ONNX does not answer like torch."""
     path = folder / member.exported.file_name
     key = export_key(run, run.file_hash(folder / member.weights.name))
-    stage = f"export {member.name}" if folder == member.folder else f"export pruned {member.name}"
+    stage = export_stage(member, folder)
     make_checked(run, stage, key, [path], lambda: export_as_served(run, load(folder), path, member.name))
+
+
+def export_stage(member: Member, folder: Path) -> str:
+    """Name of the stage that exports a member into one of its folders."""
+    kinds = {member.folder: "export {}", member.sparse_folder: "export {} sparse"}
+    return kinds.get(folder, "export pruned {}").format(member.name)
 
 
 def export_key(run: Run, source: str) -> str:
@@ -126,8 +137,33 @@ def export_as_served(run: Run, model: nn.Module, path: Path, title: str) -> floa
         ParityError: the file answers otherwise than torch; it is removed.
     """
     if not run.recipe.environment.runs_gguf:
+        (path.parent / CONFIG_NAME).unlink(missing_ok=True)  # of the file before; export.genai writes it anew
+        if run.task.is_causal and not run.recipe.export.stock_optimum and not fits_stock_optimum(model):
+            run.progress.note(
+                f"{title}: stock ORTModelForCausalLM cannot load {path.name}, whose caches have other heads than "
+                "config.json says; export.stock_optimum: true writes one that it can"
+            )
         return export_checked(run, model, path, title)
     export_gguf(run, model, path, title)
+    check_gguf(run, model, path, title)
+    return None
+
+
+def fits_stock_optimum(model: nn.Module) -> bool:
+    """Whether every layer has the cache that stock optimum starts with: heads, and their width, of ``config.json``."""
+    config: Any = model.config
+    n_heads = config.num_attention_heads
+    expected = (getattr(config, "num_key_value_heads", n_heads), config.hidden_size // n_heads)
+    attentions = (layer.attention for layer in causal_parts(model).layers)
+    return all(isinstance(each, AttentionPart) and (each.n_kv_heads, each.head_dim) == expected for each in attentions)
+
+
+def check_gguf(run: Run, model: nn.Module, path: Path, title: str) -> None:
+    """Compare a GGUF file with torch as llama.cpp answers, and say how far it is.
+
+    Raises:
+        EngineError: llama.cpp is missing.  ParityError: the file answers otherwise; it is removed.
+    """
     difference = gguf_difference(run, model, path)
     run.progress.note(f"{title}: {100 * difference:.2g} % from torch with the same rounded weights")
     allowed = GGUF_TOLERANCES[run.gguf_export.file_type]
@@ -137,7 +173,6 @@ def export_as_served(run: Run, model: nn.Module, path: Path, title: str) -> floa
             f"expected {title} as GGUF to answer in llama.cpp within {100 * allowed:g} % of torch with the same "
             f"rounded weights, found {100 * difference:.3g} %; report the model"
         )
-    return None
 
 
 def gguf_difference(run: Run, model: nn.Module, path: Path) -> float:
@@ -150,7 +185,8 @@ def gguf_difference(run: Run, model: nn.Module, path: Path) -> float:
     vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
     generator = torch.Generator().manual_seed(0)
     differences, sizes = [], []
-    with open_runner(run.recipe.environment, path) as answer, torch.no_grad():
+    in_llama_cpp = run.recipe.environment.model_copy(update={"engine": gguf.ENGINE})
+    with open_runner(in_llama_cpp, path) as answer, torch.no_grad():
         for length in PARITY_PROMPTS:
             ids = torch.randint(0, vocabulary, (1, length), generator=generator)
             expected = exact(input_ids=ids, use_cache=False).logits[0].numpy()  # [tokens, vocabulary]

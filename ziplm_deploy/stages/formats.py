@@ -7,11 +7,13 @@ for it (``benchmark.engines``). Where llama.cpp itself serves, they are what mem
 from __future__ import annotations
 
 from exporters import ExportError, SpecialTokens, write_genai_config
+from exporters.genai import CONFIG_NAME
 from exporters.gguf_checks import check_parts, check_types
 from exporters.gguf_tokenizer import tokenizer_keys
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.engines import WorkerOptions, get_engine
-from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.errors import EngineError, UnsupportedModelError
+from ziplm_deploy.models.causal import end_tokens
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.gguf_source import gguf_package
 from ziplm_deploy.models.member_files import load
@@ -20,10 +22,8 @@ from ziplm_deploy.run import gguf
 from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import export_gguf
+from ziplm_deploy.stages.export import check_gguf, export_gguf
 from ziplm_deploy.stages.stage import Stage
-
-GENAI_FILE = "genai_config.json"
 
 
 def write_formats(run: Run) -> None:
@@ -48,11 +48,16 @@ def check_formats(run: Run) -> None:
     """Refuse files that this model cannot have, or that nothing here can run, before any long work.
 
     Raises:
-        UnsupportedModelError: the model has a part, or a tokenizer, that GGUF cannot hold.
+        UnsupportedModelError: the model has a part, or a tokenizer, that GGUF cannot hold; or no token ends its texts.
         EnvironmentMismatchError: the package ``gguf`` is not installed.
         EngineError: llama.cpp is not installed, or a release of it that cannot be asked for logits.
     """
     file_type = run.recipe.export.gguf
+    if run.recipe.export.genai and not end_tokens(run.dense.model, run.dense.processor):
+        raise UnsupportedModelError(
+            "export.genai: expected a token that ends a text, found none in the model's settings or its tokenizer; set "
+            "eos_token_id in config.json, or leave the field out"
+        )
     if file_type is None:
         return
     gguf_package()
@@ -71,23 +76,35 @@ def check_formats(run: Run) -> None:
 def _write_gguf(run: Run, file: GgufFile) -> None:
     member, path = file.member, file.path
     key = content_key(weights=run.file_hash(member.weights), type=file.file_type, name=run.recipe.name)
-    run.folder.make(
-        f"gguf {member.name}", key, [path], lambda: export_gguf(run, load(member.folder), path, member.name)
-    )
+
+    def work() -> None:
+        model = load(member.folder)
+        export_gguf(run, model, path, member.name)
+        try:
+            check_gguf(run, model, path, member.name)
+        except EngineError as error:
+            if run.recipe.benchmark.engines:
+                raise
+            unchecked = f"{member.name}: {path.name} was not compared with torch: {error}"
+            run.folder.set_note("unchecked GGUF", unchecked, member=member.name)
+        else:
+            run.folder.set_note("unchecked GGUF", None, member=member.name)
+
+    run.folder.make(f"gguf {member.name}", key, [path], work)
 
 
 def _write_genai(run: Run, member: Member) -> None:
-    path, onnx = member.folder / GENAI_FILE, member.folder / Variant.FP32.file_name
+    path, onnx = member.folder / CONFIG_NAME, member.folder / Variant.FP32.file_name
     tokenizer = run.dense.processor
+    tokens = SpecialTokens(end_tokens(run.dense.model, tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id)
 
     def work() -> None:
-        tokens = SpecialTokens([tokenizer.eos_token_id], tokenizer.bos_token_id, tokenizer.pad_token_id)
         try:
             write_genai_config(onnx, tokens)
         except ExportError as error:
             raise UnsupportedModelError(f"{member.name}: {error}; leave export.genai out") from error
 
-    run.folder.make(f"genai {member.name}", content_key(onnx=run.file_hash(onnx)), [path], work)
+    run.folder.make(f"genai {member.name}", content_key(onnx=run.file_hash(onnx), tokens=vars(tokens)), [path], work)
 
 
 def _asked(recipe: Recipe) -> bool:

@@ -13,6 +13,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.uncertainty import unseen_by_choice, was_chosen
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.record import Scores
 from ziplm_deploy.tasks.resampling import ResampledScores
@@ -40,6 +41,7 @@ def compare_with_baselines(run: Run, files: Sequence[ModelFile]) -> None:
         metrics=list(run.task.metrics),
         primary=run.task.metric_name,
         seed=run.recipe.seed,
+        chosen=[label for label, file in members.items() if was_chosen(file)],
     )
     run.folder.make("compare with baselines", key, [path], lambda: _compare(run, members, baselines).save(path))
 
@@ -76,7 +78,9 @@ def _compare(run: Run, members: Mapping[str, ModelFile], baselines: Mapping[str,
     for label, file in members.items():
         own = None if file == dense_file else _resampled(run, file)
         if own is not None:
-            gains[label] = {name: rival.beside(own, metric) for name, rival in rivals.items()}
+            examples = unseen_by_choice(run, file, own.n_examples)
+            own = own.on(examples)
+            gains[label] = {name: rival.on(examples).beside(own, metric) for name, rival in rivals.items()}
     return BaselineScores(baselines=uncertainty, gains=gains)
 
 

@@ -77,6 +77,15 @@ def table_request(run: Run) -> TableRequest:
     )
 
 
+def check_taken_table(run: Run) -> None:
+    """Refuse the table that a run was made with where the recipe would not take it any more.
+
+    Raises:
+        IncompatibleArtifactError: it does not fit, or is of another machine.
+    """
+    _check_given(run, LatencyTable.load(run.folder.profile))
+
+
 def _check_given(run: Run, table: LatencyTable) -> None:
     """Refuse a given table that does not fit; also one taken over before, as what is accepted is in no key."""
     recipe, note = run.recipe, None

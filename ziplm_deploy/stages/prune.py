@@ -74,6 +74,8 @@ def start_from_last_bias(run: Run, generation: Generation) -> None:
         return
     before = run.generations[position - 1]
     record = BenchmarkRecord.load(run.folder.generation_benchmark(before.parent.name))
+    if record.itself.floor > run.recipe.benchmark.tolerance:
+        return  # noise would be what it begins with
     last = before.members[-1]
     bias = PruningPlan.load(last.plan).predicted_speedup / record.variant(last.name).speedup
     for member in generation.members:

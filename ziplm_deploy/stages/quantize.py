@@ -44,7 +44,7 @@ from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.budget import BudgetJudge
-from ziplm_deploy.stages.export import check_difference, export_checked
+from ziplm_deploy.stages.export import check_difference, export_checked, export_stage
 from ziplm_deploy.stages.rank_linears import ranked_linears
 from ziplm_deploy.stages.recover import distillation, training_key
 
@@ -75,6 +75,16 @@ def quantize_file(run: Run, file: ModelFile) -> None:
     run.folder.make(stage, key, [file.path, file.int8_record], work, together=trains)
     check_difference(run, stage)
     run.folder.drop_checkpoints(training)
+
+
+def check_differences(run: Run) -> None:
+    """Refuse any file of the family that the recipe would not take any more; see :func:`check_difference`."""
+    for member in run.members:
+        check_difference(run, export_stage(member, member.folder))
+        for variant in run.recipe.compress.variants:
+            check_difference(run, quantization_stage(member.file(variant)))
+            if variant.is_sparse:
+                check_difference(run, export_stage(member, member.sparse_folder))
 
 
 def quantization_stage(file: ModelFile) -> str:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ziplm_deploy.artifacts import write_text
+from ziplm_deploy.artifacts import file_bytes, write_text
 from ziplm_deploy.baselines import BaselineRecord, BaselineScores
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.documents import read_json
 from ziplm_deploy.errors import CorruptArtifactError
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.machine import distributed
+from ziplm_deploy.models.architectures import ARCHITECTURES
+from ziplm_deploy.models.location import CONFIG_FILE
 from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
@@ -20,7 +23,7 @@ from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.reporting.collect import family_report, full_sizes, timing_of
 from ziplm_deploy.reporting.facts import BaselineFacts, FamilyFacts, FileFacts, GgufFacts, MemberFacts
 from ziplm_deploy.reporting.markdown import family_markdown
-from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.reporting.records import FamilyReport, TextWindows
 from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
@@ -51,10 +54,28 @@ def write_report(run: Run) -> FamilyReport:
     if distributed.is_first():
         dims = run.recipe.model.dimensions or ()
         for member, row in zip(run.members, report.members, strict=True):
-            write_text(member.folder / "README.md", model_card(report, row, run.task.ort_class, dims))
+            write_text(member.folder / "README.md", model_card(report, row, ort_class_of(run), dims))
         write_text(run.folder.path / "report.md", family_markdown(report))
         report.save(run.folder.path / "report.json")
     return report
+
+
+def ort_class_of(run: Run) -> str | None:
+    """Class of optimum that opens the members; None for a type that it does not know, or files not made for it."""
+    if run.task.is_causal and not run.recipe.export.stock_optimum:
+        return None
+    config = run.dense_member.folder / CONFIG_FILE
+    model_type = read_json(config).get("model_type") if config.exists() else None
+    known = ARCHITECTURES.get(str(model_type))
+    return run.task.ort_class if known is None or known.in_optimum else None
+
+
+def _windows(run: Run) -> TextWindows | None:
+    """Windows of the evaluation text; None for models that do not read it as one stream."""
+    lengths = run.folder.lengths.get("evaluation")
+    if not run.task.is_causal or lengths is None:
+        return None
+    return TextWindows(context=lengths.longest, stride=run.recipe.data.stride or lengths.longest)
 
 
 def family_facts(run: Run) -> FamilyFacts:
@@ -70,6 +91,7 @@ def family_facts(run: Run) -> FamilyFacts:
         lengths=run.folder.lengths,
         short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
         retrieval=retrieval_scores_of(run),
+        windows=_windows(run),
         sampled_texts=run.data.sampled_texts,
         stage_seconds=run.folder.stage_seconds,
         stage_versions=run.folder.stage_versions,
@@ -148,7 +170,7 @@ def _file_facts(run: Run, file: ModelFile, timed_as: str, record: BenchmarkRecor
     return FileFacts(
         variant=file.variant,
         path=path,
-        onnx_bytes=path.stat().st_size,
+        onnx_bytes=file_bytes(path),
         gzip_bytes=run.folder.gzip_bytes(run.file_hash(path)),
         timing=timing_of(record, timed_as),
         scores={} if only_timed else scores_of(run, file),

@@ -21,7 +21,7 @@ from ziplm_deploy.models.modules import layer_linears
 from ziplm_deploy.recipe import CompressConfig, SparsityConfig, Variant
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.export import export_checked, export_key, make_checked
+from ziplm_deploy.stages.export import export_checked, export_key, export_stage, make_checked
 from ziplm_deploy.stages.recover import distillation, training_key
 
 
@@ -169,7 +169,7 @@ def _export(run: Run, member: Member) -> None:
         return difference
 
     key = export_key(run, run.file_hash(folder / WEIGHTS_FILE))
-    make_checked(run, f"export {member.name} sparse", key, [path], work)
+    make_checked(run, export_stage(member, folder), key, [path], work)
 
 
 def publish_sparse(run: Run, member: Member) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.tasks.outcomes import Outcomes, halves
 from ziplm_deploy.tasks.record import Scores
 from ziplm_deploy.tasks.resampling import N_RESAMPLES, Comparison, ResampledScores
 from ziplm_deploy.tasks.uncertainty import FileUncertainty, Uncertainty
 
 ScoredFile = ModelFile | GgufFile
+MIN_TRIED = 2  # forms of a file: one alone was not chosen because of its score
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,6 @@ class _Scored:
 
     file: ScoredFile
     outcomes_hash: str
-    outcomes: Outcomes
     resampled: ResampledScores
 
 
@@ -32,7 +36,13 @@ def estimate_uncertainty(run: Run, files: Sequence[ScoredFile]) -> None:
     """Write the intervals of these files' scores, and how the scores compare with each other."""
     path, task = run.folder.uncertainty, run.task
     hashes = {str(file.path.relative_to(run.folder.path)): Scores.load(file.scores).outcomes_hash for file in files}
-    key = content_key(outcomes=hashes, metrics=list(task.metrics), primary=task.metric_name, seed=run.recipe.seed)
+    key = content_key(
+        outcomes=hashes,
+        metrics=list(task.metrics),
+        primary=task.metric_name,
+        seed=run.recipe.seed,
+        chosen=[file.label for file in files if was_chosen(file)],
+    )
     run.folder.make("uncertainty", key, [path], lambda: _estimate(run, files).save(path))
 
 
@@ -74,19 +84,35 @@ def _scored(run: Run, file: ScoredFile) -> _Scored | None:
     if scores.outcomes_hash is None or scores.examples != run.data.evaluation_rows_key:
         return None
     outcomes = Outcomes.load(file.outcomes, scores.outcomes_hash)
-    return _Scored(file, scores.outcomes_hash, outcomes, ResampledScores(run.task, outcomes, run.recipe.seed))
+    return _Scored(file, scores.outcomes_hash, ResampledScores(run.task, outcomes, run.recipe.seed))
 
 
 def _of_file(run: Run, found: _Scored, dense: _Scored | None, source: _Scored | None) -> FileUncertainty:
     metrics, of_dense = run.task.metrics, {}
     if dense is not None and dense is not found:
-        of_dense = {metric: found.resampled.beside(dense.resampled, metric) for metric in metrics}
+        unseen = unseen_by_choice(run, found.file, found.resampled.n_examples)
+        own, other = (each.resampled.on(unseen) for each in (found, dense))
+        of_dense = {metric: own.beside(other, metric) for metric in metrics}
     return FileUncertainty(
         outcomes_hash=found.outcomes_hash,
         intervals={metric: found.resampled.interval(metric) for metric in metrics},
         of_dense=of_dense,
         of_source=None if source is None else _beside_source(run, found, source),
     )
+
+
+def unseen_by_choice(run: Run, file: ScoredFile, n_examples: int) -> npt.NDArray[np.int64] | None:
+    """Examples that did not choose the form of an INT8 file; None where nothing was chosen by its score.
+
+    ``n_examples``: that have outcomes; they may be fewer than rows, such as the queries of a reranker.
+    """
+    return halves(n_examples, run.recipe.seed)[1] if was_chosen(file) else None
+
+
+def was_chosen(file: ScoredFile) -> bool:
+    """Whether a file is one of several forms that were tried, taken because of its score."""
+    record = int8_record(file) if isinstance(file, ModelFile) else None
+    return record is not None and record.n_choosing is not None and len(record.scores) >= MIN_TRIED
 
 
 def _source(file: ScoredFile) -> ModelFile:
@@ -102,9 +128,8 @@ def _beside_source(run: Run, found: _Scored, source: _Scored) -> Comparison | No
         return found.resampled.beside(source.resampled, run.task.metric_name)
     if not found.file.variant.is_int8:
         return None
-    _, reported = halves(len(found.outcomes), run.recipe.seed)
-    own, other = (ResampledScores(run.task, each.outcomes.take(reported), run.recipe.seed) for each in (found, source))
-    return own.beside(other, run.task.metric_name)
+    _, reported = halves(found.resampled.n_examples, run.recipe.seed)
+    return found.resampled.on(reported).beside(source.resampled.on(reported), run.task.metric_name)
 
 
 def _of_training(run: Run, scored: dict[ScoredFile, _Scored]) -> dict[str, Comparison]:

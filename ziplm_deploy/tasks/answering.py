@@ -83,8 +83,8 @@ class QuestionAnswering(Task):
             }
             if label is not None:
                 answers = cell(source, label, (dict, list, str), number, 'answers as {"text": […]}')
-                if isinstance(answers, str) and _is_printed(answers):
-                    answers = parse_nested(answers, label, number)
+                if isinstance(answers, str):
+                    answers = _unprinted(answers, label, number)
                 row["answers"] = _answer_texts(answers, number, required=which == "evaluation")
                 if which == "train" and row["answers"]:
                     row["answer_start"] = locate_answer(row, _given_start(answers), number)
@@ -192,7 +192,8 @@ def make_windows(processor: Any, rows: list[Row], max_length: int) -> list[Windo
         return_attention_mask=True,
     )
     windows: list[Window] = []
-    for index, inputs in enumerate(split_examples(encoded, processor)):
+    contexts = [rows[row]["context"] for row in encoded["overflow_to_sample_mapping"]]
+    for index, inputs in enumerate(split_examples(encoded, processor, contexts)):
         parts = encoded.sequence_ids(index)
         offsets = encoded["offset_mapping"][index]
         spans = [tuple(span) if part == 1 else None for span, part in zip(offsets, parts, strict=True)]
@@ -274,9 +275,18 @@ def _answer_texts(answers: Any, number: int, *, required: bool) -> list[str]:
     return texts
 
 
-def _is_printed(answer: str) -> bool:
-    """Whether a text is what a table has made of ``{"text": […], "answer_start": […]}``, and no answer."""
-    return answer.lstrip().startswith("{") and re.search("[\"']text[\"']\\s*:", answer) is not None
+def _unprinted(answer: str, column: str, number: int) -> Any:
+    """What a table has printed so: ``{"text": […], "answer_start": […]}``, a list of answers, or one answer."""
+    bare = answer.strip()
+    if bare.startswith("{") and re.search("[\"']text[\"']\\s*:", bare) is not None:
+        return parse_nested(answer, column, number)
+    if not (bare.startswith("[") and bare.endswith("]")):
+        return answer
+    try:
+        found = parse_nested(bare, column, number)
+    except DataError:  # an answer in brackets
+        return answer
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else answer
 
 
 def locate_answer(row: Row, given: int | None, number: int) -> int:

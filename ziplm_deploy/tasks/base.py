@@ -22,6 +22,7 @@ from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples, token_lengths
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.label_reading import LabelReading
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence, sampled_cross_entropy
 from ziplm_deploy.tasks.metrics import Metric, score
 from ziplm_deploy.tasks.outcomes import Outcomes
@@ -41,6 +42,7 @@ class Task(ABC):
     ort_class: str  # class of optimum that serves the ONNX file
     output_names: ClassVar[tuple[str, ...]]
     has_classes: ClassVar[bool] = False  # the head's outputs are classes with names
+    reading_version: ClassVar[int] = 1  # a larger one repeats evaluations whose labels were read otherwise
     is_causal: ClassVar[bool] = False  # of language models that read from left to right
     takes_causal: ClassVar[bool] = False  # also of those without their head over the vocabulary, as encoders
     cuts_texts: ClassVar[bool] = True  # what is longer than a request loses its end
@@ -146,9 +148,14 @@ class Task(ABC):
         """
         return rows
 
+    def label_reading(self, rows: list[Row], config: Any) -> LabelReading | None:
+        """How the labels of rows as loaded are read; None for tasks without classes, and where there is but one way."""
+        return None
+
     def label_note(self, rows: list[Row], config: Any) -> str | None:
         """What may surprise about how labels are read, for rows as loaded; None where nothing does, or no classes."""
-        return None
+        reading = self.label_reading(rows, config)
+        return None if reading is None else reading.note
 
     @abstractmethod
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
@@ -231,6 +238,16 @@ class Task(ABC):
         ``dense_data``: the examples of ``data`` as the dense model takes them, perhaps in larger batches.
         """
         return {}
+
+    def outcomes_and_fidelity(
+        self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet, dense_data: EvaluationSet
+    ) -> tuple[Outcomes, dict[str, float]]:
+        """Both :meth:`outcomes` and :meth:`fidelity`, with no more calls of ``function`` than one of them needs.
+
+        Embeddings and scores of pairs are remembered by :func:`cache_embeddings`; a task with larger outputs overrides
+        this.
+        """
+        return self.outcomes(function, data), self.fidelity(function, dense, data, dense_data)
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Named outputs of a torch model; labels and inputs that it does not take are left out."""

@@ -47,7 +47,7 @@ def tokenize(processor: Any, rows: list[Row], max_length: int) -> list[Example]:
     encoded = encode(
         processor, texts, pairs, truncation=True, max_length=limit, padding=False, return_attention_mask=True
     )
-    return split_examples(encoded, processor)
+    return split_examples(encoded, processor, texts)
 
 
 def token_lengths(processor: Any, rows: list[Row]) -> list[int]:
@@ -55,17 +55,17 @@ def token_lengths(processor: Any, rows: list[Row]) -> list[int]:
     texts = [row["text"] for row in rows]
     pairs = [row["text_pair"] for row in rows] if rows and rows[0].get("text_pair") is not None else None
     encoded = encode(processor, texts, pairs, truncation=False, verbose=False)["input_ids"]
-    _require_tokens(encoded)
+    _require_tokens(encoded, texts)
     return [len(ids) for ids in encoded]
 
 
-def _require_tokens(encoded: list[list[int]]) -> None:
-    """Raise :class:`DataError` for an example without tokens, which no model takes."""
-    for number, ids in enumerate(encoded, 1):
+def _require_tokens(encoded: list[list[int]], texts: list[str]) -> None:
+    """Raise :class:`DataError` for a text without tokens, which no model takes."""
+    for text, ids in zip(texts, encoded, strict=True):
         if not ids:
             raise DataError(
-                f"expected tokens in every text, found none in number {number} of {len(encoded)} (this tokenizer adds "
-                "no special tokens); remove blank rows"
+                f"expected tokens in every text, found none in {text!a:.80} (this tokenizer adds no special tokens); "
+                "remove blank rows"
             )
 
 
@@ -85,13 +85,13 @@ def length_limit(processor: Any, max_length: int) -> int:
     return min(max_length, int(processor.model_max_length))
 
 
-def split_examples(encoded: Any, processor: Any) -> list[Example]:
+def split_examples(encoded: Any, processor: Any, texts: list[str]) -> list[Example]:
     """One dictionary an example from a tokenizer's column-wise answer, with model inputs only.
 
     Raises:
-        DataError: an example has no tokens, which no model takes; names it by its number.
+        DataError: one of the ``texts`` has no tokens, which no model takes; shows it.
     """
-    _require_tokens(encoded["input_ids"])
+    _require_tokens(encoded["input_ids"], texts)
     names = [name for name in processor.model_input_names if name in encoded]
     return [{name: encoded[name][index] for name in names} for index in range(len(encoded["input_ids"]))]
 

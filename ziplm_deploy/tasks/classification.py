@@ -14,7 +14,7 @@ from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Batch, Example, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
 from ziplm_deploy.tasks.labels import (
     check_class_labels,
     class_head,
@@ -109,8 +109,8 @@ class TextClassification(TextTask):
         check_metric(self.metric_name, config)
         return check_class_labels(rows, config)
 
-    def label_note(self, rows: list[Row], config: Any) -> str | None:
-        return read_labels(labels_in(rows), config).note
+    def label_reading(self, rows: list[Row], config: Any) -> LabelReading:
+        return read_labels(labels_in(rows), config)
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))

@@ -58,7 +58,7 @@ def has_images(data: DataConfig) -> bool:
     """
     raw = _raw(data)
     if data.retrieval_columns is not None:
-        return len(data.retrieval_columns) == 2 and data.retrieval_columns[1] in IMAGE_COLUMNS
+        return len(data.retrieval_columns) in (2, 3) and data.retrieval_columns[1] in IMAGE_COLUMNS
     texts, pairs = (any(set(pair) <= set(raw[0]) for pair in usual) for usual in (TEXT_PAIRS, _COLUMNS))
     return pairs and not texts
 
@@ -71,8 +71,8 @@ def pairs_hash(data: DataConfig) -> str:
 def read_pairs(data: DataConfig, seed: int) -> PairSet:
     """Captions and images of ``data.retrieval``; of ``data.n_retrieval`` images, drawn with ``seed``, queries count.
 
-    Each row is a caption with an image that it is of; where there is a column ``relevance``, ``score`` or ``label``, if
-    that is above 0. Paths are relative to the file.
+    Each row is a caption with an image that it is of; where there is a column ``relevance`` or ``score``, or
+    a third is named, if that is above 0. Paths are relative to the file.
 
     Raises:
         DataError: missing, damaged, columns that do not fit, an image that is none, or no two images with captions.
@@ -91,15 +91,12 @@ def _raw(data: DataConfig) -> list[Row]:
 
 def _columns(raw: list[Row], data: DataConfig) -> tuple[str, ...]:
     what, field = "caption and image", "retrieval_columns"
-    columns = find_columns(raw, data.retrieval_columns, _COLUMNS, what=what, field=field)
-    if len(columns) != 2:
-        raise DataError(f"expected the columns of caption and image in data.retrieval_columns, found {columns}")
-    return columns
+    return find_columns(raw, data.retrieval_columns, _COLUMNS, what=what, field=field)
 
 
 def _collected(raw: list[Row], data: DataConfig, folder: Path, seed: int) -> PairSet:
     columns = _columns(raw, data)
-    relevance = relevance_column(raw, columns)
+    relevance = relevance_column(raw, columns, "caption and image")
     captions: dict[str, int] = {}
     images: dict[str | bytes, int] = {}
     contents: list[Any] = []

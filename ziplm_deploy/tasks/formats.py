@@ -12,6 +12,8 @@ from ziplm_deploy.documents import parse_json
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.tasks.class_names import with_class_names
 
+_ASKS_QUOTES = set(',"\n\t')  # of a spreadsheet
+
 Row = dict[str, Any]
 
 
@@ -62,7 +64,8 @@ def _is_of_a_csv_writer(text: str, path: Path) -> bool:
     if any("\t" in cell for row in rows for cell in row):  # rows that a lone quote has glued together
         return False
     lines = _lines(text)
-    return any(lines == _lines(_written(rows, style)) for style in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    styles = (_written(rows, csv.QUOTE_MINIMAL), _written(rows, csv.QUOTE_ALL), _written_by_excel(rows))
+    return any(lines == _lines(written) for written in styles)
 
 
 def _lines(text: str) -> list[str]:
@@ -73,6 +76,14 @@ def _written(rows: list[list[str]], style: Any) -> str:
     stream = io.StringIO(newline="")
     csv.writer(stream, delimiter="\t", quoting=style, lineterminator="\n").writerows(rows)
     return stream.getvalue()
+
+
+def _written_by_excel(rows: list[list[str]]) -> str:
+    """The table with tabs in which cells with commas are quoted, too, as spreadsheets save it."""
+    quoted = [
+        ['"' + cell.replace('"', '""') + '"' if _ASKS_QUOTES & set(cell) else cell for cell in row] for row in rows
+    ]
+    return "".join("\t".join(row) + "\n" for row in quoted)
 
 
 def _cells(text: str, *, delimiter: str, quoted: bool) -> list[list[str]]:

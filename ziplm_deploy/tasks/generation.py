@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from ziplm_deploy.tasks.outcomes import Outcomes
 CONTEXT = 512  # tokens of a window, where the model takes as many
 MIN_WINDOW = 2  # tokens: the second is the first that anything predicts
 FEATURES_PER_ROW = 16  # positions compared a window: vocabulary-wide logits are large
+
+_Prediction = tuple[int, Tensor, Tensor]  # a window's index, logits [scored, vocabulary], tokens [scored] that followed
 
 
 def inverse_perplexity(outcomes: Outcomes, counts: Floats) -> Floats:
@@ -125,13 +127,10 @@ class TextGeneration(Task):
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
         """Tokens ``scored`` in each window, those that were the likeliest (``right``), ``log_likelihood`` of all."""
-        scored, right = (np.zeros(len(data.rows), np.int64) for _ in range(2))
-        log_likelihood = np.zeros(len(data.rows))
-        for index, logits, targets in self._predictions(function, data):
-            likelihoods = logits.log_softmax(-1)
-            scored[index], right[index] = len(targets), int((logits.argmax(-1) == targets).sum())
-            log_likelihood[index] = float(likelihoods.gather(1, targets[:, None]).double().sum())
-        return Outcomes({"scored": scored, "right": right, "log_likelihood": log_likelihood})
+        found = _WindowOutcomes(len(data.rows))
+        for prediction in self._predictions(function, data):
+            found.add(*prediction)
+        return found.outcomes()
 
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
         """Windows with one token scored, of the mean likelihood both."""
@@ -143,16 +142,31 @@ class TextGeneration(Task):
         self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet, dense_data: EvaluationSet
     ) -> dict[str, float]:
         """How often the likeliest token is the dense model's, and the mean KL divergence from it, in nats a token."""
+        return self._closeness(self._predictions(function, data), self._predictions(dense, dense_data))
+
+    def outcomes_and_fidelity(
+        self, function: ModelFunction, dense: ModelFunction, data: EvaluationSet, dense_data: EvaluationSet
+    ) -> tuple[Outcomes, dict[str, float]]:
+        found = _WindowOutcomes(len(data.rows))
+
+        def counted() -> Iterator[_Prediction]:
+            for prediction in self._predictions(function, data):
+                found.add(*prediction)
+                yield prediction
+
+        fidelity = self._closeness(counted(), self._predictions(dense, dense_data))
+        return found.outcomes(), fidelity
+
+    def _closeness(self, own: Iterable[_Prediction], dense: Iterable[_Prediction]) -> dict[str, float]:
         agreed, divergence, n_tokens = 0, 0.0, 0
-        pairs = zip(self._predictions(function, data), self._predictions(dense, dense_data), strict=True)
-        for (_, logits, targets), (_, wanted, _) in pairs:
+        for (_, logits, targets), (_, wanted, _) in zip(own, dense, strict=True):
             agreed += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
             divergence += float(self.divergence(logits, wanted)) * len(targets)
             n_tokens += len(targets)
         return {"next_token_agreement": agreed / n_tokens, "divergence": divergence / n_tokens}
 
     @staticmethod
-    def _predictions(function: ModelFunction, data: EvaluationSet) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _predictions(function: ModelFunction, data: EvaluationSet) -> Iterator[_Prediction]:
         """For each window its index, the logits ``[scored, vocabulary]`` and the tokens ``[scored]`` that followed."""
         for indices, inputs in data.batches(_examples(data.rows)):
             logits = function(inputs)["logits"]  # [batch, length, vocabulary]
@@ -163,8 +177,24 @@ class TextGeneration(Task):
                 yield index, torch.from_numpy(as_float32(own[first - 1 : -1])), ids[first:]
 
 
+class _WindowOutcomes:
+    """What a model does with each of ``n`` windows, counted as its answers come."""
+
+    def __init__(self, n: int) -> None:
+        self._scored, self._right = (np.zeros(n, np.int64) for _ in range(2))
+        self._log_likelihood = np.zeros(n)
+
+    def add(self, index: int, logits: Tensor, targets: Tensor) -> None:
+        likelihoods = logits.log_softmax(-1)
+        self._scored[index], self._right[index] = len(targets), int((logits.argmax(-1) == targets).sum())
+        self._log_likelihood[index] = float(likelihoods.gather(1, targets[:, None]).double().sum())
+
+    def outcomes(self) -> Outcomes:
+        return Outcomes({"scored": self._scored, "right": self._right, "log_likelihood": self._log_likelihood})
+
+
 def window_tokens(data: DataConfig, processor: Any) -> int:
-    """Tokens of a window of text."""
+    """Tokens of a window of text: those asked for, or as many as the model takes of ``CONTEXT``."""
     return min(data.context or CONTEXT, int(processor.model_max_length))
 
 

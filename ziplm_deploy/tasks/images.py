@@ -27,7 +27,7 @@ from ziplm_deploy.tasks.classification import (
 )
 from ziplm_deploy.tasks.data import Row, cell, read_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
 from ziplm_deploy.tasks.labels import (
     check_class_labels,
     class_head,
@@ -100,8 +100,8 @@ class ImageClassification(ImageTask):
         check_metric(self.metric_name, config)
         return check_class_labels(rows, config)
 
-    def label_note(self, rows: list[Row], config: Any) -> str | None:
-        return read_labels(labels_in(rows), config).note
+    def label_reading(self, rows: list[Row], config: Any) -> LabelReading:
+        return read_labels(labels_in(rows), config)
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(require_labels(rows))
@@ -132,7 +132,7 @@ def linked_images_hash(source: str, column_of: Callable[[list[Row]], str]) -> st
     ``column_of``: finds the column with the images.
     """
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     try:
         raw = read_rows(source, split="train")
@@ -167,7 +167,7 @@ def locate(value: Any, folder: Path, number: int) -> Any:
     value = _held(value)
     if isinstance(value, str):
         path = folder / value
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"expected an image file at {path} (row {number}), found none; check the path")
         with _opened(path):  # its header alone, so that what is no image is named before any work
             return path

@@ -85,7 +85,7 @@ def class_numbers(rows: list[Row]) -> list[int]:
 
 
 def class_head(labels: Iterable[Any]) -> dict[str, Any]:
-    """Settings of a new head: ``num_labels``, ``id2label``, ``label2id``.
+    """Settings of a new head: ``num_labels``, ``id2label``, ``label2id``, and no ``problem_type`` of an older head.
 
     Classes that the data set names keep its order. Other whole numbers stay the classes' numbers and are their names,
     too; other labels are names, numbered in their alphabetical order.
@@ -103,6 +103,7 @@ def class_head(labels: Iterable[Any]) -> dict[str, Any]:
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": None,
     }
 
 

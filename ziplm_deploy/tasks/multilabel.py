@@ -15,7 +15,7 @@ from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
 from ziplm_deploy.tasks.labels import MULTI_LABEL, class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import bernoulli_divergence, binary_cross_entropy, sampled_binary_cross_entropy
 from ziplm_deploy.tasks.metrics import (
@@ -72,8 +72,8 @@ class MultiLabelClassification(TextTask):
             checked.append(row)
         return checked
 
-    def label_note(self, rows: list[Row], config: Any) -> str | None:
-        return None if _zeros_and_ones(rows) else read_labels(labels_in(rows), config).note
+    def label_reading(self, rows: list[Row], config: Any) -> LabelReading | None:
+        return None if _zeros_and_ones(rows) else read_labels(labels_in(rows), config)
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         labels = require_labels(rows)

@@ -49,7 +49,8 @@ def pair_lengths(processor: Any, prompt: PairPrompt | None, rows: list[Row]) -> 
 
 
 def _encoded(processor: Any, texts: list[str]) -> list[Example]:
-    return split_examples(encode(processor, texts, return_attention_mask=True, **_AS_TEXT), processor)
+    encoded = encode(processor, texts, return_attention_mask=True, **_AS_TEXT)
+    return split_examples(encoded, processor, texts)
 
 
 def _cut(example: Example, tail: Example, limit: int) -> Example:

@@ -118,7 +118,7 @@ class Reranking(TextRegression):
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         _check_targets(require_labels(rows))
-        return {"num_labels": 1}
+        return {"num_labels": 1, "problem_type": None}
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         _check_targets(labels_of(rows) or [])

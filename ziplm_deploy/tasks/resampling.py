@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from ziplm_deploy.tasks.metrics import Floats, Metric, score
@@ -68,6 +69,17 @@ class ResampledScores:
         self.n_examples = len(outcomes)
         self._judge, self._outcomes, self._seed, self._n_resamples = judge, outcomes, seed, n_resamples
         self._known: dict[tuple[str, bool], Floats] = {}
+        self._parts: dict[bytes, ResampledScores] = {}
+
+    def on(self, examples: npt.NDArray[np.int64] | None) -> ResampledScores:
+        """Scores of this model on some examples alone, given by their indices; None: on all, as they are."""
+        if examples is None:
+            return self
+        key = examples.tobytes()
+        if key not in self._parts:
+            part = self._outcomes.take(examples)
+            self._parts[key] = ResampledScores(self._judge, part, self._seed, self._n_resamples)
+        return self._parts[key]
 
     def interval(self, metric: str) -> tuple[float, float]:
         """95 % interval of the score."""

@@ -30,7 +30,7 @@ from ziplm_deploy.tasks.search import Embedded, Search, Vectors
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
 TEXT_PAIRS = (*PAIRS, ("anchor", "positive"))  # usual names of query and passage
-RELEVANCE_COLUMNS = ("relevance", "score", "label")
+RELEVANCE_COLUMNS = ("relevance", "score")
 QUERIES_AT_ONCE = 256  # rows of the matrix of similarities in memory
 
 
@@ -46,8 +46,8 @@ class RetrievalSet:
 def read_retrieval_set(data: DataConfig, seed: int) -> RetrievalSet:
     """Queries of ``data.retrieval`` (``data.n_retrieval`` of them, drawn with ``seed``), and every passage there is.
 
-    Each row is a query with a passage that answers it; where there is a column ``relevance``, ``score`` or ``label``,
-    with one that answers it if that is above 0.
+    Each row is a query with a passage that answers it; where there is a column ``relevance`` or ``score``, or a third
+    one is named, with one that answers it if that is above 0.
 
     Raises:
         DataError: missing, damaged, columns or numbers that do not fit, or no two passages and a query that has one.
@@ -78,14 +78,12 @@ class _Collected:
 def _collected(raw: list[Row], data: DataConfig) -> _Collected:
     what, field = "query and passage", "retrieval_columns"
     columns = find_columns(raw, data.retrieval_columns, TEXT_PAIRS, what=what, field=field)
-    if len(columns) != 2:
-        raise DataError(f"expected the columns of query and passage in data.retrieval_columns, found {columns}")
-    relevance = relevance_column(raw, columns)
+    relevance = relevance_column(raw, columns, what)
     found = _Collected({}, {})
     for number, row in enumerate(raw, 1):
         query, passage = (
             cell(row, column, str, number, what).strip()
-            for column, what in zip(columns, ("a query", "a passage"), strict=True)
+            for column, what in zip(columns[:2], ("a query", "a passage"), strict=True)
         )
         if not query or not passage:
             raise DataError(f"expected a query and a passage, found a blank text in row {number}; remove that row")
@@ -97,9 +95,30 @@ def _collected(raw: list[Row], data: DataConfig) -> _Collected:
     return found
 
 
-def relevance_column(raw: list[Row], others: tuple[str, ...]) -> str | None:
-    """Column that says how well the two of a row belong together; None where all of them do."""
-    return next((name for name in RELEVANCE_COLUMNS if name in raw[0] and name not in others), None)
+def relevance_column(raw: list[Row], columns: tuple[str, ...], what: str) -> str | None:
+    """Column that says how well the two of a row belong together; None where all of them do.
+
+    Args:
+        columns: of the two, and perhaps of the relevance.
+        what: the two, in words.
+
+    Raises:
+        DataError: another number of columns, or a column ``label`` that nobody named.
+    """
+    if len(columns) not in (2, 3):
+        raise DataError(
+            f"expected the columns of {what} in data.retrieval_columns, and perhaps one of relevance, found {columns}"
+        )
+    if len(columns) == 3:
+        return columns[2]
+    known = next((name for name in RELEVANCE_COLUMNS if name in raw[0] and name not in columns), None)
+    if known is None and "label" in raw[0] and "label" not in columns:
+        raise DataError(
+            "expected to know what the column 'label' means, for 0 is the right answer in some data (QNLI) and a wrong "
+            f"one in others, found it unnamed; where above 0 is right, name it as third (data.retrieval_columns: "
+            f"[{', '.join(columns)}, label]), else keep the rows that are right, without that column"
+        )
+    return known
 
 
 def relevance_of(row: Row, column: str, number: int) -> float:

@@ -26,7 +26,7 @@ from ziplm_deploy.tasks.batching import (
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.entities import TagScheme
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.label_reading import read_labels
+from ziplm_deploy.tasks.label_reading import LabelReading, are_unnamed, read_labels
 from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
 from ziplm_deploy.tasks.metrics import (
@@ -45,7 +45,8 @@ class TokenClassification(Task):
     """Rows: ``{"words": [str], "label": [class] (if the data have it)}``; a word's class is read at its first token.
 
     Words that truncation cuts off count as ``O``. After :meth:`check_labels` rows carry ``label`` as class numbers and
-    ``label_names``, the model's names by number.
+    ``label_names``, the model's names by number, or the data set's where the model has none. Entities are seen in names
+    alone: without any, ``token_accuracy`` is the only score, and has to be asked for.
     """
 
     name = "token-classification"
@@ -63,6 +64,7 @@ class TokenClassification(Task):
     label_columns = ("ner_tags", "tags", "labels", "label")
     token_outputs = frozenset({"logits"})
     has_classes = True
+    reading_version = 2  # 1 took words for entities where tags have no names
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -86,7 +88,8 @@ class TokenClassification(Task):
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
         reading = read_labels(labels_in(rows), config)
-        names = list(reading.names)
+        takes_names = are_unnamed(reading.names) and len(reading.set_names) == len(reading.names)
+        names = list(reading.set_names if takes_names else reading.names)
         return [
             {**row, "label": [reading.number(tag, number) for tag in row["label"]], "label_names": names}
             if "label" in row
@@ -94,11 +97,25 @@ class TokenClassification(Task):
             for number, row in enumerate(rows, 1)
         ]
 
-    def label_note(self, rows: list[Row], config: Any) -> str | None:
-        return read_labels(labels_in(rows), config).note
+    def settle_rows(self, rows: list[Row], data: DataConfig, which: Which, seed: int, processor: Any) -> list[Row]:
+        if which == "evaluation" and rows and "label_names" in rows[0]:
+            self._check_named(rows[0]["label_names"])
+        return rows
+
+    def label_reading(self, rows: list[Row], config: Any) -> LabelReading:
+        return read_labels(labels_in(rows), config)
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
         return class_head(tag for tags in require_labels(rows) for tag in tags)
+
+    def _check_named(self, names: list[str]) -> None:
+        """Refuse tags without names, in which every word would be an entity."""
+        if self.metric_name != "token_accuracy" and are_unnamed(names):
+            raise DataError(
+                f"expected tags with names (B-PER, I-PER, O …), in which entities are seen, found {names[0]} to "
+                f"{names[-1]}; give data that name them (Parquet of a `datasets` data set, or names as text), write "
+                "them into id2label of the model's config.json, or set model.metric: token_accuracy"
+            )
 
     def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
         return token_lengths(processor, [{"text": " ".join(row["words"])} for row in rows])
@@ -136,7 +153,12 @@ class TokenClassification(Task):
                 for word, token in first_tokens[index].items():
                     predicted[index][word] = names[int(tokens[token])]
         truth = [[names[tag] for tag in row["label"]] for row in data.rows]
-        return _entity_outcomes(truth, predicted, TagScheme.of(names))
+        return _entity_outcomes(truth, predicted, TagScheme({}) if are_unnamed(names) else TagScheme.of(names))
+
+    def scores(self, outcomes: Outcomes) -> dict[str, float]:
+        found = super().scores(outcomes)
+        sees_entities = outcomes.names or self.metric_name != "token_accuracy"
+        return found if sees_entities else {"token_accuracy": found["token_accuracy"]}
 
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
         """Texts of one word that is an entity of the most frequent type, found in one of them."""
@@ -199,7 +221,7 @@ def tokenize_words(processor: Any, rows: list[Row], max_length: int) -> tuple[li
     )
     offsets = encoded["offset_mapping"]
     firsts = [_first_tokens(row["words"], spans) for row, spans in zip(rows, offsets, strict=True)]
-    return split_examples(encoded, processor), firsts
+    return split_examples(encoded, processor, texts), firsts
 
 
 def _first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> dict[int, int]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from ziplm_deploy.engines.runner import cpu_session
+from ziplm_deploy.engines.session import cpu_session
 from ziplm_deploy.errors import DataError, NumericalError
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.recipe import Int8Config

@@ -71,6 +71,7 @@ class Architecture:
     variant: Callable[[Any], Architecture] | None = None  # of a configuration whose layers have other parts
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
     why_refused: Mapping[str, str] = field(default_factory=dict)  # more of those settings, in words
+    in_optimum: bool = True  # a release of transformers that optimum-onnx can be installed with has the type
 
     @property
     def is_gated(self) -> bool:

@@ -28,6 +28,8 @@ _LLAMA = Architecture(
     ffn_norm="post_attention_layernorm",
     config_kv_heads="num_key_value_heads",
     causal=CausalPaths(),
+    refused={"is_causal": (True, None)},  # of gte-Qwen2 and others, whose own code attends to both sides
+    why_refused={"is_causal": "its tokens attend to those after them, which files of causal models do not compute"},
 )
 _GPT2 = Architecture(
     "gpt2",

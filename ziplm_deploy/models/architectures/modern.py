@@ -51,6 +51,7 @@ def _modernbert() -> Architecture:
 
 _NOMIC_BERT = Architecture(
     "nomic_bert",
+    in_optimum=False,
     layers="layers",
     attention="self_attn",
     query="q_proj",

@@ -73,7 +73,7 @@ def _towers(kind: str, modeling: object) -> tuple[Architecture, Architecture]:
     older = any(hasattr(modeling, name) for name in ("CLIPTextTransformer", "SiglipTextTransformer"))
     text, image = (_tower(f"{kind}_{what}_model", f"{what}_model" if older else "") for what in ("text", "vision"))
     if kind == "siglip":  # an auto class knows whole models only
-        text = replace(text, model_classes={"AutoModel": "SiglipTextModel"})
+        text = replace(text, model_classes={"AutoModel": "SiglipTextModel"}, in_optimum=False)
     if not older:
         return text, image
     return tuple(replace(entry, sliced_attention=HeadSlicedTowerAttention) for entry in (text, image))  # type: ignore[return-value]
