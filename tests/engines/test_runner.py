@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.helpers.onnx_models import write_mlp
@@ -52,3 +53,29 @@ def test_answers_of_another_number_of_rows_are_refused(tmp_path: Path, monkeypat
     said = r"expected 1 rows of output from openvino .*, found 0: .*benchmark\.baselines"
     with open_runner(Environment(engine="openvino"), path) as run, pytest.raises(EngineError, match=said):
         run(INPUTS)
+
+
+def test_inputs_that_a_graph_needs_are_missed_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    said = r"expected inputs attention_mask, input_ids for .*, found no attention_mask"
+    with (
+        open_runner(Environment(engine="openvino"), write_mlp(tmp_path / "a.onnx", 32)) as run,
+        pytest.raises(EngineError, match=said),
+    ):
+        run({"input_ids": INPUTS["input_ids"]})
+
+
+def test_openvino_names_inputs_as_the_file_does(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    inputs = [onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, ["batch", 3])]
+    outputs = [onnx.helper.make_tensor_value_info("twice", onnx.TensorProto.FLOAT, ["batch", 3])]
+    nodes = [  # compiling takes the first away, and leaves its name to the input
+        onnx.helper.make_node("Cast", ["pixels"], ["cast"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Add", ["cast", "cast"], ["twice"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "cast", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "a.onnx")
+    pixels = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with open_runner(Environment(engine="openvino"), tmp_path / "a.onnx") as run:
+        np.testing.assert_array_equal(run({"pixels": pixels})["twice"], 2 * pixels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,28 @@ def test_a_file_that_its_engine_cannot_run_is_not_timed(copied: Path, monkeypatc
     with pytest.raises(EngineError, match="expected the engine to load"):
         run_pipeline(with_baselines(copied, INT8))
     assert not (copied / "runs" / "tiny" / "baselines" / INT8).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["baselines", "evaluate"])  # before it is timed, or over examples of another length
+def test_one_that_cannot_answer_is_a_note(copied: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def fail(*arguments: object) -> None:
+        raise EngineError("expected 8 rows, found 0")
+
+    @contextlib.contextmanager
+    def answerless(environment: object, path: Path) -> Iterator[Callable[..., None]]:
+        yield fail
+
+    monkeypatch.setattr(f"ziplm_deploy.stages.{place}.open_runner", answerless)
+    without(monkeypatch, "openvino-int8")
+    folder = copied / "runs" / "tiny" / "baselines"
+    (folder / (f"{INT8}/model.onnx" if place == "baselines" else f"{INT8}-accuracy.json")).unlink()
+    report = run_pipeline(recipe(copied, benchmark={"baselines": None}))
+    assert INT8 not in {each.name for each in report.baselines}
+    assert f"baseline {INT8} was not measured: expected 8 rows, found 0" in report.notes
+    assert not (folder / INT8).exists()
+    with pytest.raises(EngineError, match="expected 8 rows"):
+        run_pipeline(with_baselines(copied, INT8))
 
 
 @pytest.mark.slow

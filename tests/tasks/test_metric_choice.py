@@ -13,9 +13,10 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef
 
 from tests.helpers.evaluation import evaluation_set
 from tests.helpers.models import labelled_rows, tiny_model
-from ziplm_deploy.errors import RecipeError
+from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.tasks import TASKS, Task, get_task, torch_function
+from ziplm_deploy.tasks.label_metrics import f1_of_label
 from ziplm_deploy.tasks.metrics import (
     Metric,
     balanced_accuracy,
@@ -27,6 +28,7 @@ from ziplm_deploy.tasks.metrics import (
     weighted_f1,
 )
 from ziplm_deploy.tasks.outcomes import Outcomes
+from ziplm_deploy.tasks.resampling import ResampledScores
 
 N = 60
 Reference = Callable[[np.ndarray, np.ndarray], float]
@@ -129,3 +131,77 @@ def test_f1_is_that_of_two_classes(task: str) -> None:
     assert chosen(task, "f1").check_labels([{"label": 1}], two) == [{"label": 1}]
     with pytest.raises(RecipeError, match=r"two classes for model.metric f1.*found 3; set macro_f1"):
         chosen(task, "f1").check_labels([{"label": 1}], three)
+
+
+@pytest.mark.parametrize("wanted", ["b", "d"])
+def test_f1_of_one_class_is_that_of_scikit_learn(wanted: str) -> None:
+    found, (counts, drawn) = classes(4, 5), resamples()
+    outcomes = Outcomes(found.arrays, names=("a", "b", "c", "d"))
+    number = "abcd".index(wanted)
+    expected = [
+        f1_score(found["label"][each] == number, found["predicted"][each] == number, zero_division=0) for each in drawn
+    ]
+    np.testing.assert_allclose(f1_of_label(wanted)(outcomes, counts), expected, rtol=0, atol=1e-12)
+    task = chosen("text-classification", f"f1:{wanted}")
+    low, high = ResampledScores(task, outcomes).interval(f"f1:{wanted}")
+    assert low <= expected[0] <= high
+    added = task.right_and_wrong(outcomes)
+    assert added is not None
+    assert added["label"].tolist() == [number, number], "intervals know of an error in the label that counts"
+    assert added["predicted"][0] == number != added["predicted"][1]
+
+
+def test_f1_of_one_of_several_labels() -> None:
+    generator = np.random.default_rng(0)
+    expected, found = (generator.integers(0, 2, (N, 4)) for _ in range(2))
+    arrays = {"right": expected * found, "found": found, "expected": expected, "exact": (expected == found).all(1)}
+    outcomes = Outcomes({name: values.astype(int) for name, values in arrays.items()}, tuple("abcd"))
+    counts, drawn = resamples()
+    wanted = [f1_score(expected[each, 2], found[each, 2], zero_division=0) for each in drawn]
+    np.testing.assert_allclose(f1_of_label("c")(outcomes, counts), wanted, atol=1e-12)
+    added = chosen("multi-label-classification", "f1:c").right_and_wrong(outcomes)
+    assert added is not None
+    assert added["expected"].tolist() == [[0, 0, 1, 0]] * 2
+
+
+HEADS: dict[str, Any] = {
+    "text-classification": ["ham", "spam", "fraud"],
+    "image-classification": ["ham", "spam", "fraud"],
+    "multi-label-classification": ["ham", "spam", "fraud"],
+    "token-classification": ["O", "B-spam", "I-spam", "B-fraud"],
+}
+
+
+def labelled(task: str, *labels: str) -> list[dict[str, Any]]:
+    if task == "token-classification":
+        return [{"words": ["x", "y"], "label": [f"B-{label}", "O"]} for label in labels]
+    return [{"text": "x", "label": [label] if task == "multi-label-classification" else label} for label in labels]
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_label_that_model_or_examples_do_not_have_is_refused(task: str) -> None:
+    names = HEADS[task]
+    head = SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names)), problem_type=None)
+    right = chosen(task, "f1:spam")
+    assert len(right.check_labels(labelled(task, "spam", "fraud"), head)) == 2
+    with pytest.raises(RecipeError, match=r"a label of the model in model\.metric \(.*spam.*\), found 'eggs'"):
+        chosen(task, "f1:eggs").check_labels([], head)
+    with pytest.raises(DataError, match=r"examples of 'spam'.*found none"):
+        right.check_labels(labelled(task, "fraud"), head)
+
+
+def test_only_tasks_with_classes_have_f1_of_one() -> None:
+    with pytest.raises(RecipeError, match=r"a metric of question-answering \(f1, exact_match\), found 'f1:spam'"):
+        chosen("question-answering", "f1:spam")
+    with pytest.raises(RecipeError, match=r"f1:LABEL\), found 'bleu'"):
+        chosen("text-classification", "bleu")
+
+
+def test_f1_of_one_class_is_evaluated(tokenizer: Any) -> None:
+    task, model = chosen("text-classification", "f1:LABEL_1"), tiny_model("bert", "text-classification")
+    rows = task.check_labels(labelled_rows("text-classification", 9), model.config)
+    scores = task.evaluate(torch_function(task, model), evaluation_set(rows, tokenizer))
+    assert list(scores) == ["f1:LABEL_1", "accuracy", "macro_f1"]
+    outcomes = task.outcomes(torch_function(task, model), evaluation_set(rows, tokenizer))
+    expected = f1_score(outcomes["label"] == 1, outcomes["predicted"] == 1, zero_division=0)
+    assert scores["f1:LABEL_1"] == pytest.approx(expected)

@@ -81,7 +81,13 @@ def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]
         wanted = {entry.name for entry in worker.load("model", path).inputs}
 
         def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            answers = worker.infer("model", fitted(inputs, wanted))
+            chosen = fitted(inputs, wanted)
+            if missing := wanted - chosen.keys():  # an engine may compute with anything in their place
+                raise EngineError(
+                    f"expected inputs {', '.join(sorted(wanted))} for {path}, found no {', '.join(sorted(missing))}; "
+                    "give them all, or export the file again"
+                )
+            answers = worker.infer("model", chosen)
             _check_rows(answers, inputs, f"{environment.engine} for {path}")
             return answers
 
@@ -89,7 +95,7 @@ def open_runner(environment: Environment, path: Path) -> Iterator[ModelFunction]
 
 
 def _check_rows(answers: dict[str, np.ndarray], inputs: dict[str, np.ndarray], source: str) -> None:
-    """Refuse answers of another number of rows than was asked: OpenVINO 2026.4 gives none for CLIP's images."""
+    """Refuse answers of another number of rows than was asked."""
     asked = len(next(iter(inputs.values())))
     for name, found in answers.items():
         if len(found) != asked:

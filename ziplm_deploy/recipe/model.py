@@ -37,7 +37,7 @@ class ModelConfig(Frozen):
     task: TaskName = Field(description="What the model does; decides head, data columns, metric and ONNX outputs.")
     metric: str | None = Field(
         None,
-        description="Metric that budgets, report and choices go by, e.g. `f1` or `matthews`; default: the task's.",
+        description="Metric that budgets, report and choices go by: `f1`, `matthews`, `f1:LABEL`; default: the task's.",
     )
     revision: str | None = Field(None, description="Hub revision; only used with a hub id.")
     pooling: Pooling | None = Field(

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ziplm_deploy.artifacts import atomic_folder, content_key
-from ziplm_deploy.baselines import BASELINES, BaselineRecord, DenseSource, get_baseline
+from ziplm_deploy.baselines import BASELINES, Baseline, BaselineRecord, DenseSource, get_baseline
 from ziplm_deploy.engines import get_engine
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.engines.trial import Trial
 from ziplm_deploy.errors import DataError, EngineError, RecipeError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
@@ -41,12 +42,28 @@ def make_baselines(run: Run) -> None:
             refused = _make(run, files)
             if refused and asked is not None:
                 raise EngineError(refused)
-            note = f"baseline {name} was not measured: {refused}" if refused else None
+            note = _note(name, refused) if refused else None
         else:
             _remove(files)
             if files.page.trains and distributed.is_first():
                 shutil.rmtree(run.folder.dense_trained_on.folder, ignore_errors=True)
         run.folder.set_note(f"baseline {name}", note)
+
+
+def withdraw_baseline(run: Run, files: BaselineFiles, error: EngineError) -> None:
+    """Take a baseline out of the run whose engine fails over examples; what is left of it is a note.
+
+    Raises:
+        EngineError: the recipe names it.
+    """
+    if run.recipe.benchmark.baselines is not None:
+        raise error
+    _remove(files)
+    run.folder.set_note(f"baseline {files.name}", _note(files.name, str(error)))
+
+
+def _note(name: str, refused: str) -> str:
+    return f"baseline {name} was not measured: {refused}"
 
 
 def check_baselines(recipe: Recipe) -> None:
@@ -117,7 +134,7 @@ def _make(run: Run, files: BaselineFiles) -> str:
         try:
             with atomic_folder(files.folder) as making:
                 page.make(source, making)
-                _try(run, TimedFile(making / page.files[0], page.engine))
+                _try(run, page, making / page.files[0])
         except EngineError as error:  # other processes of this launch read it; the next run tries again
             refused = str(error)
         made_by.model_copy(update={"refused": refused}).save(files.record)
@@ -127,10 +144,17 @@ def _make(run: Run, files: BaselineFiles) -> str:
     return BaselineRecord.load(files.record).refused
 
 
-def _try(run: Run, file: TimedFile) -> None:
-    """Run a file once; raises :class:`EngineError` where its engine cannot, which would end the benchmark of all."""
-    with Trial(lambda: start_worker(file, run.recipe.environment)) as trial:
-        trial.run(file.path)
+def _try(run: Run, page: Baseline, path: Path) -> None:
+    """Run a file once, and on an example where it will be scored; raises :class:`EngineError` where its engine cannot.
+
+    That would end the benchmark of all, or the evaluation.
+    """
+    environment = run.recipe.environment.model_copy(update={"engine": page.engine})
+    with Trial(lambda: start_worker(TimedFile(path, page.engine), run.recipe.environment)) as trial:
+        trial.run(path)
+    if not page.answers_as_dense:
+        with open_runner(environment, path) as answer:
+            answer(dict(_batches(run)[0]))
 
 
 def _batches(run: Run) -> Sequence[dict[str, np.ndarray]]:

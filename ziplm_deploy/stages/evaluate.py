@@ -8,6 +8,7 @@ from pathlib import Path
 from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.runner import open_runner
+from ziplm_deploy.errors import EngineError
 from ziplm_deploy.recipe import EngineName, Variant
 from ziplm_deploy.run import gguf
 from ziplm_deploy.run.answers import Answers
@@ -15,7 +16,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.baselines import made_baselines, withdraw_baseline
 from ziplm_deploy.stages.continuations import continue_texts
 from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.gains import compare_with_baselines
@@ -47,7 +48,10 @@ def evaluate(run: Run) -> None:
             run.progress.step(index + 1, len(files))
         for each in made_baselines(run):
             if not each.page.answers_as_dense:
-                evaluate_baseline(run, each, dense)
+                try:
+                    evaluate_baseline(run, each, dense)
+                except EngineError as error:
+                    withdraw_baseline(run, each, error)
     on_llama_cpp = measured_gguf_files(run)
     for index, each_gguf in enumerate(on_llama_cpp):
         evaluate_gguf(run, each_gguf)

@@ -22,6 +22,7 @@ from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples, token_lengths
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.label_metrics import PREFIX, f1_of_label, label_of
 from ziplm_deploy.tasks.label_reading import LabelReading
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence, sampled_cross_entropy
 from ziplm_deploy.tasks.metrics import Metric, score
@@ -59,10 +60,15 @@ class Task(ABC):
         if model.metric is None:
             return
         known = {**self.metrics, **self.further_metrics}
+        label = label_of(model.metric) if self.has_classes else None
+        if label is not None:  # whether there is such a label, check_labels sees
+            known[model.metric] = f1_of_label(label)
         choices = [name for name in known if name not in self.unscaled_metrics]
         if model.metric not in choices:
+            of_label = [f"{PREFIX}LABEL"] if self.has_classes else []
             raise RecipeError(
-                f"expected a metric of {self.name} ({', '.join(choices)}), found {model.metric!r}; correct model.metric"
+                f"expected a metric of {self.name} ({', '.join([*choices, *of_label])}), found {model.metric!r}; "
+                "correct model.metric"
             )
         self.metric_name = model.metric
         self.metrics = {model.metric: known[model.metric], **self.metrics}

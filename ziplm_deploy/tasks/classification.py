@@ -14,6 +14,7 @@ from ziplm_deploy.tasks.base import Task, Which, class_logits
 from ziplm_deploy.tasks.batching import Batch, Example, tokenize, training_examples
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.label_metrics import check_label, label_number, label_of
 from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
 from ziplm_deploy.tasks.labels import (
     check_class_labels,
@@ -106,8 +107,7 @@ class TextClassification(TextTask):
     has_classes = True
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
-        check_metric(self.metric_name, config)
-        return check_class_labels(rows, config)
+        return check_classes(rows, config, self.metric_name)
 
     def label_reading(self, rows: list[Row], config: Any) -> LabelReading:
         return read_labels(labels_in(rows), config)
@@ -123,20 +123,31 @@ class TextClassification(TextTask):
         return class_label_scores(outcomes, config)
 
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
-        return right_and_wrong_class(outcomes)
+        return right_and_wrong_class(outcomes, self.metric_name)
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
-        labels = class_numbers(data.rows)
-        return class_outcomes(self.predict(function, data), labels)
+        return class_outcomes(self.predict(function, data), data.rows)
 
 
-def check_metric(metric: str, config: Any) -> None:
-    """Raise :class:`RecipeError` for a metric that a model of so many classes does not have."""
+def check_classes(rows: list[Row], config: Any, metric: str) -> list[Row]:
+    """Rows as by :func:`check_class_labels`, with ``label_names`` by number where a metric is of one of them.
+
+    Raises:
+        DataError: as that, or no row has the label that the metric is of.
+        RecipeError: a model of such classes does not have this metric.
+    """
     if metric == "f1" and config.num_labels != 2:
         raise RecipeError(
             f"expected two classes for model.metric f1, which is that of class 1, found {config.num_labels}; set "
-            "macro_f1 or weighted_f1"
+            "macro_f1, weighted_f1 or f1:LABEL"
         )
+    checked = check_class_labels(rows, config)
+    if label_of(metric) is None:
+        return checked
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    labels = {names[row["label"]] for row in checked if "label" in row}
+    check_label(metric, names, labels or None)
+    return [{**row, "label_names": names} if "label" in row else row for row in checked]
 
 
 def class_label_scores(outcomes: Outcomes, config: Any) -> dict[str, float]:
@@ -144,13 +155,17 @@ def class_label_scores(outcomes: Outcomes, config: Any) -> dict[str, float]:
     return {str(config.id2label[number]): score for number, score in class_f1(outcomes).items()}
 
 
-def right_and_wrong_class(outcomes: Outcomes) -> Outcomes:
-    """Two examples of the most frequent class, one of them taken for the next most frequent."""
+def right_and_wrong_class(outcomes: Outcomes, metric: str) -> Outcomes:
+    """Two examples of the most frequent class, or of the metric's own, one of them taken for the next most frequent."""
     classes, times = np.unique(outcomes["label"], return_counts=True)
-    first, *others = (int(label) for label in classes[np.argsort(-times, kind="stable")])
+    by_frequency = [int(label) for label in classes[np.argsort(-times, kind="stable")]]
+    own = label_number(metric, outcomes)
+    first = by_frequency[0] if own is None else own
+    others = [label for label in by_frequency if label != first]
     return Outcomes({"label": np.array([first, first]), "predicted": np.array([first, others[0] if others else -1])})
 
 
-def class_outcomes(logits: np.ndarray, labels: list[int]) -> Outcomes:
-    """``label`` and ``predicted``, class numbers, of logits ``[n, classes]``."""
-    return Outcomes({"label": np.array(labels), "predicted": logits.argmax(axis=1)})
+def class_outcomes(logits: np.ndarray, rows: list[Row]) -> Outcomes:
+    """``label`` and ``predicted``, class numbers, of logits ``[n, classes]``; raises as :func:`class_numbers`."""
+    names = tuple(rows[0].get("label_names", ())) if rows else ()
+    return Outcomes({"label": np.array(class_numbers(rows)), "predicted": logits.argmax(axis=1)}, names)

@@ -20,7 +20,7 @@ from ziplm_deploy.tasks.batching import Arrays, Batch, batch_indices, with_label
 from ziplm_deploy.tasks.classification import (
     CLASS_METRICS,
     FURTHER_CLASS_METRICS,
-    check_metric,
+    check_classes,
     class_label_scores,
     class_outcomes,
     right_and_wrong_class,
@@ -28,14 +28,7 @@ from ziplm_deploy.tasks.classification import (
 from ziplm_deploy.tasks.data import Row, cell, read_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
-from ziplm_deploy.tasks.labels import (
-    check_class_labels,
-    class_head,
-    class_numbers,
-    labels_in,
-    labels_of,
-    require_labels,
-)
+from ziplm_deploy.tasks.labels import class_head, class_numbers, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 HASHED_BYTES = 1 << 16  # of each image; compressed images that differ do so early, or in size
@@ -97,8 +90,7 @@ class ImageClassification(ImageTask):
     has_classes = True
 
     def check_labels(self, rows: list[Row], config: Any) -> list[Row]:
-        check_metric(self.metric_name, config)
-        return check_class_labels(rows, config)
+        return check_classes(rows, config, self.metric_name)
 
     def label_reading(self, rows: list[Row], config: Any) -> LabelReading:
         return read_labels(labels_in(rows), config)
@@ -116,11 +108,10 @@ class ImageClassification(ImageTask):
         return class_label_scores(outcomes, config)
 
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
-        return right_and_wrong_class(outcomes)
+        return right_and_wrong_class(outcomes, self.metric_name)
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
-        labels = class_numbers(data.rows)
-        return class_outcomes(class_logits(function, image_batches(data), len(data.rows)), labels)
+        return class_outcomes(class_logits(function, image_batches(data), len(data.rows)), data.rows)
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return outputs["logits"]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 Floats = npt.NDArray[np.float64]
+PerExample = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 Metric = Callable[[Outcomes, Floats], Floats]
 ROUNDING = 1e-24  # variance of equal numbers around their rounded mean, where all numbers together have 1
 
@@ -72,8 +73,13 @@ def weighted_f1(outcomes: Outcomes, counts: Floats) -> Floats:
 
 def f1_of_class_1(outcomes: Outcomes, counts: Floats) -> Floats:
     """F1 of class 1 of two classes, as for MRPC and QQP."""
-    expected, found = ((outcomes[name] == 1).astype(np.float64) for name in ("label", "predicted"))
-    return _divide(2 * (counts @ (expected * found)), counts @ (expected + found))
+    expected, found = ((outcomes[name] == 1).astype(np.int64) for name in ("label", "predicted"))
+    return f1_of_counts(expected * found, found, expected, counts)
+
+
+def f1_of_counts(right: PerExample, found: PerExample, expected: PerExample, counts: Floats) -> Floats:
+    """F1 of what was found rightly, found, and expected in each example; arrays [examples]."""
+    return _divide(2 * (counts @ right), counts @ (found + expected))
 
 
 def balanced_accuracy(outcomes: Outcomes, counts: Floats) -> Floats:
@@ -140,10 +146,15 @@ def _correlation(one: Floats, other: Floats, counts: Floats) -> Floats:
 # [examples, types].
 
 
-def right_and_wrong_entity(outcomes: Outcomes) -> dict[str, npt.NDArray[np.int64]]:
-    """Arrays of two examples with one entity of the most frequent type, which is found in the first of them only."""
+def right_and_wrong_entity(outcomes: Outcomes, number: int | None = None) -> dict[str, npt.NDArray[np.int64]]:
+    """Arrays of two examples with one entity, which is found in the first of them only.
+
+    It is of the type with this number; for None of the most frequent one.
+    """
     frequency = outcomes["expected"].sum(0)  # [types]
-    entity = (np.arange(len(frequency)) == int(frequency.argmax() if len(frequency) else 0)).astype(np.int64)
+    if number is None:
+        number = int(frequency.argmax() if len(frequency) else 0)
+    entity = (np.arange(len(frequency)) == number).astype(np.int64)
     expected, found = np.stack([entity, entity]), np.stack([entity, 0 * entity])
     return {"right": found, "found": found, "expected": expected}
 

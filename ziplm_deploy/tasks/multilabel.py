@@ -15,6 +15,7 @@ from ziplm_deploy.tasks.class_names import NamedClass
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.label_metrics import check_label, label_number
 from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
 from ziplm_deploy.tasks.labels import MULTI_LABEL, class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import bernoulli_divergence, binary_cross_entropy, sampled_binary_cross_entropy
@@ -70,6 +71,9 @@ class MultiLabelClassification(TextTask):
                     )
                 row = {**row, "label": [int(value) for value in label], "label_names": list(reading.names)}
             checked.append(row)
+        labels = [row["label"] for row in checked if "label" in row]
+        present = {name for label in labels for name, one in zip(reading.names, label, strict=True) if one}
+        check_label(self.metric_name, reading.names, present if labels else None)
         return checked
 
     def label_reading(self, rows: list[Row], config: Any) -> LabelReading | None:
@@ -106,8 +110,9 @@ class MultiLabelClassification(TextTask):
         )
 
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
-        """Texts of the most frequent class alone, found in one of them."""
-        return Outcomes({**right_and_wrong_entity(outcomes), "exact": np.array([1, 0])})
+        """Texts of the most frequent class alone, or of the metric's own, found in one of them."""
+        arrays = right_and_wrong_entity(outcomes, label_number(self.metric_name, outcomes))
+        return Outcomes({**arrays, "exact": np.array([1, 0])})
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
         """KL between the decisions on every class, which sees a shift of all logits as softmax does not."""

@@ -26,6 +26,7 @@ from ziplm_deploy.tasks.batching import (
 from ziplm_deploy.tasks.data import Row, cell
 from ziplm_deploy.tasks.entities import TagScheme
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
+from ziplm_deploy.tasks.label_metrics import check_label, label_number
 from ziplm_deploy.tasks.label_reading import LabelReading, are_unnamed, read_labels
 from ziplm_deploy.tasks.labels import class_head, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.losses import IGNORED
@@ -90,12 +91,17 @@ class TokenClassification(Task):
         reading = read_labels(labels_in(rows), config)
         takes_names = are_unnamed(reading.names) and len(reading.set_names) == len(reading.names)
         names = list(reading.set_names if takes_names else reading.names)
-        return [
+        checked = [
             {**row, "label": [reading.number(tag, number) for tag in row["label"]], "label_names": names}
             if "label" in row
             else row
             for number, row in enumerate(rows, 1)
         ]
+        if not are_unnamed(names):
+            kinds = {tag: kind for tag, (_, kind) in TagScheme.of(names).parts.items()}
+            present = {kinds[name] for name in {names[tag] for tag in labels_in(checked)} if name in kinds}
+            check_label(self.metric_name, sorted(set(kinds.values())), present if checked else None)
+        return checked
 
     def settle_rows(self, rows: list[Row], data: DataConfig, which: Which, seed: int, processor: Any) -> list[Row]:
         if which == "evaluation" and rows and "label_names" in rows[0]:
@@ -161,9 +167,9 @@ class TokenClassification(Task):
         return found if sees_entities else {"token_accuracy": found["token_accuracy"]}
 
     def right_and_wrong(self, outcomes: Outcomes) -> Outcomes:
-        """Texts of one word that is an entity of the most frequent type, found in one of them."""
+        """Texts of one word that is an entity of the most frequent or the metric's type, found in one of them."""
         words = {"right_words": np.array([1, 0]), "words": np.array([1, 1])}
-        return Outcomes({**right_and_wrong_entity(outcomes), **words})
+        return Outcomes({**right_and_wrong_entity(outcomes, label_number(self.metric_name, outcomes)), **words})
 
     def features(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Logits [tokens, classes] of every token that is no padding."""

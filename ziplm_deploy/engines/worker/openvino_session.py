@@ -34,21 +34,27 @@ class Sessions:
         }
 
     def load(self, path: str) -> OpenVinoSession:
-        return OpenVinoSession(self.core.compile_model(self.core.read_model(path), "CPU", self.settings))
+        """Compile a file for this CPU."""
+        model = self.core.read_model(path)
+        names = [[port.get_any_name() for port in ports] for ports in (model.inputs, model.outputs)]
+        return OpenVinoSession(self.core.compile_model(model, "CPU", self.settings), *names)
 
 
 class OpenVinoSession:
-    """A compiled model behind the methods of an ONNX Runtime session that this file uses."""
+    """A compiled model behind the methods of an ONNX Runtime session that this file uses.
 
-    def __init__(self, compiled: Any) -> None:
+    Names are those of the file: a compiled input also has those of the nodes that compiling took away behind it.
+    """
+
+    def __init__(self, compiled: Any, inputs: list[str], outputs: list[str]) -> None:
         self.request = compiled.create_infer_request()
-        self.inputs = [self._entry(port) for port in compiled.inputs]
-        self.outputs = [self._entry(port) for port in compiled.outputs]
+        self.inputs = [self._entry(*each) for each in zip(inputs, compiled.inputs)]  # noqa: B905 (Python 3.8)
+        self.outputs = [self._entry(*each) for each in zip(outputs, compiled.outputs)]  # noqa: B905
 
-    def _entry(self, port: Any) -> argparse.Namespace:
+    def _entry(self, name: str, port: Any) -> argparse.Namespace:
         kind = port.get_element_type().get_type_name()
         shape = [None if axis.is_dynamic else axis.get_length() for axis in port.get_partial_shape()]
-        return argparse.Namespace(name=port.get_any_name(), type=OPENVINO_TYPES.get(kind, kind), shape=shape)
+        return argparse.Namespace(name=name, type=OPENVINO_TYPES.get(kind, kind), shape=shape)
 
     def get_inputs(self) -> list[argparse.Namespace]:
         return self.inputs
