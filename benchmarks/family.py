@@ -4,7 +4,8 @@
 and writes ``runs/family/TASK.json``; ``--merge`` writes ``benchmarks/results/family.json`` from all that are there.
 FOLDER holds the sets as ``sst2/train.jsonl.gz`` and so on. Every dense model but the embedding one is fine-tuned by the
 same run (``dense.train``) from all-MiniLM-L6-v2. SQuAD is trained on its first 44 articles only, and scored on
-1,000 questions.
+1,000 questions. ``--rates 5e-5 1e-4 2e-4`` first chooses the learning rate of recovery by one model, on every tenth
+training example, which it holds out for that: what is reported chooses nothing.
 """
 
 from __future__ import annotations
@@ -88,8 +89,12 @@ CASES = {
 }
 
 
-def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
-    """The recipe of one task."""
+RATE_TARGET = 3.0  # of the model that learning rates are compared on
+HELD_OUT = 10  # every tenth training example is
+
+
+def recipe_of(name: str, options: argparse.Namespace, rate: float | None = None) -> Recipe:
+    """The recipe of one task; ``rate``: the learning rate of recovery, instead of the task's own."""
     case, folder = CASES[name], Path(options.data).resolve()
     train = training_file(name, folder / case.folder / f"{case.train}.jsonl.gz", options.work)
     dense = {} if case.dense is None or options.model else {"train": True, "precision": options.precision, **case.dense}
@@ -114,9 +119,36 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
             "max_steps": options.steps,
             "precision": options.precision,
             **case.recover,
+            **({} if rate is None else {"learning_rate": rate}),
         },
     }
     return parse_recipe(raw, source=f"family {name}")
+
+
+def scores_by_rate(name: str, options: argparse.Namespace) -> dict[float, float]:
+    """Score of one trained model for every learning rate, on training examples that nothing was trained on."""
+    raw = recipe_of(name, options).model_dump(mode="json")
+    lines, folder = read_lines(Path(raw["data"]["calibration"])), options.work.resolve() / f"{name}-rates"
+    for part, is_held_out in (("calibration", False), ("evaluation", True)):
+        chosen = [line for number, line in enumerate(lines) if (number % HELD_OUT == 0) == is_held_out]
+        write_text(folder / f"{part}.jsonl", "".join(chosen))
+        raw["data"][part] = str(folder / f"{part}.jsonl")
+    raw.update(name=f"family-{name}-rates", speedups=[RATE_TARGET])
+    raw["data"]["n_evaluation"] = None
+    raw["benchmark"]["baselines"] = []
+    found = {}
+    for rate in options.rates:
+        raw["recover"].update(learning_rate=rate, mode="one-shot")
+        report = run_recipe(parse_recipe(raw, source=f"family {name}, rates"), ConsoleProgress())
+        found[rate] = report.members[1].served.accuracy[report.metric]
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a file of examples, compressed or not."""
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    return text.splitlines(keepends=True)
 
 
 def training_file(name: str, source: Path, work: Path) -> str:
@@ -124,8 +156,7 @@ def training_file(name: str, source: Path, work: Path) -> str:
     if not CASES[name].min_words:
         return str(source)
     target = work.resolve() / f"{name}-train.jsonl"
-    with gzip.open(source, "rt", encoding="utf-8") as stream:
-        rows = [line for line in stream if len(json.loads(line)["sentence"].split()) >= CASES[name].min_words]
+    rows = [line for line in read_lines(source) if len(json.loads(line)["sentence"].split()) >= CASES[name].min_words]
     write_text(target, "".join(rows))
     return str(target)
 
@@ -162,7 +193,9 @@ def rows_of(name: str, report: FamilyReport) -> list[dict[str, Any]]:
 
 def run_case(name: str, options: argparse.Namespace) -> None:
     """Run one recipe and write its rows."""
-    recipe, load = recipe_of(name, options), load_average()
+    load = load_average()
+    rates = scores_by_rate(name, options) if options.rates else {}
+    recipe = recipe_of(name, options, max(rates, key=lambda rate: rates[rate]) if rates else None)
     report = run_recipe(recipe, ConsoleProgress())
     part = {
         **provenance(),
@@ -170,6 +203,7 @@ def run_case(name: str, options: argparse.Namespace) -> None:
             "model": options.model or MODEL,
             "load_average_before": load,
             "recover": recipe.recover.model_dump(mode="json"),
+            **({"scores_by_rate": [[rate, score] for rate, score in rates.items()]} if rates else {}),
             "dense": recipe.dense.model_dump(mode="json"),
             "search": recipe.prune.search.model_dump(),
             "environment": recipe.environment.describe(),
@@ -248,6 +282,7 @@ def main() -> None:
     parser.add_argument("--model", help="fine-tuned checkpoint of the task, instead of fine-tuning one")
     parser.add_argument("--table", help="latency table of the same shapes, instead of measuring one a task")
     parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="learning rates of recovery to choose from")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps a member")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)

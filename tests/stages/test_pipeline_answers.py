@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -27,6 +28,20 @@ def answers(model: Any, folder: Path) -> list[str]:
     return [NAMES[int(each.argmax())] for each in logits]
 
 
+def answers_of_file(path: Path, folder: Path) -> list[str]:
+    """The same of an ONNX file."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    wanted = {item.name for item in session.get_inputs()}
+    encoded = [tokenizer(text, return_tensors="np") for text in TEXTS]
+    logits = [session.run(["logits"], {name: each[name] for name in wanted})[0][0] for each in encoded]
+    return [NAMES[int(each.argmax())] for each in logits]
+
+
+def share_of(right: list[str], given: list[str]) -> float:
+    return sum(one == other for one, other in zip(given, right, strict=True)) / len(right)
+
+
 @pytest.mark.slow
 def test_scores_are_those_of_the_members_own_answers(tmp_path: Path) -> None:
     classes = {"id2label": dict(enumerate(NAMES)), "label2id": {name: n for n, name in enumerate(NAMES)}}
@@ -38,12 +53,20 @@ def test_scores_are_those_of_the_members_own_answers(tmp_path: Path) -> None:
     rows = [{"text": text, "label": name} for text, name in zip(TEXTS, right, strict=True)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(64)))
-    report = run_pipeline(recipe(tmp_path, model={"path": str(tmp_path / "model")}, speedups=[2.0]))
+    compress = {"variants": ["sparse", "int8"], "int8": {"method": "static", "n_calibration": 8}}
+    changes = {"model": {"path": str(tmp_path / "model")}, "compress": compress}
+    report = run_pipeline(recipe(tmp_path, speedups=[2.0], **changes))
     first, member = report.members
     assert first.served.accuracy["accuracy"] == 1.0
     assert first.served.accuracy["macro_f1"] == 1.0
     folder = tmp_path / "runs" / "tiny" / member.folder
-    given = answers(load(folder), folder)
-    shared = sum(one == other for one, other in zip(given, right, strict=True)) / len(right)
-    assert member.served.accuracy["accuracy"] == pytest.approx(shared)
+    plain, *compressed = member.files
+    shared = share_of(right, answers(load(folder), folder))
+    assert plain.accuracy["accuracy"] == pytest.approx(shared)
     assert shared < 1, "a member that answers like the dense model would hide that the two were swapped"
+    assert {file.variant for file in compressed} == {"sparse", "int8"}
+    scores = [file.accuracy["accuracy"] for file in compressed]
+    assert scores == pytest.approx(
+        [share_of(right, answers_of_file(folder / file.file, folder)) for file in compressed]
+    )
+    assert len({shared, *scores}) > 1, "files that all answer alike would hide that they were swapped"
