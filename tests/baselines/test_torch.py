@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.decoder_models import causal_model
 from tests.helpers.dense_files import dense_source
 from tests.helpers.models import output_tensors, tiny_inputs
-from ziplm_deploy.baselines import get_baseline
+from ziplm_deploy.baselines import DenseSource, get_baseline
 from ziplm_deploy.engines import WorkerHandle, WorkerOptions, get_engine
+from ziplm_deploy.engines.worker import torch_checkpoint
 from ziplm_deploy.errors import EngineError
+from ziplm_deploy.machine.info import machine_info
+from ziplm_deploy.models.causal import as_linears
 
 OPTIONS = WorkerOptions(batch_size=2, seq_len=16)
 MODELS = (
@@ -88,3 +95,33 @@ def test_the_checkpoint_is_the_model_as_it_is(made: Path) -> None:
     found = load_file(made / "model.safetensors")
     assert all(torch.equal(value, found[name]) for name, value in expected.items() if name in found)
     assert len(found) > 40
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_language_models_are_called_with_a_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch, "set_num_interop_threads", lambda count: None)
+    model = as_linears(causal_model(kind))
+    source = DenseSource(tmp_path, lambda: model, list, machine_info(), lambda path: None)
+    get_baseline("torch").make(source, tmp_path)
+    session = torch_checkpoint.Sessions(argparse.Namespace(threads=1)).load(str(tmp_path / "model.safetensors"))
+    seen: list[tuple[tuple[int, ...], int]] = []
+    forward = session.model.forward
+
+    @functools.wraps(forward)
+    def watched(**inputs: Any) -> Any:
+        past = inputs.get("cache", inputs.get("past_key_values"))
+        seen.append((tuple(inputs["input_ids"].shape), 0 if past is None else past.get_seq_length()))
+        return forward(**inputs)
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    found = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": np.ones((1, 4), np.int64)})[0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    monkeypatch.setattr(session.model, "forward", watched)
+    prefill, decode = session.timed_calls([(2, 7, 0), (2, 1, 9)])
+    assert all(ms > 0 for ms in (prefill(), prefill(), decode(), decode()))
+    assert seen == [((2, 7), 0)] * 2 + [((2, 9), 0)] + [((2, 1), 9)] * 2

@@ -225,11 +225,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = {"mode": "one-shot", "max_steps": 40, "batch_size": 4, "learning_rate": 2e-3, "task_weight": 0.1}
     compress = {"variants": ["int8"], "int8": {"max_loss": 0.02, "weight_only_4": ["*.feed_forward.up"]}}
     search = {"search": {"context": 8}}
-    run_pipeline(parse_recipe(causal_recipe(folder, recover=training, compress=compress, prune=search)))
+    benchmark = {"baselines": ["torch"]}
+    changes = {"recover": training, "compress": compress, "prune": search, "benchmark": benchmark}
+    run_pipeline(parse_recipe(causal_recipe(folder, **changes)))
     return folder / "runs" / "tiny"
 
 
 @pytest.mark.slow
+def test_requests_are_compared_with_those_in_torch(trained: Path) -> None:
+    report = FamilyReport.load(trained / "report.json")
+    assert [baseline.name for baseline in report.baselines] == ["torch"]
+    requests = [[call.seq_len for call in each.calls] for each in (report.baselines[0], report.members[0].served)]
+    assert requests[0] == requests[1]
+    assert all(file.over_torch is not None for member in report.members for file in member.files)
+
+
 @pytest.mark.slow
 def test_members_learn_from_the_dense_model(trained: Path) -> None:
     record = TrainingRecord.load(trained / "1.5x" / "training.json")

@@ -66,6 +66,7 @@ class Baseline(ABC):
     calibrates: ClassVar[bool] = False  # whether it depends on calibration examples
     trains: ClassVar[bool] = False  # whether it takes the training of members, where that can change the dense model
     scales_span_batch: ClassVar[bool] = False  # whether an answer depends on the other examples of a call
+    of_causal: ClassVar[bool] = False  # is made of language models, too
     answers_as_dense: ClassVar[bool] = False  # whether its scores are those of the dense model: then it is only timed
 
     @abstractmethod

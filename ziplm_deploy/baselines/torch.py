@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ziplm_deploy.baselines.base import Baseline, DenseSource, installed_version
 from ziplm_deploy.machine.info import MachineInfo
+from ziplm_deploy.models.causal import is_language_model, stock_weights
 from ziplm_deploy.models.dense import quiet_transformers
 
 
@@ -20,6 +21,7 @@ class Torch(Baseline):
     title: ClassVar[str] = "dense float32 in torch"
     engine: ClassVar[str] = "torch"
     files: ClassVar[tuple[str, ...]] = ("model.safetensors", "config.json")
+    of_causal: ClassVar[bool] = True
     answers_as_dense: ClassVar[bool] = True
 
     def tool(self) -> str:
@@ -31,8 +33,9 @@ class Torch(Baseline):
 
     def make(self, dense: DenseSource, folder: Path) -> None:
         model: Any = dense.model()
+        weights = stock_weights(model) if is_language_model(model) else None
         with quiet_transformers():
-            model.save_pretrained(folder, max_shard_size="100GB")  # one file
+            model.save_pretrained(folder, state_dict=weights, max_shard_size="100GB")  # one file
 
 
 BASELINE = Torch()

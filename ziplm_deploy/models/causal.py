@@ -26,6 +26,14 @@ def as_linears(model: _Module) -> _Module:
     return model
 
 
+def stock_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of a model as its class in transformers has it: what :func:`as_linears` turned, turned back."""
+    with torch.device("meta"):
+        stock = type(model)(model.config)
+    turned = {f"{name}.weight" for name, module in stock.named_modules() if isinstance(module, Conv1D)}
+    return {name: value.T.contiguous() if name in turned else value for name, value in model.state_dict().items()}
+
+
 def is_language_model(model: nn.Module) -> bool:
     """Whether a model writes text: a causal one with its head over the vocabulary. Without, it is an encoder."""
     causal = architecture_of(model.config).causal is not None  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def _is_asked(recipe: Recipe, name: str) -> bool:
 def _make(run: Run, files: BaselineFiles) -> str:
     """Make one baseline; returns why it cannot be made, or nothing."""
     page, machine, stage = files.page, machine_info(), f"baseline {files.name}"
-    if run.task.is_causal:
+    if run.task.is_causal and not page.of_causal:
         _remove(files)
         return f"nothing stock is made for {run.recipe.model.task} yet"
     try:

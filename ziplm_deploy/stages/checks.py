@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ziplm_deploy.baselines import BASELINES, get_baseline
 from ziplm_deploy.compression.int8.weight_only import check_bits
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import DataError, RecipeError
@@ -82,17 +83,18 @@ def check_task(recipe: Recipe) -> None:
             "expected export.genai or export.stock_optimum, found both: onnxruntime-genai reads the heads of each "
             "layer where stock optimum needs them open; make two runs, or export one of them in Python (exporters)"
         )
+    made = [name for name in BASELINES if get_baseline(name).of_causal]
     asked = {
         "export.shapes": (recipe.export.shapes, "dynamic"),
         "dense.train": (recipe.dense.train, False),
         "compress.variants": ([str(variant) for variant in recipe.compress.variants if variant != Variant.INT8], []),
         "compress.int8.method": (recipe.compress.int8.method, "dynamic"),
         "compress.int8.backend": (recipe.compress.int8.backend, "onnxruntime"),
-        "benchmark.baselines": (list(recipe.benchmark.baselines or ()), []),
+        "benchmark.baselines": (list(recipe.benchmark.baselines or ()), made),
     }
     _check_causal_engines(recipe)
     for name, (found, possible) in asked.items():
-        if found != possible:
+        if found not in (possible, []):
             raise RecipeError(
                 f"expected {name} {possible} for {recipe.model.task}, found {found}: nothing else is made for causal "
                 "language models yet; change the recipe"

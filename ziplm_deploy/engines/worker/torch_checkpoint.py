@@ -7,14 +7,17 @@ of transformers itself are made; no code of the folder is run, and nothing is do
 from __future__ import annotations
 
 import argparse
+import copy
 import os
+import time
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
 import numpy as np
 
 from .facts import EngineFacts
-from .inputs import make_inputs
+from .inputs import make_ids, make_inputs
 
 # What transformers imports with its first model takes seconds: with these, the worker does so while others come up.
 FACTS = EngineFacts(
@@ -58,7 +61,7 @@ class Sessions:
         )
         if report["missing_keys"]:
             raise ValueError(f"expected all weights in {path}, found none for {sorted(report['missing_keys'])[0]}")
-        return TorchSession(model.eval())
+        return (CausalTorchSession if model.can_generate() else TorchSession)(model.eval())
 
 
 class TorchSession:
@@ -95,3 +98,34 @@ class TorchSession:
         with torch.inference_mode():
             answers = self.model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
         return {name: value for name, value in answers.items() if isinstance(value, torch.Tensor)}
+
+
+class CausalTorchSession(TorchSession):
+    """A language model with the cache of transformers, called as its ``generate()`` does."""
+
+    def timed_calls(self, calls: list[tuple[int, int, int]]) -> list[Callable[[], float]]:
+        """One run of every call (batch size, tokens, cached tokens), each of which returns its milliseconds."""
+        return [self._timed_call(*call) for call in calls]
+
+    def _timed_call(self, batch_size: int, tokens: int, cached: int) -> Callable[[], float]:
+        import torch
+
+        ids = torch.from_numpy(make_ids(batch_size, cached + tokens))
+        before: list[Any] = []  # the cache as the call finds it, made with the first run
+        taken = signature(self.model.forward).parameters
+        name = "cache" if "cache" in taken else "past_key_values"  # before transformers 5
+        settings = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in taken else {})}
+
+        def call(new: Any, cache: Any) -> Any:
+            return self.model(input_ids=new, **{name: cache}, **settings)[name]
+
+        def run() -> float:
+            with torch.inference_mode():
+                if cached and not before:
+                    before.append(call(ids[:, :cached], None))
+                cache = copy.deepcopy(before[0]) if before else None  # a call appends to it
+                start = time.perf_counter()
+                call(ids[:, cached:], cache)
+                return 1000.0 * (time.perf_counter() - start)
+
+        return run
