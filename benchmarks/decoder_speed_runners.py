@@ -151,6 +151,8 @@ def llama_cpp(model: str, prefill: int, decode: int, repeats: int) -> dict[str, 
     parameters.n_ctx, parameters.n_parallel, parameters.n_batch = 512, 1, 512
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.verbosity = 0
+    # Not mapped from the file: in memory of the process, as other engines hold them, weights lie in huge pages.
+    parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     server = xllamacpp.Server(parameters)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, prefill).tolist()
     asked = {"prompt": ids, "n_predict": decode, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
