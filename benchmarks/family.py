@@ -126,11 +126,13 @@ def recipe_of(name: str, options: argparse.Namespace, rate: float | None = None)
 
 
 def scores_by_rate(name: str, options: argparse.Namespace) -> dict[float, float]:
-    """Score of one trained model for every learning rate, on training examples that nothing was trained on."""
+    """Score of one trained model for every learning rate, on training examples that the run trains nothing on."""
     raw = recipe_of(name, options).model_dump(mode="json")
     lines, folder = read_lines(Path(raw["data"]["calibration"])), options.work.resolve() / f"{name}-rates"
+    groups: dict[str, int] = {}  # questions about one paragraph stay together
+    numbers = [groups.setdefault(json.loads(line).get("context", line), len(groups)) for line in lines]
     for part, is_held_out in (("calibration", False), ("evaluation", True)):
-        chosen = [line for number, line in enumerate(lines) if (number % HELD_OUT == 0) == is_held_out]
+        chosen = [line for line, number in zip(lines, numbers, strict=True) if (number % HELD_OUT == 0) == is_held_out]
         write_text(folder / f"{part}.jsonl", "".join(chosen))
         raw["data"][part] = str(folder / f"{part}.jsonl")
     raw.update(name=f"family-{name}-rates", speedups=[RATE_TARGET])
@@ -141,6 +143,9 @@ def scores_by_rate(name: str, options: argparse.Namespace) -> dict[float, float]
         raw["recover"].update(learning_rate=rate, mode="one-shot")
         report = run_recipe(parse_recipe(raw, source=f"family {name}, rates"), ConsoleProgress())
         found[rate] = report.members[1].served.accuracy[report.metric]
+    if not options.keep:
+        for path in (folder, options.work / raw["name"]):
+            shutil.rmtree(path)
     return found
 
 
@@ -289,6 +294,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the run folders")
     parser.add_argument("--merge", action="store_true")
     options = parser.parse_args()
+    if options.rates and options.model:
+        parser.error("expected --rates without --model, which may have been trained on the examples that are held out")
     for name in options.tasks:
         run_case(name, options)
     if options.merge:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ziplm_deploy
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import raw_recipe, recipe, stamps, write_rows, written_again
 from ziplm_deploy.baselines import BaselineScores, DenseSource, get_baseline, onnxruntime_int8
@@ -161,26 +161,47 @@ def test_a_file_that_its_engine_cannot_run_is_not_timed(copied: Path, monkeypatc
     assert not (copied / "runs" / "tiny" / "baselines" / INT8).exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["baselines", "evaluate"])  # before it is timed, or over examples of another length
-def test_one_that_cannot_answer_is_a_note(copied: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def answerless(environment: object, path: Path) -> Any:
+    """A runner in the place of an engine's that fails over every example."""
+
     def fail(*arguments: object) -> None:
         raise EngineError("expected 8 rows, found 0")
 
-    @contextlib.contextmanager
-    def answerless(environment: object, path: Path) -> Iterator[Callable[..., None]]:
-        yield fail
+    return contextlib.nullcontext(fail)
 
-    monkeypatch.setattr(f"ziplm_deploy.stages.{place}.open_runner", answerless)
+
+@pytest.mark.slow
+def test_one_that_cannot_answer_is_not_measured(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ziplm_deploy.stages.baselines.open_runner", answerless)
     without(monkeypatch, "openvino-int8")
     folder = copied / "runs" / "tiny" / "baselines"
-    (folder / (f"{INT8}/model.onnx" if place == "baselines" else f"{INT8}-accuracy.json")).unlink()
+    (folder / INT8 / "model.onnx").unlink()
     report = run_pipeline(recipe(copied, benchmark={"baselines": None}))
     assert INT8 not in {each.name for each in report.baselines}
     assert f"baseline {INT8} was not measured: expected 8 rows, found 0" in report.notes
     assert not (folder / INT8).exists()
     with pytest.raises(EngineError, match="expected 8 rows"):
         run_pipeline(with_baselines(copied, INT8))
+
+
+@pytest.mark.slow
+def test_one_that_fails_over_examples_is_not_scored(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "openvino-int8")
+    (copied / "runs" / "tiny" / "baselines" / f"{INT8}-accuracy.json").unlink()
+    changed = recipe(copied, benchmark={"baselines": None})
+    with monkeypatch.context() as failing:
+        failing.setattr("ziplm_deploy.stages.evaluate.open_runner", answerless)
+        report = run_pipeline(changed)
+        note = f"baseline {INT8} was not scored: expected 8 rows, found 0"
+        scored = {each.name: bool(each.accuracy) for each in report.baselines}
+        assert (scored[INT8], scored["torch"], note in report.notes) == (False, True, True)
+        assert f"| {INT8} |" in family_markdown(report)
+        assert ziplm_deploy.report(changed).baselines == report.baselines, "nothing is measured again"
+        with pytest.raises(EngineError, match="expected 8 rows"):
+            run_pipeline(with_baselines(copied, INT8))
+    report = run_pipeline(changed)
+    assert note not in report.notes
+    assert all(each.accuracy for each in report.baselines)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ IN_LLAMA_CPP: dict[str, Any] = {
     "environment": {"engine": "llamacpp", "workload": REQUESTS},
     "export": {"gguf": "F16"},
     "recover": {"mode": "one-shot", "max_steps": 2, "batch_size": 4},
+    "benchmark": {"baselines": None},  # as by default; none is made of GGUF files
 }
 
 
@@ -112,6 +113,8 @@ def test_members_continue_texts_in_llama_cpp(run_dir: Path) -> None:
 @pytest.mark.slow
 def test_report_and_card_say_what_was_measured(run_dir: Path) -> None:
     report = FamilyReport.load(run_dir / "report.json")
+    assert report.baselines == []
+    assert any("nothing stock is made for text-generation beside files of llama.cpp" in note for note in report.notes)
     assert [member.served.facts["weights"] for member in report.members] == ["F16", "F16"]
     sizes = [(run_dir / member.name / "model.gguf").stat().st_size for member in report.members]
     assert [member.served.onnx_bytes for member in report.members] == sizes

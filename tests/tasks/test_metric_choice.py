@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef
 from tests.helpers.evaluation import evaluation_set
 from tests.helpers.models import labelled_rows, tiny_model
 from ziplm_deploy.errors import DataError, RecipeError
-from ziplm_deploy.recipe import ModelConfig
+from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.tasks import TASKS, Task, get_task, torch_function
 from ziplm_deploy.tasks.label_metrics import f1_of_label
 from ziplm_deploy.tasks.metrics import (
@@ -183,11 +184,14 @@ def test_a_label_that_model_or_examples_do_not_have_is_refused(task: str) -> Non
     names = HEADS[task]
     head = SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names)), problem_type=None)
     right = chosen(task, "f1:spam")
-    assert len(right.check_labels(labelled(task, "spam", "fraud"), head)) == 2
+    few, enough = (right.check_labels(labelled(task, "fraud", *["spam"] * n), head) for n in (7, 8))
+    settle = functools.partial(right.settle_rows, data=DataConfig(), seed=0, processor=None)
+    assert settle(enough, which="evaluation") == enough
+    assert settle(few, which="train") == few, "training and calibration may do without"
     with pytest.raises(RecipeError, match=r"a label of the model in model\.metric \(.*spam.*\), found 'eggs'"):
         chosen(task, "f1:eggs").check_labels([], head)
-    with pytest.raises(DataError, match=r"examples of 'spam'.*found none"):
-        right.check_labels(labelled(task, "fraud"), head)
+    with pytest.raises(DataError, match=r"8 or more evaluation examples of 'spam'.*found 7; give more"):
+        settle(few, which="evaluation")
 
 
 def test_only_tasks_with_classes_have_f1_of_one() -> None:

@@ -12,6 +12,8 @@ import sys
 import traceback
 from typing import Any
 
+# A script's own folder comes first, and has a torch.py.
+sys.path[:] = [place for place in sys.path if os.path.abspath(place) != os.path.dirname(os.path.abspath(__file__))]
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would fork a process that calls out
 
 

@@ -6,9 +6,14 @@ normalization of sentence embeddings, microseconds of it, are left out.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.baselines.base import Baseline, DenseSource, installed_version
 from ziplm_deploy.machine.info import MachineInfo
 from ziplm_deploy.models.causal import is_language_model, stock_weights
@@ -33,9 +38,22 @@ class Torch(Baseline):
 
     def make(self, dense: DenseSource, folder: Path) -> None:
         model: Any = dense.model()
-        weights = stock_weights(model) if is_language_model(model) else None
+        if is_language_model(model):
+            _save_language_model(model, folder)
+            return
         with quiet_transformers():
-            model.save_pretrained(folder, state_dict=weights, max_shard_size="100GB")  # one file
+            model.save_pretrained(folder, max_shard_size="100GB")  # one file
+
+
+def _save_language_model(model: Any, folder: Path) -> None:
+    """Write weights and configuration alone: settings of generation, which are not used here, may be refused."""
+    weights: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in stock_weights(model).items():
+        weights.setdefault(tensor.data_ptr(), (name, tensor))  # what is tied is stored once
+    stored = {name: tensor.contiguous() for name, tensor in weights.values()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    write_text(folder / "config.json", json.dumps(config, indent=1, default=str) + "\n")
 
 
 BASELINE = Torch()

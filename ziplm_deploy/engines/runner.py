@@ -15,7 +15,7 @@ from onnx import TensorProto
 from exporters.decoder_logits import with_all_logits
 from exporters.files import temporary_name
 from ziplm_deploy.engines import WorkerOptions, get_engine
-from ziplm_deploy.engines.session import cpu_session, refuse_if_too_old
+from ziplm_deploy.engines.session import answers_of, cpu_session, refuse_if_too_old
 from ziplm_deploy.engines.worker.cache import CachedModel, is_causal
 from ziplm_deploy.errors import EngineError
 from ziplm_deploy.machine.info import usable_cores
@@ -37,8 +37,7 @@ def onnx_runner(path: Path) -> ModelFunction:
     names = [item.name for item in session.get_outputs()]
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = session.run(names, fitted(inputs, wanted))
-        return dict(zip(names, outputs, strict=True))
+        return answers_of(session, names, fitted(inputs, wanted), path)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ def cpu_session(model: Path | bytes) -> Any:
         raise EngineError(
             f"expected a model that ONNX Runtime runs in {name}, found: {error}; export it again"
         ) from error
+
+
+def answers_of(session: Any, names: list[str], inputs: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Named outputs of a session of a file.
+
+    Raises:
+        EngineError: ONNX Runtime cannot run the graph on these inputs.
+    """
+    try:
+        return dict(zip(names, session.run(names, inputs), strict=True))
+    except Exception as error:  # as above
+        raise EngineError(f"expected ONNX Runtime to run {source}, found: {error}; export it again") from error
 
 
 def refuse_if_too_old(session: Any) -> None:

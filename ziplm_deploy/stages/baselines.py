@@ -42,28 +42,12 @@ def make_baselines(run: Run) -> None:
             refused = _make(run, files)
             if refused and asked is not None:
                 raise EngineError(refused)
-            note = _note(name, refused) if refused else None
+            note = f"baseline {name} was not measured: {refused}" if refused else None
         else:
             _remove(files)
             if files.page.trains and distributed.is_first():
                 shutil.rmtree(run.folder.dense_trained_on.folder, ignore_errors=True)
         run.folder.set_note(f"baseline {name}", note)
-
-
-def withdraw_baseline(run: Run, files: BaselineFiles, error: EngineError) -> None:
-    """Take a baseline out of the run whose engine fails over examples; what is left of it is a note.
-
-    Raises:
-        EngineError: the recipe names it.
-    """
-    if run.recipe.benchmark.baselines is not None:
-        raise error
-    _remove(files)
-    run.folder.set_note(f"baseline {files.name}", _note(files.name, str(error)))
-
-
-def _note(name: str, refused: str) -> str:
-    return f"baseline {name} was not measured: {refused}"
 
 
 def check_baselines(recipe: Recipe) -> None:
@@ -102,9 +86,10 @@ def _is_asked(recipe: Recipe, name: str) -> bool:
 def _make(run: Run, files: BaselineFiles) -> str:
     """Make one baseline; returns why it cannot be made, or nothing."""
     page, machine, stage = files.page, machine_info(), f"baseline {files.name}"
-    if run.task.is_causal and not page.of_causal:
+    if run.task.is_causal and (not page.of_causal or run.recipe.environment.runs_gguf):
         _remove(files)
-        return f"nothing stock is made for {run.recipe.model.task} yet"
+        beside = " beside files of llama.cpp" if run.recipe.environment.runs_gguf else ""
+        return f"nothing stock is made for {run.recipe.model.task}{beside} yet"
     try:
         get_engine(page.engine).version()
         made_by = BaselineRecord(tool=page.tool(), settings=page.settings(machine))
@@ -154,7 +139,15 @@ def _try(run: Run, page: Baseline, path: Path) -> None:
         trial.run(path)
     if not page.answers_as_dense:
         with open_runner(environment, path) as answer:
-            answer(dict(_batches(run)[0]))
+            answer(_example(run))
+
+
+def _example(run: Run) -> dict[str, np.ndarray]:
+    """Inputs of a call: one example, or as many as static shapes hold, perhaps one again and again."""
+    recipe = run.recipe
+    size = recipe.environment.workload.batch_size if recipe.export.shapes == "static" else 1
+    batch = run.data.encode([run.data.calibration_rows[0]] * size, size, recipe.environment.workload.seq_len)[0]
+    return {name: value.numpy() for name, value in batch.items()}
 
 
 def _batches(run: Run) -> Sequence[dict[str, np.ndarray]]:

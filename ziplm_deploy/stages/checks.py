@@ -83,7 +83,8 @@ def check_task(recipe: Recipe) -> None:
             "expected export.genai or export.stock_optimum, found both: onnxruntime-genai reads the heads of each "
             "layer where stock optimum needs them open; make two runs, or export one of them in Python (exporters)"
         )
-    made = [name for name in BASELINES if get_baseline(name).of_causal]
+    on_llama_cpp = recipe.environment.runs_gguf
+    made = [name for name in BASELINES if get_baseline(name).of_causal and not on_llama_cpp]
     asked = {
         "export.shapes": (recipe.export.shapes, "dynamic"),
         "dense.train": (recipe.dense.train, False),

@@ -16,7 +16,7 @@ from ziplm_deploy.run.baseline import BaselineFiles
 from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.baselines import made_baselines, withdraw_baseline
+from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.continuations import continue_texts
 from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.gains import compare_with_baselines
@@ -48,10 +48,7 @@ def evaluate(run: Run) -> None:
             run.progress.step(index + 1, len(files))
         for each in made_baselines(run):
             if not each.page.answers_as_dense:
-                try:
-                    evaluate_baseline(run, each, dense)
-                except EngineError as error:
-                    withdraw_baseline(run, each, error)
+                evaluate_baseline(run, each, dense)
     on_llama_cpp = measured_gguf_files(run)
     for index, each_gguf in enumerate(on_llama_cpp):
         evaluate_gguf(run, each_gguf)
@@ -91,7 +88,11 @@ def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
 
 
 def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None:
-    """Write the scores of a baseline, on its own engine; ``dense`` as in :func:`evaluate_file`."""
+    """Write the scores of a baseline, on its own engine; ``dense`` as in :func:`evaluate_file`.
+
+    Raises:
+        EngineError: the engine fails over an example. Unless the recipe names the baseline, a note says so instead.
+    """
     engine = baseline.page.engine
     version = get_engine(engine).version()
     data = run.data.evaluation_set_of(as_served=baseline.page.scales_span_batch)
@@ -103,13 +104,24 @@ def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None
         data=run.data.evaluation_key,
     )
 
+    note: list[str] = []
+
     def work() -> None:
-        with open_runner(run.recipe.environment.model_copy(update={"engine": engine}), baseline.paths[0]) as runner:
-            own = cache_embeddings(runner)
-            outcomes, fidelity = run.task.outcomes_and_fidelity(own, dense.function, data, dense.data)
+        baseline.scores.unlink(missing_ok=True)
+        environment = run.recipe.environment.model_copy(update={"engine": engine})
+        try:
+            with open_runner(environment, baseline.paths[0]) as runner:
+                own = cache_embeddings(runner)
+                outcomes, fidelity = run.task.outcomes_and_fidelity(own, dense.function, data, dense.data)
+        except EngineError as error:
+            if run.recipe.benchmark.baselines is not None:
+                raise
+            note.append(f"baseline {baseline.name} was not scored: {error}")
+            return
         _save(run, baseline, outcomes, fidelity, engine, version)
 
     run.folder.make(f"evaluate baseline {baseline.name}", key, [baseline.scores, baseline.outcomes], work)
+    run.folder.set_note(f"scores of baseline {baseline.name}", note[0] if note else None)
 
 
 def evaluate_gguf(run: Run, file: GgufFile) -> None:

@@ -30,7 +30,8 @@ def scored_as(run: Run, baseline: BaselineFiles) -> Scored:
 def compare_with_baselines(run: Run, files: Sequence[ModelFile]) -> None:
     """Write how surely each baseline scores higher or lower than each of these files, and than the dense model."""
     path = _path(run)
-    baselines = {made.name: scored_as(run, made) for made in made_baselines(run)}
+    made = {each.name: scored_as(run, each) for each in made_baselines(run)}
+    baselines = {name: file for name, file in made.items() if file.scores.exists()}  # its engine may have failed
     if not baselines:
         if distributed.is_first():
             path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from ziplm_deploy.recipe import DataConfig, ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Arrays, Batch, collate_examples, token_lengths
 from ziplm_deploy.tasks.data import Row, find_columns, read_rows, sample_rows
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
-from ziplm_deploy.tasks.label_metrics import PREFIX, f1_of_label, label_of
+from ziplm_deploy.tasks.label_metrics import PREFIX, check_examples, f1_of_label, label_of
 from ziplm_deploy.tasks.label_reading import LabelReading
 from ziplm_deploy.tasks.losses import cross_entropy, kl_divergence, sampled_cross_entropy
 from ziplm_deploy.tasks.metrics import Metric, score
@@ -111,7 +111,13 @@ class Task(ABC):
         Raises:
             DataError: too few rows for what is asked for.
         """
+        if which == "evaluation" and self.has_classes and rows and "label" in rows[0]:
+            check_examples(self.metric_name, (self.example_labels(row) for row in rows))
         return rows
+
+    def example_labels(self, row: Row) -> Collection[str]:
+        """Names of the labels of a checked row, for metrics of one of them."""
+        return {row["label_names"][row["label"]]}
 
     def linked_files_hash(self, source: str, data: DataConfig) -> str:
         """Stands for the content of files that a data file names; empty where rows hold all themselves."""

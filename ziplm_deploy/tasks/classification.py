@@ -133,7 +133,7 @@ def check_classes(rows: list[Row], config: Any, metric: str) -> list[Row]:
     """Rows as by :func:`check_class_labels`, with ``label_names`` by number where a metric is of one of them.
 
     Raises:
-        DataError: as that, or no row has the label that the metric is of.
+        DataError: as that.
         RecipeError: a model of such classes does not have this metric.
     """
     if metric == "f1" and config.num_labels != 2:
@@ -145,8 +145,7 @@ def check_classes(rows: list[Row], config: Any, metric: str) -> list[Row]:
     if label_of(metric) is None:
         return checked
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    labels = {names[row["label"]] for row in checked if "label" in row}
-    check_label(metric, names, labels or None)
+    check_label(metric, names)
     return [{**row, "label_names": names} if "label" in row else row for row in checked]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ziplm_deploy.tasks.metrics import Floats, Metric, f1_of_counts
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 PREFIX = "f1:"
+MIN_EXAMPLES = 8  # one half chooses by it, the other is reported
 _SHOWN = 20
 
 
@@ -39,25 +40,29 @@ def label_number(metric: str, outcomes: Outcomes) -> int | None:
     return None if label is None else outcomes.names.index(label)
 
 
-def check_label(metric: str, names: Sequence[str], present: Collection[str] | None) -> None:
-    """Refuse a metric of a label that the model does not have, or that no example has.
+def check_label(metric: str, names: Sequence[str]) -> None:
+    """Raise :class:`RecipeError` for a metric of a label that is none of the model's; lists those there are."""
+    label = label_of(metric)
+    if label is not None and label not in names:
+        shown = ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+        raise RecipeError(f"expected a label of the model in model.metric ({shown}), found {label!r}; correct it")
+
+
+def check_examples(metric: str, labels: Iterable[Collection[str]]) -> None:
+    """Refuse a metric of a label that too few evaluation examples have for their halves to tell anything of it.
 
     Args:
-        names: labels of the model.
-        present: labels of the examples; None where there are none yet.
+        labels: of every example.
 
     Raises:
-        RecipeError: no such label; lists those there are.
-        DataError: no example has it, so that its F1 would be 0 whatever a model answers.
+        DataError: fewer than 8 have it.
     """
     label = label_of(metric)
     if label is None:
         return
-    if label not in names:
-        shown = ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
-        raise RecipeError(f"expected a label of the model in model.metric ({shown}), found {label!r}; correct it")
-    if present is not None and label not in present:
+    count = sum(label in each for each in labels)
+    if count < MIN_EXAMPLES:
         raise DataError(
-            f"expected examples of {label!r}, by whose F1 model.metric goes, found none; give other examples, or "
-            "choose another metric"
+            f"expected {MIN_EXAMPLES} or more evaluation examples of {label!r}, by whose F1 model.metric goes, found "
+            f"{count}; give more of them, or choose another metric"
         )

@@ -71,10 +71,11 @@ class MultiLabelClassification(TextTask):
                     )
                 row = {**row, "label": [int(value) for value in label], "label_names": list(reading.names)}
             checked.append(row)
-        labels = [row["label"] for row in checked if "label" in row]
-        present = {name for label in labels for name, one in zip(reading.names, label, strict=True) if one}
-        check_label(self.metric_name, reading.names, present if labels else None)
+        check_label(self.metric_name, reading.names)
         return checked
+
+    def example_labels(self, row: Row) -> set[str]:
+        return {name for name, one in zip(row["label_names"], row["label"], strict=True) if one}
 
     def label_reading(self, rows: list[Row], config: Any) -> LabelReading | None:
         return None if _zeros_and_ones(rows) else read_labels(labels_in(rows), config)

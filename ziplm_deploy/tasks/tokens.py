@@ -98,15 +98,18 @@ class TokenClassification(Task):
             for number, row in enumerate(rows, 1)
         ]
         if not are_unnamed(names):
-            kinds = {tag: kind for tag, (_, kind) in TagScheme.of(names).parts.items()}
-            present = {kinds[name] for name in {names[tag] for tag in labels_in(checked)} if name in kinds}
-            check_label(self.metric_name, sorted(set(kinds.values())), present if checked else None)
+            check_label(self.metric_name, sorted({kind for _, kind in TagScheme.of(names).parts.values()}))
         return checked
 
     def settle_rows(self, rows: list[Row], data: DataConfig, which: Which, seed: int, processor: Any) -> list[Row]:
         if which == "evaluation" and rows and "label_names" in rows[0]:
             self._check_named(rows[0]["label_names"])
-        return rows
+        return super().settle_rows(rows, data, which, seed, processor)
+
+    def example_labels(self, row: Row) -> set[str]:
+        names = row["label_names"]
+        parts = TagScheme.of(names).parts
+        return {parts[name][1] for name in {names[tag] for tag in row["label"]} if name in parts}
 
     def label_reading(self, rows: list[Row], config: Any) -> LabelReading:
         return read_labels(labels_in(rows), config)

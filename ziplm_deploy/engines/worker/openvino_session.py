@@ -36,8 +36,14 @@ class Sessions:
     def load(self, path: str) -> OpenVinoSession:
         """Compile a file for this CPU."""
         model = self.core.read_model(path)
-        names = [[port.get_any_name() for port in ports] for ports in (model.inputs, model.outputs)]
+        names = [[name_of(port) for port in ports] for ports in (model.inputs, model.outputs)]
         return OpenVinoSession(self.core.compile_model(model, "CPU", self.settings), *names)
+
+
+def name_of(port: Any) -> str:
+    """Name of an input or output in the file; of several, that of its node, which inputs are called by."""
+    name: str = port.get_node().get_friendly_name()
+    return name if name in port.get_names() else str(port.get_any_name())
 
 
 class OpenVinoSession:
