@@ -15,6 +15,7 @@ import resource
 import statistics as summary
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from shapes import Shape, dense_model
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.models.levels import ffn_widths, head_counts
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
-from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
+from ziplm_deploy.pruning.database import Database, estimate_bytes, write_database
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.recipe import PruneConfig
 
@@ -65,8 +66,11 @@ def run_case(shape: Shape, threads: int) -> dict[str, Any]:
         for seed, module in enumerate(modules)
     }
     marks = [time.perf_counter()]
-    database = build_database(model, stats, sizes, PruneConfig(), progress=lambda *_: marks.append(time.perf_counter()))
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "database.safetensors"
+        write_database(path, model, stats, sizes, PruneConfig(), progress=lambda *_: marks.append(time.perf_counter()))
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        database = Database.load(path)
     seconds = {module.name: end - start for module, start, end in zip(modules, marks, marks[1:], strict=False)}
     return {
         "layers": shape.layers,

@@ -9,7 +9,8 @@ process, model, text and libraries included.
 ``--billion N``: the shapes of Llama-3.2-1B (hidden size 2048, FFN 8192, 8 groups of heads), random weights, cut to N
 layers, beside another of 2 N: their difference is what N more layers cost, and figures called ``billion_…_16_layers``
 go on from there to all 16, by a straight line (the embedding of the whole vocabulary is not in it). Moments stream
-under ``prune.memory_limit_gb``, here that of one FFN, so memory grows by weights and levels only. Every case runs
+under ``prune.memory_limit_gb``, here that of one FFN, and levels go to the disk, so memory grows by weights and Fisher
+information only. Every case runs
 in a process of its own, since peak memory only ever rises.
 """
 
@@ -21,6 +22,7 @@ import resource
 import statistics as summary
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.levels import ffn_widths, head_counts
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.pruning.calibration import iter_statistics, statistics_bytes
-from ziplm_deploy.pruning.database import build_database
+from ziplm_deploy.pruning.database import Database, write_database
 from ziplm_deploy.pruning.fisher import fisher_information
 from ziplm_deploy.recipe import DataConfig, ModelConfig, PruneConfig
 from ziplm_deploy.tasks import EvaluationSet, get_task
@@ -115,16 +117,20 @@ def run_case(layers: int, options: argparse.Namespace) -> dict[str, Any]:
         bound = int(prune.memory_limit_gb * GIBIBYTE)
         fisher = fisher_information(model, get_task(MODEL), batches, modules, seed=0, memory_limit_bytes=bound)
     statistics = iter_statistics(model, batches, modules, memory_limit_bytes=limit)
-    database = build_database(model, statistics, sizes, prune, fisher=fisher)
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        path = Path(folder) / "database.safetensors"
+        write_database(path, model, statistics, sizes, prune, fisher=fisher)
+        seconds, database_bytes = time.perf_counter() - began, path.stat().st_size
+        n_levels = sum(len(found) for found in Database.load(path).modules.values())
     return {
         "model": f"{layers} layers of a billion weights' shapes" if layers else "SmolLM2-135M",
         "layers": len(modules) // 2,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-        "levels": sum(len(found) for found in database.modules.values()),
-        "seconds": time.perf_counter() - began,
+        "levels": n_levels,
+        "seconds": seconds,
         "model_bytes": before_bytes,
-        "database_bytes": database.size_bytes,
+        "database_bytes": database_bytes,
         "memory_limit_bytes": limit,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "load_average": load_average(),
@@ -167,6 +173,7 @@ def main() -> None:
     parser.add_argument("--fisher", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--random", action="store_true", help="SmolLM2's shapes, not its package")
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--work", type=Path, help="folder for databases, up to some 10 GB; default: the system's")
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/prune_cost.json")
     parser.add_argument("--case", type=int, help="one case; prints its row as JSON")
     options = parser.parse_args()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +24,12 @@ from ziplm_deploy.pruning.compensations import dropped_level
 from ziplm_deploy.pruning.fisher import fisher_bytes
 from ziplm_deploy.pruning.methods import OutputLinear, get_method
 from ziplm_deploy.pruning.moments import InputMoments
+from ziplm_deploy.pruning.tensor_file import TensorFileWriter
 from ziplm_deploy.recipe import PruneConfig
 
 KIND = "level_database"
 SCHEMA_VERSION = 1
+_HEADER_BYTES = 1024  # more than names, shapes and error of a level take in the header of its file
 
 
 @dataclass
@@ -59,19 +60,18 @@ class Database:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically; raises ``StorageError``."""
-        tensors = {f"{name}/scores": scores.contiguous() for name, scores in self.scores.items()}
-        tensors.update({f"{name}/fisher": fisher.contiguous() for name, fisher in self.fisher.items()})
-        index: dict[str, dict[str, float]] = {}
-        for name, levels in self.modules.items():
-            index[name] = {str(size): level.relative_error for size, level in levels.items()}
-            for size, level in levels.items():
-                parts = {"kept": level.kept, "weight": level.weight, "bias": level.bias}
-                tensors.update({f"{name}/{size}/{part}": tensor.contiguous() for part, tensor in parts.items()})
-        head = {"kind": KIND, "schema_version": SCHEMA_VERSION, "errors": index, "damping": self.damping}
-        if self.losses:
-            head["losses"] = self.losses
-        with atomic_path(Path(path)) as temporary:
-            _save_file(tensors, temporary, {"database": json.dumps(head)})
+        built = (
+            ModuleLevels(
+                name,
+                levels,
+                self.damping.get(name),
+                self.scores.get(name),
+                self.losses.get(name),
+                self.fisher.get(name),
+            )
+            for name, levels in self.modules.items()
+        )
+        save_levels(path, built, {name: list(levels) for name, levels in self.modules.items()})
 
     @classmethod
     def load(cls, path: Path) -> Database:
@@ -101,11 +101,47 @@ class Database:
         return cls(modules, damping, scores, losses, fisher)
 
 
-def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path, metadata)
-    except safetensors.SafetensorError as error:  # a full disk arrives as this
-        raise OSError(str(error)) from error
+@dataclass(frozen=True)
+class ModuleLevels:
+    """What a database holds of one module; fields as in :class:`Database`, None for what it has not."""
+
+    name: str
+    levels: dict[int, LevelWeights]
+    damping: float | None = None
+    scores: Tensor | None = None
+    loss: float | None = None
+    fisher: Tensor | None = None
+
+
+def save_levels(path: Path, built: Iterable[ModuleLevels], sizes: Mapping[str, Sequence[int]]) -> None:
+    """Write the database of modules as they come, one after the other, atomically.
+
+    Args:
+        sizes: of every module that may come, in the order of the model's modules.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    index: dict[str, dict[str, float]] = {}
+    damping: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    room = sum((len(found) + 3) * _HEADER_BYTES for found in sizes.values()) + _HEADER_BYTES
+    with atomic_path(Path(path)) as temporary, temporary.open("r+b") as file:
+        writer = TensorFileWriter(file, room)
+        for module in built:
+            name = module.name
+            index[name] = {str(size): level.relative_error for size, level in module.levels.items()}
+            for size, level in module.levels.items():
+                for part, tensor in (("weight", level.weight), ("bias", level.bias), ("kept", level.kept)):
+                    writer.add(f"{name}/{size}/{part}", tensor)
+            for kind, extra in (("scores", module.scores), ("fisher", module.fisher)):
+                if extra is not None:
+                    writer.add(f"{name}/{kind}", extra)
+            damping.update({} if module.damping is None else {name: module.damping})
+            losses.update({} if module.loss is None else {name: module.loss})
+        ordered = {name: index[name] for name in sizes if name in index}  # in which plans index levels
+        head = {"kind": KIND, "schema_version": SCHEMA_VERSION, "errors": ordered, "damping": damping}
+        writer.finish({"database": json.dumps({**head, **({"losses": losses} if losses else {})})})
 
 
 def _read_levels(file: Any, name: str, errors: dict[str, float]) -> dict[int, LevelWeights]:
@@ -188,6 +224,53 @@ def build_database(
     fisher: Mapping[str, Tensor] | None = None,
     progress: StepProgress | None = None,
 ) -> Database:
+    """Levels of every module that ``stats`` brings, in memory; see :func:`iter_levels` for arguments and errors."""
+    database = Database({})
+    for built in iter_levels(model, stats, sizes, prune, seed=seed, fisher=fisher, progress=progress):
+        name = built.name
+        database.modules[name] = built.levels
+        if built.damping is not None:
+            database.damping[name] = built.damping
+        if built.scores is not None:
+            database.scores[name] = built.scores
+        if built.loss is not None:
+            database.losses[name] = built.loss
+        if built.fisher is not None:
+            database.fisher[name] = built.fisher
+    order = [module.name for module in prunable_modules(model)]  # in which plans index levels
+    database.modules = {name: database.modules[name] for name in order if name in database.modules}
+    return database
+
+
+def write_database(
+    path: Path,
+    model: nn.Module,
+    stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
+    sizes: Mapping[str, Sequence[int]],
+    prune: PruneConfig,
+    *,
+    seed: int = 0,
+    fisher: Mapping[str, Tensor] | None = None,
+    progress: StepProgress | None = None,
+) -> None:
+    """Write the levels of every module to a file as they are computed: one module's are in memory at a time.
+
+    Arguments and errors are those of :func:`iter_levels`; raises ``StorageError``, too.
+    """
+    built = iter_levels(model, stats, sizes, prune, seed=seed, fisher=fisher, progress=progress)
+    save_levels(path, built, {module.name: sizes.get(module.name, [0]) for module in prunable_modules(model)})
+
+
+def iter_levels(
+    model: nn.Module,
+    stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
+    sizes: Mapping[str, Sequence[int]],
+    prune: PruneConfig,
+    *,
+    seed: int = 0,
+    fisher: Mapping[str, Tensor] | None = None,
+    progress: StepProgress | None = None,
+) -> Iterator[ModuleLevels]:
     """Levels of every module that ``stats`` brings; one that was dropped before needs none and keeps its only level.
 
     Args:
@@ -202,33 +285,31 @@ def build_database(
         NumericalError: names the module.
     """
     modules: dict[str, PrunableModule] = {module.name: module for module in prunable_modules(model)}
-    gone = [module for module in modules.values() if not module.structures]
-    database = Database({module.name: {0: dropped_as_is(model, module)} for module in gone})
-    pairs = stats.items() if isinstance(stats, Mapping) else stats
-    for name, moments in pairs:
+    done: set[str] = set()
+    for module in modules.values():
+        if not module.structures:
+            done.add(module.name)
+            yield ModuleLevels(module.name, {0: dropped_as_is(model, module)})
+    for name, moments in stats.items() if isinstance(stats, Mapping) else stats:
         weights = None if fisher is None else fisher[name]
         with _naming(name):
             linear = _output_of(model, modules[name], moments, weights)
-            database.modules[name], database.damping[name] = build_levels(linear, sizes[name], prune, seed=seed)
+            levels, damping = build_levels(linear, sizes[name], prune, seed=seed)
             scores = get_method(prune.method).scores(linear, seed)
-        if weights is not None:
-            database.losses[name], database.fisher[name] = linear.output_power / 2, weights.float()
-        if scores is not None:
-            database.scores[name] = scores
+        done.add(name)
+        loss = None if weights is None else linear.output_power / 2
+        yield ModuleLevels(name, levels, damping, scores, loss, None if weights is None else weights.float())
         if progress is not None:
-            progress(len(database.modules), len(sizes))
-    missing = sorted(set(sizes) - set(database.modules))
+            progress(len(done), len(sizes))
+    missing = sorted(set(sizes) - done)
     if missing:
         raise ValueError(f"expected statistics of every module, found none of {', '.join(missing)}")
-    # plans index levels in the order of the model's modules
-    database.modules = {name: database.modules[name] for name in modules if name in database.modules}
-    return database
 
 
 def estimate_bytes(
     modules: Iterable[PrunableModule], sizes: Mapping[str, Sequence[int]], hidden: int, *, fisher: bool = False
 ) -> int:
-    """Bytes that :func:`build_database` needs at most beside the model: all levels, all Hessians, one module's work.
+    """Bytes that :func:`write_database` needs at most beside the model: all Hessians, and levels and work of a module.
 
     Args:
         fisher: with Fisher information at every output, and the factor of one.
@@ -239,9 +320,14 @@ def estimate_bytes(
     levels = hessians = largest = 0
     for module in modules:
         d = module.structures * module.group_size
-        columns = sum(sizes[module.name]) * module.group_size
-        levels += 4 * hidden * (columns + len(sizes[module.name])) + 8 * sum(sizes[module.name])
+        levels = max(levels, levels_bytes(module, sizes[module.name], hidden))
         hessians += 8 * d * d
         # moment, damped H, factor and permuted copy, or H, G, S and their panels; W in five float64 versions
         largest = max(largest, 8 * (5 * d * d + 5 * hidden * d))
     return levels + hessians + largest + information
+
+
+def levels_bytes(module: PrunableModule, sizes: Sequence[int], hidden: int) -> int:
+    """Bytes of all levels of one module."""
+    columns = sum(sizes) * module.group_size
+    return 4 * hidden * (columns + len(sizes)) + 8 * sum(sizes)

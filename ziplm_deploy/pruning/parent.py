@@ -13,7 +13,7 @@ from ziplm_deploy.models.modules import PrunableModule, prunable_modules
 from ziplm_deploy.models.resizing import kept_structures
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.calibration import iter_statistics
-from ziplm_deploy.pruning.database import Database, build_database, estimate_bytes
+from ziplm_deploy.pruning.database import Database, estimate_bytes, levels_bytes, write_database
 from ziplm_deploy.pruning.fisher import fisher_information
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
@@ -58,13 +58,14 @@ class Parent:
         hidden_size = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         needed = estimate_bytes(modules, self.sizes, hidden_size, fisher=prune.fisher)
         limit = f"Hessians at most {prune.memory_limit_gb:g} GiB at a time"
-        progress.note(f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}")
+        on_disk = sum(levels_bytes(module, self.sizes[module.name], hidden_size) for module in modules)
+        progress.note(
+            f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}, and {on_disk / 2**30:.2f} GiB on the disk"
+        )
         fisher = self._fisher(hessians_of, progress) if prune.fisher else None
         moments = self._moments(modules, hessians_of)
-        database = build_database(
-            self.model, moments, self.sizes, prune, seed=self._recipe.seed, fisher=fisher, progress=progress.step
-        )
-        database.save(self.database_path)
+        arguments = (self.database_path, self.model, moments, self.sizes, prune)
+        write_database(*arguments, seed=self._recipe.seed, fisher=fisher, progress=progress.step)
 
     def _fisher(self, hessians_of: nn.Module | None, progress: Progress) -> dict[str, Tensor]:
         """Fisher information at every module's output, of the model that statistics are of."""
