@@ -1,7 +1,8 @@
 """What the whole OBS database costs: BERT-base (12 layers, 768/3072, 13 head counts, 45 widths), and growth with shape.
 
 Figures: ``bert_base_seconds``, from Hessians in memory to all levels of all modules, median of the repeats;
-``extra_memory_bytes``, highest resident memory less that of the loaded model: Hessians, working memory and levels.
+``extra_memory_bytes``, highest resident memory less that of the loaded model: Hessians, working memory and levels of
+one module at a time, which go to the disk.
 Every case runs in a process of its own, since peak memory only ever rises. Inputs are synthetic with the traits of
 real ones: few directions carry most of the energy, and the FFN's are GELU outputs whose means are not zero. Collecting
 Hessians from a model is not part of it.

@@ -121,6 +121,7 @@ def run_case(layers: int, options: argparse.Namespace) -> dict[str, Any]:
         path = Path(folder) / "database.safetensors"
         write_database(path, model, statistics, sizes, prune, fisher=fisher)
         seconds, database_bytes = time.perf_counter() - began, path.stat().st_size
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         n_levels = sum(len(found) for found in Database.load(path).modules.values())
     return {
         "model": f"{layers} layers of a billion weights' shapes" if layers else "SmolLM2-135M",
@@ -132,7 +133,7 @@ def run_case(layers: int, options: argparse.Namespace) -> dict[str, Any]:
         "model_bytes": before_bytes,
         "database_bytes": database_bytes,
         "memory_limit_bytes": limit,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes,
         "load_average": load_average(),
     }
 

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.helpers.models import tiny_inputs, tiny_model
+from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.pruning import database as database_module
 from ziplm_deploy.pruning.calibration import collect_statistics
@@ -61,8 +62,8 @@ def test_a_header_without_room_is_an_error(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_numbers_are_an_error(tmp_path: Path) -> None:
-    with (tmp_path / "a").open("wb") as file, pytest.raises(KeyError):
-        TensorFileWriter(file, 100).add("half", torch.zeros(2, dtype=torch.float16))
+    with (tmp_path / "a").open("wb") as file, pytest.raises(ValueError, match=r"expected half of .*found torch"):
+        TensorFileWriter(file, 100).add("half", torch.zeros(2, dtype=torch.bfloat16))
 
 
 def test_levels_are_written_one_module_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,18 +74,32 @@ def test_levels_are_written_one_module_after_the_other(tmp_path: Path, monkeypat
     alive: list[weakref.ref[Any]] = []
     counts: list[int] = []
 
-    def stream() -> Iterator[tuple[str, InputMoments]]:
-        for name in stats:
-            gc.collect()
-            counts.append(sum(found() is not None for found in alive))
-            yield name, stats[name]
-
     def watched(*arguments: Any, **settings: Any) -> Any:
+        gc.collect()
+        counts.append(sum(found() is not None for found in alive))
         found, damping = build_levels(*arguments, **settings)
         alive.extend(weakref.ref(level.weight) for level in found.values())
         return found, damping
 
     monkeypatch.setattr(database_module, "build_levels", watched)
-    write_database(tmp_path / "a.safetensors", model, stream(), sizes, PruneConfig())
+    write_database(tmp_path / "a.safetensors", model, iter(stats.items()), sizes, PruneConfig())
     assert len(alive) == 3 * len(modules)
-    assert max(counts) <= 3, "levels of one module at most"
+    assert counts == [0] * len(modules), "levels before are gone"
+
+
+def test_an_error_half_way_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    modules = prunable_modules(model)
+    sizes = {m.name: [m.structures, 0] for m in modules}
+    stats = collect_statistics(model, [tiny_inputs(model, 8, 9)], modules, memory_limit_bytes=2**30)
+
+    def stream() -> Iterator[tuple[str, InputMoments]]:
+        yield next(iter(stats.items()))
+        raise NumericalError("1.ffn: nothing helps")
+
+    path = tmp_path / "a.safetensors"
+    path.write_text("as it was")
+    with pytest.raises(NumericalError, match="nothing helps"):
+        write_database(path, model, stream(), sizes, PruneConfig())
+    assert path.read_text() == "as it was"
+    assert list(tmp_path.iterdir()) == [path]

@@ -130,15 +130,11 @@ def save_levels(path: Path, built: Iterable[ModuleLevels], sizes: Mapping[str, S
         writer = TensorFileWriter(file, room)
         for module in built:
             name = module.name
+            _write_tensors(writer, module)
             index[name] = {str(size): level.relative_error for size, level in module.levels.items()}
-            for size, level in module.levels.items():
-                for part, tensor in (("weight", level.weight), ("bias", level.bias), ("kept", level.kept)):
-                    writer.add(f"{name}/{size}/{part}", tensor)
-            for kind, extra in (("scores", module.scores), ("fisher", module.fisher)):
-                if extra is not None:
-                    writer.add(f"{name}/{kind}", extra)
             damping.update({} if module.damping is None else {name: module.damping})
             losses.update({} if module.loss is None else {name: module.loss})
+            del module  # before the next one is made
         ordered = {name: index[name] for name in sizes if name in index}  # in which plans index levels
         head = {"kind": KIND, "schema_version": SCHEMA_VERSION, "errors": ordered, "damping": damping}
         writer.finish({"database": json.dumps({**head, **({"losses": losses} if losses else {})})})
@@ -152,6 +148,15 @@ def _read_levels(file: Any, name: str, errors: dict[str, float]) -> dict[int, Le
         if len(kept) != int(size):
             raise ValueError(f"{len(kept)} kept structures at level {size} of {name}")
     return levels
+
+
+def _write_tensors(writer: TensorFileWriter, module: ModuleLevels) -> None:
+    for size, level in module.levels.items():
+        for part, tensor in (("weight", level.weight), ("bias", level.bias), ("kept", level.kept)):
+            writer.add(f"{module.name}/{size}/{part}", tensor)
+    for kind, extra in (("scores", module.scores), ("fisher", module.fisher)):
+        if extra is not None:
+            writer.add(f"{module.name}/{kind}", extra)
 
 
 def build_levels(
@@ -291,19 +296,33 @@ def iter_levels(
             done.add(module.name)
             yield ModuleLevels(module.name, {0: dropped_as_is(model, module)})
     for name, moments in stats.items() if isinstance(stats, Mapping) else stats:
-        weights = None if fisher is None else fisher[name]
+        information = None if fisher is None else fisher[name]
         with _naming(name):
-            linear = _output_of(model, modules[name], moments, weights)
-            levels, damping = build_levels(linear, sizes[name], prune, seed=seed)
-            scores = get_method(prune.method).scores(linear, seed)
+            linear = _output_of(model, modules[name], moments, information)
+            built = _levels_of(linear, name, sizes, prune, seed, information)
+        yield built
+        del moments, linear, built  # before those of the next module are made
         done.add(name)
-        loss = None if weights is None else linear.output_power / 2
-        yield ModuleLevels(name, levels, damping, scores, loss, None if weights is None else weights.float())
         if progress is not None:
             progress(len(done), len(sizes))
     missing = sorted(set(sizes) - done)
     if missing:
         raise ValueError(f"expected statistics of every module, found none of {', '.join(missing)}")
+
+
+def _levels_of(
+    linear: OutputLinear,
+    name: str,
+    sizes: Mapping[str, Sequence[int]],
+    prune: PruneConfig,
+    seed: int,
+    fisher: Tensor | None,
+) -> ModuleLevels:
+    levels, damping = build_levels(linear, sizes[name], prune, seed=seed)
+    scores = get_method(prune.method).scores(linear, seed)
+    if fisher is None:
+        return ModuleLevels(name, levels, damping, scores)
+    return ModuleLevels(name, levels, damping, scores, linear.output_power / 2, fisher.float())
 
 
 def estimate_bytes(
@@ -312,6 +331,7 @@ def estimate_bytes(
     """Bytes that :func:`write_database` needs at most beside the model: all Hessians, and levels and work of a module.
 
     Args:
+        sizes: of the levels that the method has.
         fisher: with Fisher information at every output, and the factor of one.
     """
     modules = list(modules)

@@ -15,6 +15,7 @@ from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.calibration import iter_statistics
 from ziplm_deploy.pruning.database import Database, estimate_bytes, levels_bytes, write_database
 from ziplm_deploy.pruning.fisher import fisher_information
+from ziplm_deploy.pruning.methods import get_method
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.planner import Calibration, Planner, database_sizes
 from ziplm_deploy.recipe import Recipe
@@ -56,9 +57,11 @@ class Parent:
         prune = self._recipe.prune
         modules = prunable_modules(self.model)
         hidden_size = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        needed = estimate_bytes(modules, self.sizes, hidden_size, fisher=prune.fisher)
+        method = get_method(prune.method)
+        sizes = {each.name: method.level_sizes(self.sizes[each.name], each.structures) for each in modules}
+        needed = estimate_bytes(modules, sizes, hidden_size, fisher=prune.fisher)
         limit = f"Hessians at most {prune.memory_limit_gb:g} GiB at a time"
-        on_disk = sum(levels_bytes(module, self.sizes[module.name], hidden_size) for module in modules)
+        on_disk = sum(levels_bytes(module, sizes[module.name], hidden_size) for module in modules)
         progress.note(
             f"needs up to {needed / 2**30:.2f} GiB beside the model, {limit}, and {on_disk / 2**30:.2f} GiB on the disk"
         )

@@ -33,7 +33,14 @@ class TensorFileWriter:
         file.write(bytes(8 + self._room))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; raises ``OSError`` where that fails, and ``KeyError`` for numbers of other kinds."""
+        """Write a tensor.
+
+        Raises:
+            OSError: that fails.
+            ValueError: its numbers are none of :data:`DTYPES`.
+        """
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"expected {name} of {', '.join(map(str, DTYPES))}, found {tensor.dtype}")
         if tensor.element_size() == 8:
             self._wide[name] = tensor.detach().clone()
         else:

@@ -62,7 +62,9 @@ class PruneConfig(Frozen):
         description="Once sizes are fixed, decide structures and weights anew, layer by layer, on what the pruned "
         "layers before give; costs about two passes over the calibration data and the OBS of one level a module.",
     )
-    memory_limit_gb: float = Field(8.0, gt=0, description="Limit for Hessians and database; layers stream under it.")
+    memory_limit_gb: float = Field(
+        8.0, gt=0, description="Limit for Hessians; layers stream under it, and levels to the disk."
+    )
     search: SearchConfig = Field(default_factory=SearchConfig, description="Search over level assignments.")
 
     @model_validator(mode="after")
