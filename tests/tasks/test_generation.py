@@ -219,7 +219,7 @@ def test_resampled_windows_weigh_by_their_tokens() -> None:
         ("dense", {"train": True}),
         ("compress", {"variants": ["int8", "sparse"]}),
         ("compress", {"int8": {"method": "static"}, "variants": ["int8"]}),
-        ("benchmark", {"baselines": ["torch"]}),
+        ("benchmark", {"baselines": ["torch", "openvino-int8"]}),
     ],
 )
 def test_what_is_made_for_encoders_only_is_refused_by_name(
@@ -227,6 +227,15 @@ def test_what_is_made_for_encoders_only_is_refused_by_name(
 ) -> None:
     raw = causal_recipe(tmp_path, **{section: fields})
     with pytest.raises(RecipeError, match=f"expected {section}.{next(iter(fields))}.* for text-generation"):
+        check_task(parse_recipe(raw))
+
+
+def test_torch_is_a_baseline_of_onnx_files_alone(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"benchmark": {"baselines": ["torch"]}}
+    check_task(parse_recipe(causal_recipe(tmp_path, **asked)))
+    in_llama_cpp = {"environment": {"engine": "llamacpp", "workload": {"prefill": 12, "decode": 4}}}
+    raw = causal_recipe(tmp_path, **asked, **in_llama_cpp, export={"gguf": "F16"})
+    with pytest.raises(RecipeError, match=r"expected benchmark\.baselines \[\] for text-generation, found \['torch'\]"):
         check_task(parse_recipe(raw))
 
 
