@@ -28,7 +28,7 @@ from shapes import Shape, dense_model
 from ziplm_deploy.machine.info import usable_cores
 from ziplm_deploy.models.levels import ffn_widths, head_counts
 from ziplm_deploy.models.modules import PrunableModule, output_linear, prunable_modules
-from ziplm_deploy.pruning.database import Database, estimate_bytes, write_database
+from ziplm_deploy.pruning.database import Database, estimate_bytes, iter_levels, save_levels
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.recipe import PruneConfig
 
@@ -69,7 +69,8 @@ def run_case(shape: Shape, threads: int) -> dict[str, Any]:
     marks = [time.perf_counter()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "database.safetensors"
-        write_database(path, model, stats, sizes, PruneConfig(), progress=lambda *_: marks.append(time.perf_counter()))
+        built = iter_levels(model, stats, sizes, PruneConfig(), progress=lambda *_: marks.append(time.perf_counter()))
+        save_levels(path, built, sizes)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         database = Database.load(path)
     seconds = {module.name: end - start for module, start, end in zip(modules, marks, marks[1:], strict=False)}

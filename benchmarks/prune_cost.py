@@ -40,7 +40,7 @@ from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.levels import ffn_widths, head_counts
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.pruning.calibration import iter_statistics, statistics_bytes
-from ziplm_deploy.pruning.database import Database, write_database
+from ziplm_deploy.pruning.database import Database, iter_levels, save_levels
 from ziplm_deploy.pruning.fisher import fisher_information
 from ziplm_deploy.recipe import DataConfig, ModelConfig, PruneConfig
 from ziplm_deploy.tasks import EvaluationSet, get_task
@@ -119,7 +119,7 @@ def run_case(layers: int, options: argparse.Namespace) -> dict[str, Any]:
     statistics = iter_statistics(model, batches, modules, memory_limit_bytes=limit)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         path = Path(folder) / "database.safetensors"
-        write_database(path, model, statistics, sizes, prune, fisher=fisher)
+        save_levels(path, iter_levels(model, statistics, sizes, prune, fisher=fisher), sizes)
         seconds, database_bytes = time.perf_counter() - began, path.stat().st_size
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         n_levels = sum(len(found) for found in Database.load(path).modules.values())

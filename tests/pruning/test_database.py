@@ -27,8 +27,9 @@ from ziplm_deploy.pruning.database import (
     Database,
     build_database,
     estimate_bytes,
+    iter_levels,
     levels_bytes,
-    write_database,
+    save_levels,
 )
 from ziplm_deploy.pruning.kernels import obs
 from ziplm_deploy.pruning.methods import METHODS
@@ -221,7 +222,7 @@ def test_database_of_a_model_streamed_or_not(tmp_path: Path) -> None:
         torch.testing.assert_close(level.weight, output_linear(model, module).weight.detach(), rtol=0, atol=0)
         assert whole.errors(module.name) == streamed.errors(module.name)
     written = tmp_path / "written.safetensors"
-    write_database(written, model, stats, sizes, PruneConfig())
+    save_levels(written, iter_levels(model, stats, sizes, PruneConfig()), sizes)
     whole.save(tmp_path / "saved.safetensors")
     assert written.read_bytes() == (tmp_path / "saved.safetensors").read_bytes()
     assert sum(levels_bytes(module, sizes[module.name], 32) for module in modules) == whole.size_bytes

@@ -17,7 +17,7 @@ from ziplm_deploy.errors import NumericalError
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.pruning import database as database_module
 from ziplm_deploy.pruning.calibration import collect_statistics
-from ziplm_deploy.pruning.database import build_levels, write_database
+from ziplm_deploy.pruning.database import build_levels, iter_levels, save_levels
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.tensor_file import PADDING, TensorFileWriter
 from ziplm_deploy.recipe import PruneConfig
@@ -82,7 +82,8 @@ def test_levels_are_written_one_module_after_the_other(tmp_path: Path, monkeypat
         return found, damping
 
     monkeypatch.setattr(database_module, "build_levels", watched)
-    write_database(tmp_path / "a.safetensors", model, iter(stats.items()), sizes, PruneConfig())
+    built = iter_levels(model, iter(stats.items()), sizes, PruneConfig())
+    save_levels(tmp_path / "a.safetensors", built, sizes)
     assert len(alive) == 3 * len(modules)
     assert counts == [0] * len(modules), "levels before are gone"
 
@@ -100,6 +101,6 @@ def test_an_error_half_way_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_text("as it was")
     with pytest.raises(NumericalError, match="nothing helps"):
-        write_database(path, model, stream(), sizes, PruneConfig())
+        save_levels(path, iter_levels(model, stream(), sizes, PruneConfig()), sizes)
     assert path.read_text() == "as it was"
     assert list(tmp_path.iterdir()) == [path]

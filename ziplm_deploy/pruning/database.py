@@ -114,9 +114,10 @@ class ModuleLevels:
 
 
 def save_levels(path: Path, built: Iterable[ModuleLevels], sizes: Mapping[str, Sequence[int]]) -> None:
-    """Write the database of modules as they come, one after the other, atomically.
+    """Write the database of modules as they come, so that the levels of one alone are in memory; atomically.
 
     Args:
+        built: of :func:`iter_levels`, whose errors leave the file as it was.
         sizes: of every module that may come, in the order of the model's modules.
 
     Raises:
@@ -247,25 +248,6 @@ def build_database(
     return database
 
 
-def write_database(
-    path: Path,
-    model: nn.Module,
-    stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
-    sizes: Mapping[str, Sequence[int]],
-    prune: PruneConfig,
-    *,
-    seed: int = 0,
-    fisher: Mapping[str, Tensor] | None = None,
-    progress: StepProgress | None = None,
-) -> None:
-    """Write the levels of every module to a file as they are computed: one module's are in memory at a time.
-
-    Arguments and errors are those of :func:`iter_levels`; raises ``StorageError``, too.
-    """
-    built = iter_levels(model, stats, sizes, prune, seed=seed, fisher=fisher, progress=progress)
-    save_levels(path, built, {module.name: sizes.get(module.name, [0]) for module in prunable_modules(model)})
-
-
 def iter_levels(
     model: nn.Module,
     stats: Mapping[str, InputMoments] | Iterable[tuple[str, InputMoments]],
@@ -328,7 +310,7 @@ def _levels_of(
 def estimate_bytes(
     modules: Iterable[PrunableModule], sizes: Mapping[str, Sequence[int]], hidden: int, *, fisher: bool = False
 ) -> int:
-    """Bytes that :func:`write_database` needs at most beside the model: all Hessians, and levels and work of a module.
+    """Bytes beside the model that building and saving levels takes at most: all Hessians, levels and work of a module.
 
     Args:
         sizes: of the levels that the method has.

@@ -13,7 +13,7 @@ from ziplm_deploy.models.modules import PrunableModule, prunable_modules
 from ziplm_deploy.models.resizing import kept_structures
 from ziplm_deploy.progress import Progress
 from ziplm_deploy.pruning.calibration import iter_statistics
-from ziplm_deploy.pruning.database import Database, estimate_bytes, levels_bytes, write_database
+from ziplm_deploy.pruning.database import Database, estimate_bytes, iter_levels, levels_bytes, save_levels
 from ziplm_deploy.pruning.fisher import fisher_information
 from ziplm_deploy.pruning.methods import get_method
 from ziplm_deploy.pruning.moments import InputMoments
@@ -67,8 +67,10 @@ class Parent:
         )
         fisher = self._fisher(hessians_of, progress) if prune.fisher else None
         moments = self._moments(modules, hessians_of)
-        arguments = (self.database_path, self.model, moments, self.sizes, prune)
-        write_database(*arguments, seed=self._recipe.seed, fisher=fisher, progress=progress.step)
+        built = iter_levels(
+            self.model, moments, self.sizes, prune, seed=self._recipe.seed, fisher=fisher, progress=progress.step
+        )
+        save_levels(self.database_path, built, sizes)
 
     def _fisher(self, hessians_of: nn.Module | None, progress: Progress) -> dict[str, Tensor]:
         """Fisher information at every module's output, of the model that statistics are of."""
