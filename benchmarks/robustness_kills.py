@@ -2,7 +2,8 @@
 
 Runs of tiny models are forked from a process that has imported everything, so that a run takes seconds on the one CPU
 that it is given. Each gets
-SIGKILL or SIGTERM, its whole process group does, at a random moment of a stage; stages take turns. After it no worker
+SIGKILL or SIGTERM, its whole process group does, at a random moment of a stage; stages take turns, kinds of which none
+was killed yet come first. After it no worker
 may live, and after SIGTERM, which ends a run in order, nothing unfinished may lie in its folder. Then the same command
 is run to its end, and every file of the folder is compared with that of a run that nobody disturbed: plans, weights and
 ONNX files byte by byte, scores and losses digit by digit. What holds a measurement (timings, the report, the manifest)
@@ -32,26 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from common import Figure
+from robustness_recipes import MODES, kind_of, prepared
 from robustness_runs import START, Running, command_in, fork, in_parallel, orphans, warm_up
 
-TRAINING = {"max_steps": 20, "batch_size": 8, "save_steps": 5}
-LONG_ONLY = {"median_length": False}  # not on short requests, too
-SETTLED = {**LONG_ONLY, "max_corrections": 1, "tolerance": 0.49, "overshoot": 100}  # by drafts, not by the loop
-MODES: dict[str, dict[str, Any]] = {
-    "one-shot": {"speedups": [1.4, 1.8], "benchmark": LONG_ONLY, "dense": {"train": True, **TRAINING}},
-    "recovery": {"speedups": [1.4, 1.8], "recover": {"mode": "one-shot", **TRAINING}},
-    "gradual": {"speedups": [1.4, 1.8], "benchmark": SETTLED, "recover": {"mode": "gradual", **TRAINING}},
-    "compression": {
-        "speedups": [1.4],
-        "benchmark": LONG_ONLY,
-        "recover": {"mode": "one-shot", **TRAINING},
-        "compress": {
-            "variants": ["int8", "sparse", "sparse-int8"],
-            "int8": {"method": "static", "n_calibration": 16},
-            "train": {"mode": "distil", **TRAINING},
-        },
-    },
-}
 DONE = (0, 3, 4)  # exit codes; 3, 4: a target was missed, or is undecided, as with tiny models on busy machines
 DIED = {
     signal.SIGKILL: (-signal.SIGKILL,),
@@ -92,7 +76,7 @@ class Mode:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, default=64)
+    parser.add_argument("--kills", type=int, default=96)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
@@ -116,6 +100,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Figure], list[dict[s
     finally:
         shutil.rmtree(root, ignore_errors=True)
     kills = [row for row in rows if row["was_running"]]
+    kinds = {kind_of(stage) for mode in modes for stage in mode.seconds}
     wrong = [row for row in rows if row["wrong"]]
     refused = sum(not pair["wrong"] for pair in pairs)
     for row in (*wrong, *(pair for pair in pairs if pair["wrong"])):
@@ -123,6 +108,9 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Figure], list[dict[s
     figures = {
         "kills": Figure(len(kills), "runs", ">= 60", n=len(rows)),
         "kill_differences": Figure(len(wrong), "runs", "<= 0", n=len(rows)),
+        "stages_killed": Figure(
+            len({kind_of(row["stage"]) for row in kills}), "kinds", f">= {len(kinds)}", n=len(rows)
+        ),
         "pairs": Figure(refused, "pairs", f">= {len(pairs)}", n=len(pairs)),
     }
     return figures, [*rows, *pairs]
@@ -142,14 +130,7 @@ def _undisturbed(root: Path, mode: str) -> dict[str, float]:
     folder.mkdir()
 
     def prepare() -> None:
-        from tests.helpers.models import save_dense
-        from tests.helpers.pipeline import raw_recipe, write_rows
-
-        sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
-        save_dense(folder / "model", task="text-classification", **sizes)
-        for name, seed in (("train", 0), ("test", 1)):
-            write_rows(folder / f"{name}.jsonl", 80, seed)
-        raw = raw_recipe(folder, **MODES[mode])
+        raw = prepared(folder, mode)
         (folder / "table.yaml").write_text(json.dumps(raw), encoding="utf-8")  # JSON is YAML
         raw["profile"]["table"] = str(folder / "tables" / "tiny" / "profile.json")
         (folder / "recipe.yaml").write_text(json.dumps(raw), encoding="utf-8")
@@ -178,15 +159,17 @@ def _expect(running: Running, codes: tuple[int, ...]) -> None:
 
 
 def _schedule(modes: list[Mode], options: argparse.Namespace) -> list[Case]:
-    """Cases, whose modes, stages and signals take turns."""
+    """Cases, whose modes, stages and signals take turns; one of every kind of stage before a second of any."""
     order = random.Random(options.seed)
-    stages = {mode.name: itertools.cycle(order.sample(sorted(mode.seconds), len(mode.seconds))) for mode in modes}
+    turns = [(mode.name, order.sample(sorted(mode.seconds), len(mode.seconds))) for mode in modes]
+    longest = max(len(stages) for _, stages in turns)
+    every = [(mode, stages[place]) for place in range(longest) for mode, stages in turns if place < len(stages)]
+    seen: set[str] = set()
+    is_new = [not (kind_of(stage) in seen or seen.add(kind_of(stage))) for _, stage in every]
+    ordered = [case for wanted in (True, False) for case, new in zip(every, is_new, strict=True) if new is wanted]
     signals = itertools.cycle(["SIGKILL", "SIGTERM", "SIGKILL"])
-    names = itertools.cycle([mode.name for mode in modes])
-    return [
-        Case(index, mode, next(stages[mode]), next(signals))
-        for index, mode in zip(range(options.kills), names, strict=False)
-    ]
+    cases = zip(range(options.kills), itertools.cycle(ordered), signals, strict=False)
+    return [Case(index, mode, stage, signal_name) for index, (mode, stage), signal_name in cases]
 
 
 def _killed(root: Path, mode: Mode, case: Case) -> dict[str, Any]:

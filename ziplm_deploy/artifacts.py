@@ -26,6 +26,8 @@ from ziplm_deploy.errors import CorruptArtifactError, StorageError
 def _said_in_words(path: Path) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:  # of who reads what is printed meanwhile; files have none
+        raise
     except OSError as error:
         raise StorageError(
             f"expected to write {path}, found: {error.strerror or error}; free disk space or choose another output_dir"

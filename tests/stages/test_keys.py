@@ -265,6 +265,7 @@ OF_CAUSAL_MODELS = {
     "export.stock_optimum",
     "benchmark.engines",
     "compress.int8.weight_only_4",
+    "compress.int8.mixed",
     "data.generated",  # what it repeats: test_pipeline_self_data
 }
 # Refused with training of zeros, which this run has; what it repeats: test_pipeline_recovery.

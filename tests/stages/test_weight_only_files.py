@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from tests.helpers.decoder_models import skip_in_old_engine
-from tests.helpers.pipeline import causal_recipe, save_causal
+from tests.helpers.pipeline import causal_recipe, raw_recipe, save_causal
 from ziplm_deploy.compression.int8.quantize import linear_names, quantized_linears
 from ziplm_deploy.compression.int8.weight_only import weight_only_linears
-from ziplm_deploy.compression.records import Int8Record
-from ziplm_deploy.errors import UsageError
+from ziplm_deploy.compression.records import Int8Record, facts_of, int8_note, spared_from_int8
+from ziplm_deploy.errors import RecipeError, UsageError
 from ziplm_deploy.pipeline import begin
 from ziplm_deploy.recipe import Variant, parse_recipe
+from ziplm_deploy.stages.checks import check_task
 from ziplm_deploy.stages.export import export_dense
 from ziplm_deploy.stages.quantize import quantize_file
 
@@ -58,6 +59,50 @@ def test_record_and_file_name_the_same_linears(folder: Path) -> None:
     plain, _ = made(folder, max_loss=0.9, fallback="float32")
     assert (plain.weight_only, plain.fp32_linears) == ({}, [])
     assert onnx.stat().st_mtime_ns != before
+
+
+def test_a_mixture_has_the_forms_that_its_record_names(folder: Path) -> None:
+    skip_in_old_engine("onnxruntime", (1, 23))
+    record, onnx = made(folder, max_loss=0.9, mixed=True)
+    names = linear_names(onnx.with_name("model.onnx"))
+    assert record.mixture is not None
+    assert record.within_budget, "any file loses less than 90 %"
+    assert len(record.scores) == 1, "the fastest holds it"
+    assert record.mixture.ms <= record.mixture.int8_ms + 1e-9
+    assert weight_only_linears(onnx) == record.weight_only
+    assert set(quantized_linears(onnx)) == set(names) - record.weight_only.keys() - set(record.fp32_linears)
+    forms = {"int8", "weight-only-8", "weight-only-4"}
+    assert all(set(row.by_form) == forms and row.by_form["int8"] == row.divergence for row in record.sensitivities)
+    assert (spared_from_int8(record), int8_note("dense int8", record, 0.9)) == ("", "")
+    assert "forms by ms" in facts_of(None, record)
+    times = folder / "runs" / "tiny" / "compression" / "linear-times.json"
+    before = (onnx.stat().st_mtime_ns, times.stat().st_mtime_ns)
+    again, _ = made(folder, max_loss=0.9, mixed=True)
+    assert (again, onnx.stat().st_mtime_ns, times.stat().st_mtime_ns) == (record, *before)
+
+    strict, _ = made(folder, max_loss=0.0, mixed=True)
+    assert times.stat().st_mtime_ns == before[1], "milliseconds do not depend on the budget"
+    assert strict.mixture is not None
+    assert strict.mixture.ms >= record.mixture.ms
+    assert len(strict.scores) > 1 or strict.within_budget
+
+
+def test_a_mixture_chooses_alone_and_needs_text_to_be_judged_by(folder: Path) -> None:
+    for changes, message in (
+        ({"fallback": "float32"}, "expected int8.mixed alone, found fallback beside it"),
+        ({"weight_only_4": ["head"]}, "expected int8.mixed alone, found weight_only_4 beside it"),
+        ({"method": "static"}, "int8.mixed needs method: dynamic"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            made(folder, mixed=True, **changes)
+    compress = {"variants": ["int8"], "int8": {"mixed": True}}
+    with pytest.raises(RecipeError, match=r"expected another compress\.target with int8\.mixed, found int8"):
+        parse_recipe(causal_recipe(folder, compress={**compress, "target": "int8"}))
+    unjudged = parse_recipe(causal_recipe(folder, compress=compress, data={"evaluation": None}))
+    with pytest.raises(RecipeError, match=r"expected data\.evaluation for compress\.int8\.mixed, found none"):
+        check_task(unjudged)
+    with pytest.raises(RecipeError, match="expected no weight-only linears for text-classification, found"):
+        check_task(parse_recipe(raw_recipe(folder, compress=compress)))
 
 
 def test_a_pattern_that_fits_no_linear_is_refused(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord, FileTiming
 from ziplm_deploy.reporting import table as members
 from ziplm_deploy.reporting.records import FamilyReport, Timed
 from ziplm_deploy.reporting.retrieval import retrieval_cells, retrieval_title
-from ziplm_deploy.reporting.table import aa_line, percent_text, ratio_text
+from ziplm_deploy.reporting.table import aa_line, page_lines, percent_text, ratio_text
 from ziplm_deploy.reporting.tower_pairs import TITLES, TowerPairs, pair_rows
 from ziplm_deploy.tasks.retrieval_scores import RetrievalScores
 
@@ -52,6 +52,8 @@ def print_family(report: FamilyReport, folder: Path) -> None:
     if members.has_other_baseline(report):
         line(console, f"baseline: the dense model on {members.baseline_of(report)}; members run on {report.engine}")
     line(console, aa_line(report.itself, report.tolerance))
+    for text in page_lines(report):
+        line(console, text)
     for member in report.members:
         if member.reason:
             line(console, f"{member.name}: {member.reason}")

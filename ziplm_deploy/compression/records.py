@@ -20,6 +20,16 @@ class LinearSensitivity(BaseModel):
     divergence: float  # of the model's answers from those before INT8
     activation_outliers: float  # largest magnitude over the one that 99.9 % of the inputs do not pass
     weight_outliers: float
+    # divergence in each form, where the recipe asks for a mixture
+    by_form: dict[str, float] = Field(default_factory=dict, exclude_if=lambda found: not found)
+
+
+class LinearMixture(BaseModel):
+    """Milliseconds of a request that all linears take together, as they were timed by themselves."""
+
+    ms: float  # of the forms that were chosen
+    int8_ms: float
+    float32_ms: float
 
 
 class LinearRanking(Artifact):
@@ -47,7 +57,7 @@ class Int8Record(Artifact):
     embeddings: bool = False  # word embeddings in 8 bits, too; files from before: float32
     n_linears: int
     fp32_linears: list[str]  # stayed float32 to hold the budget
-    # Bits a weight: 8 to hold the budget, 4 because the recipe asks.
+    # Bits a weight: 8 to hold the budget, 4 because the recipe asks; or both as a mixture has them.
     weight_only: dict[str, int] = Field(default_factory=dict)
     reference_score: float | None  # of the file before INT8; None: no evaluation data, so no budget
     scores: list[float]  # of the candidates, in the order in which they were tried
@@ -58,6 +68,8 @@ class Int8Record(Artifact):
     sensitivities: list[LinearSensitivity]  # the most sensitive first
     ruined_by_outliers: list[str]
     training: TrainingRecord | None = None
+    # where forms were chosen by milliseconds
+    mixture: LinearMixture | None = Field(None, exclude_if=lambda mixture: mixture is None)
 
 
 def outside_budget(record: Int8Record | None, served_score: float | None = None, max_loss: float = 0.0) -> str:
@@ -90,7 +102,12 @@ def spared_from_int8(record: Int8Record | None) -> str:
 
 
 def _spared(record: Int8Record) -> dict[str, list[str]]:
-    """Linears that are not INT8 so that the budget holds, by their form."""
+    """Linears that are not INT8 so that the budget holds, by their form; those of a mixture are what pays."""
+    return {} if record.mixture else _other_forms(record)
+
+
+def _other_forms(record: Int8Record) -> dict[str, list[str]]:
+    """Linears that are neither INT8 nor 4-bit because the recipe asks, by their form."""
     eight = [name for name, bits in record.weight_only.items() if bits == 8]
     forms = {"float32": record.fp32_linears, "weight-only 8-bit form": eight}
     return {form: names for form, names in forms.items() if names}
@@ -129,7 +146,7 @@ def _on_choosing(record: Int8Record) -> str:
 def _counted(record: Int8Record) -> str:
     counts = [
         f"{len(names)} of {record.n_linears} linears in {form}: {', '.join(names)}"
-        for form, names in _spared(record).items()
+        for form, names in _other_forms(record).items()
     ]
     return " and ".join(counts) or f"0 of {record.n_linears} linears in float32"
 
@@ -148,6 +165,9 @@ def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[s
         for bits in sorted(set(int8.weight_only.values()), reverse=True):
             count = list(int8.weight_only.values()).count(bits)
             facts[f"weight-only {bits}-bit"] = f"{count} of {int8.n_linears} linears"
+        if int8.mixture is not None:
+            ms = int8.mixture
+            facts["forms by ms"] = f"linears {ms.ms:.1f} ms; INT8 {ms.int8_ms:.1f}, float32 {ms.float32_ms:.1f}"
         if int8.n_choosing is not None:
             looks = f"{len(int8.scores)} look{'s' if len(int8.scores) > 1 else ''}"
             facts["chosen by"] = f"{looks} at {int8.n_choosing} examples"

@@ -45,7 +45,8 @@ def suits_weight_only(recipe: Recipe) -> bool:
 
     In decode steps they read a quarter of what float32 linears read; in prefill they compute slower.
     """
-    decodes = recipe.compress.int8.fallback is None and bool(recipe.environment.workload.decode)
+    asks_nothing = recipe.compress.int8.fallback is None and not recipe.compress.int8.mixed
+    decodes = asks_nothing and bool(recipe.environment.workload.decode)
     return decodes and recipe.compress.int8.has_weight_only_forms and recipe.export.cache_form != "portable"
 
 

@@ -232,6 +232,11 @@ class WorkerHandle:
         """Largest resident set of the worker so far: interpreter, engine and models."""
         return int(self._request("memory")["peak_bytes"])
 
+    def huge_page_bytes(self) -> int | None:
+        """Memory of the worker that lies in transparent huge pages now; None where the system does not tell."""
+        found: int | None = self._request("memory")["huge_page_bytes"]
+        return found
+
     def close(self) -> None:
         """End the process; safe to call twice and after a failure."""
         _LIVE.discard(self)

@@ -48,6 +48,7 @@ class TimedFile:
     path: Path
     engine: EngineName | None = None
     memory_limit_bytes: int | None = None  # address space of its worker; None: as much as it takes
+    plain_pages: bool = False  # no huge pages, also where the environment asks for them
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class _Facts:
     engine: str
     engine_version: str
     peak_memory_bytes: int  # the largest of its processes
+    huge_page_bytes: int | None  # of the last of its processes
 
 
 @dataclass
@@ -223,6 +225,7 @@ def _time_files(
                     entry.engine or environment.engine,
                     worker.version,
                     max(timed.peak_memory_bytes(name), worker.peak_memory_bytes()),
+                    worker.huge_page_bytes(),
                 )
     return timed
 
@@ -277,6 +280,8 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL, call: int = 0) -> list[
 def start_worker(file: TimedFile, environment: Environment, *, wait: bool = True) -> WorkerHandle:
     """Start a worker of a file's engine, with nothing loaded; see :meth:`Engine.start_worker`."""
     engine = get_engine(file.engine or environment.engine)
+    if file.plain_pages:
+        environment = environment.model_copy(update={"huge_pages": False})
     options = WorkerOptions.from_environment(environment)
     return engine.start_worker(replace(options, memory_limit_bytes=file.memory_limit_bytes), wait=wait)
 

@@ -78,6 +78,8 @@ class FileTiming(BaseModel):
     p50_ms: Milliseconds
     throughput_per_second: float = Field(gt=0, allow_inf_nan=False)
     peak_memory_bytes: int = Field(ge=0)
+    # of its last process, at its end; None: the system does not tell, or files from before it was recorded
+    huge_page_bytes: int | None = Field(None, ge=0)
     speedup: Speedup  # over the baseline of the same run
     speedup_low: Speedup
     speedup_high: Speedup

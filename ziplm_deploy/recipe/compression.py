@@ -79,10 +79,26 @@ class Int8Config(Frozen):
         "patterns such as `*.feed_forward.up`; those that hurt most still get what `fallback` says.",
     )
 
+    mixed: bool = Field(
+        False,
+        exclude_if=lambda asked: not asked,
+        description="Text-generation: every linear gets the form, of INT8, weight-only 8 and 4 bits and float32, that "
+        "loses least for the milliseconds it takes here; the fastest such file that `max_loss` allows.",
+    )
+
+    @model_validator(mode="after")
+    def _mixture_chooses_alone(self) -> Int8Config:
+        if self.mixed and (self.weight_only_4 or self.fallback is not None):
+            raise ValueError(
+                f"expected int8.mixed alone, found {'weight_only_4' if self.weight_only_4 else 'fallback'} beside it: "
+                "it chooses the form of every linear; leave one of them out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _weight_only_is_dynamic(self) -> Int8Config:
-        asked = "weight_only_4" if self.weight_only_4 else "fallback weight-only-8"
-        if (self.weight_only_4 or self.fallback == "weight-only-8") and not self.has_weight_only_forms:
+        asked = "mixed" if self.mixed else "weight_only_4" if self.weight_only_4 else "fallback weight-only-8"
+        if (self.mixed or self.weight_only_4 or self.fallback == "weight-only-8") and not self.has_weight_only_forms:
             raise ValueError(
                 f"int8.{asked} needs method: dynamic and backend: onnxruntime, found {self.method} and {self.backend}"
             )
@@ -123,6 +139,11 @@ class CompressConfig(Frozen):
         if self.target is not Variant.FP32 and self.target not in self.variants:
             found = [str(variant) for variant in self.variants]
             raise ValueError(f"the target '{self.target}' must be one of compress.variants, found {found}")
+        if self.int8.mixed and self.target.is_int8:
+            raise ValueError(
+                f"expected another compress.target with int8.mixed, found {self.target}: cells of the latency table "
+                "have one form, and which linears get which is known at the end only; leave the target out"
+            )
         return self
 
     @property

@@ -24,6 +24,7 @@ from ziplm_deploy.reporting.table import (
     markdown_table,
     not_ahead,
     percent_text,
+    plain_ratio,
     score_text,
     shows_no_speedup,
 )
@@ -184,7 +185,8 @@ def _calls(member: MemberReport, dense: MemberReport) -> list[str]:
 
 def _conditions(report: FamilyReport) -> list[str]:
     machine, environment = report.machine, report.environment
-    pages = f", huge pages ({ASSIGNMENT} in the server's environment)" if environment.huge_pages else ""
+    plain = f"; without, dense has {plain_ratio(report.plain_pages)} of its speed" if report.plain_pages else ""
+    pages = f", huge pages ({ASSIGNMENT} in the server's environment{plain})" if environment.huge_pages else ""
     baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [
         f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s){pages}, "

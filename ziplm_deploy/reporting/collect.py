@@ -29,7 +29,7 @@ from ziplm_deploy.reporting.judge import (
     was_fast_enough,
     why_not_recommended,
 )
-from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport
+from ziplm_deploy.reporting.records import FamilyReport, FileReport, MemberReport, Timed
 from ziplm_deploy.reporting.sampled import sampled_text
 from ziplm_deploy.reporting.table import not_ahead
 
@@ -60,6 +60,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         members=members,
         baselines=[baseline_report(record, each) for each in facts.baselines],
         gguf=gguf_reports(record, facts.gguf),
+        plain_pages=Timed(**Timed.figures(facts.plain_pages)) if facts.plain_pages else None,
         aa_ratio=record.aa_ratio,
         aa_low=record.aa_low,
         aa_high=record.aa_high,
@@ -70,6 +71,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
             *harmed_by_training(members, facts.metric),
             *taught_more_than_dense(recipe.recover, has_control=TRAINED_ON in (each.name for each in facts.baselines)),
             *_int8_notes(facts),
+            *_no_huge_pages(record, baseline),
             *judged_apart(members, facts.metric),
             *undecided_budget(members, recipe.compress.int8.max_loss),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
@@ -85,6 +87,16 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
         other_versions=_differing(facts.stage_versions, measured_with),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _no_huge_pages(record: BenchmarkRecord, dense: FileTiming) -> list[str]:
+    """What to know where huge pages were asked for, and the system granted the dense model's process none."""
+    if not record.environment.huge_pages or dense.huge_page_bytes != 0:
+        return []
+    return [
+        "environment.huge_pages asked for huge pages, but the process of the dense model had none (AnonHugePages in "
+        "/proc/PID/smaps_rollup): memory is short or in pieces; latencies are those of plain pages"
+    ]
 
 
 def _differing(stages: Mapping[str, Mapping[str, str]], usual: Mapping[str, str]) -> dict[str, dict[str, str]]:

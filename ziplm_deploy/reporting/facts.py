@@ -103,6 +103,7 @@ class FamilyFacts:
     lengths: dict[str, TokenLengths] = field(default_factory=dict)  # of the data sets' texts
     baselines: list[BaselineFacts] = field(default_factory=list)
     gguf: list[GgufFacts] = field(default_factory=list)  # that of the dense model first
+    plain_pages: FileTiming | None = None  # of the dense model, where the environment asks for huge pages
     retrieval: RetrievalScores | None = None  # of embedding models, where the recipe has data for it
     windows: TextWindows | None = None  # that a causal language model was scored on
     sampled_texts: SampledTexts | None = None  # of the dense model, where they stand for data

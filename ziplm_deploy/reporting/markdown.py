@@ -25,6 +25,7 @@ from ziplm_deploy.reporting.table import (
     has_other_baseline,
     header,
     markdown_table,
+    page_lines,
     ratio_text,
     rows,
     shows_no_speedup,
@@ -94,6 +95,7 @@ def _explanations(report: FamilyReport) -> list[str]:
         f"Scores are those of the {file_kind(report.members[0])} files themselves.",
         "",
         f"- {aa_line(report.itself, report.tolerance)}",
+        *(f"- {line}" for line in page_lines(report)),
     ]
     for member in report.members:
         if member.reason:

@@ -29,6 +29,7 @@ class Timed(BaseModel):
     p99_ms: Milliseconds
     throughput_per_second: float = Field(gt=0, allow_inf_nan=False)
     peak_memory_bytes: int
+    huge_page_bytes: int | None = None  # what of its memory lay in huge pages; None: not known
     # Where the workload has several; all the others are of their weighted sum.
     calls: list[CallFigures] = Field(default_factory=list, exclude_if=lambda calls: not calls)
 
@@ -49,6 +50,7 @@ class Timed(BaseModel):
             "p99_ms": timing.latency.p99_ms,
             "throughput_per_second": timing.throughput_per_second,
             "peak_memory_bytes": timing.peak_memory_bytes,
+            "huge_page_bytes": timing.huge_page_bytes,
             "calls": [CallFigures(**call.model_dump(exclude={"samples_ms"})) for call in timing.calls],
         }
 
@@ -193,6 +195,8 @@ class FamilyReport(Artifact):
     members: list[MemberReport]
     baselines: list[BaselineReport] = Field(default_factory=list)
     gguf: list[GgufReport] = Field(default_factory=list, exclude_if=lambda files: not files)  # that of dense first
+    # the dense model without huge pages, where the environment asks for them
+    plain_pages: Timed | None = Field(None, exclude_if=lambda timed: timed is None)
     aa_ratio: Speedup
     aa_low: Speedup
     aa_high: Speedup

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ziplm_deploy.latency.record import FileTiming
 from ziplm_deploy.latency.statistics import Ratio
+from ziplm_deploy.machine.huge_pages import ASSIGNMENT
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import BaselineReport, FamilyReport, FileReport, GgufReport, MemberReport, Timed
@@ -24,6 +25,29 @@ MISSING = "–"
 def baseline_of(report: FamilyReport) -> str:
     """Engine and version that the dense model of all speedups ran on; empty in files from before it was recorded."""
     return f"{report.baseline_engine} {report.baseline_engine_version}".strip()
+
+
+def page_lines(report: FamilyReport) -> list[str]:
+    """What huge pages are worth, where the environment asks for them: the dense model with plain ones beside it."""
+    plain = report.plain_pages
+    if plain is None:
+        return []
+    held = report.members[0].served.huge_page_bytes
+    return [
+        f"huge pages held {megabytes(held)} of the dense model's process; without them "
+        f"({megabytes(plain.huge_page_bytes)}) it takes {plain.p50_ms:.2f} ms, {plain_ratio(plain)} of its speed; "
+        f"serve with {ASSIGNMENT}"
+    ]
+
+
+def plain_ratio(plain: Timed) -> str:
+    """Speed of the dense model with plain pages over that with huge ones."""
+    return ratio_text(plain.measured_speedup, plain.measured_low, plain.measured_high)
+
+
+def megabytes(size: int | None) -> str:
+    """A size in words; None is unknown."""
+    return "unknown MB" if size is None else f"{size / 2**20:.0f} MB"
 
 
 def file_kind(member: MemberReport) -> str:

@@ -55,6 +55,7 @@ class RunFolder:
     sampled_texts = property(lambda self: self.path / "sampled-texts")
     settling = property(lambda self: self.path / "pruning" / "settling.json")
     refused_files = property(lambda self: self.path / "compression" / "refused.json")
+    linear_times = property(lambda self: self.path / "compression" / "linear-times.json")
 
     @property
     def dense_member(self) -> Member:

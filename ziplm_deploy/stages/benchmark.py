@@ -18,7 +18,7 @@ from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.formats import measured_gguf_files
 from ziplm_deploy.stages.stage import Stage
-from ziplm_deploy.stages.timed_files import files_of_family, runnable_files
+from ziplm_deploy.stages.timed_files import PLAIN_PAGES, files_of_family, runnable_files
 
 FINAL_SEED = 10_000  # order of turns: not that of the closed loop
 SHORTEST = 4  # tokens that a workload may have
@@ -31,9 +31,10 @@ def benchmark(run: Run) -> BenchmarkRecord:
 
     A loop ends with the draw of noise that satisfied it: that one is not reported. This one ends when intervals are
     narrow, whatever they say: what ends as soon as a verdict is clear errs more often than its intervals admit.
-    Neither baselines nor files on further engines prolong it.
+    Neither baselines nor files on further engines, nor dense with plain pages, prolong it.
     """
     aside = {made.name for made in made_baselines(run)} | {file.label for file in measured_gguf_files(run)}
+    aside |= {PLAIN_PAGES}
     files = files_of_family(run)
     key, seed = final_key(run), FINAL_SEED + is_measured_again(run)
     record = measure(run, "benchmark", run.folder.benchmark, files, aside=aside, seed=seed, key=key)

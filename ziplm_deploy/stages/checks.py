@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ziplm_deploy.baselines import BASELINES, get_baseline
+from ziplm_deploy.compression.int8.forms import BITS
 from ziplm_deploy.compression.int8.weight_only import check_bits
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import DataError, RecipeError
@@ -46,6 +47,8 @@ def _weight_only_fields(compress: CompressConfig) -> dict[int, str]:
         8: ("fallback", compress.int8.fallback == "weight-only-8"),
         4: ("weight_only_4", compress.int8.weight_only_4),
     }
+    if compress.int8.mixed:
+        asked = {bits: ("mixed", True) for bits in BITS.values()}
     return {bits: f"compress.int8.{field}" for bits, (field, is_asked) in asked.items() if is_asked}
 
 
@@ -72,6 +75,11 @@ def check_task(recipe: Recipe) -> None:
         raise RecipeError(
             f"expected export.cache_form onnxruntime for {weight_only[0]}, found portable: weight-only linears are "
             "MatMulNBits, an operator of ONNX Runtime alone; change one of them"
+        )
+    if recipe.compress.int8.mixed and recipe.compress.makes_int8 and recipe.data.evaluation is None:
+        raise RecipeError(
+            "expected data.evaluation for compress.int8.mixed, found none: how fast a mixture may be is what "
+            "compress.int8.max_loss allows; name text to evaluate on, or leave the field out"
         )
     if export.genai and export.cache_form == "portable":
         raise RecipeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -25,13 +26,24 @@ from ziplm_deploy.compression.int8.fake_quant import (
     quantizable_linears,
     remove_fake_quant,
 )
+from ziplm_deploy.compression.int8.forms import (
+    BITS,
+    FORMS,
+    Cost,
+    Form,
+    Mixture,
+    MixtureChoice,
+    fastest_within,
+    mixtures,
+)
+from ziplm_deploy.compression.int8.linear_times import linear_shapes
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
 from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import asked_bits, weight_only_linears
-from ziplm_deploy.compression.records import Int8Record, LinearSensitivity
+from ziplm_deploy.compression.records import Int8Record, LinearMixture, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.treatment import reduces_range, served_int8, suits_weight_only
 from ziplm_deploy.engines import get_engine
@@ -47,7 +59,9 @@ from ziplm_deploy.stages.budget import BudgetJudge
 from ziplm_deploy.stages.export import check_difference, export_checked, export_stage
 from ziplm_deploy.stages.rank_linears import ranked_linears
 from ziplm_deploy.stages.recover import distillation, training_key
+from ziplm_deploy.stages.time_linears import linear_times
 
+Choice = SparedChoice | MixtureChoice
 Ranges = dict[str, ActivationRange] | dict[str, LinearScales] | None
 
 
@@ -148,7 +162,7 @@ class _Quantization:
 
     def _make(
         self, model: nn.Module, made: Path, scratch: Path, judge: BudgetJudge | None
-    ) -> tuple[TrainingRecord | None, SparedChoice | None]:
+    ) -> tuple[TrainingRecord | None, Choice | None]:
         """Write the file, as the first process; all of them train."""
         run, onnx, batches = self.run, self.source / Variant.FP32.file_name, self.run.data.ranges_batches
         training: TrainingRecord | None = None
@@ -158,10 +172,12 @@ class _Quantization:
             onnx = scratch / Variant.FP32.file_name
             difference = export_checked(run, model, onnx, f"{self.file.label}, trained")
             run.folder.set_difference(quantization_stage(self.file), difference)
-        choice: SparedChoice | None = None
+        choice: Choice | None = None
         if distributed.is_first():
             calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
-            if self.config.backend == "neural-compressor":
+            if self.config.mixed and judge is not None:
+                choice = self._mixed(onnx, made, judge)
+            elif self.config.backend == "neural-compressor":
                 choice = self._by_neural_compressor(onnx, made, calibrated, judge)
             else:
                 choice = self._within_budget(onnx, made, ranges or calibrated, judge)
@@ -214,6 +230,40 @@ class _Quantization:
         return within_budget(
             destination, write, judge.score, self.sensitivities, judge.reference_score, self.config, tried
         )
+
+    def _mixed(self, onnx: Path, destination: Path, judge: BudgetJudge) -> MixtureChoice:
+        """Write the file with the fastest mixture of forms that the budget allows."""
+        ladder = mixtures(self._costs(onnx), self.config.max_fp32_share)
+
+        def write(mixture: Mixture, path: Path) -> None:
+            weight_only = {name: BITS[form] for name, form in mixture.forms.items() if form in BITS}
+            quantize(onnx, path, self.settings, keep_fp32=mixture.named("float32"), weight_only=weight_only)
+
+        def tried(mixture: Mixture, score: float) -> None:
+            counts = ", ".join(f"{n} {form}" for form in FORMS if (n := len(mixture.named(form))))
+            self.run.progress.note(f"{self.file.label}: {score:.4f} with {counts}, {mixture.ms:.1f} ms of linears")
+
+        reference, max_loss = judge.reference_score, self.config.max_loss
+        return fastest_within(destination, write, judge.score, ladder, reference, max_loss, tried)
+
+    def _costs(self, onnx: Path) -> dict[str, dict[Form, Cost]]:
+        """Milliseconds and divergence of every linear in every form."""
+        times, shapes = linear_times(self.run, self.settings), linear_shapes(onnx)
+        return {
+            row.name: {
+                form: Cost(times.ms(row.name, math.prod(shapes[row.name]), form), row.by_form.get(form, 0.0))
+                for form in FORMS
+            }
+            for row in self.sensitivities
+        }
+
+    def _mixture(self, choice: Choice | None) -> LinearMixture | None:
+        """What the chosen mixture takes, beside one form for all."""
+        if not isinstance(choice, MixtureChoice):
+            return None
+        costs = self._costs(self.source / Variant.FP32.file_name)
+        alike: dict[Form, float] = {form: sum(of[form].ms for of in costs.values()) for form in FORMS}
+        return LinearMixture(ms=choice.mixture.ms, int8_ms=alike["int8"], float32_ms=alike["float32"])
 
     def _judge(self) -> BudgetJudge | None:
         """Who scores candidates: the engine that serves, unless a candidate may end its process."""
@@ -277,7 +327,7 @@ class _Quantization:
 
     def _record(
         self,
-        choice: SparedChoice | None,
+        choice: Choice | None,
         training: TrainingRecord | None,
         embeddings: bool,
         judge: BudgetJudge | None = None,
@@ -299,7 +349,7 @@ class _Quantization:
             weight_bits=self.settings.weight_bits,
             embeddings=embeddings,
             n_linears=len(self.sensitivities),
-            fp32_linears=[] if choice is None or choice.spared.form != "float32" else list(choice.spared.names),
+            fp32_linears=[] if choice is None else list(choice.fp32_linears),
             weight_only=weight_only or {},
             reference_score=None if choice is None else choice.reference_score,
             scores=[] if choice is None else [score for _, score in choice.tried],
@@ -307,6 +357,7 @@ class _Quantization:
             sensitivities=[LinearSensitivity(**asdict(row)) for row in self.sensitivities],
             ruined_by_outliers=[row.name for row in self.sensitivities if row.ruined_by_outliers],
             training=training,
+            mixture=self._mixture(choice),
             **judged,
         )
 

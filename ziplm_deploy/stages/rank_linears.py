@@ -8,7 +8,7 @@ from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.compression.divergence import divergence_from
 from ziplm_deploy.compression.int8.causal import linear_groups
 from ziplm_deploy.compression.int8.quantize import linear_names
-from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_linears
+from ziplm_deploy.compression.int8.sensitivity import SensitivityRow, rank_in_all_forms, rank_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import asked_bits, check_patterns
 from ziplm_deploy.compression.records import LinearRanking, LinearSensitivity
@@ -44,15 +44,18 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
             check_patterns(names, patterns)
         groups = linear_groups(model, names) if names else None
         weight_only = asked_bits(names, patterns)
-        ranked = rank_linears(
-            model,
-            looked_at,
-            divergence,
-            settings,
-            progress=run.progress.step,
-            groups=groups,
-            weight_only=weight_only,
-        )
+        if settings.config.mixed and groups is not None:
+            ranked = rank_in_all_forms(model, looked_at, divergence, settings, groups, run.progress.step)
+        else:
+            ranked = rank_linears(
+                model,
+                looked_at,
+                divergence,
+                settings,
+                progress=run.progress.step,
+                groups=groups,
+                weight_only=weight_only,
+            )
         linears = [LinearSensitivity(**asdict(row)) for row in ranked]
         LinearRanking(linears=linears).save(member.linear_ranking)
 
@@ -64,6 +67,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         n_examples=n_examples,
         **cut,
         **({"weight_only_4": patterns} if patterns else {}),
+        **({"mixed": True} if settings.config.mixed else {}),
     )
     run.folder.make(f"rank linears {member.name}", key, [member.linear_ranking], work)
     return [SensitivityRow(**row.model_dump()) for row in LinearRanking.load(member.linear_ranking).linears]

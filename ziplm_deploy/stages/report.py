@@ -37,7 +37,7 @@ from ziplm_deploy.stages.prune import member_key
 from ziplm_deploy.stages.quantize import int8_record
 from ziplm_deploy.stages.retrieval import retrieval_scores_of
 from ziplm_deploy.stages.stage import Stage
-from ziplm_deploy.stages.timed_files import dense_as_served, refused_files
+from ziplm_deploy.stages.timed_files import PLAIN_PAGES, dense_as_served, refused_files
 from ziplm_deploy.stages.uncertainty import uncertainty_of, uncertainty_of_file
 
 
@@ -97,6 +97,7 @@ def family_facts(run: Run) -> FamilyFacts:
         stage_versions=run.folder.stage_versions,
         baselines=[_baseline_facts(run, files, record, beside) for files in made_baselines(run)],
         gguf=[_gguf_facts(run, file, record) for file in measured_gguf_files(run)],
+        plain_pages=timing_of(record, PLAIN_PAGES) if run.recipe.environment.huge_pages else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ziplm_deploy.artifacts import content_key
@@ -16,6 +17,8 @@ from ziplm_deploy.run.member import DENSE, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Generation, Run
 from ziplm_deploy.stages.baselines import made_baselines
 from ziplm_deploy.stages.formats import measured_gguf_files
+
+PLAIN_PAGES = f"{DENSE} (plain pages)"
 
 
 def files_of_generation(run: Run, generation: Generation) -> dict[str, TimedFile]:
@@ -43,9 +46,12 @@ def trial_name(generation: Generation) -> str:
 
 def files_of_family(run: Run) -> dict[str, TimedFile]:
     """Every file of every member that its engine can run; the dense model also where the members serve, if its baseline
-    is elsewhere; what users get from it without pruning; and members in llama.cpp, where the recipe asks for it."""
+    is elsewhere, and without huge pages, if those are asked for; what users get from it without pruning; and members in
+    llama.cpp, where the recipe asks for it."""
     refused = refused_files(run)
     files = {name: file for name, file in _all_files(run).items() if name not in refused}
+    if run.recipe.environment.huge_pages:
+        files[PLAIN_PAGES] = replace(dense_file(run), plain_pages=True)
     files |= {made.name: TimedFile(made.paths[0], made.page.engine) for made in made_baselines(run)}
     return files | {file.label: TimedFile(file.path, gguf.ENGINE) for file in measured_gguf_files(run)}
 

@@ -45,6 +45,11 @@ class SparedChoice:
     tried: tuple[tuple[int, float], ...]
     within_budget: bool
 
+    @property
+    def fp32_linears(self) -> tuple[str, ...]:
+        """Linears that stay float32."""
+        return self.spared.names if self.spared.form == "float32" else ()
+
 
 def within_budget(
     destination: Path,

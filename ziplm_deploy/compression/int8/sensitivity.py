@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ziplm_deploy.compression.int8.fake_quant import (
     remove_fake_quant,
     watch_inputs,
 )
+from ziplm_deploy.compression.int8.forms import BITS
 from ziplm_deploy.compression.int8.scales import ActivationRange
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import weights_rounded
@@ -39,6 +40,7 @@ class SensitivityRow:
     divergence: float
     activation_outliers: float
     weight_outliers: float
+    by_form: Mapping[str, float] = field(default_factory=dict)  # divergence in each form, where all were looked at
 
     @property
     def ruined_by_outliers(self) -> bool:
@@ -91,6 +93,34 @@ def rank_linears(
         if progress is not None:
             progress(done, len(groups))
     return sorted(rows, key=lambda row: (-row.divergence, row.name))
+
+
+def rank_in_all_forms(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    divergence: Callable[[nn.Module], float],
+    settings: Int8Settings,
+    groups: Mapping[str, Sequence[str]],
+    progress: StepProgress | None = None,
+) -> list[SensitivityRow]:
+    """Every linear, ranked as :func:`rank_linears` does, with its divergence in each form that is not float32."""
+    forms: dict[str, dict[str, int]] = {
+        "int8": {},
+        **{form: dict.fromkeys(groups, bits) for form, bits in BITS.items()},
+    }
+    found: dict[str, dict[str, float]] = {name: {} for name in groups}
+    rows: list[SensitivityRow] = []
+    for turn, (form, weight_only) in enumerate(forms.items()):
+
+        def told(done: int, total: int, turn: int = turn) -> None:
+            if progress is not None:
+                progress(turn * total + done, len(forms) * total)
+
+        ranked = rank_linears(model, batches, divergence, settings, told, groups, weight_only)
+        rows = rows or ranked
+        for row in ranked:
+            found[row.name][form] = row.divergence
+    return [replace(row, by_form=found[row.name]) for row in rows]
 
 
 def _divergence_in_int8(

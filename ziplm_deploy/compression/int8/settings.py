@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ziplm_deploy.compression.int8.scales import weight_limit
 from ziplm_deploy.recipe import EngineName, Int8Config
@@ -15,6 +15,11 @@ class Int8Settings:
     config: Int8Config
     engine: EngineName  # decides which nodes are written; fake quantization is the same for all
     reduce_range: bool  # 7-bit weights, see `scales.default_reduce_range`
+
+    @property
+    def without_embeddings(self) -> Int8Settings:
+        """These settings for files that have none."""
+        return replace(self, config=self.config.model_copy(update={"embeddings": False}))
 
     @property
     def weight_limit(self) -> int:

@@ -130,8 +130,8 @@ class Worker:
         return {}
 
     def do_memory(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Largest resident set of this process so far."""
-        return {"peak_bytes": peak_memory_bytes()}
+        """Largest resident set of this process so far, and what of its memory lies in huge pages now."""
+        return {"peak_bytes": peak_memory_bytes(), "huge_page_bytes": huge_page_bytes()}
 
     def _timed_run(self, model_id: str, call: int) -> float:
         ms = self.runs[model_id][call]()
@@ -166,6 +166,15 @@ def peak_memory_bytes() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def huge_page_bytes() -> int | None:
+    """Anonymous memory of this process in transparent huge pages; None where the system does not tell."""
+    try:
+        with open("/proc/self/smaps_rollup", encoding="utf-8") as sums:
+            return next(int(line.split()[1]) * 1024 for line in sums if line.startswith("AnonHugePages"))
+    except (OSError, StopIteration):
+        return None
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,0 +1,111 @@
+"""Which form each linear gets: the ladder of mixtures against all of them, and the search on it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ziplm_deploy.compression.int8.forms import FORMS, MOST_TRIED, Cost, Form, Mixture, fastest_within, mixtures
+from ziplm_deploy.errors import UsageError
+
+Costs = dict[str, dict[Form, Cost]]
+
+
+def random_costs(n: int, seed: int) -> Costs:
+    generator = np.random.default_rng(seed)
+    costs: Costs = {}
+    for number in range(n):
+        ms, divergence = generator.uniform(0.1, 4, len(FORMS)), generator.uniform(0, 1, len(FORMS))
+        divergence[0] = 0  # float32
+        costs[f"layers.{number}.part"] = {form: Cost(*cost) for form, *cost in zip(FORMS, ms, divergence, strict=True)}
+    return costs
+
+
+def divergence(costs: Costs, mixture: Mixture) -> float:
+    return sum(costs[name][form].divergence for name, form in mixture.forms.items())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_assignment_is_as_fast_as_a_mixture_and_loses_less(seed: int) -> None:
+    costs = random_costs(4, seed)
+    every = [
+        (
+            sum(costs[name][form].ms for name, form in zip(costs, forms, strict=True)),
+            sum(costs[name][form].divergence for name, form in zip(costs, forms, strict=True)),
+        )
+        for forms in itertools.product(FORMS, repeat=len(costs))
+    ]
+    ladder = mixtures(costs, max_fp32_share=1.0)
+    assert ladder[0].ms == pytest.approx(min(ms for ms, _ in every))
+    for before, mixture in itertools.pairwise(ladder):
+        assert mixture.ms > before.ms
+        assert divergence(costs, mixture) < divergence(costs, before)
+        assert sum(mixture.forms[name] != before.forms[name] for name in costs) == 1
+    for mixture in ladder:
+        assert mixture.ms == pytest.approx(sum(costs[name][form].ms for name, form in mixture.forms.items()))
+        least = min(lost for ms, lost in every if ms <= mixture.ms + 1e-9)
+        assert divergence(costs, mixture) == pytest.approx(least)
+
+
+def test_no_more_linears_than_allowed_stay_float32_and_never_all() -> None:
+    costs = random_costs(8, 0)
+    shares = {share: mixtures(costs, share) for share in (0.0, 0.25, 1.0)}
+    for share, ladder in shares.items():
+        assert max(len(mixture.named("float32")) for mixture in ladder) <= min(share * 8, 7)
+    assert len(shares[0.25]) < len(shares[1.0])
+    fast = {name: {**of, "float32": Cost(0.01, 0.0)} for name, of in costs.items()}
+    for most in (0, 3, 7):
+        ladder = mixtures(fast, most / 8)
+        assert len(ladder[0].named("float32")) == most
+        least = sum(
+            sorted(min(cost.ms for form, cost in of.items() if form != "float32") for of in costs.values())[: 8 - most]
+        )
+        assert ladder[0].ms == pytest.approx(least + 0.01 * most)
+    with pytest.raises(UsageError, match="expected linears to choose forms for, found none"):
+        mixtures({}, 0.5)
+
+
+def ladder_of(n: int) -> list[Mixture]:
+    return [
+        Mixture({"head": "int8", "layers.0.up": "float32" if n > 3 else "int8"}, float(ms)) for ms in range(1, n + 1)
+    ]
+
+
+@pytest.mark.parametrize(("n", "first"), [(40, 0), (40, 1), (40, 13), (40, 39), (2, 1), (1, 0)])
+def test_the_fastest_that_holds_the_budget_is_found(tmp_path: Path, n: int, first: int) -> None:
+    """The loss of rung i is 1 % x (n - i) / (n - first): from ``first`` on it is within 1 %."""
+    ladder, written = ladder_of(n), []
+
+    def write(mixture: Mixture, path: Path) -> None:
+        written.append(mixture)
+        path.write_text(str(mixture.ms))
+
+    def judge(path: Path) -> float:
+        return -(1 + 0.01 * (n + 1 - float(path.read_text())) / (n - first))
+
+    choice = fastest_within(tmp_path / "made.onnx", write, judge, ladder, -1.0, 0.01 + 1e-9)
+    assert choice.within_budget
+    assert choice.mixture is ladder[first]
+    assert (tmp_path / "made.onnx").read_text() == str(ladder[first].ms)
+    assert [path.name for path in tmp_path.iterdir()] == ["made.onnx"]
+    assert len(written) == len(choice.tried) <= MOST_TRIED
+    assert choice.score == judge(tmp_path / "made.onnx")
+
+
+def test_without_any_that_holds_the_budget_the_best_is_written_and_said_to_be_outside(tmp_path: Path) -> None:
+    scores = {1.0: 0.3, 5.0: 0.2}
+    choice = fastest_within(
+        tmp_path / "made.onnx",
+        lambda mixture, path: path.write_text(str(mixture.ms)) and None,
+        lambda path: scores[float(path.read_text())],
+        ladder_of(5),
+        1.0,
+        0.1,
+    )
+    assert (choice.within_budget, choice.score, choice.mixture.ms) == (False, 0.3, 1.0)
+    assert choice.tried == ((1, 0.3), (1, 0.2))
+    assert choice.fp32_linears == ("layers.0.up",)
+    assert (tmp_path / "made.onnx").read_text() == "1.0"

@@ -1,0 +1,170 @@
+"""Which form each linear of a causal language model gets: by what it loses, and by the milliseconds that it takes.
+
+A linear has four forms (:data:`FORMS`). Each costs milliseconds of a request and changes the model's answers; both were
+measured. Losses of linears are taken to add up, which they do while they are small; what the chosen file loses is
+measured again, as a whole.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ziplm_deploy.errors import UsageError
+
+Form = Literal["float32", "int8", "weight-only-8", "weight-only-4"]
+FORMS: tuple[Form, ...] = get_args(Form)
+BITS: dict[Form, int] = {"weight-only-8": 8, "weight-only-4": 4}
+MOST_TRIED = 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a linear costs in one form: milliseconds of a request, and divergence of the model's answers."""
+
+    ms: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The form of every linear by name, and the milliseconds that they take together."""
+
+    forms: Mapping[str, Form]
+    ms: float
+
+    def named(self, form: Form) -> tuple[str, ...]:
+        """Linears of this form."""
+        return tuple(name for name, chosen in self.forms.items() if chosen == form)
+
+
+@dataclass(frozen=True)
+class MixtureChoice:
+    """The fastest mixture found within the budget, or the best-scoring one where none holds it.
+
+    ``tried``: (number of float32 linears, score) in the order of the search.
+    """
+
+    mixture: Mixture
+    score: float
+    reference_score: float
+    tried: tuple[tuple[int, float], ...]
+    within_budget: bool
+
+    @property
+    def fp32_linears(self) -> tuple[str, ...]:
+        """Linears that stay float32."""
+        return self.mixture.named("float32")
+
+
+def mixtures(costs: Mapping[str, Mapping[Form, Cost]], max_fp32_share: float) -> list[Mixture]:
+    """Mixtures from the fastest on; each gives one linear another form, that which saves most divergence a millisecond.
+
+    So none that is as fast has less divergence. They end before more than ``max_fp32_share`` of the linears would be
+    float32, and before all of them are.
+
+    Raises:
+        UsageError: no linears.
+    """
+    if not costs:
+        raise UsageError("expected linears to choose forms for, found none; use the float32 file")
+    most = min(int(max_fp32_share * len(costs)), len(costs) - 1)
+    paths = {name: _hull(of_forms) for name, of_forms in _with_few_in_float32(costs, most).items()}
+    steps = [
+        (_saves(path[place - 1][1], path[place][1]), name, path[place][0])
+        for name, path in paths.items()
+        for place in range(1, len(path))
+    ]
+    steps.sort(key=lambda step: -step[0])  # stable: forms of one linear stay in their order, which is convex
+    forms = {name: path[0][0] for name, path in paths.items()}
+    found = [_mixture(forms, costs)]
+    for _, name, form in steps:
+        forms[name] = form
+        if sum(chosen == "float32" for chosen in forms.values()) > most:
+            break
+        found.append(_mixture(forms, costs))
+    return found
+
+
+def _with_few_in_float32(costs: Mapping[str, Mapping[Form, Cost]], most: int) -> Mapping[str, Mapping[Form, Cost]]:
+    """Costs without float32 where it is the fastest form of more than ``most`` linears, and gains least."""
+    others: dict[str, Mapping[Form, Cost]] = {
+        name: {form: cost for form, cost in of.items() if form != "float32"} for name, of in costs.items()
+    }
+    gains = {name: min(cost.ms for cost in others[name].values()) - of["float32"].ms for name, of in costs.items()}
+    fastest = sorted((name for name, gain in gains.items() if gain >= 0), key=lambda name: -gains[name])
+    return {**costs, **{name: others[name] for name in fastest[most:]}}
+
+
+def _mixture(forms: Mapping[str, Form], costs: Mapping[str, Mapping[Form, Cost]]) -> Mixture:
+    return Mixture(dict(forms), sum(costs[name][form].ms for name, form in forms.items()))
+
+
+def _hull(of_forms: Mapping[Form, Cost]) -> list[tuple[Form, Cost]]:
+    """Forms of a linear that no other one, nor a mean of two, beats in both; the fastest first."""
+    hull: list[tuple[Form, Cost]] = []
+    for form, cost in sorted(of_forms.items(), key=lambda item: (item[1].ms, item[1].divergence)):
+        if hull and cost.divergence >= hull[-1][1].divergence:
+            continue
+        while len(hull) > 1 and _saves(hull[-2][1], hull[-1][1]) <= _saves(hull[-2][1], cost):
+            hull.pop()
+        hull.append((form, cost))
+    return hull
+
+
+def _saves(before: Cost, after: Cost) -> float:
+    """Divergence that a millisecond more saves."""
+    return (before.divergence - after.divergence) / max(after.ms - before.ms, 1e-9)
+
+
+def fastest_within(
+    destination: Path,
+    write: Callable[[Mixture, Path], None],
+    judge: Callable[[Path], float],
+    ladder: Sequence[Mixture],
+    reference_score: float,
+    max_loss: float,
+    tried: Callable[[Mixture, float], None] | None = None,
+) -> MixtureChoice:
+    """Write ``destination`` with the fastest mixture of ``ladder`` that loses at most ``max_loss`` of the score.
+
+    The fastest and the slowest are tried, then what halves the milliseconds between one that holds the budget and one
+    that does not, :data:`MOST_TRIED` in all. Candidates lie beside ``destination`` until one takes its place.
+
+    Args:
+        write: writes a candidate.
+        judge: score of a file, the higher, the better.
+        tried: called with (mixture, score) after each candidate.
+    """
+    found: dict[int, tuple[float, Path]] = {}
+    with tempfile.TemporaryDirectory(prefix=".candidates-", suffix=".tmp", dir=destination.parent) as folder:
+
+        def holds(place: int) -> bool:
+            path = Path(folder) / f"candidate-{place}.onnx"
+            write(ladder[place], path)
+            found[place] = judge(path), path
+            if tried is not None:
+                tried(ladder[place], found[place][0])
+            return reference_score - found[place][0] <= max_loss * abs(reference_score)
+
+        low, high = 0, len(ladder) - 1
+        chosen = low if holds(low) else high if high and holds(high) else None
+        while chosen == high and high - low > 1 and len(found) < MOST_TRIED:
+            place = _between(ladder, low, high)
+            if holds(place):
+                chosen = high = place
+            else:
+                low = place
+        best = chosen if chosen is not None else max(found, key=lambda place: (found[place][0], -place))
+        found[best][1].replace(destination)
+    counts = tuple((len(ladder[place].named("float32")), score) for place, (score, _) in found.items())
+    return MixtureChoice(ladder[best], found[best][0], reference_score, counts, within_budget=chosen is not None)
+
+
+def _between(ladder: Sequence[Mixture], low: int, high: int) -> int:
+    """The rung strictly between two whose milliseconds are nearest to the middle of theirs."""
+    middle = (ladder[low].ms + ladder[high].ms) / 2
+    return min(range(low + 1, high), key=lambda place: abs(ladder[place].ms - middle))
