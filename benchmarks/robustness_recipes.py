@@ -38,7 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
         "speedups": [1.2],
         "data": {"generated": {"n_windows": 64, "batch_size": 16}, "n_calibration": 48},
         "recover": {"mode": "one-shot", "lora": {"rank": 4}, **TRAINING},
-        "compress": {"variants": ["int4"]},
+        "compress": {"variants": ["int8"], "int8": {"weight_only_4": ["*.feed_forward.up"]}},
         "export": {"gguf": "Q8_0", "genai": True},
     },
 }

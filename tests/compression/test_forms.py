@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ziplm_deploy.compression.int8.forms import FORMS, MOST_TRIED, Cost, Form, Mixture, fastest_within, mixtures
+from ziplm_deploy.compression.int8.forms import (
+    FORMS,
+    MOST_TRIED,
+    Cost,
+    Form,
+    Mixture,
+    fastest_within,
+    mixtures,
+    that_fit,
+)
+from ziplm_deploy.compression.onnx_graphs import MOST_BYTES, check_size
 from ziplm_deploy.errors import UsageError
 
 Costs = dict[str, dict[Form, Cost]]
@@ -48,6 +58,27 @@ def test_no_assignment_is_as_fast_as_a_mixture_and_loses_less(seed: int) -> None
         assert mixture.ms == pytest.approx(sum(costs[name][form].ms for name, form in mixture.forms.items()))
         least = min(lost for ms, lost in every if ms <= mixture.ms + 1e-9)
         assert divergence(costs, mixture) == pytest.approx(least)
+        if len(mixture.named("float32")) == len(costs) - 1:  # from here on no further linear may be
+            break
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_the_other_forms_are_still_chosen_when_no_more_may_be_float32(seed: int, most: int) -> None:
+    costs = random_costs(4, seed)
+    ladder = mixtures(costs, most / 4)
+    every = [
+        sum(costs[name][form].divergence for name, form in zip(costs, forms, strict=True))
+        for forms in itertools.product(FORMS, repeat=4)
+        if forms.count("float32") <= most
+    ]
+    for before, mixture in itertools.pairwise(ladder):
+        assert mixture.ms > before.ms
+        assert divergence(costs, mixture) < divergence(costs, before)
+    others = [min(cost.divergence for form, cost in of.items() if form != "float32") for of in costs.values()]
+    assert divergence(costs, ladder[-1]) <= sum(others) + 1e-9, "as good as without any in float32"
+    if most == 0:
+        assert divergence(costs, ladder[-1]) == pytest.approx(min(every))
 
 
 def test_no_more_linears_than_allowed_stay_float32_and_never_all() -> None:
@@ -55,7 +86,6 @@ def test_no_more_linears_than_allowed_stay_float32_and_never_all() -> None:
     shares = {share: mixtures(costs, share) for share in (0.0, 0.25, 1.0)}
     for share, ladder in shares.items():
         assert max(len(mixture.named("float32")) for mixture in ladder) <= min(share * 8, 7)
-    assert len(shares[0.25]) < len(shares[1.0])
     fast = {name: {**of, "float32": Cost(0.01, 0.0)} for name, of in costs.items()}
     for most in (0, 3, 7):
         ladder = mixtures(fast, most / 8)
@@ -66,6 +96,20 @@ def test_no_more_linears_than_allowed_stay_float32_and_never_all() -> None:
         assert ladder[0].ms == pytest.approx(least + 0.01 * most)
     with pytest.raises(UsageError, match="expected linears to choose forms for, found none"):
         mixtures({}, 0.5)
+
+
+def test_mixtures_that_no_file_holds_are_left_out() -> None:
+    ladder = [
+        Mixture({"a": "weight-only-4", "b": "int8"}, 1.0),
+        Mixture({"a": "weight-only-8", "b": "int8"}, 2.0),
+        Mixture({"a": "weight-only-8", "b": "float32"}, 3.0),
+    ]
+    n_weights = {"a": 1000, "b": 100}
+    for most, kept in ((1525.0, 3), (1524.9, 2), (1225.0, 2), (1224.0, 1), (0.0, 1)):
+        assert that_fit(ladder, n_weights, most) == ladder[:kept]
+    check_size(MOST_BYTES)
+    with pytest.raises(UsageError, match=r"expected INT8 files of up to 2\.0 GB, found weights of 2\.5 GB"):
+        check_size(2.5e9)
 
 
 def ladder_of(n: int) -> list[Mixture]:

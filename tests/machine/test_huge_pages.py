@@ -75,5 +75,5 @@ def test_a_worker_lies_on_huge_pages_when_asked(tmp_path: Path) -> None:
             pages = Path(f"/proc/{worker._process.pid}/smaps_rollup").read_text(encoding="utf-8")
             told = worker.huge_page_bytes()
         held[asked] = next(int(line.split()[1]) for line in pages.splitlines() if line.startswith("AnonHugePages"))
-        assert told == 1024 * held[asked]
+        assert told == pytest.approx(1024 * held[asked], abs=2**24)  # the kernel may join more in between
     assert held[True] > held[False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
-from tests.helpers.models import random_entries, tiny_causal_model, tiny_inputs, tiny_model
+from tests.helpers.models import BLOCK_TYPES, IMAGE_TYPES, random_entries, tiny_causal_model, tiny_inputs, tiny_model
 from tests.pruning.test_planner import table
 from ziplm_deploy.errors import NumericalError, UsageError
 from ziplm_deploy.models.modules import output_linear, prunable_modules
@@ -39,6 +40,7 @@ TASKS: dict[str, tuple[Task, tuple[int, ...]]] = {
     "embeddings by dot product": (get_task(SIMILARITY), (1, 4)),
 }
 DRAWS = 40_000
+CAUSAL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox")
 ROOM = 2**30  # bytes that F may take
 
 
@@ -99,11 +101,49 @@ def test_the_pass_leaves_the_model_as_it_was_and_repeats_itself(model_type: str)
     )
     assert [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()] == before
     assert model.training
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
     for name, matrix in first.items():
         torch.testing.assert_close(matrix, again[name], rtol=0, atol=0)
         assert torch.linalg.eigvalsh(matrix).min() > -1e-6 * matrix.trace()
     assert any(not torch.equal(matrix, other[name]) for name, matrix in first.items())
+
+
+def outer_products(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of g gᵀ by plain gradients of retained outputs."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.retain_grad()
+            kept[name] = output
+
+        return hook
+
+    handles = [output_linear(model, m).register_forward_hook(keep(m.name)) for m in prunable_modules(model)]
+    features = task.distilled(task.forward(model, batch), batch)
+    task.sampled_loss(features, torch.Generator().manual_seed(0)).backward()  # type: ignore[no-untyped-call]
+    for handle in handles:
+        handle.remove()
+    n_rows = features.shape[:-1].numel()
+    gradients = {name: output.grad.flatten(0, -2) for name, output in kept.items() if output.grad is not None}
+    return {name: (g.T @ g).double() / n_rows for name, g in gradients.items()}
+
+
+@pytest.mark.parametrize("model_type", [*BLOCK_TYPES, *CAUSAL_TYPES])
+def test_layers_that_are_computed_again_give_what_plain_gradients_give(model_type: str) -> None:
+    if model_type in CAUSAL_TYPES:
+        model, task_name = tiny_causal_model(model_type), "text-generation"
+    else:
+        task_name = "image-classification" if model_type in IMAGE_TYPES else "text-classification"
+        model = tiny_model(model_type, task_name)
+    task, batch = get_task(task_name), tiny_inputs(model, 2, 7, 0)
+    had_cache = getattr(model.config, "use_cache", None)
+    found = fisher_information(model, task, [batch], prunable_modules(model), seed=0, memory_limit_bytes=ROOM)
+    assert getattr(model.config, "use_cache", None) == had_cache
+    expected = outer_products(model, task, batch)
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        torch.testing.assert_close(matrix, expected[name], rtol=1e-3, atol=1e-5 * float(matrix.abs().max()))
 
 
 def test_a_model_that_gives_nan_is_refused_by_name() -> None:

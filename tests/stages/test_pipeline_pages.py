@@ -28,8 +28,7 @@ def test_the_dense_model_is_timed_with_plain_pages_too(tmp_path: Path) -> None:
     assert plain is not None
     assert dense.huge_page_bytes is not None
     assert plain.huge_page_bytes is not None
-    assert dense.huge_page_bytes > plain.huge_page_bytes
-    assert plain.measured_speedup != 1
+    assert dense.huge_page_bytes > 2**22 >= plain.huge_page_bytes
     names = [timing.name for timing in BenchmarkRecord.load(tmp_path / "runs" / "tiny" / "benchmark.json").variants]
     assert names == ["dense", "1.5x", "dense (plain pages)"]
     assert [member.name for member in report.members] == ["dense", "1.5x"], "no member of the family"

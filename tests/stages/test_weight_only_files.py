@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import pytest
 
 from tests.helpers.decoder_models import skip_in_old_engine
 from tests.helpers.pipeline import causal_recipe, raw_recipe, save_causal
+from ziplm_deploy.compression.int8.forms import Form
+from ziplm_deploy.compression.int8.linear_times import LinearTimes
 from ziplm_deploy.compression.int8.quantize import linear_names, quantized_linears
+from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import weight_only_linears
 from ziplm_deploy.compression.records import Int8Record, facts_of, int8_note, spared_from_int8
 from ziplm_deploy.errors import RecipeError, UsageError
 from ziplm_deploy.pipeline import begin
 from ziplm_deploy.recipe import Variant, parse_recipe
+from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages import quantize as quantize_stage
 from ziplm_deploy.stages.checks import check_task
 from ziplm_deploy.stages.export import export_dense
 from ziplm_deploy.stages.quantize import quantize_file
@@ -85,6 +91,27 @@ def test_a_mixture_has_the_forms_that_its_record_names(folder: Path) -> None:
     assert strict.mixture is not None
     assert strict.mixture.ms >= record.mixture.ms
     assert len(strict.scores) > 1 or strict.within_budget
+
+
+def test_other_milliseconds_make_another_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_in_old_engine("onnxruntime", (1, 23))
+    made(folder, max_loss=0.9, mixed=True)
+
+    def slow(run: Run, settings: Int8Settings, form: Form) -> LinearTimes:
+        found = LinearTimes.load(run.folder.linear_times)
+        parts = {name: part.model_copy(update={"ms": {**part.ms, form: 1e3}}) for name, part in found.parts.items()}
+        found.model_copy(update={"parts": parts}).save(run.folder.linear_times)
+        return LinearTimes.load(run.folder.linear_times)
+
+    for form, has_none in (
+        ("int8", quantized_linears),
+        ("weight-only-4", lambda onnx: [bits for bits in weight_only_linears(onnx).values() if bits == 4]),
+    ):
+        monkeypatch.setattr(quantize_stage, "linear_times", functools.partial(slow, form=form))
+        record, onnx = made(folder, max_loss=0.9, mixed=True)
+        assert not has_none(onnx), f"no linear has the form {form}, which is slow"
+        assert record.mixture is not None
+        assert record.mixture.int8_ms > 1e3
 
 
 def test_a_mixture_chooses_alone_and_needs_text_to_be_judged_by(folder: Path) -> None:

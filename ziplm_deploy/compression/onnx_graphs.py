@@ -8,7 +8,9 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.errors import CorruptArtifactError, UsageError
+
+MOST_BYTES = 2.0e9  # of weights; protobuf holds 2 GiB
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -38,6 +40,26 @@ def _inline_aliases(graph: onnx.GraphProto) -> None:
         if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in outputs:
             aliases[node.output[0]] = node.input[0]
             graph.node.remove(node)
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model with all its weights inside.
+
+    Raises:
+        UsageError: they are more than a file holds.
+    """
+    check_size(sum(len(item.raw_data) for item in model.graph.initializer))
+    onnx.save(model, str(path))
+
+
+def check_size(n_bytes: float) -> None:
+    """Refuse a file with so many bytes of weights; raises :class:`UsageError` above :data:`MOST_BYTES`."""
+    if n_bytes > MOST_BYTES:
+        raise UsageError(
+            f"expected INT8 files of up to {MOST_BYTES / 1e9:.1f} GB, found weights of {n_bytes / 1e9:.1f} GB, of "
+            "which those in float32 take four bytes each; set compress.int8.embeddings: true or lower max_fp32_share, "
+            "or leave INT8 out"
+        )
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -118,7 +118,9 @@ def int8_note(title: str, record: Int8Record, max_loss: float, *, may_train: boo
 
     ``may_train``: whether training with integers (``qat``) is made for such models, and may be advised.
     """
-    outliers = f"outliers ruin {', '.join(record.ruined_by_outliers)}" if record.ruined_by_outliers else ""
+    others = {*record.fp32_linears, *record.weight_only} if record.mixture else set()
+    ruined = [name for name in record.ruined_by_outliers if name not in others]
+    outliers = f"outliers ruin {', '.join(ruined)}" if ruined else ""
     spared = _spared(record)
     kept = "; ".join(
         f"{_BECAME[form]} to hold the accuracy budget: {', '.join(names)}" for form, names in spared.items()
@@ -144,9 +146,12 @@ def _on_choosing(record: Int8Record) -> str:
 
 
 def _counted(record: Int8Record) -> str:
+    forms = _other_forms(record)
+    if record.mixture is not None:
+        four = [name for name, bits in record.weight_only.items() if bits == 4]
+        forms |= {"weight-only 4-bit form": four} if four else {}
     counts = [
-        f"{len(names)} of {record.n_linears} linears in {form}: {', '.join(names)}"
-        for form, names in _other_forms(record).items()
+        f"{len(names)} of {record.n_linears} linears in {form}: {', '.join(names)}" for form, names in forms.items()
     ]
     return " and ".join(counts) or f"0 of {record.n_linears} linears in float32"
 

@@ -46,6 +46,7 @@ class WorkerOptions:
     # Batch size, tokens and cached tokens of several calls that models are timed on; none: the one.
     calls: tuple[tuple[int, int, int], ...] = ()
     huge_pages: bool = False
+    plain_pages: bool = False  # none, also where the system or its user gives them to every process
     shared_arena: bool = False  # for a worker that holds many sessions
     timeout_seconds: float = 600.0  # without a finished run or another sign of life; a hung engine is killed after it
     memory_limit_bytes: int | None = None  # address space of the process, for files from anywhere
@@ -154,6 +155,7 @@ class WorkerHandle:
             *("--seq-len", str(options.seq_len), "--cpus", ",".join(map(str, cpus))),
             *(["--calls", ",".join(map(_as_text, options.calls))] if options.calls else []),
             *(["--shared-arena"] if options.shared_arena else []),
+            *(["--plain-pages"] if options.plain_pages else []),
             *(["--memory-limit-bytes", str(options.memory_limit_bytes)] if options.memory_limit_bytes else []),
         ]
         self._interpreter = interpreter

@@ -280,10 +280,10 @@ def warm_up(worker: WorkerHandle, model_id: str = MODEL, call: int = 0) -> list[
 def start_worker(file: TimedFile, environment: Environment, *, wait: bool = True) -> WorkerHandle:
     """Start a worker of a file's engine, with nothing loaded; see :meth:`Engine.start_worker`."""
     engine = get_engine(file.engine or environment.engine)
+    options = replace(WorkerOptions.from_environment(environment), memory_limit_bytes=file.memory_limit_bytes)
     if file.plain_pages:
-        environment = environment.model_copy(update={"huge_pages": False})
-    options = WorkerOptions.from_environment(environment)
-    return engine.start_worker(replace(options, memory_limit_bytes=file.memory_limit_bytes), wait=wait)
+        options = replace(options, huge_pages=False, plain_pages=True)
+    return engine.start_worker(options, wait=wait)
 
 
 def _is_unsure(rounds: _Rounds, baseline: str, judged: Collection[str], error: float) -> bool:

@@ -8,14 +8,17 @@ of different modules cannot be compared.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ziplm_deploy.errors import NumericalError, UsageError
-from ziplm_deploy.models.modules import PrunableModule, output_linear
+from ziplm_deploy.models.modules import PrunableModule, layers_of, output_linear
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.tasks import Task
 from ziplm_deploy.tasks.batching import Batch
@@ -78,7 +81,11 @@ def fisher_bytes(widths: Iterable[int]) -> int:
 
 
 class _Gradients:
-    """Running sums of g gᵀ at the output of every module, while this context is open."""
+    """Running sums of g gᵀ at the output of every module, while this context is open.
+
+    Of the way forward only what enters each layer is kept; the way back computes a layer again. So memory holds what
+    one layer computes, not what all do.
+    """
 
     def __init__(self, model: nn.Module, modules: Sequence[PrunableModule]) -> None:
         self.model = model
@@ -94,9 +101,22 @@ class _Gradients:
         self.model.eval()
         self.model.requires_grad_(False)
         self._handles = [linear.register_forward_hook(self._hook_of(name)) for name, linear in self.linears.items()]
+        config: Any = self.model.config
+        self._had_cache = getattr(config, "use_cache", None)
+        if self._had_cache:  # a layer that is computed again would append to it again
+            config.use_cache = False
+        self._own = [(layer, vars(layer).get("forward")) for layer in layers_of(self.model)]
+        for layer, _ in self._own:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        for layer, own in self._own:
+            del layer.forward
+            if own is not None:
+                layer.forward = own  # type: ignore[method-assign]
+        if self._had_cache:
+            self.model.config.use_cache = True  # type: ignore[union-attr]
         for handle in self._handles:
             handle.remove()
         for parameter in self._trained:

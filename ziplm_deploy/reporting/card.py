@@ -185,7 +185,8 @@ def _calls(member: MemberReport, dense: MemberReport) -> list[str]:
 
 def _conditions(report: FamilyReport) -> list[str]:
     machine, environment = report.machine, report.environment
-    plain = f"; without, dense has {plain_ratio(report.plain_pages)} of its speed" if report.plain_pages else ""
+    without = report.plain_pages
+    plain = f"; without, dense in {without.engine} has {plain_ratio(without)} of its speed" if without else ""
     pages = f", huge pages ({ASSIGNMENT} in the server's environment{plain})" if environment.huge_pages else ""
     baseline = f"dense baseline on {baseline_of(report)}, " if report.baseline_engine else ""
     return [

@@ -71,7 +71,7 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
             *harmed_by_training(members, facts.metric),
             *taught_more_than_dense(recipe.recover, has_control=TRAINED_ON in (each.name for each in facts.baselines)),
             *_int8_notes(facts),
-            *_no_huge_pages(record, baseline),
+            *_no_huge_pages(record, facts.plain_pages),
             *judged_apart(members, facts.metric),
             *undecided_budget(members, recipe.compress.int8.max_loss),
             *filter(None, (get_engine(name).notice for name in dict.fromkeys((record.engine, baseline.engine)))),
@@ -89,13 +89,18 @@ def family_report(facts: FamilyFacts) -> FamilyReport:
     )
 
 
-def _no_huge_pages(record: BenchmarkRecord, dense: FileTiming) -> list[str]:
-    """What to know where huge pages were asked for, and the system granted the dense model's process none."""
-    if not record.environment.huge_pages or dense.huge_page_bytes != 0:
+def _no_huge_pages(record: BenchmarkRecord, plain: FileTiming | None) -> list[str]:
+    """What to know where huge pages were asked for, and some processes had none."""
+    if not record.environment.huge_pages:
+        return []
+    asked = [timing for timing in record.variants if plain is None or timing.name != plain.name]
+    without = [timing.name for timing in asked if timing.huge_page_bytes == 0]
+    if not without:
         return []
     return [
-        "environment.huge_pages asked for huge pages, but the process of the dense model had none (AnonHugePages in "
-        "/proc/PID/smaps_rollup): memory is short or in pieces; latencies are those of plain pages"
+        f"environment.huge_pages asked for huge pages, but processes of {', '.join(without)} had none (AnonHugePages "
+        "in /proc/PID/smaps_rollup): their memory is in small parts, or the system had none to give; their latencies "
+        "are those of plain pages"
     ]
 
 

@@ -34,7 +34,7 @@ def page_lines(report: FamilyReport) -> list[str]:
         return []
     held = report.members[0].served.huge_page_bytes
     return [
-        f"huge pages held {megabytes(held)} of the dense model's process; without them "
+        f"huge pages held {megabytes(held)} of the dense model's process in {plain.engine}; without them "
         f"({megabytes(plain.huge_page_bytes)}) it takes {plain.p50_ms:.2f} ms, {plain_ratio(plain)} of its speed; "
         f"serve with {ASSIGNMENT}"
     ]

@@ -146,7 +146,8 @@ def benchmark_key(run: Run, files: Mapping[str, TimedFile], environment: Environ
     own = {None, recipe.environment.engine, recipe.baseline_engine}
     others = sorted({file.engine for file in files.values() if file.engine and file.engine not in own})
     return content_key(
-        files={name: _content(run, file.path) for name, file in files.items()},
+        # Plain pages are those of the dense model, which is among the files: records from before they were timed stay.
+        files={name: _content(run, file.path) for name, file in files.items() if name != PLAIN_PAGES},
         baseline_engine=[recipe.baseline_engine, get_engine(recipe.baseline_engine).version()],
         environment=environment.fingerprint,
         benchmark=recipe.benchmark.model_dump(include=READ_FIELDS),

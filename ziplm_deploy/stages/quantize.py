@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from exporters import ExportError, to_integer_matmul
 from exporters.nbits_matmul import OLDEST_ENGINE
-from ziplm_deploy.artifacts import atomic_path, content_key
+from ziplm_deploy.artifacts import atomic_path, content_key, file_bytes
 from ziplm_deploy.compression.int8.budget import Spared, SparedChoice, within_budget
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings_of
 from ziplm_deploy.compression.int8.fake_quant import (
@@ -35,14 +35,16 @@ from ziplm_deploy.compression.int8.forms import (
     MixtureChoice,
     fastest_within,
     mixtures,
+    that_fit,
 )
-from ziplm_deploy.compression.int8.linear_times import linear_shapes
+from ziplm_deploy.compression.int8.linear_times import LinearTimes, linear_shapes
 from ziplm_deploy.compression.int8.neural_compressor import quantize_with_neural_compressor
 from ziplm_deploy.compression.int8.quantize import linear_ranges, quantize
 from ziplm_deploy.compression.int8.scales import ActivationRange, LinearScales
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import asked_bits, weight_only_linears
+from ziplm_deploy.compression.onnx_graphs import MOST_BYTES
 from ziplm_deploy.compression.records import Int8Record, LinearMixture, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.treatment import reduces_range, served_int8, suits_weight_only
@@ -72,6 +74,7 @@ def quantize_file(run: Run, file: ModelFile) -> None:
     trains, engine = config.method == "qat", recipe.environment.engine
     settings = Int8Settings(config, engine, reduces_range(config))
     sensitivities = ranked_linears(run, file.member, settings)
+    times = linear_times(run, settings) if config.mixed else None
     key = content_key(
         source=run.file_hash(source / Variant.FP32.file_name),
         int8=config,
@@ -81,10 +84,11 @@ def quantize_file(run: Run, file: ModelFile) -> None:
         environment=recipe.environment.fingerprint,
         training=training_key(run, recipe.compress.train) if trains else None,
         ranking=run.file_hash(file.member.linear_ranking),
+        **({"times": run.file_hash(run.folder.linear_times)} if config.mixed else {}),
     )
     training = file.label.replace(" ", "-")
     checkpoints = run.folder.checkpoints(training, key)
-    work = _Quantization(run, file, source, checkpoints, settings, sensitivities).make
+    work = _Quantization(run, file, source, checkpoints, settings, sensitivities, times).make
     stage = quantization_stage(file)
     run.folder.make(stage, key, [file.path, file.int8_record], work, together=trains)
     check_difference(run, stage)
@@ -126,10 +130,11 @@ class _Quantization:
         checkpoints: Path,
         settings: Int8Settings,
         sensitivities: list[SensitivityRow],
+        times: LinearTimes | None,
     ) -> None:
         self.run, self.file, self.source = run, file, source
         self.checkpoints = checkpoints
-        self.settings, self.sensitivities = settings, sensitivities
+        self.settings, self.sensitivities, self.times = settings, sensitivities, times
         self.config, self.engine = settings.config, settings.engine
 
     def make(self) -> None:
@@ -175,8 +180,8 @@ class _Quantization:
         choice: Choice | None = None
         if distributed.is_first():
             calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
-            if self.config.mixed and judge is not None:
-                choice = self._mixed(onnx, made, judge)
+            if self.times is not None and judge is not None:
+                choice = self._mixed(onnx, made, self.times, judge)
             elif self.config.backend == "neural-compressor":
                 choice = self._by_neural_compressor(onnx, made, calibrated, judge)
             else:
@@ -231,9 +236,12 @@ class _Quantization:
             destination, write, judge.score, self.sensitivities, judge.reference_score, self.config, tried
         )
 
-    def _mixed(self, onnx: Path, destination: Path, judge: BudgetJudge) -> MixtureChoice:
+    def _mixed(self, onnx: Path, destination: Path, times: LinearTimes, judge: BudgetJudge) -> MixtureChoice:
         """Write the file with the fastest mixture of forms that the budget allows."""
-        ladder = mixtures(self._costs(onnx), self.config.max_fp32_share)
+        n_weights = {name: math.prod(shape) for name, shape in linear_shapes(onnx).items()}
+        others = file_bytes(onnx) - 4 * sum(n_weights.values())
+        ladder = mixtures(self._costs(onnx, times), self.config.max_fp32_share)
+        ladder = that_fit(ladder, n_weights, MOST_BYTES - others)
 
         def write(mixture: Mixture, path: Path) -> None:
             weight_only = {name: BITS[form] for name, form in mixture.forms.items() if form in BITS}
@@ -246,9 +254,9 @@ class _Quantization:
         reference, max_loss = judge.reference_score, self.config.max_loss
         return fastest_within(destination, write, judge.score, ladder, reference, max_loss, tried)
 
-    def _costs(self, onnx: Path) -> dict[str, dict[Form, Cost]]:
+    def _costs(self, onnx: Path, times: LinearTimes) -> dict[str, dict[Form, Cost]]:
         """Milliseconds and divergence of every linear in every form."""
-        times, shapes = linear_times(self.run, self.settings), linear_shapes(onnx)
+        shapes = linear_shapes(onnx)
         return {
             row.name: {
                 form: Cost(times.ms(row.name, math.prod(shapes[row.name]), form), row.by_form.get(form, 0.0))
@@ -259,9 +267,9 @@ class _Quantization:
 
     def _mixture(self, choice: Choice | None) -> LinearMixture | None:
         """What the chosen mixture takes, beside one form for all."""
-        if not isinstance(choice, MixtureChoice):
+        if self.times is None or not isinstance(choice, MixtureChoice):
             return None
-        costs = self._costs(self.source / Variant.FP32.file_name)
+        costs = self._costs(self.source / Variant.FP32.file_name, self.times)
         alike: dict[Form, float] = {form: sum(of[form].ms for of in costs.values()) for form in FORMS}
         return LinearMixture(ms=choice.mixture.ms, int8_ms=alike["int8"], float32_ms=alike["float32"])
 

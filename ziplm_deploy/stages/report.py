@@ -97,7 +97,7 @@ def family_facts(run: Run) -> FamilyFacts:
         stage_versions=run.folder.stage_versions,
         baselines=[_baseline_facts(run, files, record, beside) for files in made_baselines(run)],
         gguf=[_gguf_facts(run, file, record) for file in measured_gguf_files(run)],
-        plain_pages=timing_of(record, PLAIN_PAGES) if run.recipe.environment.huge_pages else None,
+        plain_pages=next((timing for timing in record.variants if timing.name == PLAIN_PAGES), None),
     )
 
 

@@ -5,15 +5,15 @@ What is spared becomes weight-only 8-bit where the settings say so, and float32 
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ziplm_deploy.compression.int8.forms import check_score
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
-from ziplm_deploy.errors import NumericalError, UsageError
+from ziplm_deploy.errors import UsageError
 from ziplm_deploy.recipe import Int8Config
 
 Fallback = Literal["float32", "weight-only-8"]
@@ -111,7 +111,7 @@ def spare_linears(
     """
     if not ranking:
         raise UsageError("expected linears to choose from, found none; rank them by their sensitivity first")
-    _check_score("of the model before INT8", reference_score)
+    check_score("of the model before INT8", reference_score)
     tried: list[tuple[Spared, float]] = []
 
     def choice(spared: Spared, score: float, holds: bool) -> SparedChoice:
@@ -120,7 +120,7 @@ def spare_linears(
 
     for spared in _candidates(tuple(row.name for row in ranking), config):
         score = evaluate(spared)
-        _check_score(f"with {len(spared.names)} linear(s) in {spared.form}", score)
+        check_score(f"with {len(spared.names)} linear(s) in {spared.form}", score)
         tried.append((spared, score))
         if reference_score - score <= config.max_loss * abs(reference_score):
             return choice(spared, score, holds=True)
@@ -135,11 +135,6 @@ def _candidates(names: tuple[str, ...], config: Int8Config) -> Iterator[Spared]:
         yield Spared(names[:count], form if count else "float32")
     if largest and form != "float32":
         yield Spared(names[:largest])
-
-
-def _check_score(what: str, score: float) -> None:
-    if not math.isfinite(score):
-        raise NumericalError(f"expected a finite score {what}, found {score}; check the calibration data")
 
 
 def _counts(largest: int) -> Iterator[int]:

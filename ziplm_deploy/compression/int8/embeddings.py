@@ -19,7 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ziplm_deploy.artifacts import atomic_path
-from ziplm_deploy.compression.onnx_graphs import load_onnx, replace_nodes
+from ziplm_deploy.compression.onnx_graphs import load_onnx, replace_nodes, save_onnx
 from ziplm_deploy.errors import NumericalError
 
 MIN_ROWS, MIN_SAVED_BYTES = 4096, 1 << 20  # of a table that is worth two more nodes: a vocabulary, not positions
@@ -56,7 +56,7 @@ def round_embeddings_of(path: Path) -> None:
     model = load_onnx(path)
     round_embeddings(model)
     with atomic_path(path) as temporary:
-        onnx.save(model, str(temporary))
+        save_onnx(model, temporary)
 
 
 def has_rounded_embeddings(path: Path) -> bool:

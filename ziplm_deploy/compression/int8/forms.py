@@ -7,17 +7,19 @@ measured again, as a whole.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ziplm_deploy.errors import UsageError
+from ziplm_deploy.errors import NumericalError, UsageError
 
 Form = Literal["float32", "int8", "weight-only-8", "weight-only-4"]
 FORMS: tuple[Form, ...] = get_args(Form)
 BITS: dict[Form, int] = {"weight-only-8": 8, "weight-only-4": 4}
+BYTES: dict[Form, float] = {"float32": 4, "int8": 1, "weight-only-8": 1.125, "weight-only-4": 0.625}  # a weight
 MOST_TRIED = 8
 
 
@@ -63,8 +65,8 @@ class MixtureChoice:
 def mixtures(costs: Mapping[str, Mapping[Form, Cost]], max_fp32_share: float) -> list[Mixture]:
     """Mixtures from the fastest on; each gives one linear another form, that which saves most divergence a millisecond.
 
-    So none that is as fast has less divergence. They end before more than ``max_fp32_share`` of the linears would be
-    float32, and before all of them are.
+    None that is as fast has less divergence, until as many linears are float32 as ``max_fp32_share`` allows, and all
+    but one at most; the others then go on to the remaining forms.
 
     Raises:
         UsageError: no linears.
@@ -72,31 +74,42 @@ def mixtures(costs: Mapping[str, Mapping[Form, Cost]], max_fp32_share: float) ->
     if not costs:
         raise UsageError("expected linears to choose forms for, found none; use the float32 file")
     most = min(int(max_fp32_share * len(costs)), len(costs) - 1)
-    paths = {name: _hull(of_forms) for name, of_forms in _with_few_in_float32(costs, most).items()}
-    steps = [
-        (_saves(path[place - 1][1], path[place][1]), name, path[place][0])
-        for name, path in paths.items()
-        for place in range(1, len(path))
-    ]
-    steps.sort(key=lambda step: -step[0])  # stable: forms of one linear stay in their order, which is convex
+    allowed = _with_few_in_float32(costs, most)
+    paths = {name: _hull(of_forms) for name, of_forms in allowed.items()}
     forms = {name: path[0][0] for name, path in paths.items()}
-    found = [_mixture(forms, costs)]
-    for _, name, form in steps:
-        forms[name] = form
-        if sum(chosen == "float32" for chosen in forms.values()) > most:
-            break
+    found, is_full = [_mixture(forms, costs)], False
+    while True:
+        if not is_full and list(forms.values()).count("float32") >= most:
+            is_full = True
+            paths = {name: _onwards(forms[name], of_forms) for name, of_forms in costs.items()}
+        steps = {name: _saves(path[0][1], path[1][1]) for name, path in paths.items() if len(path) > 1}
+        if not steps:
+            return found
+        name = max(steps, key=lambda each: steps[each])
+        paths[name] = paths[name][1:]
+        forms[name] = paths[name][0][0]
         found.append(_mixture(forms, costs))
-    return found
 
 
 def _with_few_in_float32(costs: Mapping[str, Mapping[Form, Cost]], most: int) -> Mapping[str, Mapping[Form, Cost]]:
     """Costs without float32 where it is the fastest form of more than ``most`` linears, and gains least."""
-    others: dict[str, Mapping[Form, Cost]] = {
-        name: {form: cost for form, cost in of.items() if form != "float32"} for name, of in costs.items()
-    }
+    others = {name: _without_float32(of_forms) for name, of_forms in costs.items()}
     gains = {name: min(cost.ms for cost in others[name].values()) - of["float32"].ms for name, of in costs.items()}
     fastest = sorted((name for name, gain in gains.items() if gain >= 0), key=lambda name: -gains[name])
     return {**costs, **{name: others[name] for name in fastest[most:]}}
+
+
+def _without_float32(of_forms: Mapping[Form, Cost]) -> dict[Form, Cost]:
+    return {form: cost for form, cost in of_forms.items() if form != "float32"}
+
+
+def _onwards(form: Form, of_forms: Mapping[Form, Cost]) -> list[tuple[Form, Cost]]:
+    """The path of a linear from the form that it has, when no more linears may become float32."""
+    if form == "float32":
+        return [(form, of_forms[form])]
+    now = of_forms[form]
+    slower = {other: cost for other, cost in _without_float32(of_forms).items() if cost.ms > now.ms}
+    return _hull({form: now, **slower})
 
 
 def _mixture(forms: Mapping[str, Form], costs: Mapping[str, Mapping[Form, Cost]]) -> Mixture:
@@ -138,7 +151,11 @@ def fastest_within(
         write: writes a candidate.
         judge: score of a file, the higher, the better.
         tried: called with (mixture, score) after each candidate.
+
+    Raises:
+        NumericalError: a score is not finite.
     """
+    check_score("of the model before INT8", reference_score)
     found: dict[int, tuple[float, Path]] = {}
     with tempfile.TemporaryDirectory(prefix=".candidates-", suffix=".tmp", dir=destination.parent) as folder:
 
@@ -146,6 +163,9 @@ def fastest_within(
             path = Path(folder) / f"candidate-{place}.onnx"
             write(ladder[place], path)
             found[place] = judge(path), path
+            check_score(
+                f"of a mixture with {len(ladder[place].named('float32'))} linear(s) in float32", found[place][0]
+            )
             if tried is not None:
                 tried(ladder[place], found[place][0])
             return reference_score - found[place][0] <= max_loss * abs(reference_score)
@@ -162,6 +182,21 @@ def fastest_within(
         found[best][1].replace(destination)
     counts = tuple((len(ladder[place].named("float32")), score) for place, (score, _) in found.items())
     return MixtureChoice(ladder[best], found[best][0], reference_score, counts, within_budget=chosen is not None)
+
+
+def that_fit(ladder: Sequence[Mixture], n_weights: Mapping[str, int], most_bytes: float) -> list[Mixture]:
+    """Mixtures whose linears take at most so many bytes in a file; the fastest one in any case."""
+
+    def size(mixture: Mixture) -> float:
+        return sum(BYTES[form] * n_weights[name] for name, form in mixture.forms.items())
+
+    return [ladder[0], *(mixture for mixture in ladder[1:] if size(mixture) <= most_bytes)]
+
+
+def check_score(what: str, score: float) -> None:
+    """Raise :class:`NumericalError` for a score that is not finite."""
+    if not math.isfinite(score):
+        raise NumericalError(f"expected a finite score {what}, found {score}; check the calibration data")
 
 
 def _between(ladder: Sequence[Mixture], low: int, high: int) -> int:

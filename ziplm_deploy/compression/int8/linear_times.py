@@ -1,17 +1,20 @@
 """Milliseconds of the linears of a causal language model in each form, on the calls of a workload.
 
-Timed is, for each part of a layer (``attention.qkv``, ``feed_forward.down`` …) and for the head, a graph of as many
-such linears as hold all weights of the model: like the model's own, they come from memory, not from caches::
+Timed is, for each part of a layer (``attention.qkv``, ``feed_forward.down`` …) and for the head, a graph of many such
+linears: so many that their 4-bit weights are :data:`CACHES` times the last-level cache, and come from memory as those
+of a large model do; no more than the model has in all, and than a file holds::
 
     x ─┬─ Add(1) ─ MatMul(W₁) ─┐
        ├─ Add(2) ─ MatMul(W₂) ─ Add ─┐
        …                             …      every product has an input of its own, which INT8 rounds
 
-The additions are the same in every form. A linear of another width takes its share of the milliseconds.
+The additions are the same in every form. A linear of another width takes its share of the milliseconds; so does a head
+that is wider than a file holds.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,13 +33,17 @@ from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import load_onnx
 from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerOptions, get_engine
 from ziplm_deploy.latency.statistics import Milliseconds
+from ziplm_deploy.machine.info import last_level_cache_bytes
 from ziplm_deploy.machine.locks import timing_alone
 from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.progress import Note, StepProgress
 from ziplm_deploy.recipe import Environment
 
 ROUNDS = 5
-MOST_WEIGHTS = 2**27  # of a graph: half a gigabyte of float32
+CACHES = 4
+USUAL_CACHE_BYTES = 2**25  # where the system does not tell
+BYTES_OF_4_BITS = 0.625  # a weight, with its share of a float32 scale for 32
+MOST_WEIGHTS = 450_000_000  # of a graph: files above 2 GB need others beside them
 OPSET = 17
 
 
@@ -109,12 +116,14 @@ def time_linears(
         EngineError: ONNX Runtime cannot run a form.
     """
     widest: dict[str, tuple[int, int]] = {}
-    for name, shape in shapes.items():
-        widest[part_of(name)] = max(shape, widest.get(part_of(name), (0, 0)), key=lambda each: each[0] * each[1])
-    total = min(MOST_WEIGHTS, sum(n_inputs * n_outputs for n_inputs, n_outputs in shapes.values()))
+    for name, (n_inputs, n_outputs) in shapes.items():
+        shape = n_inputs, min(n_outputs, MOST_WEIGHTS // n_inputs)
+        widest[part_of(name)] = max(shape, widest.get(part_of(name), (0, 0)), key=math.prod)
+    wanted = CACHES * (last_level_cache_bytes() or USUAL_CACHE_BYTES) / BYTES_OF_4_BITS
+    total = min(MOST_WEIGHTS, wanted, sum(map(math.prod, shapes.values())))
     parts = {}
     for done, (part, shape) in enumerate(widest.items(), start=1):
-        copies = max(1, round(total / (shape[0] * shape[1])))
+        copies = max(1, int(total // math.prod(shape)))
         with tempfile.TemporaryDirectory(prefix="linears-", dir=scratch_root()) as folder:
             paths = _write_forms(Path(folder), shape, copies, settings, only_last=part == HEAD)
             with timing_alone(note):

@@ -43,7 +43,7 @@ from ziplm_deploy.compression.int8.scales import (
 )
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import write_weight_only
-from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx, replace_nodes
+from ziplm_deploy.compression.onnx_graphs import check_size, drop_unread, load_onnx, replace_nodes, save_onnx
 from ziplm_deploy.errors import EngineError, NumericalError, UsageError
 from ziplm_deploy.machine.scratch import scratch_root
 from ziplm_deploy.recipe import Int8Config
@@ -126,11 +126,11 @@ def quantize(
         _keep_matmuls(model)
     with atomic_path(destination) as temporary:
         if settings.engine != "deepsparse":
-            onnx.save(model, str(temporary))
+            save_onnx(model, temporary)
             return
         with tempfile.TemporaryDirectory(prefix="int8-", dir=scratch_root()) as folder:
             pairs = Path(folder) / "model.onnx"
-            onnx.save(model, str(pairs))
+            save_onnx(model, pairs)
             try:
                 to_integer_matmul(pairs, temporary)
             except ExportError as error:
@@ -233,8 +233,10 @@ def _write_dynamic(
 
     if not linears:  # all are weight-only or float32
         with atomic_path(destination) as temporary:
-            onnx.save(model, str(temporary))
+            save_onnx(model, temporary)
         return
+    weights = {item.name: len(item.raw_data) for item in model.graph.initializer}
+    check_size(sum(weights.values()) - 3 / 4 * sum(weights[node.input[1]] for node in linears.values()))
     head = next((node for node in model.graph.node if linear_of(node.name) == HEAD and node.op_type == "Gemm"), None)
     kept = None if head is None else onnx.NodeProto.FromString(head.SerializeToString())
     with atomic_path(destination) as temporary:
@@ -253,7 +255,7 @@ def _write_dynamic(
         if kept is not None:
             made = onnx.load(str(temporary))
             keep_tied_head(made, kept)
-            onnx.save(made, str(temporary))
+            save_onnx(made, temporary)
         missing = set(linears) - set(quantized_linears(temporary))
         if missing:
             raise EngineError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -103,7 +104,10 @@ def rank_in_all_forms(
     groups: Mapping[str, Sequence[str]],
     progress: StepProgress | None = None,
 ) -> list[SensitivityRow]:
-    """Every linear, ranked as :func:`rank_linears` does, with its divergence in each form that is not float32."""
+    """Every linear, ranked as :func:`rank_linears` does, with its divergence in each form that is not float32.
+
+    Linears of a file that stand for one of the model, as its fused queries, keys and values, share that of the whole.
+    """
     forms: dict[str, dict[str, int]] = {
         "int8": {},
         **{form: dict.fromkeys(groups, bits) for form, bits in BITS.items()},
@@ -120,7 +124,13 @@ def rank_in_all_forms(
         rows = rows or ranked
         for row in ranked:
             found[row.name][form] = row.divergence
-    return [replace(row, by_form=found[row.name]) for row in rows]
+    sharing = Counter(tuple(paths) for paths in groups.values())
+    return [
+        replace(
+            row, by_form={form: value / sharing[tuple(groups[row.name])] for form, value in found[row.name].items()}
+        )
+        for row in rows
+    ]
 
 
 def _divergence_in_int8(

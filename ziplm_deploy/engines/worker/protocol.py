@@ -31,6 +31,7 @@ from .inputs import make_ids, make_inputs
 
 TURN_VARIABLE = "ZIPLM_WORKER_TURN"  # names the file in which a worker says which of several models it runs
 TURN_BYTES = 256
+PR_SET_THP_DISABLE = 41  # linux/prctl.h
 SIGN_SECONDS = 1.0  # between signs of life during long runs; short ones are not disturbed
 
 
@@ -186,6 +187,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128, help="tokens a request; of several calls the most")
     parser.add_argument("--calls", default="", help="shapes to time, BATCHxTOKENS[+CACHED],…; default: one")
     parser.add_argument("--shared-arena", action="store_true", help="one activation arena for all sessions")
+    parser.add_argument("--plain-pages", action="store_true", help="no transparent huge pages for this process")
     parser.add_argument("--cpus", default="", help="comma-separated CPU numbers to run on")
     parser.add_argument("--memory-limit-bytes", type=int, default=0, help="largest address space; 0: no limit")
     parser.add_argument("--probe", metavar="MODEL", help="load MODEL, run it five times, print milliseconds")
@@ -211,6 +213,10 @@ def main(arguments: list[str]) -> int:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (options.memory_limit_bytes, options.memory_limit_bytes))
+    if options.plain_pages:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     # Engines print to stdout as they please; replies go to a private copy of it.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
