@@ -114,7 +114,7 @@ class _Gradients:
         for layer, own in self._own:
             del layer.forward
             if own is not None:
-                layer.forward = own  # type: ignore[method-assign]
+                layer.forward = own
         if self._had_cache:
             self.model.config.use_cache = True  # type: ignore[union-attr]
         for handle in self._handles:
