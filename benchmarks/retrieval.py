@@ -180,7 +180,7 @@ def main() -> None:
         "load_average_before": load,
     }
     rows = rows_of(report)
-    write_result("retrieval", figures_of(rows), rows, settings, options.output)
+    write_result(options.output.stem, figures_of(rows), rows, settings, options.output)
     if not options.keep:
         shutil.rmtree(recipe.run_dir)
 

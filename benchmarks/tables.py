@@ -237,7 +237,6 @@ def install(result: dict[str, Any]) -> str:
     )
 
 
-@of_result("retrieval")
 def retrieval_table(result: dict[str, Any]) -> str:
     """What members find, both ways, and what was searched."""
     cells = []
@@ -274,7 +273,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "family": family_table,
     "ablation": ablation_table,
     "pareto": pareto_table,
-    "retrieval": retrieval_table,
+    "retrieval": of_result("retrieval")(retrieval_table),
+    "retrieval_longer": of_result("retrieval_longer")(retrieval_table),
     "architectures": architectures_table,
     "decoder_speed": decoder_speed_table,
     "compound": compound_table,
