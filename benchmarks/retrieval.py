@@ -49,9 +49,10 @@ def read_rows(path: Path, count: int | None) -> Iterator[dict[str, Any]]:
 
 
 def texts_file(options: argparse.Namespace) -> Path:
-    """Distinct questions and paragraphs of the training articles, one text a line."""
+    """Distinct questions, and paragraphs unless ``--queries-only``, of the training articles, one text a line."""
     rows = list(read_rows(options.data / "squad" / "train_first44.jsonl.gz", options.rows))
-    texts = dict.fromkeys([row["context"].strip() for row in rows] + [row["question"].strip() for row in rows])
+    kinds = ["question"] if options.queries_only else ["context", "question"]
+    texts = dict.fromkeys(row[kind].strip() for kind in kinds for row in rows)
     path: Path = options.work.resolve() / "texts.jsonl"
     write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts if text))
     return path
@@ -156,6 +157,11 @@ def main() -> None:
     parser.add_argument("--logit-weight", type=float, default=0.5, help="of the distance of embeddings")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens that are timed, and that texts are cut to")
+    parser.add_argument(
+        "--queries-only",
+        action="store_true",
+        help="calibrate and train on questions alone, as for an index that exists",
+    )
     parser.add_argument("--calibration", type=int, default=512, help="texts for Hessians and search")
     parser.add_argument("--questions", type=int, help="how many are searched for; default: all")
     parser.add_argument("--rows", type=int, help="read only so many rows of each file, so fewer paragraphs, too")
@@ -173,6 +179,7 @@ def main() -> None:
         "n_queries": report.retrieval.n_queries,
         "n_passages": report.retrieval.n_passages,
         "n_calibration": recipe.data.n_calibration,
+        "queries_only": options.queries_only,
         "recover": recipe.recover.model_dump(mode="json"),
         "aa": [report.aa_ratio, report.aa_low, report.aa_high],
         "is_trial": options.quick,

@@ -181,7 +181,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 def by_sentence_transformers(
     folders: list[Path], texts: list[str], scratch: Path, prompts: list[str | None] | None = None, **settings: Any
 ) -> list[np.ndarray]:
-    """Embeddings of every folder, from sentence-transformers with these settings of its models, and names of prompts.
+    """Embeddings of every folder, from sentence-transformers with these settings of its models, and prompts.
 
     In a process of its own: its import changes settings of other packages.
     """
@@ -192,7 +192,7 @@ def by_sentence_transformers(
         "texts, prompts, settings, out, *folders = sys.argv[1:]\n"
         "models = [S(folder, device='cpu', **json.loads(settings)) for folder in folders]\n"
         "pairs = zip(models, json.load(open(prompts)))\n"
-        "numpy.savez(out, *[model.encode(json.load(open(texts)), prompt_name=name) for model, name in pairs])"
+        "numpy.savez(out, *[model.encode(json.load(open(texts)), prompt=prompt) for model, prompt in pairs])"
     )
     files = [scratch / "texts.json", scratch / "prompts.json", json.dumps(settings), scratch / "found.npz"]
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, [*files, *folders])], check=True)

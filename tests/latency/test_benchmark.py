@@ -218,6 +218,9 @@ class StagedWorker(contextlib.nullcontext["StagedWorker"]):
     def peak_memory_bytes(self) -> int:
         return 100 if self.started.count("2x") == 2 else 50
 
+    def huge_page_bytes(self) -> int | None:
+        return None
+
 
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
@@ -305,7 +308,7 @@ def test_machine_drift_does_not_reach_the_speedup() -> None:
     rounds = benchmarking._interleave(
         scripted([], clock), BenchmarkConfig(rounds=12), slower_every_round, seed=0, unsure=sure
     )
-    facts = benchmarking._Facts("2x.onnx", "onnxruntime", "1.0", peak_memory_bytes=1)
+    facts = benchmarking._Facts("2x.onnx", "onnxruntime", "1.0", peak_memory_bytes=1, huge_page_bytes=None)
     timed = benchmarking._Timings(rounds, "dense", [0, 1] * (len(rounds["2x"]) // 2), {"2x": facts})
     result = benchmarking._result(timed, "2x", Workload())
     assert (result.speedup, result.speedup_low, result.speedup_high) == pytest.approx((2.0, 2.0, 2.0))

@@ -249,6 +249,9 @@ class StagedWorker:
     def peak_memory_bytes(self) -> int:
         return 50
 
+    def huge_page_bytes(self) -> int | None:
+        return None
+
 
 def test_the_speedup_is_that_of_the_weighted_sum(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -212,18 +212,24 @@ def test_folders_are_read_as_sentence_transformers_reads_them(folders: dict[str,
 def test_sentence_transformers_opens_members_as_the_original(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("optimum.onnxruntime", reason="optimum is not installed")
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    members = []
+    members: list[Path] = []
+    expected: list[np.ndarray] = []
     for name, folder in folders.items():
         model = settings(folder)
         dense, processor = load_dense(model)
-        members.append(tmp_path / name)
-        save_member(members[-1], dense, processor, model, {})
-        raw = {"name": "x", "model": with_own_settings(model).model_dump(), "speedups": [2]}
-        raw["environment"] = {"workload": {"seq_len": 16}}
-        export = OnnxExport.from_recipe(parse_recipe(raw), get_task(with_own_settings(model)))
-        export.write(load(members[-1]), members[-1] / "model.onnx", name)
+        pruned = resize(dense, random_entries(dense, {"0.attention": 1, "1.ffn": 20, "2.attention": 0}))
+        for kind, torch_model in (("dense", dense), ("pruned", pruned)):
+            members.append(tmp_path / f"{name}-{kind}")
+            save_member(members[-1], torch_model, processor, model, {})
+            raw = {"name": "x", "model": with_own_settings(model).model_dump(), "speedups": [2]}
+            raw["environment"] = {"workload": {"seq_len": 16}}
+            export = OnnxExport.from_recipe(parse_recipe(raw), get_task(with_own_settings(model)))
+            export.write(load(members[-1]), members[-1] / "model.onnx", name)
+            expected.append(embeddings(model, torch_model))
     found = by_sentence_transformers(members, TEXTS, tmp_path, backend="onnx")
-    for model, folder, answers in zip((QWEN3, WITH_DENSE), folders.values(), found, strict=True):
+    for member, wanted, answers in zip(members, expected, found, strict=True):
+        np.testing.assert_allclose(answers, wanted, atol=1e-4, err_msg=member.name)
+    for model, folder, answers in zip((QWEN3, WITH_DENSE), folders.values(), found[::2], strict=True):
         np.testing.assert_allclose(answers, model.embeddings(folder, TEXTS), atol=1e-4)
 
 

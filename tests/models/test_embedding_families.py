@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from tests.helpers.models import random_entries
 from tests.helpers.reports import family_report
 from tests.helpers.sentence_models import TEXTS, TinySentenceModel, by_sentence_transformers, write
 from ziplm_deploy.models.dense import load_dense
+from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.member_files import load, save_member
 from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.resizing import masked, resize
 from ziplm_deploy.models.sentence_files import SETTINGS_FILE
 from ziplm_deploy.models.sentence_modules import read_sentence_modules
-from ziplm_deploy.recipe import DataConfig, ModelConfig
+from ziplm_deploy.recipe import DataConfig, ModelConfig, parse_recipe
 from ziplm_deploy.reporting.card import model_card
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 
@@ -42,10 +45,9 @@ SIZES = {"0.attention": 1, "0.ffn": 20, "1.attention": 0, "1.ffn": 0, "2.attenti
 
 @dataclass(frozen=True)
 class Family:
-    """A folder's layout, the name of its prompt for queries, and what it says about shorter embeddings."""
+    """A folder's layout, and what it says about shorter embeddings."""
 
     model: TinySentenceModel
-    query: str | None = None
     dims: tuple[int, ...] = ()
 
 
@@ -63,10 +65,9 @@ FAMILIES = {
             settings={**VERSIONS, **PROMPTS, "similarity_fn_name": "cosine"},
             card='# mxbai\n\n```json\n{"loss": "AnglELoss", "matryoshka_dims": [\n 32,\n 16, 8, 4096]}\n```\n',
         ),
-        "query",
         (32, 16, 8),
     ),
-    "Arctic": Family(TinySentenceModel(CLS, texts=LENGTHS, settings={**VERSIONS, **PROMPTS}), "query"),
+    "Arctic": Family(TinySentenceModel(CLS, texts=LENGTHS, settings={**VERSIONS, **PROMPTS})),
     "LEAF": Family(
         TinySentenceModel(
             MEAN,
@@ -74,7 +75,6 @@ FAMILIES = {
             texts=LENGTHS,
             settings={**VERSIONS, **PROMPTS, "matryoshka_dims": [16, 64]},
         ),
-        "query",
         (64, 16),
     ),
     "multilingual MiniLM": Family(
@@ -121,8 +121,8 @@ def test_dense_and_pruned_answer_as_sentence_transformers(folders: dict[str, Pat
         member = tmp_path / name / "member"
         save_member(member, resize(dense, entries), processor, settings(folder), {})
         whole = full_size(folder, dense, entries, tmp_path / name / "masked")
-        for prompt in dict.fromkeys((None, FAMILIES[name].query)):
-            config = settings(folder, **({} if prompt is None else {"prompt": QUERY}))
+        for prompt in (None, QUERY):
+            config = settings(folder, **({} if prompt is None else {"prompt": prompt}))
             opened += [folder, whole]
             prompts += [prompt, prompt]
             answers.append((f"{name}, {prompt}, dense", embeddings(config, dense, processor)))
@@ -130,8 +130,8 @@ def test_dense_and_pruned_answer_as_sentence_transformers(folders: dict[str, Pat
     for (what, whole_answer), (_, pruned_answer) in zip(answers[::2], answers[1::2], strict=True):
         assert np.abs(whole_answer - pruned_answer).max() > 1e-3, what
     by_name = dict(answers)
-    for name in (name for name, family in FAMILIES.items() if family.query):
-        plain, asked = (by_name[f"{name}, {prompt}, dense"] for prompt in (None, "query"))
+    for name in FAMILIES:
+        plain, asked = (by_name[f"{name}, {prompt}, dense"] for prompt in (None, QUERY))
         assert np.abs(plain - asked).max() > 1e-3, name
     found = by_sentence_transformers(opened, TEXTS, tmp_path, prompts)
     for (what, expected), other in zip(answers, found, strict=True):
@@ -167,3 +167,72 @@ def test_a_member_keeps_prompts_that_nobody_asked_for(folders: dict[str, Path], 
     kept = json.loads((tmp_path / SETTINGS_FILE).read_text(encoding="utf-8"))
     assert kept["prompts"] == PROMPTS["prompts"]
     assert kept["default_prompt_name"] is None
+
+
+@pytest.mark.parametrize("name", ["BGE", "Arctic"])
+def test_prompts_of_the_recipe_are_the_members(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """BGE's file has none; Arctic's has one of each, of which the recipe changes that of passages alone."""
+    config = settings(folders[name], query_prompt=QUERY, passage_prompt="passage: ")
+    dense, processor = load_dense(config)
+    save_member(tmp_path, dense, processor, config, {})
+    kept = json.loads((tmp_path / SETTINGS_FILE).read_text(encoding="utf-8"))
+    own = read_sentence_modules(settings(tmp_path))
+    assert (own.query_prompt, own.passage_prompt) == (QUERY, "passage: ")
+    assert kept["prompts"]["query"] == QUERY
+    assert kept.get("default_prompt_name") is None, "texts of no kind have no prompt"
+
+
+def test_sentence_transformers_opens_pruned_members(folders: dict[str, Path], tmp_path: Path) -> None:
+    """By its ONNX back end, in every layout, with and without a prompt."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    pytest.importorskip("optimum.onnxruntime", reason="optimum is not installed")
+    opened: list[Path] = []
+    prompts: list[str | None] = []
+    expected: list[np.ndarray] = []
+    for name, folder in folders.items():
+        config = settings(folder)
+        dense, processor = load_dense(config)
+        pruned = resize(dense, random_entries(dense, SIZES))
+        member = tmp_path / name
+        save_member(member, pruned, processor, config, {})
+        raw = {"name": "x", "model": with_own_settings(config).model_dump(), "speedups": [2]}
+        recipe = parse_recipe({**raw, "environment": {"workload": {"seq_len": 16}}})
+        OnnxExport.from_recipe(recipe, get_task(recipe.model)).write(load(member), member / "model.onnx", "member")
+        for prompt in (None, QUERY):
+            opened.append(member)
+            prompts.append(prompt)
+            asked = config if prompt is None else settings(folder, prompt=prompt)
+            expected.append(embeddings(asked, pruned, processor))
+    found = by_sentence_transformers(opened, TEXTS, tmp_path, prompts, backend="onnx")
+    for path, prompt, wanted, answers in zip(opened, prompts, expected, found, strict=True):
+        np.testing.assert_allclose(answers, wanted, atol=1e-4, err_msg=f"{path.name}, {prompt}")
+
+
+@pytest.mark.slow
+def test_sentence_transformers_takes_members_from_our_loader(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The original's folder opened by its own library, its model replaced by the pruned one in torch."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    code = (
+        "import json, sys, numpy, ziplm_deploy; from sentence_transformers import SentenceTransformer as S\n"
+        "out, texts, *folders = sys.argv[1:]\n"
+        "found = []\n"
+        "for folder, member in zip(folders[::2], folders[1::2]):\n"
+        "    model = S(folder, device='cpu')\n"
+        "    name = 'auto_model' if 'auto_model' in model[0]._modules else 'model'\n"
+        "    setattr(model[0], name, ziplm_deploy.load(member))\n"
+        "    found.append(model.encode(json.loads(texts)))\n"
+        "numpy.savez(out, *found)"
+    )
+    paths: list[Path] = []
+    expected: list[np.ndarray] = []
+    for name, folder in folders.items():
+        dense, processor = load_dense(settings(folder))
+        pruned = resize(dense, random_entries(dense, SIZES))
+        save_member(tmp_path / name, pruned, processor, settings(folder), {})
+        paths += [folder, tmp_path / name]
+        expected.append(embeddings(settings(folder), pruned, processor))
+    command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "found.npz", json.dumps(TEXTS), *paths]
+    subprocess.run([*map(str, command)], check=True)
+    found = np.load(tmp_path / "found.npz")
+    for number, (name, wanted) in enumerate(zip(folders, expected, strict=True)):
+        np.testing.assert_allclose(found[f"arr_{number}"], wanted, atol=2e-5, err_msg=name)

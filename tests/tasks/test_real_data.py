@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig, load_recipe
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
+from ziplm_deploy.tasks.retrieval import read_retrieval_set
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -34,6 +38,24 @@ def test_real_files_load_whole(task: str, file: str, rows: int, keys: set[str]) 
     loaded = get_task(task).load_rows(DataConfig(evaluation=str(DATA / file)), "evaluation", 0)
     assert len(loaded) == rows
     assert set(loaded[0]) == keys
+
+
+@needs_data
+def test_right_answers_of_qnli_are_data_for_search(tmp_path: Path) -> None:
+    """As the guide says: the rows with 0, without the column."""
+    text = gzip.decompress((DATA / "qnli" / "validation.jsonl.gz").read_bytes()).decode("utf-8")
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    pairs = [{"question": row["question"], "sentence": row["sentence"]} for row in rows if row["label"] == 0]
+    path = tmp_path / "search.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    found = read_retrieval_set(DataConfig(retrieval=str(path), retrieval_columns=("question", "sentence")), 0)
+    by_text = dict(zip(found.queries, found.relevant, strict=True))
+    assert len(found.passages) == len({pair["sentence"].strip() for pair in pairs})
+    for pair in pairs:
+        assert any(found.passages[number] == pair["sentence"].strip() for number in by_text[pair["question"].strip()])
+    whole = DataConfig(retrieval=str(DATA / "qnli" / "validation.jsonl.gz"), retrieval_columns=("question", "sentence"))
+    with pytest.raises(DataError, match="label"):  # 0 is the right answer there
+        read_retrieval_set(whole, 0)
 
 
 @needs_data
