@@ -53,7 +53,12 @@ def test_scores_are_those_of_the_members_own_answers(tmp_path: Path) -> None:
     rows = [{"text": text, "label": name} for text, name in zip(TEXTS, right, strict=True)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(64)))
-    compress = {"variants": ["sparse", "int8"], "int8": {"method": "static", "n_calibration": 8}}
+    # Zeros that change answers, whichever plan the timings of this machine lead to.
+    compress = {
+        "variants": ["sparse", "int8"],
+        "int8": {"method": "static", "n_calibration": 8},
+        "sparsity": {"sparsity": 0.97},
+    }
     changes = {"model": {"path": str(tmp_path / "model")}, "compress": compress}
     report = run_pipeline(recipe(tmp_path, speedups=[2.0], **changes))
     first, member = report.members
