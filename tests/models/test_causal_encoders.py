@@ -190,12 +190,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def embeddings(model: ModelConfig) -> np.ndarray:
+def embeddings(model: ModelConfig, member: nn.Module | None = None) -> np.ndarray:
     """As a run makes them: rows of a file, the loaded model, batches with padding."""
     dense, processor = load_dense(model)
     task: Any = get_task(with_own_settings(model))
     rows = task.normalize_rows([{"text": text} for text in TEXTS], DataConfig(), "calibration")
-    return np.asarray(task.embed(torch_function(task, dense), EvaluationSet(rows, processor, 40, 4)))
+    return np.asarray(
+        task.embed(torch_function(task, dense if member is None else member), EvaluationSet(rows, processor, 40, 4))
+    )
 
 
 @pytest.mark.slow
