@@ -173,7 +173,7 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
 ) -> None:
     def keep_two(rows: Any, evaluate: Any, reference: float, config: Any) -> SparedChoice:
         kept = tuple(row.name for row in rows[: min(2, len(rows) - 1)])  # a noisy table may leave few linears
-        return SparedChoice(Spared(kept), evaluate(Spared(kept)), reference, ((2, reference),), True)
+        return SparedChoice(evaluate(Spared(kept)), reference, ((2, reference),), True, spared=Spared(kept))
 
     plans: list[PruningPlan] = []
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import BaseModel, Field
 
 from ziplm_deploy.artifacts import Artifact
+from ziplm_deploy.compression.int8.judged import holds_budget
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.recovery.record import TrainingRecord
 
@@ -85,7 +86,7 @@ def outside_budget(record: Int8Record | None, served_score: float | None = None,
     reference = record.reference_score if record.whole_reference_score is None else record.whole_reference_score
     if served_score is None or served_score == record.whole_score:  # what was judged is what serves
         return ""
-    if reference - served_score > max_loss * abs(reference):
+    if not holds_budget(served_score, reference, max_loss):
         return f"outside the accuracy budget on the engine that serves ({served_score:.4f} against {reference:.4f})"
     return ""
 

@@ -136,6 +136,7 @@ class _Quantization:
         self.checkpoints = checkpoints
         self.settings, self.sensitivities, self.times = settings, sensitivities, times
         self.config, self.engine = settings.config, settings.engine
+        self.mixture: LinearMixture | None = None  # what the chosen one takes, beside one form for all
 
     def make(self) -> None:
         """Write the file, checked, and its record; trained weights stay in their checkpoint until both are there."""
@@ -240,7 +241,13 @@ class _Quantization:
         """Write the file with the fastest mixture of forms that the budget allows."""
         n_weights = {name: math.prod(shape) for name, shape in linear_shapes(onnx).items()}
         others = file_bytes(onnx) - 4 * sum(n_weights.values())
-        ladder = mixtures(self._costs(onnx, times), self.config.max_fp32_share)
+        costs = {
+            row.name: {
+                form: Cost(times.ms(row.name, n_weights[row.name], form), row.by_form.get(form, 0.0)) for form in FORMS
+            }
+            for row in self.sensitivities
+        }
+        ladder = mixtures(costs, self.config.max_fp32_share)
         ladder = that_fit(ladder, n_weights, MOST_BYTES - others)
 
         def write(mixture: Mixture, path: Path) -> None:
@@ -252,26 +259,10 @@ class _Quantization:
             self.run.progress.note(f"{self.file.label}: {score:.4f} with {counts}, {mixture.ms:.1f} ms of linears")
 
         reference, max_loss = judge.reference_score, self.config.max_loss
-        return fastest_within(destination, write, judge.score, ladder, reference, max_loss, tried)
-
-    def _costs(self, onnx: Path, times: LinearTimes) -> dict[str, dict[Form, Cost]]:
-        """Milliseconds and divergence of every linear in every form."""
-        shapes = linear_shapes(onnx)
-        return {
-            row.name: {
-                form: Cost(times.ms(row.name, math.prod(shapes[row.name]), form), row.by_form.get(form, 0.0))
-                for form in FORMS
-            }
-            for row in self.sensitivities
-        }
-
-    def _mixture(self, choice: Choice | None) -> LinearMixture | None:
-        """What the chosen mixture takes, beside one form for all."""
-        if self.times is None or not isinstance(choice, MixtureChoice):
-            return None
-        costs = self._costs(self.source / Variant.FP32.file_name, self.times)
+        choice = fastest_within(destination, write, judge.score, ladder, reference, max_loss, tried)
         alike: dict[Form, float] = {form: sum(of[form].ms for of in costs.values()) for form in FORMS}
-        return LinearMixture(ms=choice.mixture.ms, int8_ms=alike["int8"], float32_ms=alike["float32"])
+        self.mixture = LinearMixture(ms=choice.mixture.ms, int8_ms=alike["int8"], float32_ms=alike["float32"])
+        return choice
 
     def _judge(self) -> BudgetJudge | None:
         """Who scores candidates: the engine that serves, unless a candidate may end its process."""
@@ -331,7 +322,7 @@ class _Quantization:
         reference, *tried = scores
         kept = result.fp32_linears
         counted = tuple((len(kept), score) for score in tried)
-        return SparedChoice(Spared(kept), max(tried), reference, counted, within_budget=bool(result.met))
+        return SparedChoice(max(tried), reference, counted, bool(result.met), spared=Spared(kept))
 
     def _record(
         self,
@@ -365,7 +356,7 @@ class _Quantization:
             sensitivities=[LinearSensitivity(**asdict(row)) for row in self.sensitivities],
             ruined_by_outliers=[row.name for row in self.sensitivities if row.ruined_by_outliers],
             training=training,
-            mixture=self._mixture(choice),
+            mixture=self.mixture,
             **judged,
         )
 

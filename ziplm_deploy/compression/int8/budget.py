@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ziplm_deploy.compression.int8.forms import check_score
+from ziplm_deploy.compression.int8.judged import Judged, check_score, holds_budget
 from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.recipe import Int8Config
@@ -32,18 +32,13 @@ Judge = Callable[[Path], float]  # score of a file, the higher, the better
 
 
 @dataclass(frozen=True)
-class SparedChoice:
-    """Which linears are spared from INT8, and whether that holds the budget.
+class SparedChoice(Judged):
+    """Which linears are spared from INT8, and whether that holds the budget; ``tried`` counts those spared.
 
-    ``tried``: (number spared, score) in the order of the search. If the budget does not hold, ``spared`` is what scored
-    best, with the fewest linears.
+    If the budget does not hold, ``spared`` is what scored best, with the fewest linears.
     """
 
     spared: Spared
-    score: float
-    reference_score: float
-    tried: tuple[tuple[int, float], ...]
-    within_budget: bool
 
     @property
     def fp32_linears(self) -> tuple[str, ...]:
@@ -116,13 +111,13 @@ def spare_linears(
 
     def choice(spared: Spared, score: float, holds: bool) -> SparedChoice:
         counts = tuple((len(each.names), found) for each, found in tried)
-        return SparedChoice(spared, score, reference_score, counts, within_budget=holds)
+        return SparedChoice(score, reference_score, counts, holds, spared=spared)
 
     for spared in _candidates(tuple(row.name for row in ranking), config):
         score = evaluate(spared)
         check_score(f"with {len(spared.names)} linear(s) in {spared.form}", score)
         tried.append((spared, score))
-        if reference_score - score <= config.max_loss * abs(reference_score):
+        if holds_budget(score, reference_score, config.max_loss):
             return choice(spared, score, holds=True)
     best, score = max(tried, key=lambda item: (item[1], -len(item[0].names)))
     return choice(best, score, holds=False)

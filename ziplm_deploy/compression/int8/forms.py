@@ -7,19 +7,24 @@ measured again, as a whole.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ziplm_deploy.errors import NumericalError, UsageError
+from ziplm_deploy.compression.int8.judged import Judged, check_score, holds_budget
+from ziplm_deploy.errors import UsageError
 
 Form = Literal["float32", "int8", "weight-only-8", "weight-only-4"]
 FORMS: tuple[Form, ...] = get_args(Form)
 BITS: dict[Form, int] = {"weight-only-8": 8, "weight-only-4": 4}
-BYTES: dict[Form, float] = {"float32": 4, "int8": 1, "weight-only-8": 1.125, "weight-only-4": 0.625}  # a weight
+BYTES: dict[Form, float] = {
+    "float32": 4,
+    "int8": 1,
+    "weight-only-8": 1.125,
+    "weight-only-4": 0.625,
+}  # a weight, scales included
 MOST_TRIED = 8
 
 
@@ -44,17 +49,11 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class MixtureChoice:
-    """The fastest mixture found within the budget, or the best-scoring one where none holds it.
-
-    ``tried``: (number of float32 linears, score) in the order of the search.
-    """
+class MixtureChoice(Judged):
+    """The fastest mixture found within the budget, or the best-scoring one where none holds it; ``tried`` counts
+    linears in float32."""
 
     mixture: Mixture
-    score: float
-    reference_score: float
-    tried: tuple[tuple[int, float], ...]
-    within_budget: bool
 
     @property
     def fp32_linears(self) -> tuple[str, ...]:
@@ -168,7 +167,7 @@ def fastest_within(
             )
             if tried is not None:
                 tried(ladder[place], found[place][0])
-            return reference_score - found[place][0] <= max_loss * abs(reference_score)
+            return holds_budget(found[place][0], reference_score, max_loss)
 
         low, high = 0, len(ladder) - 1
         chosen = low if holds(low) else high if high and holds(high) else None
@@ -181,7 +180,7 @@ def fastest_within(
         best = chosen if chosen is not None else max(found, key=lambda place: (found[place][0], -place))
         found[best][1].replace(destination)
     counts = tuple((len(ladder[place].named("float32")), score) for place, (score, _) in found.items())
-    return MixtureChoice(ladder[best], found[best][0], reference_score, counts, within_budget=chosen is not None)
+    return MixtureChoice(found[best][0], reference_score, counts, chosen is not None, mixture=ladder[best])
 
 
 def that_fit(ladder: Sequence[Mixture], n_weights: Mapping[str, int], most_bytes: float) -> list[Mixture]:
@@ -191,12 +190,6 @@ def that_fit(ladder: Sequence[Mixture], n_weights: Mapping[str, int], most_bytes
         return sum(BYTES[form] * n_weights[name] for name, form in mixture.forms.items())
 
     return [ladder[0], *(mixture for mixture in ladder[1:] if size(mixture) <= most_bytes)]
-
-
-def check_score(what: str, score: float) -> None:
-    """Raise :class:`NumericalError` for a score that is not finite."""
-    if not math.isfinite(score):
-        raise NumericalError(f"expected a finite score {what}, found {score}; check the calibration data")
 
 
 def _between(ladder: Sequence[Mixture], low: int, high: int) -> int:

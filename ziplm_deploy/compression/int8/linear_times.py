@@ -27,11 +27,12 @@ from pydantic import BaseModel
 
 from exporters.names import HEAD
 from ziplm_deploy.artifacts import Artifact
-from ziplm_deploy.compression.int8.forms import BITS, FORMS, Form
+from ziplm_deploy.compression.int8.forms import BITS, BYTES, FORMS, Form
 from ziplm_deploy.compression.int8.quantize import chosen_linears, quantize
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.onnx_graphs import load_onnx
 from ziplm_deploy.engines import TURN_WARMUP_MS, WorkerOptions, get_engine
+from ziplm_deploy.latency.request import USUAL_CACHE_BYTES
 from ziplm_deploy.latency.statistics import Milliseconds
 from ziplm_deploy.machine.info import last_level_cache_bytes
 from ziplm_deploy.machine.locks import timing_alone
@@ -41,8 +42,6 @@ from ziplm_deploy.recipe import Environment
 
 ROUNDS = 5
 CACHES = 4
-USUAL_CACHE_BYTES = 2**25  # where the system does not tell
-BYTES_OF_4_BITS = 0.625  # a weight, with its share of a float32 scale for 32
 MOST_WEIGHTS = 450_000_000  # of a graph: files above 2 GB need others beside them
 OPSET = 17
 
@@ -119,7 +118,7 @@ def time_linears(
     for name, (n_inputs, n_outputs) in shapes.items():
         shape = n_inputs, min(n_outputs, MOST_WEIGHTS // n_inputs)
         widest[part_of(name)] = max(shape, widest.get(part_of(name), (0, 0)), key=math.prod)
-    wanted = CACHES * (last_level_cache_bytes() or USUAL_CACHE_BYTES) / BYTES_OF_4_BITS
+    wanted = CACHES * (last_level_cache_bytes() or USUAL_CACHE_BYTES) / BYTES["weight-only-4"]
     total = min(MOST_WEIGHTS, wanted, sum(map(math.prod, shapes.values())))
     parts = {}
     for done, (part, shape) in enumerate(widest.items(), start=1):
