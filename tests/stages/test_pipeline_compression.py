@@ -180,7 +180,9 @@ def test_a_target_that_float32_linears_cost_is_solved_again(
     def slower_at_first(of: Run) -> BenchmarkRecord:
         record = benchmark_stage.benchmark(of)
         plans.append(PruningPlan.load(of.pruned_members[0].plan))
-        figures = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), 1.1 if len(plans) == 1 else 1.5)
+        in_loop = BenchmarkRecord.load(of.folder.generation_benchmark("dense")).variant("1.5x").speedup
+        measured = min(1.1, 0.9 * in_loop) if len(plans) == 1 else 1.5  # a noisy machine measures little in the loop
+        figures = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), measured)
         record.variant("1.5x int8").__dict__.update(figures)
         record.__dict__.update(dict.fromkeys(("aa_ratio", "aa_low", "aa_high"), 1.0))  # of a quiet machine
         return record
