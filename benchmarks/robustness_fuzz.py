@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Figure
-from robustness_readers import READERS, WORKERS, damaged_copy, make_corpus
+from robustness_corpus import make_corpus
+from robustness_readers import READERS, WORKERS, damaged_copy
 
 HANG_SECONDS = 30.0
 MAX_MEMORY_BYTES = 2 << 30

@@ -95,10 +95,9 @@ def fork(folder: Path, log: Path, work: Callable[[], None]) -> Running:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         os.environ[MARK] = str(folder)
-        for variable in ("TMPDIR", "XDG_RUNTIME_DIR"):
-            place = folder / variable.lower()
-            place.mkdir(exist_ok=True)
-            os.environ[variable] = str(place)
+        place = folder / "tmpdir"
+        place.mkdir(exist_ok=True)
+        os.environ["TMPDIR"], os.environ["ZIPLM_TIMING_LOCK"] = str(place), str(place / "timing.lock")
         tempfile.tempdir = None
         _tell_stages(writing)
         os.write(writing, f"{START}\n".encode())

@@ -15,6 +15,7 @@ import torch
 
 torch.set_num_threads(1)
 
+from ziplm_deploy.machine.locks import TIMING_VARIABLE  # noqa: E402
 from ziplm_deploy.run import run  # noqa: E402 (after the threads of torch are set)
 
 
@@ -27,6 +28,6 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Locks and scratch folders of these tests are their own: they wait for no measurement beside them."""
-    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime"))
+    os.environ[TIMING_VARIABLE] = str(tmp_path_factory.mktemp("runtime") / "timing.lock")
     os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("scratch"))
     tempfile.tempdir = None  # read again

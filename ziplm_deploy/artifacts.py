@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
 from exporters import files
-from ziplm_deploy.documents import read_json, shortened, shown
+from ziplm_deploy.documents import MAX_JSON_BYTES, read_json, shortened, shown
 from ziplm_deploy.errors import CorruptArtifactError, StorageError
 
 
@@ -92,17 +92,21 @@ class Artifact(BaseModel):
     Attributes:
         MIGRATIONS: for an older schema version, how its fields become those of the next one; raises ``ValueError`` if
             they cannot. Version 0 are files from before the kind was written into them: a bare mapping.
+        MAX_BYTES: of a file that is read.
+        INDENT: None for files of many numbers, which would take a line each.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     KIND: ClassVar[str]
     SCHEMA_VERSION: ClassVar[int] = 1
+    MAX_BYTES: ClassVar[int] = MAX_JSON_BYTES
+    INDENT: ClassVar[int | None] = 1
     MIGRATIONS: ClassVar[Mapping[int, Callable[[Fields], Fields]]] = {}
 
     def save(self, path: Path) -> None:
         """Write the fields with kind and schema version, atomically; raises :class:`StorageError`."""
         head = {"kind": self.KIND, "schema_version": self.SCHEMA_VERSION}
-        write_text(path, json.dumps({**head, **self.model_dump(mode="json")}, indent=1) + "\n")
+        write_text(path, json.dumps({**head, **self.model_dump(mode="json")}, indent=self.INDENT) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -113,7 +117,7 @@ class Artifact(BaseModel):
         """
         what = cls.KIND.replace("_", " ")
         try:
-            raw = read_json(Path(path))
+            raw = read_json(Path(path), max_bytes=cls.MAX_BYTES)
         except (OSError, ValueError) as error:
             raise CorruptArtifactError(
                 f"expected a {what} in {path}, found: {error}; delete it and run the same command again"

@@ -53,13 +53,13 @@ def parse_json(text: str, *, finite: bool = False) -> Any:
         raise ValueError("brackets nested too deeply") from error
 
 
-def read_json(path: Path, *, finite: bool = False) -> Any:
-    """The value of a JSON file.
+def read_json(path: Path, *, finite: bool = False, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value of a JSON file of at most ``max_bytes``.
 
     Raises:
         OSError: it cannot be read.  ValueError: too large, no UTF-8, no JSON, or nested too deeply.
     """
-    return parse_json(read_text(path, MAX_JSON_BYTES), finite=finite)
+    return parse_json(read_text(path, max_bytes), finite=finite)
 
 
 def read_yaml(path: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from exporters.decoder_parts import (
     NormPart,
     RotaryPart,
 )
-from exporters.gguf_tokenizer import PRE_TOKENIZERS
+from exporters.gguf_file import FileType, matrix, vector, write_gguf
+from exporters.gguf_layers import file_layers, layer_tensors
+from exporters.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_keys
 
 END, END_ID = "<|end|>", 136  # the first after the bytes and merges
 # They tell ways to split text from each other: across digits, spaces and line ends.
@@ -311,3 +313,49 @@ def rounded(parts: DecoderParts, file_type: str) -> DecoderParts:
         return value
 
     return walk(parts)
+
+
+Change = Callable[[Any], None]
+
+
+def write_llama(
+    path: Path,
+    parts: DecoderParts,
+    *,
+    file_type: FileType = "F16",
+    architecture: str = "llama",
+    tokenizer: Any = None,
+    change: Change = lambda writer: None,
+    factors: bool = False,
+) -> Path:
+    """A uniform model as llama.cpp's own converter writes it; ``change`` adds keys."""
+    hidden = parts.embedding.shape[1]
+    layers = file_layers(parts.layers, hidden, 32)
+    first = layers[0].attention
+    assert first is not None
+
+    def metadata(writer: Any) -> None:
+        writer.add_context_length(parts.max_positions)
+        writer.add_embedding_length(hidden)
+        writer.add_block_count(len(layers))
+        writer.add_feed_forward_length(layers[0].width)
+        writer.add_head_count(first.n_heads)
+        writer.add_head_count_kv(first.n_kv_heads)
+        writer.add_rope_dimension_count(first.head_dim)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_layer_norm_rms_eps(parts.final_norm.epsilon)
+        tokenizer_keys(tokenizer or byte_level_tokenizer(), len(parts.embedding), None)(writer)
+        change(writer)
+
+    size = tuple(parts.embedding.shape)
+    assert parts.head is not None
+    head = parts.head.weight
+    tensors = [matrix("token_embd.weight", (size[0], size[1]), file_type, lambda: parts.embedding)]
+    for index, layer in enumerate(layers):
+        tensors += layer_tensors(index, layer, hidden, file_type, 1.0)
+    tensors += [vector("output_norm.weight", parts.final_norm.weight)]
+    tensors += [matrix("output.weight", (size[0], size[1]), file_type, lambda: head)]
+    if factors:
+        tensors.append(vector("rope_freqs.weight", torch.ones(16)))
+    write_gguf(path, architecture, metadata, tensors)
+    return path

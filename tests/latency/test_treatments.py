@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +148,21 @@ def test_cells_on_deepsparse_against_onnx_runtime() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_that_the_engine_refuses_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Engine, "may_abort", True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trials: list[str] = []
 
     def load(self: Trial, path: Path) -> None:
         trials.append(path.stem)
         if path.stem == "ffn-24":
-            raise ModelRefusedError("assertion failed")
+            raise ModelRefusedError(f"assertion failed: {path}")
 
     monkeypatch.setattr(Trial, "run", load)
     table = measure_table(request(tiny_model("bert")))
     assert set(table.refused) == {"ffn 24"}
-    assert "assertion failed" in table.refused["ffn 24"]
+    assert table.refused["ffn 24"].endswith("assertion failed: ffn-24.onnx")
+    assert not list(tmp_path.glob("ziplm-refused-*"))  # nobody would remove a copy
     assert 24 not in table.sizes("ffn")
     assert {0, 64} <= set(table.sizes("ffn"))
     assert len(trials) == len(set(trials)) > len(table.cells) - 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from ziplm_deploy.errors import StorageError
 from ziplm_deploy.machine import scratch
-from ziplm_deploy.machine.locks import FileLock, private_folder, timing_alone
+from ziplm_deploy.machine.locks import TIMING_VARIABLE, FileLock, private_folder, timing_alone
 
 
 def python(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -72,9 +73,9 @@ def test_a_lock_whose_file_its_holder_removes_is_one_all_the_same(tmp_path: Path
 
 
 def test_a_timing_waits_for_another_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(TIMING_VARIABLE, str(tmp_path / "timing.lock"))
     said: list[str] = []
-    with python(HOLD, private_folder(tmp_path / "ziplm-deploy") / "timing.lock") as process:
+    with python(HOLD, tmp_path / "timing.lock") as process:
         assert process.stdout is not None
         process.stdout.readline()
 
@@ -91,10 +92,61 @@ def test_a_timing_waits_for_another_and_says_so(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_timing_lock_ends_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(TIMING_VARIABLE, str(tmp_path / "timing.lock"))
     with pytest.raises(ZeroDivisionError), timing_alone():
         print(1 / 0)
-    assert FileLock(tmp_path / "ziplm-deploy" / "timing.lock").acquire()
+    assert FileLock(tmp_path / "timing.lock").acquire()
+
+
+def test_all_processes_of_a_machine_wait_for_one_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a login shell, cron or a batch job says about temporary files."""
+    monkeypatch.delenv(TIMING_VARIABLE)
+    taken: list[FileLock] = []
+
+    def acquire(lock: FileLock, *, wait: bool = False) -> bool:
+        taken.append(lock)
+        return True
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    for variable, value in (("XDG_RUNTIME_DIR", "/run/user/7"), ("TMPDIR", "/scratch/job"), ("HOME", "/elsewhere")):
+        with timing_alone():
+            pass
+        monkeypatch.setenv(variable, value)
+    with timing_alone():
+        pass
+    assert {lock.path for lock in taken} == {Path("/tmp/ziplm-deploy-timing.lock")}
+
+
+def test_a_lock_of_another_user_locks_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a folder like /tmp that this user may only read; root may all, so that opening is imitated."""
+    path, opened = tmp_path / "lock", os.open
+    path.write_text("process 7 on elsewhere", encoding="utf-8")
+
+    def only_reading(name: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", only_reading)
+    first, second = (FileLock(path, for_all_users=True) for _ in range(2))
+    assert first.acquire()
+    assert not second.acquire()
+    assert path.read_text(encoding="utf-8") == "process 7 on elsewhere"
+    first.release()
+    assert second.acquire()
+
+
+def test_all_users_may_write_to_their_common_lock(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    lock, before = FileLock(tmp_path / "lock", for_all_users=True), os.umask(0o077)
+    try:
+        assert lock.acquire()
+    finally:
+        os.umask(before)
+    assert lock.path.stat().st_mode & 0o777 == 0o666
+    with pytest.raises(StorageError, match=TIMING_VARIABLE):
+        FileLock(tmp_path / "link", for_all_users=True).acquire()
+    assert not (tmp_path / "victim").exists()
 
 
 def test_a_folder_that_is_a_link_or_a_file_is_not_trusted(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from exporters.decoder_parts import DecoderParts
-from exporters.gguf_file import FileType, matrix, vector, write_gguf
-from exporters.gguf_layers import file_layers, layer_tensors
-from exporters.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_keys
+from exporters.gguf_file import FileType
+from exporters.gguf_tokenizer import PRE_TOKENIZERS
 from tests.helpers.gguf_models import (
     END,
     END_ID,
@@ -24,6 +23,7 @@ from tests.helpers.gguf_models import (
     rounded,
     sentencepiece_like,
     tiny_llama,
+    write_llama,
 )
 from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, UnsupportedModelError
 from ziplm_deploy.models import dense
@@ -43,50 +43,6 @@ from ziplm_deploy.recipe import ModelConfig
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; in the extra llamacpp")
 
 PROMPT = [5, 77, 129, 9, 100, 31, 8]
-Change = Callable[[Any], None]
-
-
-def write_llama(
-    path: Path,
-    parts: DecoderParts,
-    *,
-    file_type: FileType = "F16",
-    architecture: str = "llama",
-    tokenizer: Any = None,
-    change: Change = lambda writer: None,
-    factors: bool = False,
-) -> Path:
-    """A uniform model as llama.cpp's own converter writes it; ``change`` adds keys."""
-    hidden = parts.embedding.shape[1]
-    layers = file_layers(parts.layers, hidden, 32)
-    first = layers[0].attention
-    assert first is not None
-
-    def metadata(writer: Any) -> None:
-        writer.add_context_length(parts.max_positions)
-        writer.add_embedding_length(hidden)
-        writer.add_block_count(len(layers))
-        writer.add_feed_forward_length(layers[0].width)
-        writer.add_head_count(first.n_heads)
-        writer.add_head_count_kv(first.n_kv_heads)
-        writer.add_rope_dimension_count(first.head_dim)
-        writer.add_rope_freq_base(10000.0)
-        writer.add_layer_norm_rms_eps(parts.final_norm.epsilon)
-        tokenizer_keys(tokenizer or byte_level_tokenizer(), len(parts.embedding), None)(writer)
-        change(writer)
-
-    size = tuple(parts.embedding.shape)
-    assert parts.head is not None
-    head = parts.head.weight
-    tensors = [matrix("token_embd.weight", (size[0], size[1]), file_type, lambda: parts.embedding)]
-    for index, layer in enumerate(layers):
-        tensors += layer_tensors(index, layer, hidden, file_type, 1.0)
-    tensors += [vector("output_norm.weight", parts.final_norm.weight)]
-    tensors += [matrix("output.weight", (size[0], size[1]), file_type, lambda: head)]
-    if factors:
-        tensors.append(vector("rope_freqs.weight", torch.ones(16)))
-    write_gguf(path, architecture, metadata, tensors)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +157,50 @@ def test_damaged_files(tmp_path: Path, parts: DecoderParts, share: float) -> Non
         check_gguf(file)
     file.write_bytes(b"no GGUF file at all, but some text that is long enough")
     with pytest.raises(UnsupportedModelError, match="a whole GGUF file"):
+        check_gguf(file)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        (b"llama.block_count", b"llama.block_count", "asked for at byte"),  # the type of its value is changed below
+        (b"llama.feed_forward_length", b"llama.rope.dimension_count", "twice"),
+    ],
+)
+def test_headers_whose_lengths_do_not_fit(
+    tmp_path: Path, parts: DecoderParts, before: bytes, after: bytes, found: str
+) -> None:
+    file = write_llama(tmp_path / "model.gguf", parts)
+    content = bytearray(file.read_bytes())
+    at = content.index(before)
+    if before == after:
+        content[at + len(before) :] = struct.pack("<IIQ", 9, 0, 1 << 20) + content[at + len(before) + 16 :]
+    else:
+        content[at - 8 : at + len(before)] = struct.pack("<Q", len(after)) + after
+    file.write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=f"a whole GGUF file .*{found}"):
+        check_gguf(file)
+
+
+def test_a_tensor_of_another_name_is_missed(tmp_path: Path, parts: DecoderParts) -> None:
+    """transformers would give its weights random numbers."""
+    file = write_llama(tmp_path / "model.gguf", parts)
+    file.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_w.weight"))
+    with pytest.raises(CorruptArtifactError, match=r"no tensor, .*layers\.1\.self_attn\.q_proj\.weight"):
+        load_gguf_model(file, load_gguf_config(file))
+
+
+@pytest.mark.parametrize("kind", [0, 8])
+def test_a_list_of_any_length_is_refused_at_once(tmp_path: Path, parts: DecoderParts, kind: int) -> None:
+    """Of bytes, which the package would read without end, and of texts."""
+    file = write_llama(tmp_path / "model.gguf", parts)
+    content = bytearray(file.read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    at = content.index(key) + len(key)
+    assert struct.unpack_from("<II", content, at) == (9, 5)
+    struct.pack_into("<IQ", content, at + 4, kind, 1 << 40)
+    file.write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match="lists of more than"):
         check_gguf(file)
 
 

@@ -209,9 +209,9 @@ def test_a_text_without_tokens_is_named(tmp_path: Path) -> None:
     plain = without_token_types(tokenizer)
     texts = [{"text": "the cat"}, {"text": "a dog"}, {"text": " "}]
     assert tokenize(plain, texts[:2], 8)[0]["input_ids"] == [5, 7]
-    with pytest.raises(DataError, match=r"none in ' ' .*remove blank rows"):
+    with pytest.raises(DataError, match=r"none in 1 of the 3 .*\(number 3: ' '; .*remove blank rows"):
         tokenize(plain, texts, 8)
-    with pytest.raises(DataError, match="none in ' '"):
+    with pytest.raises(DataError, match="number 3: ' '"):
         get_task("text-classification").token_lengths(texts, plain)
 
 

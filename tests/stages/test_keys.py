@@ -23,7 +23,9 @@ from ziplm_deploy.machine import info
 from ziplm_deploy.machine.side_environments import SideEnvironment
 from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.run.folder import RunFolder
+from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages import benchmark, closed_loop, evaluate, settle
+from ziplm_deploy.stages.recover import training_key
 
 BASE: dict[str, Any] = {
     "dense": {"train": True, "max_steps": 1, "batch_size": 8},
@@ -293,6 +295,28 @@ def test_another_tokenizer_or_other_class_names_repeat_what_sees_data(
             (tmp_path / name).mkdir()
             found = repeated(finished, tmp_path / name, patch, "model.path", f"@{name}")
         assert found == DENSE | SCORED | INT8, name
+
+
+def test_other_class_names_train_again_beside_a_teacher_that_stays(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "model", tmp_path / "named")
+    config = tmp_path / "named" / "config.json"
+    config.write_text(config.read_text().replace("LABEL_2", "third"))
+    recover = {**BASE["recover"], "teacher": str(finished / "other-model")}
+    keys = set()
+    for path in (finished / "model", tmp_path / "named"):
+        model = {"path": str(path), "task": "text-classification"}
+        given = raw_recipe(finished, **{**BASE, "dense": {}, "model": model, "recover": recover})
+        with pipeline.begin(parse_recipe({**given, "output_dir": str(tmp_path / "runs")})) as run:
+            keys.add(training_key(run, run.recipe.recover, "weights"))
+    assert len(keys) == 2
+
+
+def test_files_that_change_their_engines_are_scored_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the same engines run in the same versions."""
+    monkeypatch.setattr(Run, "engine_versions", {"onnxruntime": get_engine("onnxruntime").version()})
+    assert repeated(finished, tmp_path, monkeypatch, "environment.engine", "openvino") >= SCORED
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import ziplm_deploy
 from tests.helpers.models import save_dense
 from tests.helpers.pipeline import recipe, write_rows
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.pipeline import run_pipeline
-from ziplm_deploy.recipe import Recipe
+from ziplm_deploy.recipe import Recipe, parse_recipe
 from ziplm_deploy.reporting.table import aa_line
 from ziplm_deploy.stages.benchmark import short_requests
 from ziplm_deploy.tasks.lengths import TokenLengths
@@ -58,3 +60,13 @@ def test_the_report_shows_them_beside_the_workloads(tmp_path: Path) -> None:
     assert f"| model | speedup at 32 tokens | at {median} |" in text
     assert report.short_itself == record.itself
     assert f"At that length, {aa_line(record.itself, report.tolerance)}." in text
+    card = (given.run_dir / "1.5x" / "README.md").read_text(encoding="utf-8")
+    assert f"Of this measurement, {aa_line(report.itself, report.tolerance)}." in card
+    longer = [{"text": " ".join(["the cat sat"] * 9), "label": number % 3} for number in range(80)]
+    (tmp_path / "longer.jsonl").write_text("\n".join(map(json.dumps, longer)), encoding="utf-8")
+    fields = given.model_dump(mode="json")
+    fields["data"]["evaluation"] = str(tmp_path / "longer.jsonl")
+    of_others = ziplm_deploy.report(parse_recipe(fields))  # measures nothing: what it says of texts is of these
+    assert of_others.lengths["evaluation"].median > 24
+    assert of_others.short_tokens is None
+    assert not any("half of the evaluation texts" in note for note in of_others.notes)

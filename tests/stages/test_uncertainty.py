@@ -24,7 +24,7 @@ TASK = get_task(ModelConfig(path="model", task="sentence-similarity"))
     ("record", "n"),
     [
         ({"n_choosing": 5, "scores": [0.8, 0.9]}, 5),
-        ({"n_choosing": 5, "scores": [0.8]}, 10),  # one form alone was not chosen
+        ({"n_choosing": 5, "scores": [0.8]}, 5),  # the first form was taken because its score holds the budget
         ({"n_choosing": None, "scores": [0.8, 0.9]}, 10),
     ],
 )

@@ -109,3 +109,13 @@ def test_data_that_nothing_is_found_in_are_refused(tmp_path: Path) -> None:
         task().head_settings([])
     with pytest.raises(DataError, match="learns from the teacher only"):
         task().task_loss({}, {})
+
+
+def test_an_image_that_differs_in_its_last_byte_is_another(tmp_path: Path) -> None:
+    """Uncompressed ones are all of one size, and may begin alike."""
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.bmp", "label": 0}\n', encoding="utf-8")
+    hashes = set()
+    for last in (b"0", b"1"):
+        (tmp_path / "a.bmp").write_bytes(b"BM" + bytes(200_000) + last)
+        hashes.add(task().linked_files_hash(str(tmp_path / "rows.jsonl"), DataConfig()))
+    assert len(hashes) == 2

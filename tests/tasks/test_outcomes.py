@@ -24,6 +24,7 @@ from ziplm_deploy.tasks.scores import value_outcomes
 from ziplm_deploy.tasks.tokens import _entity_outcomes
 
 N = 60
+MIB = 1 << 20
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 
@@ -191,3 +192,12 @@ def test_halves_share_nothing_and_stay_the_same() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(halves(11, 4), (chosen_by, reported), strict=True))
     assert not np.array_equal(halves(11, 5)[0], chosen_by)
     assert classes(0).take(chosen_by)["label"].tolist() == classes(0)["label"][chosen_by].tolist()
+
+
+def test_outcomes_of_many_classes_are_read_again(tmp_path: Path) -> None:
+    """Beyond what other files may have: 12,000 texts of 1,000 classes."""
+    arrays = {name: np.ones((12_000, 1_000), dtype=np.int64) for name in ("label", "predicted")}
+    outcomes = Outcomes(arrays, tuple(map(str, range(1_000))))
+    saved = outcomes.save(tmp_path / "outcomes.json")
+    assert 64 * MIB < (tmp_path / "outcomes.json").stat().st_size < 80 * MIB
+    assert Outcomes.load(tmp_path / "outcomes.json", saved)["label"].shape == (12_000, 1_000)

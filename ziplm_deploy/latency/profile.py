@@ -213,12 +213,11 @@ def _refusal(model_id: str, trial: Trial | None, path: Path, grid: Grid) -> str:
     try:
         trial.run(path)
     except ModelRefusedError as error:
+        if model_id not in grid.needed_ids:
+            return str(error).replace(str(path), path.name)  # a table can do without it, and nobody removes files
         kept = Path(tempfile.mkdtemp(prefix="ziplm-refused-")) / path.name  # the message says how to reproduce it
         shutil.copyfile(path, kept)
-        reason = str(error).replace(str(path), str(kept))
-        if model_id in grid.needed_ids:
-            raise EngineError(reason) from error
-        return reason
+        raise EngineError(str(error).replace(str(path), str(kept))) from error
     return ""
 
 

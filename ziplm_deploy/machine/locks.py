@@ -14,17 +14,21 @@ from pathlib import Path
 
 from ziplm_deploy.errors import StorageError
 
+TIMING_VARIABLE = "ZIPLM_TIMING_LOCK"  # names another file, for runs that share no CPU
+# One place for all: a login shell, a batch job and cron differ in TMPDIR and XDG_RUNTIME_DIR.
+_TIMING_LOCK = "/tmp/ziplm-deploy-timing.lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # said by file systems without locks
 
 
 class FileLock:
     """A lock on a file, which names the process that holds it. However that ends, the system frees the lock.
 
-    On a file system without locks everybody gets it; ``enforced`` then is False.
+    On a file system without locks everybody gets it; ``enforced`` then is False. A lock ``for_all_users`` of a machine
+    is one file, whoever made it; who may not write to it locks it all the same.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, for_all_users: bool = False) -> None:
+        self.path, self._for_all_users = path, for_all_users
         self.enforced = True
         self._descriptor: int | None = None
 
@@ -36,10 +40,11 @@ class FileLock:
         """
         while True:
             try:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                descriptor = self._open()
             except OSError as error:
+                another = f"name another file in {TIMING_VARIABLE}" if self._for_all_users else "choose another folder"
                 raise StorageError(
-                    f"expected to write {self.path}, found: {error.strerror or error}; choose another folder"
+                    f"expected to write {self.path}, found: {error.strerror or error}; {another}"
                 ) from error
             try:
                 taken = self._lock(descriptor, wait)
@@ -52,10 +57,24 @@ class FileLock:
             if self._is_in_place(descriptor):
                 break
             os.close(descriptor)  # who held it has removed the file: another one may be locked by now
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor
         return True
+
+    def _open(self) -> int:
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        if not self._for_all_users:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o600)
+        with contextlib.suppress(PermissionError):  # of a file of another user, in a folder where all may make some
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+            with contextlib.suppress(PermissionError):
+                os.fchmod(descriptor, 0o666)  # whatever the umask says
+            return descriptor
+        with contextlib.suppress(PermissionError):
+            return os.open(self.path, os.O_RDWR | flags)
+        return os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | flags)
 
     def _lock(self, descriptor: int, wait: bool) -> bool:
         try:
@@ -120,20 +139,13 @@ def temporary_root() -> Path:
     return Path(tempfile.gettempdir()) / f"ziplm-deploy-{os.getuid()}"
 
 
-def _lock_folder() -> Path:
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime and os.access(runtime, os.W_OK | os.X_OK):
-        return Path(runtime) / "ziplm-deploy"
-    return temporary_root()
-
-
 @contextlib.contextmanager
 def timing_alone(note: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Let no two processes of this user time models at once: all workers run on the same CPUs.
+    """Let no two processes of this machine time models at once, whoever began them: all workers run on the same CPUs.
 
     Waits for the one that does; ``note`` is told so.
     """
-    lock = FileLock(private_folder(_lock_folder()) / "timing.lock")
+    lock = FileLock(Path(os.environ.get(TIMING_VARIABLE) or _TIMING_LOCK), for_all_users=True)
     if not lock.acquire():
         if note is not None:
             note(f"waits until another measurement on this machine has ended ({lock.holder})")

@@ -19,9 +19,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ziplm_deploy.documents import shortened, shown
-from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, UnsupportedModelError
+from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, UnsupportedModelError, ZipLMError
 from ziplm_deploy.models.adapted import model_class
 from ziplm_deploy.models.config_file import HEAD_PARAMETERS, MAX_VOCABULARY, check_parameter_count
+from ziplm_deploy.models.gguf_header import check_header
 from ziplm_deploy.models.location import CONFIG_FILE, package_folders, resolve_model_path
 from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
 
@@ -85,13 +86,26 @@ def check_gguf(file: Path) -> GgufSummary:
         EnvironmentMismatchError: the package ``gguf`` is not installed.
     """
     gguf = gguf_package()
+    with _known_to_gguf(file):
+        check_header(file)
+        return _checked(gguf, gguf.GGUFReader(file), file)
+
+
+@contextlib.contextmanager
+def _known_to_gguf(file: Path) -> Iterator[None]:
+    """Whatever the package raises over what a file says: it trusts that."""
     try:
-        reader = gguf.GGUFReader(file)
-    except (OSError, ValueError, IndexError) as error:
+        yield
+    except (ZipLMError, MemoryError):
+        raise
+    except Exception as error:
         raise UnsupportedModelError(
-            f"expected a whole GGUF file of tensor types known to gguf {_version()} at {file}, found: {error}; get it "
-            "anew, or update the package: pip install -U gguf"
+            f"expected a whole GGUF file of tensor types known to gguf {_version()} at {file}, found: "
+            f"{shortened(str(error))}; get it anew, or update the package: pip install -U gguf"
         ) from error
+
+
+def _checked(gguf: Any, reader: Any, file: Path) -> GgufSummary:
     architecture = str(_value(reader, "general.architecture", "none"))
     if architecture not in ARCHITECTURES:
         pruned = " (its layers differ in size; prune the model that it was made from)" if architecture == "deci" else ""
@@ -133,18 +147,23 @@ def load_gguf_model(file: Path, config: PretrainedConfig) -> PreTrainedModel:
     check_parameter_count(model_class(config, "AutoModelForCausalLM"), config, shapes, 2 * stored + HEAD_PARAMETERS)
     # Its progress bar heeds no setting of transformers.
     with _readable(file), contextlib.redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
             dtype=torch.float32,
             local_files_only=True,
             attn_implementation="eager",
+            output_loading_info=True,
         )
+        model, found = loaded
+        absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        if absent:  # they have random numbers now
+            raise ValueError(f"no tensor, or one of another shape, for {', '.join(absent)}")
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # of the file; the weights are plain numbers now
     model.hf_quantizer = None  # else save_pretrained refuses them
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from ziplm_deploy.reporting.records import FamilyReport, MemberReport
 from ziplm_deploy.reporting.retrieval import card_text, retrieval_table
 from ziplm_deploy.reporting.sampled import sampled_sentence
 from ziplm_deploy.reporting.table import (
+    aa_line,
     adapters_text,
     baseline_of,
     call_header,
@@ -193,6 +194,8 @@ def _conditions(report: FamilyReport) -> list[str]:
         f"CPU {machine.cpu_model} ({' '.join(machine.isa_flags)}), {environment.threads} thread(s){pages}, "
         f"{environment.workload.describe()}, {report.engine} {report.engine_version}, {baseline}{report.date}. "
         "On another CPU, shape or thread count the speedup is another one: measure it there.",
+        "",
+        f"Of this measurement, {aa_line(report.itself, report.tolerance)}.",
     ]
 
 

@@ -21,6 +21,7 @@ from ziplm_deploy.stages.stage import Stage
 from ziplm_deploy.stages.timed_files import PLAIN_PAGES, files_of_family, runnable_files
 
 FINAL_SEED = 10_000  # order of turns: not that of the closed loop
+_SHORT = "benchmark short requests"
 SHORTEST = 4  # tokens that a workload may have
 READ_FIELDS = {"rounds", "processes", "max_processes", "runs_per_round", "max_seconds", "tolerance"}
 GZIP_LEVEL = 3  # weights hardly compress; higher levels take long and gain little
@@ -90,9 +91,7 @@ def measure_short_requests(run: Run) -> None:
     if environment is None:
         run.folder.short_benchmark.unlink(missing_ok=True)
         return
-    names = {DENSE, *(file_label(member.name, run.recipe.target) for member in run.pruned_members)}
-    files = {name: file for name, file in files_of_family(run).items() if name in names}
-    key = benchmark_key(run, files, environment)
+    files = _files_of_targets(run)
 
     def work() -> None:
         progress, config = run.progress, run.recipe.benchmark
@@ -101,7 +100,20 @@ def measure_short_requests(run: Run) -> None:
         )
         record.save(run.folder.short_benchmark)
 
-    run.folder.make("benchmark short requests", key, [run.folder.short_benchmark], work)
+    run.folder.make(_SHORT, benchmark_key(run, files, environment), [run.folder.short_benchmark], work)
+
+
+def short_benchmark_of(run: Run) -> BenchmarkRecord | None:
+    """What :func:`measure_short_requests` measured of these files, on requests as short as the texts are now."""
+    environment = short_requests(run)
+    if environment is None or not run.folder.is_made(_SHORT, benchmark_key(run, _files_of_targets(run), environment)):
+        return None
+    return BenchmarkRecord.load(run.folder.short_benchmark)
+
+
+def _files_of_targets(run: Run) -> dict[str, TimedFile]:
+    names = {DENSE, *(file_label(member.name, run.recipe.target) for member in run.pruned_members)}
+    return {name: file for name, file in files_of_family(run).items() if name in names}
 
 
 def measure(

@@ -94,6 +94,7 @@ def training_key(run: Run, config: TrainConfig, source: str = "") -> str:
     return content_key(
         source=source,
         teacher=run.teacher_hash,
+        inputs=run.dense.input_key,
         data=run.data.train_hash,
         columns=run.data.train_columns,
         recover={**config.model_dump(exclude=UNREAD_FIELDS), "precision": config.arithmetic},

@@ -29,6 +29,7 @@ from ziplm_deploy.run.gguf import GgufFile
 from ziplm_deploy.run.member import Member, ModelFile, PrunedMember
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.baselines import made_baselines
+from ziplm_deploy.stages.benchmark import short_benchmark_of
 from ziplm_deploy.stages.continuations import continuations_of
 from ziplm_deploy.stages.evaluate import label_scores_of, scores_of
 from ziplm_deploy.stages.formats import measured_gguf_files
@@ -89,7 +90,7 @@ def family_facts(run: Run) -> FamilyFacts:
         members=[_member_facts(run, member, record, beside) for member in run.members],
         notes=run.folder.notes,
         lengths=run.folder.lengths,
-        short=BenchmarkRecord.load(short) if (short := run.folder.short_benchmark).exists() else None,
+        short=short_benchmark_of(run),
         retrieval=retrieval_scores_of(run),
         windows=_windows(run),
         sampled_texts=run.data.sampled_texts,

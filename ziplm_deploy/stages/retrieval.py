@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from ziplm_deploy.artifacts import content_key, file_hash, write_bytes_with
 from ziplm_deploy.engines.runner import open_runner
-from ziplm_deploy.recipe import Variant
+from ziplm_deploy.recipe import EngineName, Variant
 from ziplm_deploy.reporting.embeddings import embeddings_file, load_embeddings
 from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
@@ -103,19 +103,23 @@ def _key(run: Run, file: ModelFile, dense: ModelFile) -> str:
     return content_key(
         file=run.file_hash(file.path),
         dense=run.file_hash(dense.path),
+        engine=_engine_of(run, file),
         engines=run.engine_versions,
         batch_size=run.data.passages_taken_by(file.variant).batch_size,
         data=run.data.retrieval_key,
     )
 
 
+def _engine_of(run: Run, file: ModelFile) -> EngineName:
+    is_baseline = file == run.dense_member.file(Variant.FP32)
+    return run.recipe.baseline_engine if is_baseline else run.recipe.environment.engine
+
+
 def _embed(run: Run, file: ModelFile) -> Embedded:
     """What one file embeds, on the engine that serves it."""
-    recipe = run.recipe
-    is_baseline = file == run.dense_member.file(Variant.FP32)
-    engine = recipe.baseline_engine if is_baseline else recipe.environment.engine
+    environment = run.recipe.environment.model_copy(update={"engine": _engine_of(run, file)})
     how = run.data.passages_taken_by(file.variant)
-    with open_runner(recipe.environment.model_copy(update={"engine": engine}), file.path) as runner:
+    with open_runner(environment, file.path) as runner:
         return run.data.retrieval.embed_own(runner, how)
 
 

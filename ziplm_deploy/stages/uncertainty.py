@@ -20,7 +20,6 @@ from ziplm_deploy.tasks.resampling import N_RESAMPLES, Comparison, ResampledScor
 from ziplm_deploy.tasks.uncertainty import FileUncertainty, Uncertainty
 
 ScoredFile = ModelFile | GgufFile
-MIN_TRIED = 2  # forms of a file: one alone was not chosen because of its score
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,9 @@ def unseen_by_choice(run: Run, file: ScoredFile, n_examples: int) -> npt.NDArray
 
 
 def was_chosen(file: ScoredFile) -> bool:
-    """Whether a file is one of several forms that were tried, taken because of its score."""
+    """Whether a file's form was taken because of its score, be it the first that was tried."""
     record = int8_record(file) if isinstance(file, ModelFile) else None
-    return record is not None and record.n_choosing is not None and len(record.scores) >= MIN_TRIED
+    return record is not None and record.n_choosing is not None
 
 
 def _source(file: ScoredFile) -> ModelFile:

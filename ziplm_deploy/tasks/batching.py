@@ -17,6 +17,8 @@ Example = dict[str, list[int]]  # input name -> token values, unpadded
 Batch = dict[str, Tensor]  # model input or label -> tensor [batch, …]
 Arrays = dict[str, np.ndarray]  # the same for ONNX files
 
+MAX_NAMED = 5  # examples in a message
+
 _Values = TypeVar("_Values", Tensor, np.ndarray)
 
 
@@ -60,13 +62,15 @@ def token_lengths(processor: Any, rows: list[Row]) -> list[int]:
 
 
 def _require_tokens(encoded: list[list[int]], texts: list[str]) -> None:
-    """Raise :class:`DataError` for a text without tokens, which no model takes."""
-    for text, ids in zip(texts, encoded, strict=True):
-        if not ids:
-            raise DataError(
-                f"expected tokens in every text, found none in {text!a:.80} (this tokenizer adds no special tokens); "
-                "remove blank rows"
-            )
+    """Raise :class:`DataError` for texts without tokens, which no model takes; says where they stand."""
+    empty = [number for number, ids in enumerate(encoded, 1) if not ids]
+    if empty:
+        numbers = ", ".join(map(str, empty[:MAX_NAMED])) + (", …" if len(empty) > MAX_NAMED else "")
+        raise DataError(
+            f"expected tokens in every text, found none in {len(empty)} of the {len(texts)} examples that were taken "
+            f"(number {numbers}: {texts[empty[0] - 1]!a:.80}; this tokenizer adds no special tokens); "
+            "remove blank rows"
+        )
 
 
 def fitted(inputs: Mapping[str, _Values], wanted: Collection[str]) -> dict[str, _Values]:

@@ -31,7 +31,6 @@ from ziplm_deploy.tasks.label_reading import LabelReading, read_labels
 from ziplm_deploy.tasks.labels import class_head, class_numbers, labels_in, labels_of, require_labels
 from ziplm_deploy.tasks.outcomes import Outcomes
 
-HASHED_BYTES = 1 << 16  # of each image; compressed images that differ do so early, or in size
 IMAGE_COLUMNS = ("image", "img", "image_path", "file_name")  # usual names, paths relative to the data file
 
 
@@ -60,7 +59,7 @@ class ImageTask(Task):
         return rows
 
     def linked_files_hash(self, source: str, data: DataConfig) -> str:
-        """Hash over name, size and beginning of every image that a data file names."""
+        """Hash over name and content of every image that a data file names."""
         return linked_images_hash(source, lambda raw: self.columns(raw, data)[0])
 
     def inputs(self, rows: list[Row]) -> list[Any]:
@@ -118,7 +117,7 @@ class ImageClassification(ImageTask):
 
 
 def linked_images_hash(source: str, column_of: Callable[[list[Row]], str]) -> str:
-    """Hash over name, size and beginning of every image that a data file names; empty where rows hold all themselves.
+    """Hash over name and content of every image that a data file names; empty where rows hold all themselves.
 
     ``column_of``: finds the column with the images.
     """
@@ -137,7 +136,7 @@ def linked_images_hash(source: str, column_of: Callable[[list[Row]], str]) -> st
     for name in dict.fromkeys(named):
         digest.update(f"{name}\n".encode())
         with contextlib.suppress(OSError), (path.parent / name).open("rb") as stream:
-            digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode() + stream.read(HASHED_BYTES))
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -75,6 +75,9 @@ class Outcomes:
 
 class _OutcomesFile(Artifact):
     KIND: ClassVar[str] = "record_of_outcomes"
+    # 60,000 texts of 1,000 classes; a number of them takes three bytes
+    MAX_BYTES: ClassVar[int] = 512 << 20
+    INDENT: ClassVar[int | None] = None
 
     arrays: dict[str, Values]
     names: list[str]
