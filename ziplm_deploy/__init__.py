@@ -57,7 +57,7 @@ __all__ = [
     "report",
     "run_recipe",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "api": ("benchmark", "compress", "export", "profile", "prune", "recover", "report", "run_recipe"),

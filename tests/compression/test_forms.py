@@ -107,6 +107,13 @@ def test_mixtures_that_no_file_holds_are_left_out() -> None:
     n_weights = {"a": 1000, "b": 100}
     for most, kept in ((1525.0, 3), (1524.9, 2), (1225.0, 2), (1224.0, 1), (0.0, 1)):
         assert that_fit(ladder, n_weights, most) == ladder[:kept]
+    tied = [Mixture({"a": "int8", "head": form}, ms) for form, ms in (("weight-only-8", 1.0), ("float32", 2.0))]
+    n_weights = {"a": 1000, "head": 100}
+    for most, embedding, kept in ((1400.0, 400.0, 2), (1399.0, 400.0, 1)):  # in float32 it is the embedding itself
+        assert that_fit(tied, n_weights, most, embedding) == tied[:kept]
+    slower = [tied[1], tied[0]]
+    assert that_fit(slower, n_weights, 1512.5, 400.0) == slower
+    assert that_fit(slower, n_weights, 1512.4, 400.0) == slower[:1]  # the embedding stays beside the head
     check_size(MOST_BYTES)
     with pytest.raises(UsageError, match=r"expected INT8 files of up to 2\.0 GB, found weights of 2\.5 GB"):
         check_size(2.5e9)

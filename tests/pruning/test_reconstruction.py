@@ -10,12 +10,13 @@ from torch import nn
 
 from tests.helpers.models import random_level, tiny_inputs, tiny_model
 from ziplm_deploy.errors import NumericalError
-from ziplm_deploy.models.modules import output_module, prunable_modules
+from ziplm_deploy.models.modules import layers_of, output_module, prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.pruning import reconstruction
 from ziplm_deploy.pruning.reconstruction import _Moments, reconstruct
 
 Batch = dict[str, torch.Tensor]
+ENCODERS = ("bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit")
 
 
 def batches(model: nn.Module, n: int = 15) -> list[Batch]:
@@ -38,9 +39,10 @@ def last_states(model: nn.Module, data: list[Batch]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "electra", "deberta-v2", "t5", "vit"])
+@pytest.mark.parametrize("model_type", [*ENCODERS, "electra", "gpt_neox"])
 def test_the_refit_brings_the_outputs_closer_on_new_data(model_type: str) -> None:
     dense = tiny_model(model_type)
+    dense.config.use_cache = False  # type: ignore[union-attr]
     sizes = {"0.attention": 2, "0.ffn": 16, "1.attention": 0, "1.ffn": 0, "2.ffn": 24}
     model = pruned(dense, sizes)
     new = [tiny_inputs(dense, batch_size=8, seed=100 + seed) for seed in range(5)]
@@ -51,7 +53,37 @@ def test_the_refit_brings_the_outputs_closer_on_new_data(model_type: str) -> Non
     assert after < 0.8 * before
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "deberta-v2", "t5", "vit"])
+def test_modules_that_are_added_together_share_the_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-NeoX: were each fitted to the whole drift before its layer, the stream would drift as far the other way."""
+    dense = tiny_model("gpt_neox", num_hidden_layers=2, use_cache=False)
+    assert dense.config.use_parallel_residual  # type: ignore[union-attr]
+    data, drift = batches(dense), torch.randn(dense.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    model = copy.deepcopy(dense)
+    first = next(module for module in prunable_modules(model) if module.name == "0.ffn")
+    with torch.no_grad():
+        output_module(model, first).bias.add_(drift)  # type: ignore[operator, union-attr]
+    refit = reconstruction._refit
+    monkeypatch.setattr(
+        reconstruction, "_refit", lambda *given: given[2].layer == 0 or refit(*given)
+    )  # which would take the drift away where it comes from
+
+    def stream(of: nn.Module) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        hook = layers_of(of)[-1].register_forward_hook(
+            lambda _, args, output: kept.append(output[0] if isinstance(output, tuple) else output)
+        )
+        mask = torch.cat([batch["attention_mask"].bool() for batch in data])
+        last_states(of, data)
+        hook.remove()
+        return torch.cat(kept)[mask]
+
+    before = (stream(model) - stream(dense)).mean(0)
+    assert before.norm() > 0.5 * drift.norm()
+    reconstruct(dense, model, data)
+    assert (stream(model) - stream(dense)).mean(0).norm() < 0.01 * drift.norm()
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_a_shrunk_model_can_be_the_reference(model_type: str) -> None:
     model = pruned(tiny_model(model_type), {"0.attention": 0, "0.ffn": 40, "1.ffn": 0, "2.attention": 3})
     modules = {module.name: module for module in prunable_modules(model)}

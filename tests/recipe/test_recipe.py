@@ -84,6 +84,13 @@ def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_ranges_of_activations_are_of_static_int8() -> None:
+    compress: dict[str, Any] = {"variants": ["int8"], "int8": {"ranges": "percentile"}}
+    with pytest.raises(RecipeError, match=r"int8\.method: static for int8\.ranges: percentile, found dynamic"):
+        parse_recipe({**MIN_RECIPE, "compress": compress})
+    parse_recipe({**MIN_RECIPE, "compress": {"variants": ["int8"], "int8": {**compress["int8"], "method": "static"}}})
+
+
 @pytest.mark.parametrize("mode", ["distil", "gradual"])
 @pytest.mark.parametrize("method", ["static", "dynamic"])
 def test_training_without_anything_to_train_is_refused(mode: str, method: str) -> None:

@@ -31,6 +31,20 @@ def test_defaults_are_those_of_the_papers_and_absent_sections_leave_no_trace() -
     assert "lora" not in bare["recover"]
 
 
+@pytest.mark.parametrize(
+    ("raw", "examples"),
+    [
+        (CAUSAL, 4),
+        ({**CAUSAL, "recover": {"mode": "one-shot"}}, 4),
+        ({**CAUSAL, "recover": {"mode": "one-shot", "batch_size": 32}}, 32),
+        (ENCODER, 32),
+    ],
+)
+def test_a_step_has_few_windows_of_text(raw: dict[str, Any], examples: int) -> None:
+    """Each of their tokens has logits of the whole vocabulary."""
+    assert parse_recipe(raw).recover.batch_size == examples
+
+
 def test_sampled_text_stands_for_what_is_not_given() -> None:
     for given, stands_for in (({}, {"calibration", "train"}), ({"train": "t.txt"}, {"calibration"})):
         data = parse_recipe({**CAUSAL, "data": {"generated": {}, **given}}).data
@@ -46,7 +60,7 @@ def test_sampled_text_stands_for_what_is_not_given() -> None:
         ({**CAUSAL, "data": {"generated": {"n_windows": 0}}}, "data.generated.n_windows: .* greater than or equal"),
         ({**CAUSAL, "data": {"generated": {"n": 4}}}, "data.generated.n: unknown field; valid here: batch_size, first"),
         ({**CAUSAL, "data": {"generated": {"temperature": 0}}}, "data.generated.temperature: .* greater than 0"),
-        ({**CAUSAL, "data": {"generated": {"n_windows": 64}}}, "n_calibration up to the 64 windows .* found 512"),
+        ({**CAUSAL, "data": {"generated": {"n_windows": 64}, "n_calibration": 65}}, "up to the 64 windows .* found 65"),
         ({**CAUSAL, "data": {"generated": {}, "n_train": 600}}, "n_train up to the 512 windows .* found 600"),
         ({**CAUSAL, "data": {"generated": {}, "calibration": "a", "train": "b"}}, "found both of them"),
         ({**CAUSAL, "data": {"generated": {}, "calibration": "a"}}, "nothing would read the sampled text"),

@@ -11,8 +11,9 @@ import torch
 from tests.helpers.models import tiny_model
 from tests.helpers.training import batch_of, made_examples
 from ziplm_deploy.models.modules import layers_of
-from ziplm_deploy.recovery.teacher import GROUP, Teacher, TeacherAnswers
+from ziplm_deploy.recovery.teacher import GROUP, Teacher, TeacherAnswers, _neighbours
 from ziplm_deploy.tasks import get_task
+from ziplm_deploy.tasks.evaluation_set import TOKENS_AT_ONCE
 
 pytestmark = pytest.mark.transformers
 
@@ -37,6 +38,20 @@ def test_cached_answers_equal_the_teachers(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(remembered.features, fresh.features, atol=1e-4, rtol=1e-4)
     for one, other in zip(remembered.hidden, fresh.hidden, strict=True):
         torch.testing.assert_close(one, other, atol=5e-3, rtol=2e-3)  # float16
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_of_text_are_answered_a_few_at_a_time(causal: bool) -> None:
+    """Every token of them has logits of the whole vocabulary."""
+    lengths = [512, 40, 512, 512, 1024, 512, 4096, 512, *([30] * 80)]
+    groups = _neighbours(lengths, TOKENS_AT_ONCE if causal else None)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert max(map(len, groups)) == GROUP
+    longest = [max(lengths[row] for row in group) for group in groups]
+    assert longest == sorted(longest)
+    sizes = [len(group) * most for group, most in zip(groups, longest, strict=True) if len(group) > 1]
+    assert (max(sizes) <= TOKENS_AT_ONCE) == causal
+    assert [6] in groups or not causal
 
 
 def equal(one: TeacherAnswers, other: TeacherAnswers) -> bool:

@@ -26,6 +26,8 @@ def test_huge_pages_stand_beside_plain_ones(capsys: pytest.CaptureFixture[str], 
         assert "0.900x [0.890, 0.910] of its speed; serve with GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in text
     card = model_card(report, report.members[1], None)
     assert "in the server's environment; without, dense in onnxruntime has 0.900x [0.890, 0.910] of its" in card
+    assert "```\nGLIBC_TUNABLES=glibc.malloc.hugetlb=1 python serve.py\n```" in card
+    assert "serve.py" not in model_card(family_report(member("dense"), member("2x")), report.members[1], None)
     assert "huge pages" not in family_markdown(family_report(member("dense"), member("2x")))
 
 

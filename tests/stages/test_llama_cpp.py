@@ -62,6 +62,9 @@ def test_scores_are_nearly_those_of_the_same_weights_in_onnx_runtime(run_dir: Pa
         assert own.engine == "llamacpp"
         assert own.examples == onnx.examples
         assert own.scores["inverse_perplexity"] == pytest.approx(onnx.scores["inverse_perplexity"], rel=1e-3)
+        beside_itself = {"next_token_agreement": 1.0, "divergence": 0.0}  # the dense ONNX file is what is compared with
+        for key, value in beside_itself.items():
+            assert own.scores[key] == pytest.approx(onnx.scores.get(key, value), abs=0.02)
         assert own.scores["inverse_perplexity"] != onnx.scores["inverse_perplexity"]  # activations in float16
 
 
@@ -90,6 +93,8 @@ def test_report_is_written_for_people(run_dir: Path) -> None:
     scores = Scores.load(run_dir / "1.1x" / "accuracy_gguf.json").scores
     assert f"| {1 / scores['inverse_perplexity']:.2f} |" in section
     assert "over dense F16 [95 %]" in section
+    assert "| next token as dense (ONNX) | KL to dense, nats a token (ONNX) |" in section
+    assert f"| {scores['next_token_agreement']:.4f} | {scores['divergence']:.4f} |" in section
     assert "| 1 | 1 after 15 | 2 a request |" in section
 
 

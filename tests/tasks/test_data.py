@@ -124,6 +124,9 @@ def test_sampling_is_seeded_and_draws_each_row_once(shuffle: bool) -> None:
 
 def test_too_few_rows_are_an_error(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", ROWS)
+    for asked, found in ((None, 12), (10, 10)):  # nobody who named no number is refused for it
+        few = DataConfig(calibration=str(path), n_calibration=asked)
+        assert len(get_task("text-classification").load_rows(few, "calibration", 0)) == found
     config = DataConfig(calibration=str(path), n_calibration=13)
     with pytest.raises(DataError, match=r"at least 13 examples for data.n_calibration, found 12"):
         get_task("text-classification").load_rows(config, "calibration", 0)

@@ -14,9 +14,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ziplm_deploy.engines.generator import Sampling, load_runner, read_settings
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import UsageError
-from ziplm_deploy.tasks.evaluation_set import ModelFunction
+from ziplm_deploy.tasks.evaluation_set import TOKENS_AT_ONCE, ModelFunction
 
-TOKENS_AT_ONCE = 2048  # of a call, padding included: each has logits of the whole vocabulary
 MAX_NEW_TOKENS = 256  # where a task names no limit, as in the harness
 
 # The harness's own: texts of context and continuation, tokens of the context, tokens of the continuation.

@@ -22,7 +22,7 @@ from exporters.decoder_parts import (
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.architectures.base import Architecture, CausalPaths
-from ziplm_deploy.models.modules import layers_of, model_shape
+from ziplm_deploy.models.modules import is_parallel, layers_of, model_shape
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -70,7 +70,7 @@ class _LayerReader:
         self.config: Any = model.config
         self.shape = model_shape(model.config)  # type: ignore[arg-type]
         self.layers = layers_of(model)
-        self.parallel = paths.parallel is not None and bool(getattr(self.config, paths.parallel))
+        self.parallel = is_parallel(model)
 
     def layer(self, index: int) -> LayerPart:
         """One layer; dropped blocks as what they leave on the stream."""

@@ -126,6 +126,12 @@ def residual_module(model: nn.Module, module: PrunableModule) -> nn.Module:
     return layer.get_submodule(architecture_of(model.config).ffn_residual)  # type: ignore[arg-type]
 
 
+def is_parallel(model: nn.Module) -> bool:
+    """Whether the FFN of a layer reads what its attention reads, and the sum of both is added to the residual."""
+    causal = architecture_of(model.config).causal  # type: ignore[arg-type]
+    return causal is not None and causal.parallel is not None and bool(getattr(model.config, causal.parallel))
+
+
 def model_shape(config: PretrainedConfig) -> ModelShape:
     """Dimensions of a configuration.
 

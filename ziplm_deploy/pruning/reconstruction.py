@@ -7,8 +7,10 @@ OBS weights:
     min over Δ, b:   Σ ‖ (Ŵ + Δ) x̃ + b + r̃ − (r + W x + b₀) ‖²  +  λ ‖Δ‖²
 
 with x̃, r̃ the inputs and residual of the pruned model and the right-hand sum that of the dense model: the module
-corrects the drift of everything before it too. λ is chosen on held-out examples; "no change" is among the choices, so a
-calibration set that is too small leaves the weights as they are. A module that cannot be solved stays, too.
+corrects the drift of everything before it too. Where attention and FFN are added to one residual together (GPT-NeoX),
+attention counts to the residual of the FFN, or both would take away the whole drift. λ is chosen on held-out examples;
+"no change" is among the choices, so a calibration set that is too small leaves the weights as they are. A module that
+cannot be solved stays, too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ziplm_deploy.errors import NumericalError
-from ziplm_deploy.models.modules import PrunableModule, layers_of, output_module, prunable_modules
+from ziplm_deploy.models.modules import PrunableModule, is_parallel, layers_of, output_module, prunable_modules
+from ziplm_deploy.models.shape import ModuleKind
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.layer_calls import AllRecorded, LayerCall, ModuleTap, capture_calls
 from ziplm_deploy.tasks.batching import Batch
@@ -161,11 +164,17 @@ def _dense_sums(
         for call, states in zip(calls, hidden, strict=True):
             outputs.append(call.run(layer, states))
             for kind, tap in taps.items():
-                sums[kind].append(call.tokens(tap.residual + tap.y))
+                whole = outputs[-1] if _is_added_last(dense, kind) else tap.residual + tap.y
+                sums[kind].append(call.tokens(whole))
     finally:
         for tap in taps.values():
             tap.close()
     return sums, outputs
+
+
+def _is_added_last(model: nn.Module, kind: ModuleKind) -> bool:
+    """Whether residual and output of a module are the layer's output, since attention was added with it."""
+    return kind == "ffn" and is_parallel(model)
 
 
 def _refit(
@@ -181,15 +190,17 @@ def _refit(
     weight, bias = getattr(linear, "weight", None), linear.bias
     d = weight.shape[1] if isinstance(weight, Tensor) else 0
     sums: tuple[_Moments, _Moments] | None = None
-    tap = ModuleTap(pruned, module, ends_call=True)
+    added_last = _is_added_last(pruned, module.kind)
+    tap = ModuleTap(pruned, module, ends_call=not added_last)
     try:
         for call, states, target in zip(calls, hidden, targets, strict=True):
+            whole: Tensor | None = None
             with contextlib.suppress(AllRecorded):
-                call.run(layer, states)
-            residual = call.tokens(tap.residual)  # [N, r]
-            if not len(residual):
-                continue
+                whole = call.run(layer, states)
             output = call.tokens(tap.y.expand_as(tap.residual))  # [N, r]
+            if not len(output):
+                continue
+            residual = call.tokens(tap.residual) if whole is None else call.tokens(whole) - output  # [N, r]
             x = call.tokens(tap.x) if d else residual[:, :0]  # [N, d]
             error = target - residual - output  # [N, r]
             fit, held_out = sums = sums or (_Moments(x.mean(0), error.mean(0)), _Moments(x.mean(0), error.mean(0)))

@@ -45,7 +45,13 @@ class BenchmarkConfig(Frozen):
         description="Time limit of the first processes' rounds for ten files; more files get proportionally more. No "
         "further process is started after it.",
     )
-    tolerance: float = Field(0.02, ge=0, lt=0.5, description="A member may miss its target by this fraction.")
+    tolerance: float = Field(
+        0.02,
+        ge=0,
+        lt=0.5,
+        description="A member may miss its target by this fraction. Also how far intervals and the A/A line may reach "
+        "before nothing is decided, and what a benchmark measures on for.",
+    )
     overshoot: float = Field(0.10, gt=0, description="A member more than this above its target gets a looser budget.")
     median_length: bool = Field(
         True,

@@ -139,6 +139,11 @@ class CompressConfig(Frozen):
         if self.target is not Variant.FP32 and self.target not in self.variants:
             found = [str(variant) for variant in self.variants]
             raise ValueError(f"the target '{self.target}' must be one of compress.variants, found {found}")
+        if self.makes_int8 and self.int8.method == "dynamic" and self.int8.ranges != "minmax":
+            raise ValueError(
+                f"expected int8.method: static for int8.ranges: {self.int8.ranges}, found dynamic, which finds the "
+                "ranges of activations anew in every call; change one of them"
+            )
         if self.int8.mixed and self.target.is_int8:
             raise ValueError(
                 f"expected another compress.target with int8.mixed, found {self.target}: cells of the latency table "

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from ziplm_deploy.recipe.base import Frozen
 
+CALIBRATION_EXAMPLES, FEWEST_EXAMPLES = 512, 8
+
 
 class GeneratedConfig(Frozen):
     """Text that the dense model writes itself, where there is none to calibrate or train on (LLM-QAT, section 2.1)."""
@@ -80,8 +82,11 @@ class DataConfig(Frozen):
         description="Tokens from one window to the next of the evaluation data (text-generation); tokens that windows "
         "share are scored in the first of them only. At most, and by default: `context`.",
     )
-    n_calibration: int = Field(
-        512, ge=8, description="Calibration examples for the Hessians; accuracy saturates near 512 (see one_shot)."
+    n_calibration: int | None = Field(
+        None,
+        ge=FEWEST_EXAMPLES,
+        description=f"Calibration examples for the Hessians; default: {CALIBRATION_EXAMPLES}, near which accuracy "
+        "saturates (see one_shot), or all where there are fewer.",
     )
     n_evaluation: int | None = Field(
         None, ge=1, description="Evaluation examples (reranking: queries with all their passages); default: all."
@@ -100,6 +105,12 @@ class DataConfig(Frozen):
         "index of long passages; default: the workload's `seq_len`, as for queries.",
     )
     n_train: int | None = Field(None, ge=1, description="Training examples; default: all of them.")
+
+    def n_examples(self, which: Literal["calibration", "evaluation", "train"], found: int) -> int | None:
+        """Examples to draw of a data set that has ``found``; None: all of them."""
+        if which == "calibration" and self.n_calibration is None:
+            return max(FEWEST_EXAMPLES, min(CALIBRATION_EXAMPLES, found))
+        return {"calibration": self.n_calibration, "evaluation": self.n_evaluation, "train": self.n_train}[which]
 
     def is_generated(self, which: str) -> bool:
         """Whether text sampled from the dense model stands for this data set; never for ``evaluation``."""

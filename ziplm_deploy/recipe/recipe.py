@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +16,7 @@ from ziplm_deploy.recipe.export import ExportConfig
 from ziplm_deploy.recipe.latency import ProfileConfig
 from ziplm_deploy.recipe.model import ModelConfig
 from ziplm_deploy.recipe.pruning import PruneConfig
-from ziplm_deploy.recipe.recovery import DenseConfig, RecoverConfig
+from ziplm_deploy.recipe.recovery import WINDOWS_A_STEP, DenseConfig, RecoverConfig
 from ziplm_deploy.recipe.variants import Variant, member_name
 from ziplm_deploy.recipe.workload import EngineName, Environment
 
@@ -56,6 +57,17 @@ class Recipe(Frozen):
                 "make a name: leave one of them out"
             )
         return speedups
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_take_few_windows(cls, raw: Any) -> Any:
+        """A step of 32 windows of text has gigabytes of logits: fewer, unless the recipe names a number."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("model"), Mapping):
+            return raw
+        recover = raw.get("recover", {})
+        if raw["model"].get("task") != "text-generation" or not isinstance(recover, Mapping):
+            return raw
+        return {**raw, "recover": {"batch_size": WINDOWS_A_STEP, **recover}}
 
     @model_validator(mode="after")
     def _engine_takes_the_export(self) -> Recipe:

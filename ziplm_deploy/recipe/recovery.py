@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.recipe.base import Frozen
 
+WINDOWS_A_STEP = 4  # every token of them has logits of the whole vocabulary
+
 
 class TrainConfig(Frozen):
     """What every training has in common; between two targets the learning rate falls linearly to 0."""
@@ -58,6 +60,13 @@ class LoraConfig(Frozen):
 
 class RecoverConfig(TrainConfig):
     """Training of pruned members towards their teacher."""
+
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="Examples a step and process; text-generation, whose examples are windows of text: "
+        f"{WINDOWS_A_STEP} unless named.",
+    )
 
     mode: Literal["none", "one-shot", "gradual"] = Field(
         "none",

@@ -15,6 +15,7 @@ from ziplm_deploy.recovery.examples import POSITION, Examples
 from ziplm_deploy.recovery.losses import LayerOutputs
 from ziplm_deploy.tasks import Task
 from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.evaluation_set import TOKENS_AT_ONCE
 
 GROUP = 32  # examples that are answered at once for the cache
 
@@ -48,8 +49,7 @@ class Teacher:
         self.task = task
         self.layers = list(layers)
         self._examples, self._cache_bytes = examples, cache_bytes
-        order = sorted(range(len(examples)), key=examples.lengths.__getitem__)
-        self._groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
+        self._groups = _neighbours(examples.lengths, TOKENS_AT_ONCE if task.is_causal else None)
         self._group_of = {row: group for group in self._groups for row in group}
         self._known: dict[int, _Answer] = {}
         self._caching: bool | None = None if cache_bytes else False  # None: not known before the first batch
@@ -124,6 +124,18 @@ class Teacher:
         outputs = {name: _join(name, self.task, batch, answers).to(device) for name in self.task.feature_outputs}
         hidden = torch.cat([answer.hidden for answer in answers], dim=1).to(device).float()  # [layers, N, hidden]
         return TeacherAnswers(self.task.distilled(outputs, batch), list(hidden.unbind(0)))
+
+
+def _neighbours(lengths: Sequence[int], most_tokens: int | None) -> list[list[int]]:
+    """Examples in groups of like length: of :data:`GROUP`, or of fewer that have ``most_tokens`` with their padding."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        size = len(groups[-1]) if groups else GROUP
+        is_full = size == GROUP or (most_tokens is not None and (size + 1) * lengths[row] > most_tokens)
+        if is_full:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def make_teacher(model: nn.Module, task: Task, examples: Examples, config: RecoverConfig) -> Teacher:

@@ -184,7 +184,7 @@ def train(
         if _is_out_of_memory(error):
             raise EnvironmentMismatchError(
                 f"expected {arguments.device} to hold a step of {config.batch_size} examples, found: {error}; lower "
-                "batch_size or environment.workload.seq_len"
+                "batch_size, or environment.workload.seq_len (text-generation: data.context)"
             ) from error
         if not _is_full_disk(error):
             raise

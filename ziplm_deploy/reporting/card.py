@@ -51,7 +51,7 @@ def model_card(
         *(["\n".join(["## Without pruning", "", *_baselines(report, member)])] if report.baselines else []),
         *(["\n".join(["## Files", "", *_files(report, member)])] if len(member.files) > 1 else []),
         *filter(None, (get_engine(name).notice for name in dict.fromkeys((report.engine, _baseline_engine(report))))),
-        _usage_of_gguf(member) if file_kind(member) == "GGUF" else _usage(report, member, ort_class),
+        _usage_of_gguf(report, member) if file_kind(member) == "GGUF" else _usage(report, member, ort_class),
         *filter(None, [_cuts(dimensions)]),
         "The licence and limits of the original model apply to this one, too; its scores on other data are not known.",
     ]
@@ -207,9 +207,11 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str | None) ->
         [
             "## Use",
             "",
+            *_pages(report),
             *_other_engine(report, member),
             *(_of_runner(member, name) if report.task == "text-generation" else []),
             *(_of_onnx_runtime(member, file, ort_class, name) if opens_alone else []),
+            *(_UNPADDED if ort_class is not None and report.task == "text-generation" else []),
             *(_of_sentence_transformers(report, member) if ort_class is not None else []),
             "```python",
             "import ziplm_deploy",
@@ -218,6 +220,21 @@ def _usage(report: FamilyReport, member: MemberReport, ort_class: str | None) ->
             "```",
         ]
     )
+
+
+def _pages(report: FamilyReport) -> list[str]:
+    """How a process gets the pages that were measured with, where they were asked for."""
+    if not report.environment.huge_pages:
+        return []
+    return ["The process that serves begins with huge pages, as those that were measured:", "", "```",
+            f"{ASSIGNMENT} python serve.py", "```", ""]  # fmt: skip
+
+
+_UNPADDED = [
+    "Prompts of one batch must be of one length there, unless the file was exported with "
+    "`export.cache_form: portable`: positions come from lengths, so that padding on the left is read as text.",
+    "",
+]
 
 
 def _of_onnx_runtime(member: MemberReport, file: str, ort_class: str | None, name: str) -> list[str]:
@@ -270,14 +287,15 @@ def _of_sentence_transformers(report: FamilyReport, member: MemberReport) -> lis
     ]
 
 
-def _usage_of_gguf(member: MemberReport) -> str:
+def _usage_of_gguf(report: FamilyReport, member: MemberReport) -> str:
     """How llama.cpp runs the file, and where the same weights lie before they were rounded."""
+    pages = f"{ASSIGNMENT} " if report.environment.huge_pages else ""
     return "\n".join(
         [
             "## Use",
             "",
             "```",
-            f'llama-cli -m {member.folder}/{member.served.file} -p "Once upon a time"',
+            f'{pages}llama-cli -m {member.folder}/{member.served.file} -p "Once upon a time"',
             "```",
             "",
             "```python",

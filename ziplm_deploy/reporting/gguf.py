@@ -8,6 +8,7 @@ from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.reporting.facts import GgufFacts
 from ziplm_deploy.reporting.records import FamilyReport, GgufReport
 from ziplm_deploy.reporting.table import (
+    FIDELITY,
     MISSING,
     call_header,
     call_rows,
@@ -47,7 +48,9 @@ def gguf_section(report: FamilyReport) -> list[list[str]]:
     first, metric = report.gguf[0], report.metric
     titles = ["file", "MB", "p50 ms", f"over {first.name} [95 %]", "over dense ONNX", "over its own ONNX file"]
     titles += ["perplexity", f"{metric} [95 %]", "of dense ONNX [95 %]", "of its own float32 file [95 %]"]
-    cells = [_row(file, metric) for file in report.gguf]
+    compared = {key: title for key, title in FIDELITY.items() if any(key in file.accuracy for file in report.gguf)}
+    titles += [f"{title} (ONNX)" for title in compared.values()]
+    cells = [[*_row(file, metric), *(score_text(file, key) for key in compared)] for file in report.gguf]
     text = (
         f"`{first.file}` of every member, with {first.file_type} weights, in llama.cpp (xllamacpp "
         f"{first.engine_version}), timed in the same rounds as the files above and scored by llama.cpp on the same "

@@ -98,7 +98,9 @@ def why_not_recommended(
     slow = is_pruned and file.timing.speedup_low <= 1
     than_dense = [f"not faster than the dense model beyond noise ({file.timing.speedup:.2f}x)"] if slow else []
     budget = _budget_reason(file, served_score, max_loss)
-    return next(filter(None, [budget, *_not_faster(file, before), *than_dense]), "")
+    is_changed = is_pruned or file.int8 is not None
+    unscored = ["not scored: the recipe has no data.evaluation"] if is_changed and served_score is None else []
+    return next(filter(None, [budget, *_not_faster(file, before), *than_dense, *unscored]), "")
 
 
 def _budget_reason(file: FileFacts, served_score: float | None, max_loss: float) -> str:

@@ -18,6 +18,8 @@ FIDELITY = {
     "mean_cosine": "cosine to dense",
     "neighbour_overlap": "10-NN overlap",
     "score_correlation": "score correlation to dense",
+    "next_token_agreement": "next token as dense",
+    "divergence": "KL to dense, nats a token",
 }
 MISSING = "–"
 

@@ -29,7 +29,7 @@ from ziplm_deploy.tasks.base import Which
 from ziplm_deploy.tasks.batching import Batch, fitted, length_limit
 from ziplm_deploy.tasks.cross_retrieval import CrossRetrieval, has_images, pairs_hash, read_pairs
 from ziplm_deploy.tasks.embeddings import EmbeddingTask
-from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE
+from ziplm_deploy.tasks.evaluation_set import BATCH_SIZE, TOKENS_AT_ONCE
 from ziplm_deploy.tasks.generation import CONTEXT
 from ziplm_deploy.tasks.retrieval import Retrieval, read_retrieval_set
 from ziplm_deploy.tasks.search import Search
@@ -319,11 +319,12 @@ class RunData:
         static = recipe.export.shapes == "static"
         # llama.cpp reads one text after the other, and logits of all tokens of many would fill the memory.
         as_served = as_served or static or recipe.environment.runs_gguf
+        at_once = max(1, min(BATCH_SIZE, TOKENS_AT_ONCE // self._seq_len)) if self._task.is_causal else BATCH_SIZE
         return EvaluationSet(
             rows,
             self.dense.processor,
             self._seq_len,
-            recipe.environment.workload.batch_size if as_served else BATCH_SIZE,
+            recipe.environment.workload.batch_size if as_served else at_once,
             self._seq_len if static else None,
         )
 

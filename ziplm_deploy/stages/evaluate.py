@@ -49,10 +49,10 @@ def evaluate(run: Run) -> None:
         for each in made_baselines(run):
             if not each.page.answers_as_dense:
                 evaluate_baseline(run, each, dense)
-    on_llama_cpp = measured_gguf_files(run)
-    for index, each_gguf in enumerate(on_llama_cpp):
-        evaluate_gguf(run, each_gguf)
-        run.progress.step(index + 1, len(on_llama_cpp))
+        on_llama_cpp = measured_gguf_files(run)
+        for index, each_gguf in enumerate(on_llama_cpp):
+            evaluate_gguf(run, each_gguf, dense)
+            run.progress.step(index + 1, len(on_llama_cpp))
     continue_texts(run)
     estimate_uncertainty(run, [*files, *on_llama_cpp])
     compare_with_baselines(run, files)
@@ -125,17 +125,22 @@ def evaluate_baseline(run: Run, baseline: BaselineFiles, dense: Answers) -> None
     run.folder.set_note(f"scores of baseline {baseline.name}", note[0] if note else None)
 
 
-def evaluate_gguf(run: Run, file: GgufFile) -> None:
-    """Write the scores of a GGUF file in llama.cpp, which reads one window after the other."""
+def evaluate_gguf(run: Run, file: GgufFile, dense: Answers) -> None:
+    """Write the scores of a GGUF file in llama.cpp, which reads one window after the other; ``dense`` as above."""
     version = get_engine(gguf.ENGINE).version()
     data = replace(run.data.evaluation_set(Variant.FP32), batch_size=1)
-    key = content_key(file=run.file_hash(file.path), engine=version, data=run.data.evaluation_key)
+    key = content_key(
+        file=run.file_hash(file.path),
+        dense=run.file_hash(run.dense_member.as_exported.path),
+        engine=version,
+        data=run.data.evaluation_key,
+    )
 
     def work() -> None:
         environment = run.recipe.environment.model_copy(update={"engine": gguf.ENGINE})
         with open_runner(environment, file.path) as runner:
-            outcomes = run.task.outcomes(runner, data)
-        _save(run, file, outcomes, {}, gguf.ENGINE, version)
+            outcomes, fidelity = run.task.outcomes_and_fidelity(runner, dense.function, data, dense.data)
+        _save(run, file, outcomes, fidelity, gguf.ENGINE, version)
 
     run.folder.make(f"evaluate {file.label}", key, [file.scores, file.outcomes], work)
 

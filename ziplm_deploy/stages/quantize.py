@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from exporters import ExportError, to_integer_matmul
+from exporters.names import HEAD
 from exporters.nbits_matmul import OLDEST_ENGINE
 from ziplm_deploy.artifacts import atomic_path, content_key, file_bytes
 from ziplm_deploy.compression.int8.budget import Spared, SparedChoice, within_budget
@@ -248,7 +249,10 @@ class _Quantization:
             for row in self.sensitivities
         }
         ladder = mixtures(costs, self.config.max_fp32_share)
-        ladder = that_fit(ladder, n_weights, MOST_BYTES - others)
+        head = n_weights.get(HEAD, 0)
+        is_tied = others < 4 * head  # there is no embedding beside it
+        embedding = (1 if self.config.embeddings else 4) * head if is_tied else 0
+        ladder = that_fit(ladder, n_weights, MOST_BYTES - others, embedding)
 
         def write(mixture: Mixture, path: Path) -> None:
             weight_only = {name: BITS[form] for name, form in mixture.forms.items() if form in BITS}

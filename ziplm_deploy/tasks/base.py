@@ -80,7 +80,16 @@ class Task(ABC):
         their own. Without ``data.train`` the training rows come from the calibration data.
 
         Raises:
-            DataError: nothing configured, missing, empty, fewer rows than asked for, or columns are missing.
+            DataError: fewer rows than asked for, and what :meth:`all_rows` raises.
+        """
+        rows = self.all_rows(data, which)
+        return self.sample(rows, which, data.n_examples(which, len(rows)), seed)
+
+    def all_rows(self, data: DataConfig, which: Which) -> list[Row]:
+        """Normalized rows of a data set, all of them in their order.
+
+        Raises:
+            DataError: nothing configured, missing, empty, or columns are missing.
         """
         source, split = self.source(data, which)
         if source is None:
@@ -91,11 +100,9 @@ class Task(ABC):
             )
         raw = read_rows(source, split=split, config_name=data.config_name, revision=data.revision)
         try:
-            rows = self.normalize_rows(raw, data, which)
+            return self.normalize_rows(raw, data, which)
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
-        counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
-        return self.sample(rows, which, counts[which], seed)
 
     def sample(self, rows: list[Row], which: Which, count: int | None, seed: int) -> list[Row]:
         """``count`` normalized rows, drawn with ``seed``; all for None.

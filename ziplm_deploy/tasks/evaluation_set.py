@@ -11,6 +11,7 @@ from ziplm_deploy.tasks.batching import Arrays, Batch, Example, batch_indices, p
 from ziplm_deploy.tasks.data import Row
 
 BATCH_SIZE = 32
+TOKENS_AT_ONCE = 2048  # of a language model, in one call, padding included: each has logits of the whole vocabulary
 
 ModelFunction = Callable[[Arrays], Arrays]  # named arrays in, named arrays out: an ONNX file, or torch_function()
 Embeddings = dict[bytes, Arrays]  # by the batch that they are of

@@ -61,8 +61,7 @@ class TextGeneration(Task):
         source, _ = self.source(data, which)
         text = None if source is None else read_text(source)
         if text is None:
-            everything = dict.fromkeys(("n_calibration", "n_evaluation", "n_train"))
-            return super().load_rows(data.model_copy(update=everything), which, seed)
+            return self.sample(self.all_rows(data, which), which, None, seed)
         if not text.strip():
             raise DataError(f"expected text in {source}, found only blanks; give a file with some")
         return [{"text": text}]
@@ -83,8 +82,8 @@ class TextGeneration(Task):
         context = window_tokens(data, processor)
         stride = min(data.stride or context, context) if which == "evaluation" else context
         windows = _windows(_stream(rows, processor), context, stride)
-        counts = {"calibration": data.n_calibration, "evaluation": data.n_evaluation, "train": data.n_train}
-        drawn = sample_rows(windows, counts[which], seed, field=f"n_{which}", shuffle=which != "evaluation")
+        count = data.n_examples(which, len(windows))
+        drawn = sample_rows(windows, count, seed, field=f"n_{which}", shuffle=which != "evaluation")
         return windows[: len(drawn)] if which == "evaluation" else drawn  # the first ones, as perplexities are given
 
     def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from exporters.names import HEAD
 from ziplm_deploy.compression.int8.judged import Judged, check_score, holds_budget
 from ziplm_deploy.errors import UsageError
 
@@ -183,11 +184,17 @@ def fastest_within(
     return MixtureChoice(found[best][0], reference_score, counts, chosen is not None, mixture=ladder[best])
 
 
-def that_fit(ladder: Sequence[Mixture], n_weights: Mapping[str, int], most_bytes: float) -> list[Mixture]:
-    """Mixtures whose linears take at most so many bytes in a file; the fastest one in any case."""
+def that_fit(
+    ladder: Sequence[Mixture], n_weights: Mapping[str, int], most_bytes: float, embedding_bytes: float = 0.0
+) -> list[Mixture]:
+    """Mixtures whose linears take at most so many bytes in a file; the fastest one in any case.
+
+    ``embedding_bytes``: of the embedding that a tied head shares in float32, and leaves behind in any other form.
+    """
 
     def size(mixture: Mixture) -> float:
-        return sum(BYTES[form] * n_weights[name] for name, form in mixture.forms.items())
+        left = embedding_bytes if mixture.forms.get(HEAD, "float32") != "float32" else 0.0
+        return left + sum(BYTES[form] * n_weights[name] for name, form in mixture.forms.items())
 
     return [ladder[0], *(mixture for mixture in ladder[1:] if size(mixture) <= most_bytes)]
 
