@@ -12,7 +12,7 @@ from ziplm_deploy.models.adapted import adapted
 from ziplm_deploy.models.causal import without_cache
 from ziplm_deploy.models.modules import attention_kind, layers_of, prunable_modules
 from ziplm_deploy.pruning.calibration import collect_statistics
-from ziplm_deploy.pruning.layer_calls import capture_calls, input_moments
+from ziplm_deploy.pruning.layer_calls import capture_calls, input_moments, that_fit
 
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox")
 
@@ -95,3 +95,17 @@ def test_no_tokens_is_a_data_error() -> None:
         calls, hidden = capture_calls(model, [batch])
         with pytest.raises(DataError, match=r"0\.attention"):
             input_moments(model, prunable_modules(model)[0], calls, hidden)
+
+
+def test_a_walk_takes_as_many_batches_as_memory_holds() -> None:
+    """Every n-th of batches that are sorted by length, so that no length is left out."""
+    texts = [{"input_ids": torch.zeros(8, length, dtype=torch.long)} for length in range(10, 90)]
+    assert that_fit(texts, 64) == texts
+    whole = sum(4 * 8 * length * (5 * 64 + length) for length in range(10, 90))
+    assert that_fit(texts, 64, whole) == texts
+    assert that_fit(texts, 64, whole - 1) == texts[::2]
+    assert that_fit(texts, 64, whole // 4 + 1) == texts[::4]
+    assert that_fit(texts, 64, 1) == texts[:1]
+    windows = [{"input_ids": torch.zeros(32, 512, dtype=torch.long)}] * 16
+    assert len(that_fit(windows, 576)) == 16  # SmolLM2-135M with 512 windows of 512 tokens
+    assert len(that_fit(windows, 2048)) == 6

@@ -216,7 +216,7 @@ def _time_files(
         report = _shifted(progress, index * part.rounds, max(config.processes, index + 1) * part.rounds)
         with _workers(entries, environment, baseline, seed + index) as workers:
             judged = {AA, *entries} - {baseline, *aside}
-            unsure = partial(_is_unsure, baseline=baseline, judged=judged, error=SURE * config.tolerance)
+            unsure = partial(is_unsure, baseline=baseline, judged=judged, error=SURE * config.tolerance)
             timed.add(_interleave(workers, part, report, seed + index, unsure), workers, index)
             for name, entry in entries.items():
                 worker = workers[name].worker
@@ -286,7 +286,7 @@ def start_worker(file: TimedFile, environment: Environment, *, wait: bool = True
     return engine.start_worker(options, wait=wait)
 
 
-def _is_unsure(rounds: _Rounds, baseline: str, judged: Collection[str], error: float) -> bool:
+def is_unsure(rounds: Mapping[str, Sequence[_Round]], baseline: str, judged: Collection[str], error: float) -> bool:
     """Whether noise within one process leaves the median ratio of a judged file to the baseline's less sure."""
     medians = {name: np.median(rounds[name], axis=1) for name in (baseline, *judged)}
     return any(relative_standard_error(medians[baseline] / medians[name]) > error for name in judged)

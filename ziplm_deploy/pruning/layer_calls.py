@@ -6,6 +6,7 @@ Hidden states between layers are kept for all batches: a walk over all layers th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from ziplm_deploy.pruning.search.stitching import layer_input
 from ziplm_deploy.tasks.batching import Batch
 
 HELD_OUT_EVERY = 5
+STREAM_BYTES = 4 << 30  # that a walk keeps of hidden states and masks of all its batches
+STATES = 5  # float32 numbers a hidden dimension and token: dense and pruned states, two targets, the layer's outputs
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named
 
 
@@ -48,6 +51,22 @@ class LayerCall:
 
 class AllRecorded(Exception):
     """Ends a forward pass of which nothing more is wanted."""
+
+
+def that_fit(batches: Sequence[Batch], hidden_size: int, most_bytes: int = STREAM_BYTES) -> list[Batch]:
+    """Batches for a walk over layers, which keeps the hidden states of all of them: every n-th, if all would not fit.
+
+    Args:
+        hidden_size: numbers of a token's state.
+        most_bytes: for states and attention masks; one batch is taken in any case.
+    """
+
+    def n_bytes(batch: Batch) -> int:
+        rows, length, *_ = (*next(iter(batch.values())).shape, 1)
+        return 4 * rows * length * (STATES * hidden_size + length)
+
+    step = max(1, math.ceil(sum(map(n_bytes, batches)) / most_bytes))
+    return list(batches[::step])
 
 
 def capture_calls(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[LayerCall], list[Tensor]]:

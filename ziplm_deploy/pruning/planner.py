@@ -17,7 +17,7 @@ from torch import nn
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.levels import LevelWeights, pareto_levels
-from ziplm_deploy.models.modules import PrunableModule, prunable_modules
+from ziplm_deploy.models.modules import PrunableModule, model_shape, prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId, ModuleKind
 from ziplm_deploy.progress import StepProgress
@@ -25,6 +25,7 @@ from ziplm_deploy.pruning.allocations import uniform_plan
 from ziplm_deploy.pruning.database import Database, level_for
 from ziplm_deploy.pruning.in_order import LevelOf, exchanged_fraction, prune_in_order
 from ziplm_deploy.pruning.kernels import spdy
+from ziplm_deploy.pruning.layer_calls import that_fit
 from ziplm_deploy.pruning.methods import get_method
 from ziplm_deploy.pruning.moments import InputMoments
 from ziplm_deploy.pruning.plan import PruningPlan
@@ -206,7 +207,8 @@ class Planner:
 
         Structures and weights are those of the database, or are decided anew in order, see :attr:`decides_in_order`.
         """
-        batches, refits = self.calibration.hessian, self.prune.reconstruct and get_method(self.prune.method).refits
+        refits = self.prune.reconstruct and get_method(self.prune.method).refits
+        batches = that_fit(self.calibration.hessian, model_shape(self.model.config).hidden_size)  # type: ignore[arg-type]
         if plan.sizes == self.space.as_sizes(self._whole):
             return self.resized(plan.sizes), []
         if self.decides_in_order:
