@@ -359,3 +359,28 @@ def write_llama(
         tensors.append(vector("rope_freqs.weight", torch.ones(16)))
     write_gguf(path, architecture, metadata, tensors)
     return path
+
+
+def write_gpt2(path: Path, model: Any, tokenizer: Any, context: int = 1024) -> Path:
+    """A GPT-2 as llama.cpp's own converter writes it, its embedding for a head, too."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(context)
+    writer.add_block_count(config.n_layer)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    tokenizer_keys(tokenizer, config.vocab_size, None)(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for key, value in model.state_dict().items():
+        if key != "lm_head.weight":
+            is_turned = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(name, np.ascontiguousarray(value.T if is_turned else value).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from exporters.decoder_parts import DecoderParts
 from exporters.gguf_file import FileType
@@ -23,8 +24,10 @@ from tests.helpers.gguf_models import (
     rounded,
     sentencepiece_like,
     tiny_llama,
+    write_gpt2,
     write_llama,
 )
+from tests.helpers.models import shaken
 from ziplm_deploy.errors import CorruptArtifactError, EnvironmentMismatchError, UnsupportedModelError
 from ziplm_deploy.models import dense
 from ziplm_deploy.models.dense import load_dense, load_processor
@@ -38,6 +41,7 @@ from ziplm_deploy.models.gguf_source import (
 from ziplm_deploy.models.gguf_tokenizer import load_gguf_tokenizer
 from ziplm_deploy.models.inspection import inspect_model
 from ziplm_deploy.models.member_files import load, save_member
+from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.recipe import ModelConfig
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; in the extra llamacpp")
@@ -123,7 +127,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "mamba"}, "architecture llama, qwen2, qwen3, found mamba"),
+        ({"architecture": "mamba"}, "architecture gpt2, llama, qwen2, qwen3, found mamba"),
         ({"architecture": "deci"}, "found deci .*prune the model that it was made from"),
         ({"factors": True}, r"plain rotary positions .*Llama 3\.1"),
         ({"change": lambda writer: writer.add_string("llama.rope.scaling.type", "yarn")}, "scaling of kind yarn"),
@@ -158,6 +162,23 @@ def test_damaged_files(tmp_path: Path, parts: DecoderParts, share: float) -> Non
     file.write_bytes(b"no GGUF file at all, but some text that is long enough")
     with pytest.raises(UnsupportedModelError, match="a whole GGUF file"):
         check_gguf(file)
+
+
+@pytest.mark.transformers
+def test_a_gpt2_is_read_too(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4)
+    original = shaken(transformers.GPT2LMHeadModel(config), 0)
+    file = write_gpt2(tmp_path / "model.gguf", original, tokenizer)
+    model, read = load_dense(ModelConfig(path=str(file), task="text-generation"))
+    with torch.no_grad():
+        answers = [each(torch.tensor([PROMPT])).logits for each in (original, model)]
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
+    assert read("the 12").input_ids == tokenizer("the 12").input_ids
+    assert [module.name for module in prunable_modules(model)] == ["0.attention", "0.ffn", "1.attention", "1.ffn"]
+    short = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**config.to_dict(), "n_positions": 64})), 0)
+    with pytest.raises(CorruptArtifactError, match="a model that transformers can build"):
+        load_dense(ModelConfig(path=str(write_gpt2(file, short, tokenizer, 64)), task="text-generation"))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def _load_gguf(file: Path, task: type[Task]) -> tuple[nn.Module, Any]:
     with quiet_transformers():
         config: Any = load_gguf_config(file)
         _check_task(config, task, with_head=True)
-        model: Any = load_gguf_model(file, config)
+        model: Any = adapted(load_gguf_model(file, config))
     model.config.return_dict, model.config._attn_implementation = True, "eager"
     _check_finite(model, str(file))
     tokenizer = load_gguf_tokenizer(file)

@@ -28,7 +28,7 @@ from ziplm_deploy.models.shape import MAX_LAYERS, MAX_SIZE
 
 GGUF_SUFFIX = ".gguf"
 # What llama.cpp calls architectures whose pruning is known here and which transformers builds from a GGUF file.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 _SIZES = {
     "block_count": MAX_LAYERS,
     **dict.fromkeys(("embedding_length", "feed_forward_length"), MAX_SIZE),
