@@ -18,7 +18,10 @@ def invoke(*arguments: object) -> Result:
 
 def test_inspect_lists_layers(tmp_path: Path) -> None:
     save_dense(tmp_path)
-    rows = json.loads(invoke("inspect", tmp_path, "--json").stdout)
+    found = json.loads(invoke("inspect", tmp_path, "--json").stdout)
+    rows, kind = found["layers"], found["type"]
+    assert (kind["model_type"], kind["prunable"]) == ("bert", True)
+    assert "hidden size" in kind["dense"]
     assert [(row["layer"], row["heads"], row["ffn_width"]) for row in rows] == [(0, 4, 64), (1, 4, 64), (2, 4, 64)]
     assert "ffn_width" in invoke("inspect", tmp_path).stdout
 

@@ -68,11 +68,12 @@ def inspect(
         raise UsageError(f"expected --tower text or image, found {tower}; name one of the two")
     side = cast(Literal["text", "image"] | None, tower)
     rows = inspection.inspect_model(model, side)
+    kind = model_type_of(inspection.model_type_name(model, side))
     if as_json:
-        console.print_json(rows)
+        console.print_json({"type": kind.as_row(), "layers": rows})
         return
     console.print_rows(model, rows)
-    console.print_type(model_type_of(inspection.model_type_name(model, side)))
+    console.print_type(kind)
 
 
 def _stage(work: Callable[[Recipe, Progress], None]) -> Callable[[Recipe, Progress], None]:
