@@ -21,7 +21,7 @@ from ziplm_deploy.stages import evaluate
 from ziplm_deploy.stages import profile as profiling
 from ziplm_deploy.stages import report as reporting
 from ziplm_deploy.stages.benchmark import is_benchmarked
-from ziplm_deploy.stages.data_notes import leave_data_notes
+from ziplm_deploy.stages.data_notes import note_other_evaluation
 from ziplm_deploy.stages.export import export_generation
 from ziplm_deploy.stages.profile import check_taken_table
 from ziplm_deploy.stages.quantize import check_differences
@@ -131,7 +131,6 @@ def report(recipe: Recipe, progress: Progress | None = None) -> FamilyReport:
             )
         check_taken_table(run)
         check_differences(run)
-        if not run.data.awaits_texts:
-            leave_data_notes(run)  # of the data that are scored now
+        note_other_evaluation(run)
         evaluate.STAGE(run)
         return reporting.STAGE(run)

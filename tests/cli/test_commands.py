@@ -217,8 +217,7 @@ def test_benchmark_of_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options = ("--batch-size", 4, "--seq-len", 64, "--threads", 2, "--rounds", 7, "-o", tmp_path / "r.json", "--json")
     result = invoke("benchmark", *files, *options)
     assert result.exit_code == 0, result.stderr
-    memory = seen["models"]["a"].memory_limit_bytes  # what is free when it begins
-    assert 0 < memory < machine_info().memory_bytes
+    memory = machine_info().memory_bytes
     assert seen["models"] == {
         name: TimedFile(path, "onnxruntime", memory) for name, path in zip("ab", files, strict=True)
     }

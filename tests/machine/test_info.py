@@ -10,11 +10,13 @@ import pytest
 from ziplm_deploy.errors import EnvironmentMismatchError
 from ziplm_deploy.machine.info import (
     allowed_cpus,
+    cgroup_memory,
     cgroup_quota,
     check_threads,
     cpu_model,
     last_level_cache_bytes,
     machine_info,
+    memory_bytes,
     usable_cores,
 )
 
@@ -79,6 +81,24 @@ def test_cgroup_v1_quota(tmp_path: Path, quota: str, cores: float | None) -> Non
     write(tmp_path / "cpu,cpuacct" / "job" / "cpu.cfs_quota_us", quota)
     write(tmp_path / "cpu,cpuacct" / "job" / "cpu.cfs_period_us", "100000")
     assert cgroup_quota("4:cpu,cpuacct:/job\n3:memory:/job\n", tmp_path) == cores
+
+
+@pytest.mark.parametrize(("content", "limit"), [("4294967296\n", 2.0**32), ("max\n", None), ("", None)])
+def test_cgroup_memory_is_the_tightest_limit(tmp_path: Path, content: str, limit: float | None) -> None:
+    write(tmp_path / "pod" / "box" / "memory.max", content)
+    assert cgroup_memory("0::/pod/box\n", tmp_path) == limit
+    write(tmp_path / "pod" / "memory.max", "1000")
+    assert cgroup_memory("0::/pod/box\n", tmp_path) == 1000.0
+    write(tmp_path / "memory" / "job" / "memory.limit_in_bytes", "9223372036854771712\n")
+    write(tmp_path / "memory" / "memory.limit_in_bytes", "2000\n")
+    assert cgroup_memory("4:cpu,cpuacct:/job\n3:memory:/job\n", tmp_path) == 2000.0
+
+
+def test_a_container_has_no_more_memory_than_it_is_granted(tmp_path: Path) -> None:
+    write(tmp_path / "proc" / "self" / "cgroup", "0::/\n")
+    assert memory_bytes(tmp_path / "proc", tmp_path / "groups") == memory_bytes(tmp_path, tmp_path) > 2**20
+    write(tmp_path / "groups" / "memory.max", str(2**20))
+    assert memory_bytes(tmp_path / "proc", tmp_path / "groups") == 2**20
 
 
 def test_quota_of_part_of_a_core_counts_as_one(tmp_path: Path) -> None:

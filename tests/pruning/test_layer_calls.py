@@ -99,13 +99,18 @@ def test_no_tokens_is_a_data_error() -> None:
 
 def test_a_walk_takes_as_many_batches_as_memory_holds() -> None:
     """Every n-th of batches that are sorted by length, so that no length is left out."""
+    model = tiny_model("bert")
     texts = [{"input_ids": torch.zeros(8, length, dtype=torch.long)} for length in range(10, 90)]
-    assert that_fit(texts, 64) == texts
-    whole = sum(4 * 8 * length * (5 * 64 + length) for length in range(10, 90))
-    assert that_fit(texts, 64, whole) == texts
-    assert that_fit(texts, 64, whole - 1) == texts[::2]
-    assert that_fit(texts, 64, whole // 4 + 1) == texts[::4]
-    assert that_fit(texts, 64, 1) == texts[:1]
-    windows = [{"input_ids": torch.zeros(32, 512, dtype=torch.long)}] * 16
-    assert len(that_fit(windows, 576)) == 16  # SmolLM2-135M with 512 windows of 512 tokens
-    assert len(that_fit(windows, 2048)) == 6
+    assert that_fit(texts, model) == texts
+    hidden_size = model.config.hidden_size  # type: ignore[union-attr]
+    whole = sum(4 * 8 * length * (5 * hidden_size + length) for length in range(10, 90))
+    assert that_fit(texts, model, whole) == texts
+    assert that_fit(texts, model, whole - 1) == texts[::2]
+    assert that_fit(texts, model, whole // 4 + 1) == texts[::4]
+    assert that_fit(texts, model, 1) == texts[:1]
+    images = tiny_model("vit")
+    pixels = [tiny_inputs(images, batch_size=4)] * 10
+    with torch.no_grad():
+        n_states = images.base_model(**pixels[0]).last_hidden_state.numel()  # type: ignore[operator, union-attr]
+    assert len(that_fit(pixels, images, 10 * 4 * 5 * n_states)) == 10
+    assert len(that_fit(pixels, images, 10 * 4 * 5 * n_states - 1)) == 5

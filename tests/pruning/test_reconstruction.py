@@ -57,7 +57,8 @@ def test_modules_that_are_added_together_share_the_drift(monkeypatch: pytest.Mon
     """GPT-NeoX: were each fitted to the whole drift before its layer, the stream would drift as far the other way."""
     dense = tiny_model("gpt_neox", num_hidden_layers=2, use_cache=False)
     assert dense.config.use_parallel_residual  # type: ignore[union-attr]
-    data, drift = batches(dense), torch.randn(dense.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    hidden_size: int = dense.config.hidden_size  # type: ignore[union-attr, assignment]
+    data, drift = batches(dense), torch.randn(hidden_size, generator=torch.Generator().manual_seed(0))
     model = copy.deepcopy(dense)
     first = next(module for module in prunable_modules(model) if module.name == "0.ffn")
     with torch.no_grad():

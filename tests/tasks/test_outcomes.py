@@ -14,12 +14,12 @@ from seqeval.metrics import precision_score, recall_score
 from sklearn.metrics import accuracy_score, f1_score
 from torchmetrics.functional.text import squad
 
-from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.errors import CorruptArtifactError, DataError
 from ziplm_deploy.tasks import get_task
 from ziplm_deploy.tasks.answering import _answer_scores
 from ziplm_deploy.tasks.entities import TagScheme
 from ziplm_deploy.tasks.metrics import Metric, accuracy, class_counts, macro_f1, pearson, score, spearman
-from ziplm_deploy.tasks.outcomes import Outcomes, halves
+from ziplm_deploy.tasks.outcomes import Outcomes, _OutcomesFile, halves
 from ziplm_deploy.tasks.scores import value_outcomes
 from ziplm_deploy.tasks.tokens import _entity_outcomes
 
@@ -194,10 +194,14 @@ def test_halves_share_nothing_and_stay_the_same() -> None:
     assert classes(0).take(chosen_by)["label"].tolist() == classes(0)["label"][chosen_by].tolist()
 
 
-def test_outcomes_of_many_classes_are_read_again(tmp_path: Path) -> None:
+def test_outcomes_of_many_classes_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond what other files may have: 12,000 texts of 1,000 classes."""
     arrays = {name: np.ones((12_000, 1_000), dtype=np.int64) for name in ("label", "predicted")}
     outcomes = Outcomes(arrays, tuple(map(str, range(1_000))))
     saved = outcomes.save(tmp_path / "outcomes.json")
     assert 64 * MIB < (tmp_path / "outcomes.json").stat().st_size < 80 * MIB
     assert Outcomes.load(tmp_path / "outcomes.json", saved)["label"].shape == (12_000, 1_000)
+    monkeypatch.setattr(_OutcomesFile, "MAX_BYTES", 64 * MIB)
+    with pytest.raises(DataError, match=r"within 64 MiB, found more, of 12,000 examples; .*data\.n_evaluation"):
+        outcomes.save(tmp_path / "outcomes.json")
+    assert not (tmp_path / "outcomes.json").exists()

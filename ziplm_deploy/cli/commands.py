@@ -181,7 +181,10 @@ def benchmark(
     rounds: Annotated[int, typer.Option(help="ONNX files: interleaved rounds.")] = 80,
     processes: Annotated[int, typer.Option(help="ONNX files: processes of each, one after the other.")] = 5,
     memory_limit: Annotated[
-        float | None, typer.Option(min=0.1, help="ONNX files: GiB that a process may take; default: what is free.")
+        float | None,
+        typer.Option(
+            min=0.1, help="ONNX files: GiB that a process may take; default: the machine's, or the container's."
+        ),
     ] = None,
     again: Annotated[bool, typer.Option(help="Recipe: measure again what was measured before.")] = False,
     output: Annotated[Path | None, typer.Option("-o", help="Write the record, with raw samples, to this file.")] = None,

@@ -82,12 +82,12 @@ def on_engines(
 
 
 def memory_limit_bytes(limit_gib: float | None) -> int | None:
-    """What the process of a file from anywhere may take: as asked, or what is free; None: not known."""
-    from ziplm_deploy.machine.memory import available_memory_bytes
+    """What the process of a file from anywhere may take: as asked, or all that there is; None: not known."""
+    from ziplm_deploy.machine.info import machine_info
 
     if limit_gib is not None and not 0 < limit_gib < float("inf"):
         raise UsageError(f"expected --memory-limit above 0 GiB, found {limit_gib:g}; correct it, or leave it out")
-    return available_memory_bytes() or None if limit_gib is None else int(limit_gib * 2**30)
+    return machine_info().memory_bytes or None if limit_gib is None else int(limit_gib * 2**30)
 
 
 def console_progress(quiet: bool) -> Progress:

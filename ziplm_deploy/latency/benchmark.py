@@ -158,7 +158,7 @@ def compare(
     ``config.processes``. Files ``aside`` take no part in that: they have the first ``config.processes`` only.
     Threads, batch size and tokens are those of ``environment`` on every engine. Of a workload with several calls a
     worker runs each of them in its turn; speedup is that of their weighted sum, the expected latency. Another
-    measurement of this user on this machine is waited for; ``note`` is told so.
+    measurement on this machine is waited for; ``note`` is told so.
 
     Raises:
         UsageError: no models, or ``baseline`` is none of them.

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 
 from ziplm_deploy.errors import EnvironmentMismatchError
 
+_Limit = Callable[[Path], "float | None"]  # of a control group's folder
+
 # Only flags that change which kernels an engine picks; the full list differs between kernels of one machine.
 INFERENCE_FLAGS = (
     "sse4_2",
@@ -47,7 +49,7 @@ def machine_info() -> MachineInfo:
         isa_flags=tuple(flag for flag in INFERENCE_FLAGS if flag in flags),
         logical_cores=os.cpu_count() or 1,
         usable_cores=usable_cores(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=memory_bytes(),
         operating_system=f"{platform.system()} {platform.release()}",
     )
 
@@ -88,15 +90,24 @@ def cgroup_quota(membership: str, root: Path) -> float | None:
     Returns None where nothing is limited. Inside a container the own group is often mounted as ``root`` itself, so
     ``root`` is looked at too.
     """
-    quotas: list[float] = []
+    return min(_limits(membership, root, "cpu", _quota_v2, _quota_v1), default=None)
+
+
+def cgroup_memory(membership: str, root: Path) -> float | None:
+    """Smallest limit of memory, in bytes, of the groups in ``membership``, as in :func:`cgroup_quota`."""
+    return min(_limits(membership, root, "memory", _memory_v2, _memory_v1), default=None)
+
+
+def _limits(membership: str, root: Path, controller: str, of_v2: _Limit, of_v1: _Limit) -> list[float]:
+    found: list[float] = []
     for line in membership.splitlines() or ["0::/"]:
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
-            quotas += _quotas_upwards(root, group, _quota_v2)
-        elif "cpu" in controllers.split(","):
-            for mount in (root / controllers, root / "cpu"):
-                quotas += _quotas_upwards(mount, group, _quota_v1)
-    return min(quotas, default=None)
+            found += _quotas_upwards(root, group, of_v2)
+        elif controller in controllers.split(","):
+            for mount in (root / controllers, root / controller):
+                found += _quotas_upwards(mount, group, of_v1)
+    return found
 
 
 def check_threads(threads: int) -> None:
@@ -139,6 +150,16 @@ def _quota_v1(folder: Path) -> float | None:
     return int(quota) / int(period)
 
 
+def _memory_v2(folder: Path) -> float | None:
+    limit = _read(folder / "memory.max").strip()
+    return float(limit) if limit.isdigit() else None  # absent, or "max": unlimited
+
+
+def _memory_v1(folder: Path) -> float | None:
+    limit = _read(folder / "memory.limit_in_bytes").strip()
+    return float(limit) if limit.isdigit() else None  # unlimited is a number beyond any memory
+
+
 def last_level_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """Bytes of the largest cache that the first core reads through; 0 where the system does not tell."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -147,11 +168,14 @@ def last_level_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cac
     return max(sizes, default=0)
 
 
-def _memory_bytes() -> int:
+def memory_bytes(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory of the machine, or as much of it as the tightest cgroup (v1 or v2) grants; 0 where nobody tells."""
+    limit = cgroup_memory(_read(proc / "self" / "cgroup"), cgroup_root)
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
+    return whole if limit is None else min(whole, int(limit))
 
 
 def _read(path: Path) -> str:

@@ -69,8 +69,8 @@ class FileLock:
             return os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o600)
         with contextlib.suppress(PermissionError):  # of a file of another user, in a folder where all may make some
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-            with contextlib.suppress(PermissionError):
-                os.fchmod(descriptor, 0o666)  # whatever the umask says
+            if os.fstat(descriptor).st_uid == os.getuid() and not os.fstat(descriptor).st_size:
+                os.fchmod(descriptor, 0o666)  # of a new one, whatever the umask says
             return descriptor
         with contextlib.suppress(PermissionError):
             return os.open(self.path, os.O_RDWR | flags)
@@ -82,7 +82,7 @@ class FileLock:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in (*UNSUPPORTED, errno.EBADF):  # the last: NFS, of a file that may only be read
                 raise
             self.enforced = False
         return True
@@ -139,13 +139,22 @@ def temporary_root() -> Path:
     return Path(tempfile.gettempdir()) / f"ziplm-deploy-{os.getuid()}"
 
 
+def _timing_lock() -> Path:
+    """The file that all lock; one of this user's own where nobody may write to the common place."""
+    named = os.environ.get(TIMING_VARIABLE)
+    common = Path(named or _TIMING_LOCK)
+    if named or common.exists() or os.access(common.parent, os.W_OK | os.X_OK):
+        return common
+    return private_folder(temporary_root()) / "timing.lock"
+
+
 @contextlib.contextmanager
 def timing_alone(note: Callable[[str], None] | None = None) -> Iterator[None]:
     """Let no two processes of this machine time models at once, whoever began them: all workers run on the same CPUs.
 
     Waits for the one that does; ``note`` is told so.
     """
-    lock = FileLock(Path(os.environ.get(TIMING_VARIABLE) or _TIMING_LOCK), for_all_users=True)
+    lock = FileLock(_timing_lock(), for_all_users=True)
     if not lock.acquire():
         if note is not None:
             note(f"waits until another measurement on this machine has ended ({lock.holder})")

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ziplm_deploy.models.modules import PrunableModule, attention_kind, layers_of, output_module, residual_module
+from exporters.heads import patches_of
+from ziplm_deploy.models.modules import (
+    PrunableModule,
+    attention_kind,
+    layers_of,
+    model_shape,
+    output_module,
+    residual_module,
+)
 from ziplm_deploy.pruning.moments import InputMoments, Moments
 from ziplm_deploy.pruning.search.stitching import layer_input
 from ziplm_deploy.tasks.batching import Batch
@@ -53,16 +61,17 @@ class AllRecorded(Exception):
     """Ends a forward pass of which nothing more is wanted."""
 
 
-def that_fit(batches: Sequence[Batch], hidden_size: int, most_bytes: int = STREAM_BYTES) -> list[Batch]:
+def that_fit(batches: Sequence[Batch], model: nn.Module, most_bytes: int = STREAM_BYTES) -> list[Batch]:
     """Batches for a walk over layers, which keeps the hidden states of all of them: every n-th, if all would not fit.
 
-    Args:
-        hidden_size: numbers of a token's state.
-        most_bytes: for states and attention masks; one batch is taken in any case.
+    ``most_bytes``: for states and attention masks; one batch is taken in any case.
     """
+    hidden_size = model_shape(model.config).hidden_size  # type: ignore[arg-type]
 
     def n_bytes(batch: Batch) -> int:
-        rows, length, *_ = (*next(iter(batch.values())).shape, 1)
+        if "pixel_values" in batch:
+            return 4 * len(batch["pixel_values"]) * (patches_of(model.config) + 1) * STATES * hidden_size
+        rows, length = batch["input_ids"].shape
         return 4 * rows * length * (STATES * hidden_size + length)
 
     step = max(1, math.ceil(sum(map(n_bytes, batches)) / most_bytes))

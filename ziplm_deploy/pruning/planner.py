@@ -17,7 +17,7 @@ from torch import nn
 from ziplm_deploy.errors import IncompatibleArtifactError, TargetUnreachableError
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.models.levels import LevelWeights, pareto_levels
-from ziplm_deploy.models.modules import PrunableModule, model_shape, prunable_modules
+from ziplm_deploy.models.modules import PrunableModule, prunable_modules
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.models.shape import MODULE_KINDS, ModuleId, ModuleKind
 from ziplm_deploy.progress import StepProgress
@@ -208,7 +208,7 @@ class Planner:
         Structures and weights are those of the database, or are decided anew in order, see :attr:`decides_in_order`.
         """
         refits = self.prune.reconstruct and get_method(self.prune.method).refits
-        batches = that_fit(self.calibration.hessian, model_shape(self.model.config).hidden_size)  # type: ignore[arg-type]
+        batches = that_fit(self.calibration.hessian, self.model)
         if plan.sizes == self.space.as_sizes(self._whole):
             return self.resized(plan.sizes), []
         if self.decides_in_order:

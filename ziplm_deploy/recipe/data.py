@@ -125,7 +125,7 @@ class DataConfig(Frozen):
             raise ValueError(
                 "generated stands for calibration and train where they are not given, found both of them: leave one out"
             )
-        for which, asked in (("calibration", self.n_calibration), ("train", self.n_train)):
+        for which, asked in (("calibration", self.n_calibration or FEWEST_EXAMPLES), ("train", self.n_train)):
             if self.is_generated(which) and (asked or 0) > self.generated.n_windows:
                 raise ValueError(
                     f"expected n_{which} up to the {self.generated.n_windows} windows of generated.n_windows, found "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -58,16 +57,12 @@ class Recipe(Frozen):
             )
         return speedups
 
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_take_few_windows(cls, raw: Any) -> Any:
+    @model_validator(mode="after")
+    def _steps_take_few_windows(self) -> Recipe:
         """A step of 32 windows of text has gigabytes of logits: fewer, unless the recipe names a number."""
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("model"), Mapping):
-            return raw
-        recover = raw.get("recover", {})
-        if raw["model"].get("task") != "text-generation" or not isinstance(recover, Mapping):
-            return raw
-        return {**raw, "recover": {"batch_size": WINDOWS_A_STEP, **recover}}
+        if self.model.task == "text-generation" and "batch_size" not in self.recover.model_fields_set:
+            self.__dict__["recover"] = self.recover.model_copy(update={"batch_size": WINDOWS_A_STEP})
+        return self
 
     @model_validator(mode="after")
     def _engine_takes_the_export(self) -> Recipe:

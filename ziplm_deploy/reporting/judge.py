@@ -98,7 +98,7 @@ def why_not_recommended(
     slow = is_pruned and file.timing.speedup_low <= 1
     than_dense = [f"not faster than the dense model beyond noise ({file.timing.speedup:.2f}x)"] if slow else []
     budget = _budget_reason(file, served_score, max_loss)
-    is_changed = is_pruned or file.int8 is not None
+    is_changed = is_pruned or not file.variant.is_exported
     unscored = ["not scored: the recipe has no data.evaluation"] if is_changed and served_score is None else []
     return next(filter(None, [budget, *_not_faster(file, before), *than_dense, *unscored]), "")
 
@@ -153,7 +153,7 @@ def judged_apart(members: Sequence[MemberReport], metric: str) -> list[str]:
     most = max((n for _, n in counts), default=0)
     fewer = {n for is_int8, n in counts if is_int8 and n < most}
     return [
-        f"INT8 files that are one of several which were tried stand beside the dense model and the baselines on the "
+        f"INT8 files whose form was taken because of its score stand beside the dense model and the baselines on the "
         f"{n} evaluation examples that did not choose; their scores are of all {most}"
         for n in sorted(fewer)
     ]

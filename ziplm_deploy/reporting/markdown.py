@@ -158,7 +158,7 @@ def _files(report: FamilyReport) -> list[list[str]]:
     text = (
         "Speedups are over the dense float32 model of the same run; scores are those of each file on the engine that "
         "runs it. A file that is not faster, beyond noise, than the one it was made from, on the same engine, is not "
-        "recommended; nor is one outside the accuracy budget."
+        "recommended; nor is one outside the accuracy budget, or one that was changed and not scored."
     )
     rows = file_rows(report.members, report.metric)
     return [["## Files", "", text, "", *markdown_table(file_header(report.members, report.metric), rows)]]

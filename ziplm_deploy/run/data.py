@@ -19,6 +19,7 @@ from ziplm_deploy.models.sentence_dense import embedding_size
 from ziplm_deploy.models.sentence_record import SentenceModules
 from ziplm_deploy.pruning.planner import Calibration
 from ziplm_deploy.recipe import Recipe, Variant
+from ziplm_deploy.recipe.data import CALIBRATION_EXAMPLES
 from ziplm_deploy.recovery.examples import Examples
 from ziplm_deploy.recovery.self_data import SampledTexts, read_texts
 from ziplm_deploy.run.dense import DenseModel
@@ -124,10 +125,11 @@ class RunData:
     @property
     def calibration_key(self) -> str:
         """Stands for the calibration examples as the model sees them."""
-        names = {"calibration_split", "config_name", "text_columns", "label_column", "n_calibration"}
+        names = {"calibration_split", "config_name", "text_columns", "label_column"}
+        count = {"n_calibration": self._recipe.data.n_calibration or CALIBRATION_EXAMPLES}
         return content_key(
             data=self.calibration_hash,
-            columns=self._recipe.data.model_dump(include=names) | self._windows,
+            columns=self._recipe.data.model_dump(include=names) | count | self._windows,
             inputs=self.dense.input_key,
             task=self.model_settings,
             seq_len=self._seq_len,

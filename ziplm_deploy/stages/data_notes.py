@@ -31,6 +31,27 @@ def leave_data_notes(run: Run) -> None:
     run.folder.set_note("overlap", overlap)
 
 
+def note_other_evaluation(run: Run) -> None:
+    """What :func:`leave_data_notes` leaves about evaluation data, where these are others than at the last run.
+
+    Calibration and training data may be gone by then; which of their examples stand in others is not known.
+    """
+    if run.recipe.data.evaluation is None or run.data.awaits_texts or "evaluation" not in run.folder.lengths:
+        return
+    key = _keys(run)["evaluation"]
+    if run.folder.lengths["evaluation"].key == key:
+        return
+    run.folder.set_note("labels", _evaluation_note(run))
+    counted = _lengths(run, run.data.evaluation_rows, key)
+    names: tuple[Which, ...] = ("calibration", "evaluation")
+    known = {**run.folder.lengths, "evaluation": counted}
+    lengths = {name: found for name in names if (found := known.get(name)) is not None}
+    run.folder.record(lengths=lengths)
+    run.folder.set_note("cut texts", _cut_note(lengths))
+    run.folder.set_note("lengths", _length_note(run, lengths))
+    run.folder.set_note("overlap", None)
+
+
 def _keys(run: Run) -> dict[Which, str]:
     """What the lengths of each data set, and notes about it, depend on."""
     shapes, data = run.recipe.export.shapes, run.data

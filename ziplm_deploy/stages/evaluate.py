@@ -69,7 +69,7 @@ def evaluate_file(run: Run, file: ModelFile, dense: Answers) -> None:
     key = content_key(
         file=run.file_hash(file.path),
         dense=run.file_hash(run.dense_member.as_exported.path),
-        engine=engine,
+        **({"engine": engine} if recipe.baseline_engine != recipe.environment.engine else {}),
         engines=run.engine_versions,
         batch_size=data.batch_size,
         data=run.data.evaluation_key,

@@ -90,15 +90,17 @@ def recovery_key(run: Run, member: Member) -> str:
 def training_key(run: Run, config: TrainConfig, source: str = "") -> str:
     """Everything that a training depends on; ``source`` stands for the weights it begins with."""
     recipe = run.recipe
+    # Without a teacher of its own the dense model's hash stands for its tokenizer and class names, too.
+    inputs = {} if recipe.recover.teacher is None else {"inputs": run.dense.input_key}
     losses = {} if config is recipe.recover else {"losses": recipe.recover.model_dump(include=LOSS_FIELDS)}
     return content_key(
         source=source,
         teacher=run.teacher_hash,
-        inputs=run.dense.input_key,
         data=run.data.train_hash,
         columns=run.data.train_columns,
         recover={**config.model_dump(exclude=UNREAD_FIELDS), "precision": config.arithmetic},
         **losses,
+        **inputs,
         task=run.model_settings,
         seq_len=recipe.environment.workload.seq_len,
         seed=recipe.seed,

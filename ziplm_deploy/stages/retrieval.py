@@ -100,10 +100,11 @@ def _search(run: Run, file: ModelFile) -> None:
 
 
 def _key(run: Run, file: ModelFile, dense: ModelFile) -> str:
+    has_two = run.recipe.baseline_engine != run.recipe.environment.engine
     return content_key(
         file=run.file_hash(file.path),
         dense=run.file_hash(dense.path),
-        engine=_engine_of(run, file),
+        **({"engine": _engine_of(run, file)} if has_two else {}),
         engines=run.engine_versions,
         batch_size=run.data.passages_taken_by(file.variant).batch_size,
         data=run.data.retrieval_key,

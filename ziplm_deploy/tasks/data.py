@@ -187,8 +187,8 @@ def sample_rows(rows: list[Row], count: int | None, seed: int, *, field: str, sh
     count = len(rows) if count is None else count
     if count > len(rows):
         raise DataError(
-            f"expected at least {count} examples for data.{field}, found {len(rows)}; give more data or lower "
-            f"data.{field}"
+            f"expected at least {count} examples for data.{field}, found {len(rows)}; give more data, or lower "
+            f"data.{field} where the recipe names it"
         )
     drawn = random.Random(seed).sample(range(len(rows)), count)
     return [rows[index] for index in (drawn if shuffle else sorted(drawn))]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ziplm_deploy.artifacts import file_hash
 from ziplm_deploy.errors import DataError
 from ziplm_deploy.recipe import DataConfig
 from ziplm_deploy.tasks.base import Task, Which, class_logits
@@ -135,8 +136,8 @@ def linked_images_hash(source: str, column_of: Callable[[list[Row]], str]) -> st
     digest = hashlib.sha256()
     for name in dict.fromkeys(named):
         digest.update(f"{name}\n".encode())
-        with contextlib.suppress(OSError), (path.parent / name).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        with contextlib.suppress(OSError):
+            digest.update(file_hash(path.parent / name).encode())
     return digest.hexdigest()
 
 

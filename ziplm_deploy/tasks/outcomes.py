@@ -14,7 +14,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from ziplm_deploy.artifacts import Artifact, file_hash
-from ziplm_deploy.errors import CorruptArtifactError
+from ziplm_deploy.errors import CorruptArtifactError, DataError
 
 Values = list[int] | list[float] | list[list[int]] | list[list[float]]
 
@@ -52,9 +52,19 @@ class Outcomes:
         return dataclasses.replace(self, arrays=arrays)
 
     def save(self, path: Path) -> str:
-        """Write them as JSON, atomically, and return the file's hash; raises :class:`StorageError`."""
+        """Write them as JSON, atomically, and return the file's hash.
+
+        Raises:
+            StorageError: they cannot be written.  DataError: they are more than a file may hold.
+        """
         arrays = {name: values.tolist() for name, values in self.arrays.items()}
         _OutcomesFile(arrays=arrays, names=list(self.names)).save(path)
+        if path.stat().st_size > _OutcomesFile.MAX_BYTES:
+            path.unlink()
+            raise DataError(
+                f"expected answers to all evaluation examples within {_OutcomesFile.MAX_BYTES >> 20} MiB, found more, "
+                f"of {len(self):,} examples; evaluate fewer: data.n_evaluation"
+            )
         return file_hash(path)
 
     @classmethod
@@ -75,8 +85,7 @@ class Outcomes:
 
 class _OutcomesFile(Artifact):
     KIND: ClassVar[str] = "record_of_outcomes"
-    # 60,000 texts of 1,000 classes; a number of them takes three bytes
-    MAX_BYTES: ClassVar[int] = 512 << 20
+    MAX_BYTES: ClassVar[int] = 1 << 30  # 100,000 texts of 1,000 classes; a number of them takes three bytes
     INDENT: ClassVar[int | None] = None
 
     arrays: dict[str, Values]

@@ -25,7 +25,7 @@ from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.modules import layer_linears, layers_of
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.kernels.obs import damp
-from ziplm_deploy.pruning.layer_calls import LayerCall, capture_calls
+from ziplm_deploy.pruning.layer_calls import LayerCall, capture_calls, that_fit
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
 from ziplm_deploy.recipe import SparsityConfig
 from ziplm_deploy.tasks.batching import Batch
@@ -177,7 +177,7 @@ class _Work:
     def _walk(self, visit: Callable[[_Input, InputMoments], None]) -> None:
         """Call ``visit`` with the moments of each input in turn; what it does to the linears shows in the next ones."""
         with torch.inference_mode():
-            calls, hidden = capture_calls(self._model, self._batches)
+            calls, hidden = capture_calls(self._model, that_fit(self._batches, self._model))
         for index, layer in enumerate(layers_of(self._model)):
             for part in (part for part in self._inputs if part.layer == index):
                 visit(part, _moments(layer, part, calls, hidden))
