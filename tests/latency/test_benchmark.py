@@ -173,14 +173,14 @@ def test_a_process_takes_more_rounds_while_noise_leaves_a_judged_ratio_unsure() 
     quiet, noisy = [[10.0]] * 20, [[10.0], [14.0]] * 10
     rounds = {"dense": quiet, AA: quiet, "2x": quiet, "torch": noisy}
     judged = {AA, "2x"}
-    assert not benchmarking._is_unsure(rounds, "dense", judged, 0.005)
-    assert benchmarking._is_unsure(rounds, "dense", {*judged, "torch"}, 0.005)
-    assert benchmarking._is_unsure({**rounds, AA: noisy}, "dense", judged, 0.005)  # the noise floor, too
-    assert benchmarking._is_unsure(
+    assert not benchmarking.is_unsure(rounds, "dense", judged, 0.005)
+    assert benchmarking.is_unsure(rounds, "dense", {*judged, "torch"}, 0.005)
+    assert benchmarking.is_unsure({**rounds, AA: noisy}, "dense", judged, 0.005)  # the noise floor, too
+    assert benchmarking.is_unsure(
         {**rounds, "dense": [[10.0]] * 2, "2x": [[5.0]] * 2, AA: quiet[:2]}, "dense", judged, 1
     )
     # shared slowness is no noise of a ratio
-    assert not benchmarking._is_unsure({"dense": noisy, AA: noisy, "2x": noisy}, "dense", judged, 0.005)
+    assert not benchmarking.is_unsure({"dense": noisy, AA: noisy, "2x": noisy}, "dense", judged, 0.005)
 
     config, asked = BenchmarkConfig(rounds=10), []
 

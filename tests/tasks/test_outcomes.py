@@ -24,7 +24,6 @@ from ziplm_deploy.tasks.scores import value_outcomes
 from ziplm_deploy.tasks.tokens import _entity_outcomes
 
 N = 60
-MIB = 1 << 20
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 
@@ -195,13 +194,18 @@ def test_halves_share_nothing_and_stay_the_same() -> None:
 
 
 def test_outcomes_of_many_classes_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond what other files may have: 12,000 texts of 1,000 classes."""
-    arrays = {name: np.ones((12_000, 1_000), dtype=np.int64) for name in ("label", "predicted")}
-    outcomes = Outcomes(arrays, tuple(map(str, range(1_000))))
-    saved = outcomes.save(tmp_path / "outcomes.json")
-    assert 64 * MIB < (tmp_path / "outcomes.json").stat().st_size < 80 * MIB
-    assert Outcomes.load(tmp_path / "outcomes.json", saved)["label"].shape == (12_000, 1_000)
-    monkeypatch.setattr(_OutcomesFile, "MAX_BYTES", 64 * MIB)
-    with pytest.raises(DataError, match=r"within 64 MiB, found more, of 12,000 examples; .*data\.n_evaluation"):
-        outcomes.save(tmp_path / "outcomes.json")
-    assert not (tmp_path / "outcomes.json").exists()
+    """Beyond what other files may have: 100,000 texts of 1,000 classes, with three arrays of three bytes a number."""
+    assert _OutcomesFile.MAX_BYTES > 100_000 * 1_000 * 3 * 3
+    names = tuple(map(str, range(100)))
+    outcomes = Outcomes({name: np.ones((1_200, 100), dtype=np.int64) for name in ("label", "predicted")}, names)
+    path = tmp_path / "outcomes.json"
+    saved = outcomes.save(path)
+    assert path.stat().st_size < 3.1 * 2 * 1_200 * 100
+    assert Outcomes.load(path, saved)["label"].shape == (1_200, 100)
+    monkeypatch.setattr(_OutcomesFile, "MAX_BYTES", 64 << 10)
+    with pytest.raises(CorruptArtifactError, match="more than 64 KiB"):
+        Outcomes.load(path, saved)
+    monkeypatch.setattr(_OutcomesFile, "MAX_BYTES", 1 << 19)
+    with pytest.raises(DataError, match=r"within 0 MiB, found more, of 1,200 examples; .*data\.n_evaluation"):
+        outcomes.save(path)
+    assert not path.exists()
