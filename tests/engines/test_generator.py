@@ -18,7 +18,7 @@ from exporters import DecoderExportSettings, export_decoder
 from tests.helpers.models import random_entries, tiny_causal_model, tiny_tokenizer
 from tests.helpers.onnx_models import write_mlp
 from ziplm_deploy import load_runner
-from ziplm_deploy.engines.generator import Sampling, TextGenerator, _choose
+from ziplm_deploy.engines.generator import Sampling, TextGenerator, _choose, text_behind
 from ziplm_deploy.engines.worker.cache import CachedModel, too_old
 from ziplm_deploy.errors import CorruptArtifactError, EngineError, UsageError
 from ziplm_deploy.models.causal_parts import causal_parts
@@ -176,3 +176,21 @@ def test_folders_that_hold_no_text_generator_are_refused(folder: Path, tmp_path:
         (broken / name).write_text(json.dumps([]) if name == "tokenizer.json" else "{", encoding="utf-8")
         with pytest.raises(CorruptArtifactError, match=name):
             TextGenerator(broken)
+
+
+def test_an_answer_keeps_the_space_that_it_begins_with() -> None:
+    """SentencePiece's decoders strip the first space of what they decode."""
+    words = {
+        1: "\N{LOWER ONE EIGHTH BLOCK}The",
+        2: "\N{LOWER ONE EIGHTH BLOCK}end",
+        3: "s",
+        4: "\N{REPLACEMENT CHARACTER}",
+    }
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(words[token] for token in tokens).replace("\N{LOWER ONE EIGHTH BLOCK}", " ").removeprefix(" ")
+
+    assert text_behind(decode, [1], [2, 3]) == " ends"
+    assert text_behind(decode, [2], [3]) == "s"
+    assert text_behind(decode, [], [2]) == "end"
+    assert text_behind(decode, [4], [2]) == "end"  # behind half a character nobody can tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from exporters import DecoderExportSettings, export_decoder
 from tests.helpers.models import random_entries, tiny_causal_model, tiny_tokenizer
@@ -132,3 +135,20 @@ def test_texts_are_continued_and_end_where_a_task_says(folder: Path) -> None:
     assert harness.generate_until(requests((long, greedy))) == harness.generator.continue_tokens([tail], 4)
     with pytest.raises(UsageError, match="max_gen_toks below the window of 16"):
         harness.generate_until(requests(("the cat", {"max_gen_toks": 16})))
+
+
+def test_texts_have_the_start_token_of_their_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """As the harness gives it to models of transformers, and once."""
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    shutil.copytree(folder, tmp_path / "starts")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    start = tokenizer.id_to_token(2)
+    tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 2)])
+    tokenizer.save(str(tmp_path / "starts" / "tokenizer.json"))
+    plain, starts = load_harness_model(folder), load_harness_model(tmp_path / "starts")
+    words = plain.tok_encode("the cat")
+    assert starts.tok_encode("the cat") == [2, *words]
+    assert starts.tok_encode(f"{start} the cat") == [2, *words]
+    assert starts.tok_encode("the cat", add_special_tokens=False) == words
+    (pair,) = [starts._encode_pair("the cat", " sat")]
+    assert pair == ([2, *words], plain.tok_encode("sat"))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ import onnx
 import pytest
 
 from tests.helpers.onnx_models import write_mlp
-from ziplm_deploy.engines import WorkerHandle
+from ziplm_deploy.engines import WorkerHandle, runner
 from ziplm_deploy.engines.runner import onnx_runner, open_runner
 from ziplm_deploy.engines.session import cpu_session
 from ziplm_deploy.errors import EngineError
@@ -79,3 +83,26 @@ def test_openvino_names_inputs_as_the_file_does(tmp_path: Path) -> None:
     pixels = np.arange(6, dtype=np.float32).reshape(2, 3)
     with open_runner(Environment(engine="openvino"), tmp_path / "a.onnx") as run:
         np.testing.assert_array_equal(run({"pixels": pixels})["twice"], 2 * pixels)
+
+
+def test_a_function_that_is_kept_keeps_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return inputs
+
+    opened: list[weakref.ref[Session]] = []
+
+    @contextlib.contextmanager
+    def opening(environment: Environment, path: Path) -> Iterator[Session]:
+        session = Session()
+        opened.append(weakref.ref(session))
+        yield session
+
+    monkeypatch.setattr(runner, "open_runner", opening)
+    with runner.open_when_asked(Environment(), tmp_path / "a.onnx") as ask:
+        assert not opened
+        assert ask(INPUTS) is INPUTS
+        assert ask(INPUTS) is INPUTS
+    gc.collect()
+    assert [session() for session in opened] == [None]
+    assert callable(ask)

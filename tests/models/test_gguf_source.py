@@ -211,6 +211,14 @@ def test_a_tensor_of_another_name_is_missed(tmp_path: Path, parts: DecoderParts)
         load_gguf_model(file, load_gguf_config(file))
 
 
+def test_biases_that_transformers_leaves_out_are_refused(tmp_path: Path, parts: DecoderParts) -> None:
+    """Models of other kinds in Llama's clothes have some."""
+    file = write_llama(tmp_path / "model.gguf", parts)
+    file.write_bytes(file.read_bytes().replace(b"blk.1.ffn_norm.weight", b"blk.1.attn_ab.qq.bias"))
+    with pytest.raises(UnsupportedModelError, match=r"it leaves out of a llama \(blk\.1\.attn_ab\.qq\.bias"):
+        check_gguf(file)
+
+
 @pytest.mark.parametrize("kind", [0, 8])
 def test_a_list_of_any_length_is_refused_at_once(tmp_path: Path, parts: DecoderParts, kind: int) -> None:
     """Of bytes, which the package would read without end, and of texts."""

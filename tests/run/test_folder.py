@@ -270,11 +270,14 @@ def test_measuring_again_keeps_the_aim_and_forgets_what_was_measured(tmp_path: P
         folder.set_correction(name, "key", before)
     for stage in ("benchmark", "benchmark of dense", "profile", "prune 2x"):
         folder.make(stage, "key", [], lambda: None)
+    folder.settling.parent.mkdir(exist_ok=True)
+    folder.settling.write_text("{}", encoding="utf-8")
     folder.forget_measurements()
     again = RunFolder(_recipe(tmp_path))
     made = {stage: again.is_made(stage, "key") for stage in ("benchmark", "benchmark of dense", "profile", "prune 2x")}
     assert made == {"benchmark": False, "benchmark of dense": False, "profile": True, "prune 2x": True}
-    assert again.correction("2x", "key") == Correction(2.1, refused_plans=2, refused_speedup=2.05)
+    assert again.correction("2x", "key") == Correction(2.1, float32_slowdown=1.2, refused_plans=2, refused_speedup=2.05)
+    assert not again.settling.exists()
     assert again.correction("9x", "key") == before  # not asked for
 
 

@@ -60,7 +60,8 @@ def test_a_model_ranks_as_it_does_itself_and_members_are_classifiers(folder: Pat
     report = run_pipeline(recipe(folder, **changes))
     dense, member = report.members
     assert dense.served.accuracy["ndcg_at_10"] == pytest.approx(1.0)
-    assert {file.of_dense["ndcg_at_10"].n_examples for file in member.files} == {16}
+    counted = {str(file.variant): file.of_dense["ndcg_at_10"].n_examples for file in member.files}
+    assert counted == {"fp32": 16, "int8": 8}  # half of the queries chose the form of the latter
     path = folder / "runs" / "tiny" / "1.5x"
     assert type(load(path)).__name__ == "Qwen3ForSequenceClassification"
     assert len(quantized_linears(path / "model_int8.onnx")) > 3

@@ -192,7 +192,8 @@ def test_a_reranker_is_pruned_trained_and_ranked(tmp_path: Path) -> None:
     assert set(dense.served.accuracy) == {"ndcg_at_10", "mrr_at_10"}
     for file in member.files:
         assert -1 <= file.accuracy["score_correlation"] <= 1
-        assert file.of_dense["ndcg_at_10"].n_examples == 16
+        chose = 8 if file.variant.is_int8 else 0  # queries that the form of the file was taken by
+        assert file.of_dense["ndcg_at_10"].n_examples == 16 - chose
     assert "Scores are on 16 queries" in (tmp_path / "runs" / "tiny" / "report.md").read_text()
     card = (tmp_path / "runs" / "tiny" / "1.5x" / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card

@@ -13,7 +13,7 @@ from tests.helpers.models import save_dense
 from tests.helpers.pipeline import recipe, write_rows
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.pipeline import run_pipeline
-from ziplm_deploy.recipe import Recipe, parse_recipe
+from ziplm_deploy.recipe import Environment, Recipe, parse_recipe
 from ziplm_deploy.reporting.table import aa_line
 from ziplm_deploy.stages.benchmark import short_requests
 from ziplm_deploy.tasks.lengths import TokenLengths
@@ -40,6 +40,13 @@ def test_when_short_requests_are_timed(
     given = recipe(tmp_path, **{"benchmark": {"median_length": True}, **changes})
     found = short_requests(run_of(given, median))  # type: ignore[arg-type]
     assert (found.workload.seq_len if found else None) == tokens
+
+
+def test_a_workload_of_one_length_can_be_read_again(tmp_path: Path) -> None:
+    given = recipe(tmp_path, environment={"workload": {"lengths": {32: 1}}}, benchmark={"median_length": True})
+    found = short_requests(run_of(given, 9))  # type: ignore[arg-type]
+    assert found is not None
+    assert Environment.model_validate(found.model_dump(mode="json")).workload.seq_len == 9
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ziplm_deploy.recipe import DataConfig, ModelConfig
 from ziplm_deploy.tasks import EvaluationSet, get_task, torch_function
 from ziplm_deploy.tasks.base import Which
 from ziplm_deploy.tasks.image_features import ImageFeatureExtraction
+from ziplm_deploy.tasks.images import _decode
 
 pytestmark = pytest.mark.transformers
 
@@ -119,3 +121,14 @@ def test_an_image_that_differs_in_its_last_byte_is_another(tmp_path: Path) -> No
         (tmp_path / "a.bmp").write_bytes(b"BM" + bytes(200_000) + last)
         hashes.add(task().linked_files_hash(str(tmp_path / "rows.jsonl"), DataConfig()))
     assert len(hashes) == 2
+
+
+def test_photos_stand_upright_whatever_they_come_from() -> None:
+    from PIL import Image
+
+    photo, exif, stored = Image.new("RGB", (20, 10)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # turned by a quarter
+    photo.save(stored, "JPEG", exif=exif)
+    assert _decode(stored.getvalue()).size == (10, 20)
+    assert _decode(Image.open(stored)).size == (10, 20)
+    assert _decode(photo).size == (20, 10)

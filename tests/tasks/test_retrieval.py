@@ -112,7 +112,7 @@ def test_queries_find_what_their_definition_says(kind: Similarity, monkeypatch: 
     monkeypatch.setattr("ziplm_deploy.tasks.retrieval.QUERIES_AT_ONCE", 3)  # of 7
     rng = np.random.default_rng(2)
     relevant = [{int(number): float(1 + number % 2)} for number in rng.integers(0, 25, 7)]
-    data = RetrievalSet([str(n) for n in range(7)], [str(n) for n in range(25)], relevant)
+    data = RetrievalSet([f"which {n}" for n in range(7)], [str(n) for n in range(25)], relevant)
     retrieval = Retrieval(task(similarity=kind), data, (4,))
     queries, passages, dense = (rng.normal(size=(n, 8)).astype(np.float32) for n in (7, 25, 25))
     outcomes = retrieval.outcomes(queries, passages, dense)
@@ -128,6 +128,16 @@ def test_queries_find_what_their_definition_says(kind: Similarity, monkeypatch: 
             expected, _ = by_hand(scores.tolist(), [gains.get(n, 0.0) for n in range(25)])
             assert outcomes[name][number] == pytest.approx(expected), name
     assert not np.allclose(outcomes["ndcg_at_10"], outcomes["asymmetric_ndcg_at_10"])
+
+
+def test_a_query_that_is_a_passage_too_does_not_find_itself() -> None:
+    """As in data of duplicate questions; a row may say that it should."""
+    texts = np.eye(3, dtype=np.float32)
+    near = np.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0]], dtype=np.float32)  # what "a" is nearest to: "a", then "b"
+    for relevant, expected in (({1: 1.0}, 1.0), ({0: 1.0, 1: 1.0}, 1.0), ({2: 1.0}, 1 / np.log2(3))):
+        data = RetrievalSet(["a", "which"], ["a", "b", "c"], [relevant, {1: 1.0}])
+        found = Retrieval(task(similarity="dot"), data, ()).outcomes(near, texts, texts)
+        assert found["ndcg_at_10"].tolist() == pytest.approx([expected, 1.0])
 
 
 def test_prompts_stand_before_queries_and_passages(tokenizer: Any) -> None:

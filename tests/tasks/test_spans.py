@@ -127,6 +127,16 @@ def test_a_word_is_judged_by_its_first_token(tokenizer: Any) -> None:
     assert {word: tokens[token] for word, token in firsts.items()} == {0: "cat", 1: "the", 2: "?"}
 
 
+def test_a_space_that_is_a_token_belongs_to_the_word_behind_it() -> None:
+    """Taggers of DeBERTa-v3 are trained to answer there."""
+    from ziplm_deploy.tasks.tokens import _first_tokens
+
+    alone = [(0, 0), (0, 1), (1, 2), (2, 3), (3, 5), (0, 0)]  # of " a bc": ▁ a ▁ bc between two special tokens
+    joined = [(0, 0), (0, 2), (2, 5), (0, 0)]
+    assert _first_tokens(["a", "bc"], alone) == {0: 1, 1: 3}
+    assert _first_tokens(["a", "bc"], joined) == {0: 1, 1: 2}
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class TextGenerator:
         for row, known in zip(ids, rows, strict=True):
             row[: len(known)] = known
         model = CachedModel(self.session, len(rows), int(counts.max()) + max_new_tokens)
-        continued = [_Continuation(self.tokenizer, self.end_ids, tuple(stop)) for _ in rows]
+        continued = [_Continuation(self.tokenizer, self.end_ids, tuple(stop), known) for known in rows]
         for step in range(max_new_tokens):
             logits = model.call(ids, counts)[:, -1]  # [rows, vocabulary]
             chosen = [_choose(each, sampling, generator) for each in logits]
@@ -176,11 +176,21 @@ class TextGenerator:
                 )
 
 
+def text_behind(decode: Callable[[list[int]], str], before: Sequence[int], tokens: Sequence[int]) -> str:
+    """Text of tokens behind others. Decoded alone those of SentencePiece would lose the space that they begin with."""
+    known = decode(list(before[-1:]))
+    both = decode([*before[-1:], *tokens])
+    is_whole = UNFINISHED not in known and both.startswith(known)
+    return both[len(known) :] if is_whole else decode(list(tokens))
+
+
 class _Continuation:
     """Tokens that follow one prompt, as text."""
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], stop: tuple[str, ...]) -> None:
-        self.tokenizer, self.end_ids, self.stop = tokenizer, end_ids, stop
+    def __init__(
+        self, tokenizer: Tokenizer, end_ids: frozenset[int], stop: tuple[str, ...], before: Sequence[int] = ()
+    ) -> None:
+        self.tokenizer, self.end_ids, self.stop, self.before = tokenizer, end_ids, stop, before
         self.tokens: list[int] = []
         self.given = ""
         self.ended = False
@@ -193,7 +203,7 @@ class _Continuation:
             self.ended = True
         else:
             self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
+        text = text_behind(self.tokenizer.decode, self.before, self.tokens)
         places = [place for place in (text.find(each) for each in self.stop if each) if place >= 0]
         if places:
             text, self.ended = text[: min(places)], True

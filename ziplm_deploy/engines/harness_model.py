@@ -64,8 +64,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         first = self._settings.get("bos_token_id")
         return first if isinstance(first, int) else self.eot_token_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool = False, **_: Any) -> list[int]:
-        """Tokens of a text; without those that the tokenizer would put around it, unless asked for."""
+    @functools.cached_property
+    def _begin(self) -> str | None:
+        """The start token that the tokenizer puts before a text, and nothing else around it; None where it does not."""
+        first, tokenizer = self._settings.get("bos_token_id"), self.generator.tokenizer
+        around, bare = (tokenizer.encode("a", add_special_tokens=asked).ids for asked in (True, False))
+        return tokenizer.id_to_token(first) if isinstance(first, int) and around == [first, *bare] else None
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text; with the start token that its tokenizer puts before texts, unless it is not asked for.
+
+        So the harness has it for models of transformers, too. A text that begins with that token gets no second one.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = self._begin is not None and not string.startswith(self._begin)
         return list(self.generator.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
 
     def _loglikelihood_tokens(self, requests: Sequence[_Scored], **_: Any) -> list[tuple[float, bool]]:

@@ -113,4 +113,5 @@ def open_when_asked(environment: Environment, path: Path) -> Iterator[ModelFunct
         def runner() -> ModelFunction:
             return opened.enter_context(open_runner(environment, path))
 
+        opened.callback(runner.cache_clear)  # who keeps the function does not keep the file's session
         yield lambda inputs: runner()(inputs)

@@ -78,6 +78,14 @@ def export_settings(export: ExportConfig, workload: Workload) -> ExportSettings:
     return ExportSettings(export.shapes, export.opset, workload.batch_size, workload.seq_len)
 
 
+def other_form(model: nn.Module, export: ExportConfig, environment: Environment) -> dict[str, str]:
+    """For keys of what depends on the form of a causal model's files: that form, where it is not the fused one."""
+    if architecture_of(model.config).causal is None:  # type: ignore[arg-type]
+        return {}
+    form = cache_form(export, environment)
+    return {} if form == "onnxruntime" else {"form": form}
+
+
 def cache_form(export: ExportConfig, environment: Environment) -> CacheForm:
     """Form of the files of causal language models that a recipe asks for, or that its engine runs best."""
     return export.cache_form or ("onnxruntime" if environment.engine == "onnxruntime" else "portable")

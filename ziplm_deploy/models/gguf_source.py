@@ -118,6 +118,18 @@ def _checked(gguf: Any, reader: Any, file: Path) -> GgufSummary:
             f"expected a GGUF file that is whole, found one of {_value(reader, 'split.count', 1)} parts at {file}; "
             "join them: llama-gguf-split --merge FIRST_PART WHOLE"
         )
+    unread = sorted(
+        tensor.name
+        for tensor in reader.tensors
+        if tensor.name.startswith("blk.")
+        and tensor.name.endswith(".bias")
+        and not _reads_bias(architecture, tensor.name)
+    )
+    if unread:
+        raise UnsupportedModelError(
+            f"expected weights that transformers reads in {file}, found biases that it leaves out of a {architecture} "
+            f"({unread[0]} and {len(unread) - 1} more): give the model's folder with safetensors"
+        )
     _check_sizes(reader, architecture, file)
     _check_positions(reader, architecture, file)
     return GgufSummary(architecture, _checked_types(gguf, reader, file))
@@ -214,6 +226,12 @@ def _only_one(path: str, candidates: list[Path]) -> Path | None:
 def _value(reader: Any, key: str, default: Any) -> Any:
     field = reader.fields.get(key)
     return default if field is None else field.contents()
+
+
+def _reads_bias(architecture: str, name: str) -> bool:
+    """Whether transformers gives a GGUF model of this kind that bias."""
+    of_qwen2 = name.split(".")[2] in ("attn_q", "attn_k", "attn_v")
+    return architecture == "gpt2" or (architecture == "qwen2" and of_qwen2)
 
 
 def _check_sizes(reader: Any, architecture: str, file: Path) -> None:

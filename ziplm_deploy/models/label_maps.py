@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +17,19 @@ _SHOWN = 12  # entries in a message
 def settle_class_names(config: Any, raw: Mapping[str, Any], path: str) -> None:
     """Write the names that ``config.json`` gives to the classes into both maps of the configuration.
 
+    Names that several classes share get the number of each behind them.
+
     Args:
         config: the configuration as transformers read it, which fills in a missing map by defaults.
         raw: ``config.json`` itself.
 
     Raises:
-        UnsupportedModelError: classes are not numbered 0 to n - 1, two have one name, or the maps disagree.
+        UnsupportedModelError: classes are not numbered 0 to n - 1, or the maps disagree.
     """
     by_number = _entries(raw, "id2label", path, key_is_number=True)
-    by_name = _entries(raw, "label2id", path, key_is_number=False)
+    by_name = (
+        by_number if _agrees(raw.get("label2id"), by_number) else _entries(raw, "label2id", path, key_is_number=False)
+    )
     if by_number and by_name and by_number != by_name:
         if _says_nothing(by_number):
             by_number = {}
@@ -38,11 +43,11 @@ def settle_class_names(config: Any, raw: Mapping[str, Any], path: str) -> None:
     names = by_number or by_name
     if not names:
         return
-    if len(set(names.values())) < len(names):
-        raise UnsupportedModelError(
-            f"expected a name of its own for every class in config.json of {path}, found {_shown(names)}; rename one"
-        )
-    config.id2label = {number: names[number] for number in sorted(names)}
+    times = Counter(names.values())
+    config.id2label = {
+        number: names[number] if times[names[number]] == 1 else f"{names[number]} ({number})"
+        for number in sorted(names)
+    }
     config.label2id = {name: number for number, name in config.id2label.items()}
 
 
@@ -59,6 +64,14 @@ def _entries(raw: Mapping[str, Any], field: str, path: str, *, key_is_number: bo
             f"{shown(entries)}; number them as the head does"
         )
     return {number: str(name) for number, name in pairs}
+
+
+def _agrees(label2id: Any, by_number: Mapping[int, str]) -> bool:
+    """Whether every name stands for a class of that name; of classes with one name, such as both cranes of ImageNet,
+    ``label2id`` holds only one."""
+    if not isinstance(label2id, Mapping) or not label2id or set(label2id) != set(by_number.values()):
+        return False
+    return all(isinstance(number, int) and by_number.get(number) == name for name, number in label2id.items())
 
 
 def _says_nothing(names: Mapping[int, str]) -> bool:

@@ -357,7 +357,7 @@ class RunData:
         size = recipe.environment.workload.batch_size
         # Encoding sorts by length and drops repeated texts: cut before it, look at what came out after it.
         batches = self.encode(rows[: len(rows) // size * size] or rows, size, self._seq_len)
-        return [batch for batch in batches if _count(batch) == size] or [_filled_up(batches[0], size)]
+        return [batch for batch in batches if _count(batch) == size] or [filled_up(batches[0], size)]
 
     def count_tokens(self) -> int:
         """Calibration tokens that count; an image gives one for each of its patches."""
@@ -380,7 +380,7 @@ def _count(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _filled_up(batch: Batch, size: int) -> Batch:
+def filled_up(batch: Batch, size: int) -> Batch:
     """A batch of ``size`` examples: those of ``batch``, again and again."""
     rows = torch.arange(size) % _count(batch)
     return {name: value[rows] for name, value in batch.items()}

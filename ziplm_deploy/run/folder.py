@@ -201,6 +201,7 @@ class RunFolder:
         for name in self._member_names.intersection(corrections):
             corrections[name] = corrections[name].without_history()
         self._manifest.ended_loop = None
+        self.settling.unlink(missing_ok=True)  # drafts are timed again, too
         self.save()
 
     @property

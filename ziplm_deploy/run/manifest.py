@@ -68,8 +68,8 @@ class Correction:
     settled: bool = False  # aimed at by what a draft of the plan measured, see ``stages/settle.py``
 
     def without_history(self) -> Correction:
-        """Aim as before, as if nothing had been measured; what the engine refused it still refuses."""
-        return replace(self, corrections=0, history=[], float32_slowdown=1.0, float32_restarts=0)
+        """Aim as before, as if nothing had been measured; what float32 costs and the engine refuses stays known."""
+        return replace(self, corrections=0, history=[], float32_restarts=0)
 
 
 class Settled(BaseModel):

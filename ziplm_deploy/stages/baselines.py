@@ -13,13 +13,14 @@ from ziplm_deploy.baselines import BASELINES, Baseline, BaselineRecord, DenseSou
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.engines.trial import Trial
-from ziplm_deploy.errors import DataError, EngineError, RecipeError
+from ziplm_deploy.errors import EngineError, RecipeError
 from ziplm_deploy.latency.benchmark import TimedFile, start_worker
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import machine_info
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Recipe, Variant
 from ziplm_deploy.run.baseline import BaselineFiles
+from ziplm_deploy.run.data import filled_up
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.export import check_difference, export_checked
 from ziplm_deploy.stages.recover import train_dense_on
@@ -47,6 +48,7 @@ def make_baselines(run: Run) -> None:
             _remove(files)
             if files.page.trains and distributed.is_first():
                 shutil.rmtree(run.folder.dense_trained_on.folder, ignore_errors=True)
+            run.folder.set_note(f"scores of baseline {name}", None)
         run.folder.set_note(f"baseline {name}", note)
 
 
@@ -146,25 +148,21 @@ def _example(run: Run) -> dict[str, np.ndarray]:
     """Inputs of a call: one example, or as many as static shapes hold, perhaps one again and again."""
     recipe = run.recipe
     size = recipe.environment.workload.batch_size if recipe.export.shapes == "static" else 1
-    batch = run.data.encode([run.data.calibration_rows[0]] * size, size, recipe.environment.workload.seq_len)[0]
-    return {name: value.numpy() for name, value in batch.items()}
+    one = run.data.encode(run.data.calibration_rows[:1], 1, recipe.environment.workload.seq_len)[0]
+    return {name: value.numpy() for name, value in filled_up(one, size).items()}
 
 
 def _batches(run: Run) -> Sequence[dict[str, np.ndarray]]:
     """Calibration inputs, one example a call, padded to the tokens that are served; whole calls for static shapes.
 
-    Raises:
-        DataError: fewer examples than a call of static shapes holds.
+    Where there are fewer examples than such a call holds, they are repeated.
     """
     recipe = run.recipe
     size = recipe.environment.workload.batch_size if recipe.export.shapes == "static" else 1
     rows = run.data.calibration_rows[: max(N_CALIBRATION, size)]
     batches = run.data.encode(rows, size, recipe.environment.workload.seq_len)
-    arrays = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
-    whole = [batch for batch in arrays if len(next(iter(batch.values()))) == size]
-    if not whole:
-        raise DataError(f"expected at least {size} distinct calibration examples, found fewer; give more data")
-    return whole
+    whole = [batch for batch in batches if len(next(iter(batch.values()))) == size] or [filled_up(batches[0], size)]
+    return [{name: value.numpy() for name, value in batch.items()} for batch in whole]
 
 
 def _remove(files: BaselineFiles) -> None:

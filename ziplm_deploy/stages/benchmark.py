@@ -81,7 +81,7 @@ def short_requests(run: Run) -> Environment | None:
         return None
     if not lengths.are_short or workload.has_several:
         return None
-    shorter = workload.model_copy(update={"seq_len": max(SHORTEST, lengths.median)})
+    shorter = workload.model_copy(update={"seq_len": max(SHORTEST, lengths.median), "lengths": None})
     return recipe.environment.model_copy(update={"workload": shorter})
 
 

@@ -9,6 +9,7 @@ import torch
 from ziplm_deploy.baselines import BASELINES, get_baseline
 from ziplm_deploy.compression.int8.forms import BITS
 from ziplm_deploy.compression.int8.weight_only import check_bits
+from ziplm_deploy.compression.onnx_graphs import MOST_BYTES
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.machine import distributed
@@ -211,6 +212,12 @@ def _check_causal_encoder(run: Run) -> None:
         "compress.int8.method dynamic or static": [compress.int8.method] if compress.int8.method == "qat" else [],
         "compress.int8.backend onnxruntime": [each for each in [compress.int8.backend] if each != "onnxruntime"],
     }
+    n_bytes = 4 * sum(weights.numel() for weights in run.dense.model.parameters())
+    if compress.makes_int8 and compress.int8.method == "static" and n_bytes > MOST_BYTES:
+        raise RecipeError(
+            f"expected a model of up to {MOST_BYTES / 1e9:.1f} GB for compress.int8.method: static, found one of "
+            f"{n_bytes / 1e9:.1f} GB: ranges are calibrated in one ONNX file; choose dynamic, or leave INT8 out"
+        )
     for wanted, found in asked.items():
         if found:
             raise RecipeError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 
 from ziplm_deploy.artifacts import content_key
-from ziplm_deploy.engines.generator import TextGenerator
+from ziplm_deploy.engines.generator import TextGenerator, text_behind
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.models.causal import end_tokens
 from ziplm_deploy.run.member import Member
@@ -71,7 +72,7 @@ def _in_llama_cpp(run: Run, path: Path, prompts: list[str]) -> list[str]:
             if token in ends:
                 break
             new.append(token)
-        return str(tokenizer.decode(new, skip_special_tokens=True))
+        return text_behind(functools.partial(tokenizer.decode, skip_special_tokens=True), ids, new)
 
     with open_runner(run.recipe.environment, path) as model:
         return [continued(model, prompt) for prompt in prompts]

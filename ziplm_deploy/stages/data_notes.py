@@ -55,7 +55,8 @@ def note_other_evaluation(run: Run) -> None:
 def _keys(run: Run) -> dict[Which, str]:
     """What the lengths of each data set, and notes about it, depend on."""
     shapes, data = run.recipe.export.shapes, run.data
-    keys: dict[Which, str] = {"calibration": content_key(calibration=data.calibration_key, shapes=shapes)}
+    several = {"several": True} if run.recipe.environment.workload.has_several else {}
+    keys: dict[Which, str] = {"calibration": content_key(calibration=data.calibration_key, shapes=shapes, **several)}
     if run.recipe.data.evaluation is not None:
         train = {"train": data.train_hash, "columns": data.train_columns} if _trains(run) else {}
         calibration = keys["calibration"]

@@ -22,7 +22,7 @@ from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.errors import ParityError
 from ziplm_deploy.models.causal_parts import causal_parts
-from ziplm_deploy.models.deployed import PARITY_PROMPTS
+from ziplm_deploy.models.deployed import PARITY_PROMPTS, other_form
 from ziplm_deploy.models.gguf_export import rounded
 from ziplm_deploy.models.member_files import load, replace_member
 from ziplm_deploy.recipe import GgufType, Variant
@@ -97,6 +97,7 @@ def export_key(run: Run, source: str) -> str:
         model=run.model_settings,
         export=recipe.export.of_onnx,
         environment=shape,
+        **other_form(run.dense.model, recipe.export, recipe.environment),
     )
 
 

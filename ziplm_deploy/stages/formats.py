@@ -32,6 +32,8 @@ def write_formats(run: Run) -> None:
     for member in run.members:
         if file_type is not None and not run.recipe.environment.runs_gguf:
             _write_gguf(run, GgufFile(member, file_type))
+        else:
+            run.folder.set_note("unchecked GGUF", None, member=member.name)
         if run.recipe.export.genai:
             _write_genai(run, member)
 

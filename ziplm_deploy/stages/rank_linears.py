@@ -13,6 +13,7 @@ from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import asked_bits, check_patterns
 from ziplm_deploy.compression.records import LinearRanking, LinearSensitivity
 from ziplm_deploy.models.architectures import architecture_of
+from ziplm_deploy.models.deployed import other_form
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
@@ -68,6 +69,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> list[Sen
         **cut,
         **({"weight_only_4": patterns} if patterns else {}),
         **({"mixed": True} if settings.config.mixed else {}),
+        **other_form(run.dense.model, run.recipe.export, run.recipe.environment),  # its linears have other names
     )
     run.folder.make(f"rank linears {member.name}", key, [member.linear_ranking], work)
     return [SensitivityRow(**row.model_dump()) for row in LinearRanking.load(member.linear_ranking).linears]

@@ -42,6 +42,7 @@ class ImageTask(Task):
     """
 
     input_kind = "image"
+    reading_version = 2  # 1 left photos as the camera stored them
     text_columns = tuple((name,) for name in IMAGE_COLUMNS)
     label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
 
@@ -190,9 +191,16 @@ def _pixels(rows: list[Row], processor: Any) -> Tensor:
 
 def _decode(value: Any) -> Any:
     if hasattr(value, "convert"):
-        return value.convert("RGB")
+        return _upright(value)
     with _opened(value) as image:
-        return image.convert("RGB")
+        return _upright(image)
+
+
+def _upright(image: Any) -> Any:
+    """An image of pillow in RGB, turned as the camera was held."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextlib.contextmanager

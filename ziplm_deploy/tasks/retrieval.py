@@ -207,13 +207,17 @@ class Retrieval(Search):
         )
 
     def _found(self, queries: Vectors, passages: Vectors) -> npt.NDArray[np.float64]:
-        """nDCG [queries]."""
+        """nDCG [queries]. A query that is a passage, too, does not find itself, unless a row says that it should."""
         values: list[float] = []
+        places = {text: place for place, text in enumerate(self.data.passages)}
+        own = [places.get(query) for query in self.data.queries]
         for first in range(0, len(queries), QUERIES_AT_ONCE):
             part = slice(first, first + QUERIES_AT_ONCE)
             nearness = similarity_matrix(queries[part], passages, self._similarity)  # [part, passages]
-            for scores, relevant in zip(nearness, self.data.relevant[part], strict=True):
+            for scores, relevant, itself in zip(nearness, self.data.relevant[part], own[part], strict=True):
                 gains = np.zeros(len(passages))
                 gains[list(relevant)] = list(relevant.values())
+                if itself is not None and itself not in relevant:
+                    scores, gains = (np.delete(each, itself) for each in (scores, gains))
                 values.append(ndcg(scores, gains))
         return np.array(values)

@@ -65,7 +65,7 @@ class TokenClassification(Task):
     label_columns = ("ner_tags", "tags", "labels", "label")
     token_outputs = frozenset({"logits"})
     has_classes = True
-    reading_version = 2  # 1 took words for entities where tags have no names
+    reading_version = 3  # 1 took words for entities where tags have no names, 2 left out a space that is a token
 
     def normalize_rows(self, raw: list[Row], data: DataConfig, which: Which) -> list[Row]:
         columns = self.columns(raw, data)
@@ -234,12 +234,11 @@ def tokenize_words(processor: Any, rows: list[Row], max_length: int) -> tuple[li
 
 
 def _first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> dict[int, int]:
-    owner: list[int | None] = []  # word index of every character of the joined text
+    owner: list[int] = []  # word index of every character of the joined text; a space belongs to the word behind it
     for index, text in enumerate(words):
-        owner += [None] + [index] * len(text)
+        owner += [index] * (1 + len(text))
     firsts: dict[int, int] = {}
     for token, (start, end) in enumerate(offsets):
-        word = owner[end - 1] if end > start else None  # the last character: a token may begin with the space
-        if word is not None:
-            firsts.setdefault(word, token)
+        if end > start:
+            firsts.setdefault(owner[end - 1], token)  # the last character: a token may begin with the space
     return firsts
