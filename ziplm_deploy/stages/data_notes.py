@@ -24,9 +24,7 @@ def leave_data_notes(run: Run) -> None:
         return
     rows = {name: getattr(run.data, f"{name}_rows") for name in keys}
     lengths = {name: counted for name, key in keys.items() if (counted := _lengths(run, rows[name], key)) is not None}
-    run.folder.record(lengths=lengths)
-    run.folder.set_note("cut texts", _cut_note(lengths))
-    run.folder.set_note("lengths", _length_note(run, lengths))
+    _note_lengths(run, lengths)
     overlap = _overlap_note(run, rows["evaluation"], rows["calibration"]) if "evaluation" in rows else None
     run.folder.set_note("overlap", overlap)
 
@@ -46,10 +44,14 @@ def note_other_evaluation(run: Run) -> None:
     names: tuple[Which, ...] = ("calibration", "evaluation")
     known = {**run.folder.lengths, "evaluation": counted}
     lengths = {name: found for name in names if (found := known.get(name)) is not None}
+    _note_lengths(run, lengths)
+    run.folder.set_note("overlap", None)
+
+
+def _note_lengths(run: Run, lengths: dict[Which, TokenLengths]) -> None:
     run.folder.record(lengths=lengths)
     run.folder.set_note("cut texts", _cut_note(lengths))
     run.folder.set_note("lengths", _length_note(run, lengths))
-    run.folder.set_note("overlap", None)
 
 
 def _keys(run: Run) -> dict[Which, str]:
