@@ -10,13 +10,15 @@ through log perplexity over log speedup of its neighbouring models, the dense on
 more than we. ``wins_fraction``: share of (target, rival, seed) in which our perplexity is lower; cells in which a rival
 has no model as fast are left out and listed. Seeds draw other calibration windows.
 ``--in-order`` adds our plans with structures and weights decided in order: figures that end with ``_in_order``.
-``--recover-steps`` distils members of ``--recover-methods`` at ``--recover-targets`` on the calibration text then.
+``--recover-steps`` distils members of ``--recover-methods`` at ``--recover-targets`` then, on the calibration text or
+on ``--train``. Runs of single seeds (``--seeds 0 --output FILE``) become one result by ``--merge FILE FILE``.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import tempfile
 import time
@@ -34,7 +36,6 @@ from exporters import input_names
 from ziplm_deploy.errors import TargetUnreachableError
 from ziplm_deploy.latency.benchmark import compare
 from ziplm_deploy.latency.profile import measure_table
-from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.table import LatencyTable
 from ziplm_deploy.machine.info import usable_cores
@@ -168,7 +169,8 @@ class Family:
             temperature=1.0,
             precision="auto",
         )
-        documents = self.task.load_rows(self.data.model_copy(update={"train": self.data.calibration}), "train", 0)
+        text = options.train or self.data.calibration
+        documents = self.task.load_rows(self.data.model_copy(update={"train": text}), "train", 0)
         whole = self.data.model_copy(update={"context": options.recover_context})
         rows = self.task.settle_rows(documents, whole, "train", self.seed, self.processor)
         encoded = self.task.examples(rows, self.processor, options.recover_context)
@@ -250,14 +252,25 @@ def figures_of(rows: list[dict[str, Any]], windows: Windows, options: argparse.N
     return figures
 
 
-def with_timings(rows: list[dict[str, Any]], record: BenchmarkRecord) -> None:
-    for row in rows:
-        timing = record.variant(row["name"])
-        row |= {
-            "measured_speedup": timing.speedup,
-            "measured_low": timing.speedup_low,
-            "measured_high": timing.speedup_high,
-        }
+def timed(
+    rows: list[dict[str, Any]], folder: Path, environment: Environment, options: argparse.Namespace
+) -> list[tuple[float, float, float]]:
+    """Time the rows' files, ``--at-once`` of them in one benchmark, each with the dense model; the A/A line of each."""
+    lines = []
+    for first in range(0, len(rows), options.at_once):
+        group = rows[first : first + options.at_once]
+        files = {each: folder / f"{each}.onnx" for each in ("dense", *(row["name"] for row in group))}
+        benchmark = BenchmarkConfig(rounds=options.rounds, max_seconds=options.benchmark_seconds)
+        record = compare(files, environment, benchmark, "dense", seed=first)
+        lines.append((record.aa_ratio, record.aa_low, record.aa_high))
+        for row in group:
+            timing = record.variant(row["name"])
+            row |= {
+                "measured_speedup": timing.speedup,
+                "measured_low": timing.speedup_low,
+                "measured_high": timing.speedup_high,
+            }
+    return lines
 
 
 def parsed() -> argparse.Namespace:
@@ -276,62 +289,97 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--fisher", action=argparse.BooleanOptionalAction, default=True, help="weigh ours")
     parser.add_argument("--table-seconds", type=float, default=180.0)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--benchmark-seconds", type=float, default=400.0)
+    parser.add_argument("--at-once", type=int, default=8, help="models timed side by side; memory holds them all")
+    parser.add_argument("--benchmark-seconds", type=float, default=100.0, help="for so many")
     parser.add_argument("--recover-targets", type=float, nargs="+", default=[1.5])
     parser.add_argument("--recover-methods", nargs="+", choices=(*METHODS, IN_ORDER), default=[OURS])
     parser.add_argument("--recover-steps", type=int, default=0)
+    parser.add_argument("--train", help="text to distil on")
     parser.add_argument("--recover-batch", type=int, default=4)
     parser.add_argument("--recover-context", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--merge", type=Path, nargs="+", help="only write the result of finished runs")
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/decoder_family.json")
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parsed()
-    torch.set_num_threads(usable_cores())
-    load = load_average()
-    table = LatencyTable.load(options.table) if options.table else None
-    rows: list[dict[str, Any]] = []
-    seconds: dict[str, Any] = {}
-    family = windows = None
+def run_seed(
+    options: argparse.Namespace, seed: int, table: LatencyTable | None, windows: Windows | None
+) -> tuple[list[dict[str, Any]], dict[str, Any], LatencyTable, Windows]:
+    """Rows of all methods, what else is to be known of the seed, and the table and the windows for the next one."""
     with tempfile.TemporaryDirectory(prefix="ziplm-family-") as name:
-        folder = Path(name)
-        for seed in options.seeds:
-            family = None  # frees its statistics before the next ones are collected
-            family = Family(options, seed, table)
-            table = family.table
-            if windows is None:
-                windows = Windows.of_dense(family.outcomes(family.dense))
-                print(f"dense: perplexity {windows.perplexity('dense'):.2f}", file=sys.stderr)
-                export_decoder(family.dense, folder / "dense.onnx", family.settings, family.request.form)
-            for method in (OURS, *options.rivals):
-                rows += pruned_rows(family, method, folder, windows)
-            seconds[f"seed {seed}"] = family.seconds
-        files = {each: folder / f"{each}.onnx" for each in ("dense", *(row["name"] for row in rows))}
-        benchmark = BenchmarkConfig(rounds=options.rounds, max_seconds=options.benchmark_seconds)
-        record = compare(files, family.environment, benchmark, "dense")
-    with_timings(rows, record)
-    assert family is not None
-    assert windows is not None
+        folder, family = Path(name), Family(options, seed, table)
+        if windows is None:
+            windows = Windows.of_dense(family.outcomes(family.dense))
+            print(f"dense: perplexity {windows.perplexity('dense'):.2f}", file=sys.stderr)
+        export_decoder(family.dense, folder / "dense.onnx", family.settings, family.request.form)
+        rows = [row for method in (OURS, *options.rivals) for row in pruned_rows(family, method, folder, windows)]
+        about = {"environment": family.environment.describe(), "table_noise": family.table.noise}
+        environment, table, seconds = family.environment, family.table, family.seconds
+        del family  # its statistics and databases leave memory to the files
+        lines = timed(rows, folder, environment, options)
+    return rows, about | {"seconds": seconds, "aa_ratios": lines}, table, windows
+
+
+def write(
+    rows: list[dict[str, Any]],
+    windows: Windows,
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    output: Path | None,
+) -> None:
     dense = windows.perplexity("dense")
     cells = {
         f"{ours}, {key}": cells_of(rows, dense, ours, options.rivals, key)
         for ours, key in itertools.product((OURS, IN_ORDER), ("perplexity", "perplexity_recovered"))
     }
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "table")} | {
-        "environment": family.environment.describe(),
+    left_out = {name: sum(cell["gain"] is None for cell in each) for name, each in cells.items()}
+    settings = settings | {"cells": cells, "left_out": left_out, "windows": windows.as_json()}
+    write_result("decoder_family", figures_of(rows, windows, options), rows, settings, output)
+
+
+def merge(paths: list[Path], output: Path | None) -> None:
+    """One result from runs of single seeds with the same options."""
+    parts = [json.loads(path.read_text("utf-8")) for path in paths]
+    asked = [{key: value for key, value in part["settings"]["options"].items() if key != "seeds"} for part in parts]
+    if any(each != asked[0] for each in asked):
+        sys.exit(f"expected runs with the same options but for --seeds, found {asked}; run them again")
+    windows = Windows.joined([part["settings"]["windows"] for part in parts])
+    rows = [row for part in parts for row in part["rows"]]
+    about = {key: value for part in parts for key, value in part["settings"]["of_seeds"].items()}
+    seeds = [seed for part in parts for seed in part["settings"]["options"]["seeds"]]
+    options = argparse.Namespace(**asked[0], seeds=seeds)
+    commits = [{key: part[key] for key in ("commit", "date", "machine")} for part in parts]
+    settings = parts[0]["settings"] | {"options": vars(options), "of_seeds": about, "runs": commits}
+    write(rows, windows, options, settings, output)
+
+
+def main() -> None:
+    options = parsed()
+    if options.merge:
+        merge(options.merge, options.output)
+        return
+    torch.set_num_threads(usable_cores())
+    load = load_average()
+    table = LatencyTable.load(options.table) if options.table else None
+    rows: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+    windows: Windows | None = None
+    for seed in options.seeds:
+        found, about[str(seed)], table, windows = run_seed(options, seed, table, windows)
+        rows += found
+    assert windows is not None
+    asked = {key: value for key, value in vars(options).items() if key not in ("output", "merge", "table", "train")}
+    settings = {
+        "options": asked,
+        "trained_on": "calibration" if options.train is None else Path(options.train).name,
+        "of_seeds": about,
         "calibration_tokens": options.windows * CONTEXT,
         "evaluation_tokens": options.evaluated * CONTEXT,
-        "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
-        "table_noise": table.noise if table else {},
-        "cells": cells,
-        "left_out": {name: sum(cell["gain"] is None for cell in each) for name, each in cells.items()},
-        "seconds": seconds,
         "load_average_before": load,
     }
-    write_result("decoder_family", figures_of(rows, windows, options), rows, settings, options.output)
+    write(rows, windows, options, settings, options.output)
 
 
 if __name__ == "__main__":

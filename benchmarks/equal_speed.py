@@ -33,6 +33,20 @@ class Windows:
         """What the dense model makes of them; others are :meth:`added`."""
         return cls(outcomes["scored"], {"dense": outcomes["log_likelihood"]})
 
+    @classmethod
+    def joined(cls, parts: Sequence[dict[str, Any]]) -> Windows:
+        """Of what :meth:`as_json` gave in several runs; raises ``ValueError`` if their windows are not the same."""
+        scored = np.array(parts[0]["scored"])
+        if any(part["scored"] != parts[0]["scored"] for part in parts):
+            raise ValueError("expected runs on the same windows, found others; evaluate on the same text")
+        found = {name: np.array(nats) for part in parts for name, nats in part["log_likelihoods"].items()}
+        return cls(scored, found)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a result file keeps; likelihoods to a thousandth of a nat."""
+        nats = {name: [round(float(value), 3) for value in values] for name, values in self.log_likelihoods.items()}
+        return {"scored": [int(value) for value in self.scored], "log_likelihoods": nats}
+
     def added(self, name: str, outcomes: Outcomes) -> float:
         """Keep what another model makes of the same windows; its perplexity."""
         self.log_likelihoods[name] = outcomes["log_likelihood"]

@@ -17,7 +17,7 @@ from ziplm_deploy.pruning.plan import PruningPlan
 from ziplm_deploy.recipe import Recipe
 from ziplm_deploy.recovery.record import TrainingRecord
 from ziplm_deploy.reporting.records import FamilyReport
-from ziplm_deploy.stages import evaluate
+from ziplm_deploy.stages import evaluate, formats
 from ziplm_deploy.stages import profile as profiling
 from ziplm_deploy.stages import report as reporting
 from ziplm_deploy.stages.benchmark import is_benchmarked
@@ -74,6 +74,8 @@ def recover(recipe: Recipe, progress: Progress | None = None) -> dict[str, Train
 def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
     """``model.onnx`` of the dense model and of every member, or ``model.gguf`` for llama.cpp, by name.
 
+    Files for other runtimes that the recipe asks for (``export.gguf``, ``export.genai``) are written beside them.
+
     Without training they are as planned from the table, not yet measured; with it, measured before they were trained.
     """
     with pipeline.begin(recipe, progress) as run:
@@ -83,6 +85,7 @@ def export(recipe: Recipe, progress: Progress | None = None) -> dict[str, Path]:
             pipeline.pruned(run)
             for generation in run.generations:
                 export_generation(run, generation)
+        formats.STAGE(run)
         return {member.name: member.as_exported.path for member in run.members}
 
 

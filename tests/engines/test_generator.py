@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -87,6 +90,28 @@ def test_a_continuation_ends_before_a_text_to_stop_at(folder: Path) -> None:
     expected = whole[: whole.index(stop)]
     assert generator.generate(prompt, N_TOKENS, stop=[stop, "never"]) == expected
     assert "".join(generator.stream(prompt, N_TOKENS, stop=[stop])) == expected
+    assert generator.generate(prompt, N_TOKENS, stop=stop) == expected, "one text is no list of characters"
+
+
+def test_inputs_of_a_call_live_as_long_as_the_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases of ONNX Runtime before a certain one only borrow their memory."""
+    bound: list[weakref.ref[Any]] = []
+    inner = onnxruntime.IOBinding.bind_ortvalue_input
+
+    def borrowed(binding: Any, name: str, value: Any) -> None:
+        inner(binding, name, value)
+        binding._bound_inputs = {}
+        bound.append(weakref.ref(value))
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", borrowed)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    model = CachedModel(session, 1, 32)
+    run = model.rehearsal(np.array([[5, 6, 7]]), 4)
+    model.clear()
+    gc.collect()
+    assert bound
+    assert all(each() is not None for each in bound)
+    run()
 
 
 def test_draws_follow_the_probabilities() -> None:

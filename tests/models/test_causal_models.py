@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from exporters import DecoderExportSettings, check_decoder_parity, export_decoder
+from exporters.decoder_parts import AttentionPart
 from tests.helpers.decoder_reference import reference_logits
 from tests.helpers.models import output_tensors, random_entries, tiny_causal_config, tiny_causal_model, tiny_tokenizer
 from ziplm_deploy.errors import UnsupportedModelError
@@ -156,6 +157,15 @@ def test_gpt2_linears_compute_what_its_own_did() -> None:
 def test_variants_whose_blocks_differ_are_refused(model_type: str, changes: dict[str, object], said: str) -> None:
     with pytest.raises(UnsupportedModelError, match=said):
         architecture_of(tiny_causal_config(model_type, **changes))
+
+
+@pytest.mark.parametrize(("model_type", "window"), [("llama", None), ("gpt_neox", None), ("mistral", 4)])
+def test_a_window_counts_only_where_transformers_reads_it(model_type: str, window: int | None) -> None:
+    model = tiny_causal_model(model_type)
+    model.config.sliding_window = 4  # kept like any field, by all of them
+    attention = causal_parts(model).layers[0].attention
+    assert isinstance(attention, AttentionPart)
+    assert attention.window == window
 
 
 def test_frequencies_that_depend_on_the_text_are_refused() -> None:

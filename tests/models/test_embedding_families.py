@@ -21,6 +21,7 @@ from torch import nn
 from tests.helpers.models import random_entries
 from tests.helpers.reports import family_report
 from tests.helpers.sentence_models import TEXTS, TinySentenceModel, by_sentence_transformers, write
+from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.member_files import load, save_member
@@ -180,6 +181,51 @@ def test_prompts_of_the_recipe_are_the_members(name: str, folders: dict[str, Pat
     assert (own.query_prompt, own.passage_prompt) == (QUERY, "passage: ")
     assert kept["prompts"]["query"] == QUERY
     assert kept.get("default_prompt_name") is None, "texts of no kind have no prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [
+        ({"query": "the "}, "query"),
+        ({"x": "on "}, "x"),
+        ({"query": "the ", "passage": "mat "}, None),
+        ({"document": "mat "}, "document"),
+    ],
+)
+def test_queries_and_passages_have_the_prompts_that_their_own_methods_have(
+    prompts: dict[str, str], default: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """By encode_query() and encode_document() of the member's folder."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "dense"
+    shutil.copytree(folders["BGE"], folder)
+    write(folder / SETTINGS_FILE, {"prompts": prompts, "default_prompt_name": default})
+    config = with_own_settings(settings(folder))
+    model, processor = load_dense(config)
+    save_member(tmp_path / "member", model, processor, config, {})
+    written = json.loads((tmp_path / "member" / SETTINGS_FILE).read_text(encoding="utf-8"))
+    write(folder / SETTINGS_FILE, written)  # the dense model's weights, which torch opens, with the member's prompts
+    opened = SentenceTransformer(str(folder), device="cpu")
+    plain = {text: opened.encode(text, prompt="") for text in (f"{config.prompt_of_queries}cat", "cat")}
+    np.testing.assert_allclose(opened.encode_query("cat"), plain[f"{config.prompt_of_queries}cat"], atol=1e-5)
+    wanted = opened.encode(f"{config.prompt_of_passages}cat", prompt="")
+    np.testing.assert_allclose(opened.encode_document("cat"), wanted, atol=1e-5)
+
+
+def test_arguments_of_torch_do_not_reach_members(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    shutil.copytree(folders["BGE"], folder)
+    lengths = {"max_seq_length": 12, "model_args": {"attn_implementation": "sdpa", "torch_dtype": "float32"}}
+    write(folder / "sentence_bert_config.json", lengths)
+    dense, processor = load_dense(settings(folder))
+    save_member(tmp_path / "member", dense, processor, settings(folder), {})
+    kept = json.loads((tmp_path / "member" / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert kept == {"max_seq_length": 12}
+    write(folder / "sentence_bert_config.json", {"model_args": {"quantization_config": {}}})
+    with pytest.raises(UnsupportedModelError, match="without model_args that change the model, found 'quantization"):
+        load_dense(settings(folder))
 
 
 def test_sentence_transformers_opens_pruned_members(folders: dict[str, Path], tmp_path: Path) -> None:

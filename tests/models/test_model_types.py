@@ -11,9 +11,10 @@ import pytest
 import transformers
 
 from tests.helpers.models import tiny_config
-from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.errors import UnsupportedModelError, UsageError
 from ziplm_deploy.models.architectures import ARCHITECTURES, OTHERS, native_type, why_not
-from ziplm_deploy.models.inspection import inspect_model, layer_rows, model_type_name
+from ziplm_deploy.models.config_file import config_of
+from ziplm_deploy.models.inspection import inspect_model, layer_rows, model_config
 from ziplm_deploy.models.model_types import model_type_of, model_types
 
 pytestmark = pytest.mark.transformers
@@ -132,7 +133,7 @@ def test_a_type_stands_for_its_default_configuration(model_type: str) -> None:
     rows = inspect_model(model_type)
     assert rows == layer_rows(config)
     assert len(rows) == config.num_hidden_layers
-    assert model_type_name(model_type) == model_type
+    assert model_config(model_type).model_type == model_type
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_a_type_that_nobody_has() -> None:
 def test_a_folder_is_looked_at_before_a_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_config("roberta").save_pretrained(tmp_path / "bert")
     monkeypatch.chdir(tmp_path)
-    assert (len(inspect_model("bert")), model_type_name("bert")) == (3, "roberta")
+    assert (len(inspect_model("bert")), model_config("bert").model_type) == (3, "roberta")
 
 
 REMOTE = [  # as their configurations say it on the hub
@@ -197,3 +198,38 @@ def test_code_of_a_model_is_refused_with_what_is_native_instead(
         assert "remove auto_map" not in str(caught.value)
     if native == "bert":
         assert "which can be pruned: remove auto_map" in str(caught.value)
+
+
+def test_facts_are_those_of_the_variant(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "feed_forward_proj": "gated-gelu"}))
+    config = model_config(str(tmp_path))
+    assert "FFN columns, each with its gate" in model_type_of("t5", config).pruned
+    assert "FFN columns" in model_type_of("t5").pruned
+
+
+def test_a_tower_is_named_of_two_only() -> None:
+    with pytest.raises(UsageError, match="expected no --tower for a bert"):
+        model_config("bert", "image")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "eurobert", "clf_pooling": "mean"}, "clf_pooling 'mean'.*classifier_pooling, here 'late'"),
+        ({"model_type": "nomic_bert", "n_head": 6}, "n_head 6.*num_attention_heads, here 12"),
+        ({"model_type": "nomic_bert", "layer_norm_epsilon": 1e-5}, "layer_norm_epsilon 1e-05"),
+    ],
+)
+def test_settings_of_original_code_are_not_passed_over(fields: dict[str, Any], said: str) -> None:
+    if fields["model_type"] not in ARCHITECTURES:
+        pytest.skip(f"this transformers has no {fields['model_type']}")
+    config = config_of(fields, "a folder")
+    assert re.search(said, str(why_not(config)))
+
+
+def test_rotary_positions_may_be_named_so() -> None:
+    if "gte" not in ARCHITECTURES:
+        pytest.skip("this transformers has no gte")
+    assert why_not(config_of({"model_type": "gte", "position_embedding_type": "rope"}, "a folder")) is None
+    found = why_not(config_of({"model_type": "bert", "position_embedding_type": "rope"}, "a folder"))
+    assert "its attention scores depend on the head" in str(found)

@@ -19,6 +19,7 @@ from tests.helpers.sentence_models import TEXTS, by_sentence_transformers
 from tests.helpers.towers import PROJECTION, TOWER_TYPES, save_whole, tower, tower_inputs
 from ziplm_deploy.cli.commands import app
 from ziplm_deploy.errors import CorruptArtifactError, RecipeError, UnsupportedModelError
+from ziplm_deploy.models.config_file import read_config
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport, write_graph
 from ziplm_deploy.models.inspection import inspect_model, layer_rows
@@ -190,3 +191,25 @@ def test_texts_padded_on_the_left_are_refused(tmp_path: Path) -> None:
     words.save_pretrained(tmp_path / "model")
     with pytest.raises(UnsupportedModelError, match="pads on the right for an encoder"):
         load_dense(settings(tmp_path / "model"))
+
+
+def test_older_settings_of_a_tower_count_as_in_transformers(tmp_path: Path) -> None:
+    save_whole(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    older = {name: fields["text_config"][name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    path.write_text(json.dumps({**fields, "text_config_dict": {**older, "layer_norm_eps": 0.1}}), encoding="utf-8")
+    expected = transformers.AutoConfig.from_pretrained(tmp_path).text_config
+    found = read_config(str(tmp_path), trust_remote_code=False, reads="text")
+    for name in ("hidden_act", "layer_norm_eps", "num_attention_heads", "vocab_size", "max_position_embeddings"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.layer_norm_eps == 0.1
+
+
+def test_damaged_class_names_of_a_tower_end_in_no_traceback(tmp_path: Path) -> None:
+    save_whole(tmp_path)
+    path = tmp_path / "config.json"
+    inner = json.loads(path.read_text(encoding="utf-8"))["text_config"]
+    path.write_text(json.dumps({**inner, "model_type": "clip_text_model", "architectures": 5}), encoding="utf-8")
+    with pytest.raises(CorruptArtifactError, match="architectures: 5"):
+        load_dense(settings(tmp_path))

@@ -48,11 +48,15 @@ def test_workers_get_the_cached_tokens_of_every_call() -> None:
         ({"decode": 128}, "both prefill and decode"),
         ({"prefill": 16, "decode": 8, "lengths": {8: 1}}, "no lengths"),
         ({"prefill": 16, "decode": 8, "seq_len": 32}, "prefill and decode or seq_len"),
-        ({"prefill": 0, "decode": 8}, "greater than or equal to 1"),
-        ({"prefill": 16, "decode": "many"}, "valid integer"),
+        ({"prefill": 0, "decode": 8}, "expected prefill as a number of tokens from 1"),
+        ({"prefill": 16, "decode": "many"}, "expected decode as a number of tokens"),
+        ({"prefill": "128", "decode": 64}, "expected prefill as a number of tokens"),
+        ({"prefill": 128.0, "decode": 64}, "expected prefill as a number of tokens"),
+        ({"prefill": True, "decode": 64}, "expected prefill as a number of tokens"),
+        ({"prefill": 2, "decode": 1}, "4 to 8192 tokens of prefill and decode together, found 3"),
         ({"generate": [16, 8]}, "expected generate as"),
         ({"generate": {"prefill": 16, "decode": 8}, "batch_size": 2}, "expected generate as"),
-        ({"prefill": 8192, "decode": 8192}, "less than or equal to 8192"),
+        ({"prefill": 8192, "decode": 8192}, "of prefill and decode together, found 16384"),
     ],
 )
 def test_impossible_requests_are_refused(fields: dict[str, Any], said: str) -> None:

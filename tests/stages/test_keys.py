@@ -148,8 +148,6 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "data.config_name": ("other", DENSE | SCORED | INT8),
     "data.text_columns": (["text"], DENSE | SCORED | INT8),
     "data.label_column": ("label", DENSE | SCORED | INT8),
-    "data.context": (16, set()),  # of causal language models, as the next
-    "data.stride": (8, set()),
     "data.n_calibration": (32, EXAMPLES),
     "data.n_evaluation": (20, SCORED | {"quantise"}),
     "data.n_train": (32, DENSE),
@@ -163,7 +161,6 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "profile.table": ("@table.json", {"profile"}),
     "profile.allow_foreign_table": (True, set()),
     "profile.stack_depth": (3, {"profile"}),
-    "profile.stack_megabytes": (10.0, {"profile"}),
     "profile.width_ratio": (0.6, {"profile"}),
     "profile.width_align": (4, {"profile"}),
     "profile.min_rounds": (4, {"profile"}),
@@ -178,7 +175,6 @@ TABLE: dict[str, tuple[Any, set[str]]] = {
     "prune.in_order": (True, {"prune"}),
     "prune.memory_limit_gb": (4.0, set()),
     "prune.search.n_sequences": (20, {"prune"}),
-    "prune.search.context": (16, {"prune"}),
     "prune.search.n_rerank": (20, {"prune"}),
     "prune.search.sensitivity_levels": (2, {"prune"}),
     "prune.search.coefficient_steps": (2, {"prune"}),
@@ -268,6 +264,7 @@ OF_CAUSAL_MODELS = {
     "benchmark.engines",
     "compress.int8.weight_only_4",
     "compress.int8.mixed",
+    *("data.context", "data.stride", "prune.search.context", "profile.stack_megabytes"),
     "data.generated",  # what it repeats: test_pipeline_self_data
 }
 # Refused with training of zeros, which this run has; what it repeats: test_pipeline_recovery.

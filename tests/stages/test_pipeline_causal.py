@@ -190,6 +190,7 @@ def test_a_table_is_of_files_for_stock_optimum_or_of_others(finished: Path) -> N
     ("model_type", "sizes", "fits"),
     [
         ("llama", {}, True),
+        ("llama", {"0.attention": 0, "1.ffn": 24}, True),  # a layer without a cache asks for none
         (
             "llama",
             {f"{layer}.attention": 1 for layer in range(3)},

@@ -230,12 +230,49 @@ def test_what_is_made_for_encoders_only_is_refused_by_name(
         check_task(parse_recipe(raw))
 
 
+@pytest.mark.parametrize(
+    ("section", "fields", "said"),
+    [
+        ("data", {"context": 64}, r"expected no data\.context"),
+        ("data", {"stride": 64}, r"expected no data\.stride"),
+        ("prune", {"search": {"context": 16}}, r"expected no prune\.search\.context"),
+        ("profile", {"stack_megabytes": 10}, r"expected no profile\.stack_megabytes"),
+    ],
+)
+def test_what_is_said_of_windows_of_text_is_refused_for_encoders(
+    tmp_path: Path, section: str, fields: dict[str, Any], said: str
+) -> None:
+    raw = raw_recipe(tmp_path)
+    raw[section] = {**raw.get(section, {}), **fields}
+    with pytest.raises(RecipeError, match=said):
+        check_task(parse_recipe(raw))
+
+
+@pytest.mark.parametrize("fields", [{"mixed": True}, {"weight_only_4": ["*"]}, {"fallback": "weight-only-8"}])
+def test_forms_of_linears_need_a_file_that_has_them(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"expected int8 among compress\.variants for compress\.int8"):
+        check_task(parse_recipe(causal_recipe(tmp_path, compress={"int8": fields})))
+
+
+def test_text_is_known_again_wherever_windows_begin() -> None:
+    stream = np.random.default_rng(0).integers(0, 50_000, 2000).tolist()
+
+    def windows(ids: list[int], size: int) -> list[dict[str, Any]]:
+        return [{"input_ids": ids[i : i + size], "scored_from": 0} for i in range(0, len(ids) - size + 1, size)]
+
+    own = windows(stream, 200)
+    assert TASK.shared(own, windows(stream[77:], 333)) == (9, 10), "the last is cut off there"
+    assert TASK.shared(own, windows(stream[1000:], 100)) == (5, 10)
+    assert TASK.shared(own, windows(stream[::-1], 200)) == (0, 10)
+    assert TASK.shared(own, []) == (0, 10)
+
+
 def test_torch_is_a_baseline_of_onnx_files_alone(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"benchmark": {"baselines": ["torch"]}}
     check_task(parse_recipe(causal_recipe(tmp_path, **asked)))
     in_llama_cpp = {"environment": {"engine": "llamacpp", "workload": {"prefill": 12, "decode": 4}}}
     raw = causal_recipe(tmp_path, **asked, **in_llama_cpp, export={"gguf": "F16"})
-    with pytest.raises(RecipeError, match=r"expected benchmark\.baselines \[\] for text-generation, found \['torch'\]"):
+    with pytest.raises(RecipeError, match=r"expected benchmark\.baselines among \[\] for text-generation, found torch"):
         check_task(parse_recipe(raw))
 
 

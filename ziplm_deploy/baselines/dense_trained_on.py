@@ -21,6 +21,7 @@ class DenseTrainedOn(Baseline):
     engine: ClassVar[str] = "onnxruntime"
     files: ClassVar[tuple[str, ...]] = ("model.onnx",)
     trains: ClassVar[bool] = True
+    of_causal: ClassVar[bool] = True
 
     def tool(self) -> str:
         return f"ziplm-deploy {installed_version('ziplm-deploy', 'pip install ziplm-deploy')}"

@@ -68,7 +68,8 @@ def inspect(
         raise UsageError(f"expected --tower text or image, found {tower}; name one of the two")
     side = cast(Literal["text", "image"] | None, tower)
     rows = inspection.inspect_model(model, side)
-    kind = model_type_of(inspection.model_type_name(model, side))
+    config = inspection.model_config(model, side)
+    kind = model_type_of(config.model_type, config)
     if as_json:
         console.print_json({"type": kind.as_row(), "layers": rows})
         return

@@ -97,11 +97,11 @@ class TextGenerator:
         prompts: str | Sequence[str],
         max_new_tokens: int = 64,
         sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Any:
         """What follows each prompt, without the prompt: a text for a text, a list for several.
 
-        A continuation ends with an end token of the model, before the first of the texts in ``stop``, or after
+        A continuation ends with an end token of the model, before the first text of ``stop``, or after
         ``max_new_tokens``.
 
         Raises:
@@ -116,7 +116,7 @@ class TextGenerator:
         rows: Sequence[Sequence[int]],
         max_new_tokens: int = 64,
         sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[str]:
         """What follows prompts that are tokens already, such as those of a chat template; as :meth:`generate`."""
         texts = [""] * len(rows)
@@ -129,7 +129,7 @@ class TextGenerator:
         prompt: str,
         max_new_tokens: int = 64,
         sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of what follows a prompt, as they come; raises as :meth:`generate`."""
         for (piece,) in self._rounds(self._encoded([prompt]), max_new_tokens, sampling, stop):
@@ -137,7 +137,7 @@ class TextGenerator:
                 yield piece
 
     def _rounds(
-        self, rows: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[str]
+        self, rows: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
     ) -> Iterator[list[str]]:
         """New text of every row after each call; empty where a row has ended, or waits for the rest of a character."""
         self._check(rows, max_new_tokens)
@@ -147,7 +147,8 @@ class TextGenerator:
         for row, known in zip(ids, rows, strict=True):
             row[: len(known)] = known
         model = CachedModel(self.session, len(rows), int(counts.max()) + max_new_tokens)
-        continued = [_Continuation(self.tokenizer, self.end_ids, tuple(stop), known) for known in rows]
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        continued = [_Continuation(self.tokenizer, self.end_ids, stops, known) for known in rows]
         for step in range(max_new_tokens):
             logits = model.call(ids, counts)[:, -1]  # [rows, vocabulary]
             chosen = [_choose(each, sampling, generator) for each in logits]

@@ -101,7 +101,7 @@ class _LayerReader:
             scale=head_dim**-0.5,
             query_norm=query_norm,
             key_norm=key_norm,
-            window=_window(self.config, index),
+            window=_window(self.config, index) if self.paths.has_window else None,
         )
 
     def _projections(self, block: nn.Module) -> Sequence[LinearPart]:

@@ -69,7 +69,7 @@ def read_config(path: str, reads: Reads | None = None, **source: Any) -> transfo
 def config_of(fields: Mapping[str, Any], path: str) -> transformers.PretrainedConfig:
     """Configuration from the fields of ``config.json``; raises as :func:`read_config`."""
     _check_support(fields, path)
-    wrong = [*_wrong_sizes(fields), *_wrong_shares(fields), *_wrong_names(fields)]
+    wrong = [*_wrong_sizes(fields), *_wrong_shares(fields), *_wrong_names(fields), *_wrong_classes(fields)]
     if wrong:
         raise CorruptArtifactError(
             f"expected the settings of a model in config.json of {path}, found {', '.join(wrong)}; copy the folder "
@@ -169,6 +169,12 @@ def _wrong_sizes(fields: Mapping[str, Any]) -> list[str]:
         for name, least, most in limits
         if name in fields and not all(_is_size(value, least, most) for value in _numbers(name, fields[name]))
     ]
+
+
+def _wrong_classes(fields: Mapping[str, Any]) -> list[str]:
+    classes = fields.get("architectures")
+    is_known = classes is None or (isinstance(classes, list) and all(isinstance(each, str) for each in classes))
+    return [] if is_known else [f"architectures: {shown(classes)} (expected names of classes)"]
 
 
 def _numbers(name: str, value: Any) -> list[Any]:

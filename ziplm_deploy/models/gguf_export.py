@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from exporters import ExportError, GgufSettings, export_gguf
+from exporters.decoder_parts import FeedForwardPart
 from exporters.gguf_file import BLOCK
 from exporters.gguf_tokenizer import TokenizerSource
 from ziplm_deploy.errors import StorageError, UnsupportedModelError
@@ -49,12 +50,16 @@ def rounded(model: nn.Module, file_type: GgufType) -> nn.Module:
     head_type = GgufSettings("", file_type).type_of_head
     copied: Any = copy.deepcopy(model)
     vocabularies = {id(part.weight) for part in (copied.get_input_embeddings(), copied.get_output_embeddings())}
+    blocks = (layer.feed_forward for layer in causal_parts(copied).layers)
+    filled_up = {block.down.weight.data_ptr() for block in blocks if isinstance(block, FeedForwardPart)}
     with torch.no_grad():
         for matrix in (parameter for parameter in copied.parameters() if parameter.ndim == 2 and parameter.numel()):
             named = head_type if id(matrix) in vocabularies else file_type
-            kind = gguf.GGMLQuantizationType[named if matrix.shape[1] % BLOCK == 0 else "F16"]
-            values = np.ascontiguousarray(matrix.detach().float().cpu().numpy())
-            matrix.copy_(torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)))
+            missing = -matrix.shape[1] % BLOCK if matrix.data_ptr() in filled_up else 0  # the file has zeros there
+            values = np.pad(matrix.detach().float().cpu().numpy(), ((0, 0), (0, missing)))
+            kind = gguf.GGMLQuantizationType[named if values.shape[1] % BLOCK == 0 else "F16"]
+            found = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+            matrix.copy_(torch.from_numpy(found[:, : matrix.shape[1]]))
     return copied  # type: ignore[no-any-return]
 
 

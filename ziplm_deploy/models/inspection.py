@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ziplm_deploy.documents import shortened
-from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
+from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from ziplm_deploy.models.adapted import adapted, model_class
 from ziplm_deploy.models.architectures import ARCHITECTURES, CHOICES, why_not
 from ziplm_deploy.models.config_file import config_of, read_config
@@ -21,7 +21,7 @@ from ziplm_deploy.models.location import transformer_place
 from ziplm_deploy.models.member_files import MEMBER_FILE, load
 from ziplm_deploy.models.modules import layers_of, model_shape
 from ziplm_deploy.models.shape import ModuleId
-from ziplm_deploy.models.two_towers import Reads
+from ziplm_deploy.models.two_towers import TOWER_TYPES, Reads
 
 
 def inspect_model(model: str | Path | nn.Module, tower: Reads | None = None) -> list[dict[str, Any]]:
@@ -43,13 +43,21 @@ def inspect_model(model: str | Path | nn.Module, tower: Reads | None = None) -> 
     return rows
 
 
-def model_type_name(model: str, tower: Reads | None = None) -> str:
-    """The ``model_type`` of what :func:`inspect_model` takes; raises as it does, but for members reads no weights."""
+def model_config(model: str, tower: Reads | None = None) -> Any:
+    """The configuration of what :func:`inspect_model` takes; raises as it does, but for members reads no weights.
+
+    Raises:
+        UsageError: a tower is named, and the model is none.
+    """
     resolved = _place(model)
     if resolved.endswith(GGUF_SUFFIX):
         check_gguf(Path(resolved))
-        return str(load_gguf_config(Path(resolved)).model_type)
-    return str(_config(resolved, tower).model_type)
+        found = load_gguf_config(Path(resolved))
+    else:
+        found = _config(resolved, tower)
+    if tower is not None and found.model_type not in TOWER_TYPES:
+        raise UsageError(f"expected no --tower for a {found.model_type}, which has no two towers, found {tower}")
+    return found
 
 
 def _open(path: str, tower: Reads | None) -> Any:

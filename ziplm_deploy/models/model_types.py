@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import transformers
+from transformers import PretrainedConfig
 
 from ziplm_deploy.models.architectures import ARCHITECTURES, OTHERS, Architecture, why_unsupported
 from ziplm_deploy.models.dense import quiet_transformers
@@ -31,9 +32,14 @@ class ModelType:
         return asdict(self)
 
 
-def model_type_of(name: str) -> ModelType:
-    """What is known about a ``model_type``; any name is answered."""
+def model_type_of(name: str, config: PretrainedConfig | None = None) -> ModelType:
+    """What is known about a ``model_type``; any name is answered.
+
+    ``config``: of a model that can be pruned, whose settings may decide between variants of the type.
+    """
     architecture = ARCHITECTURES.get(name)
+    if config is not None and architecture is not None and architecture.variant is not None:
+        architecture = architecture.variant(config)
     if architecture is None:
         return ModelType(name, prunable=False, reason=why_unsupported(name))
     proof = _REAL_WEIGHTS.get(name, RANDOM_WEIGHTS)

@@ -50,6 +50,9 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
     found["prompt"] = own.prompt if model.prompt is None else model.prompt
     for name in ("query_prompt", "passage_prompt", "dimensions"):
         found[name] = getattr(own, name) if getattr(model, name) is None else getattr(model, name)
+    if own.prompt and model.prompt is None:
+        # encode() has a default prompt of the model's files, encode_query() and encode_document() have not.
+        found |= {name: "" for name in ("query_prompt", "passage_prompt") if found[name] is None}
     if found["prompt"] and not own.include_prompt:
         raise UnsupportedModelError(
             f"expected a pooling of all tokens, found one in {own.source} that leaves out those of the prompt "

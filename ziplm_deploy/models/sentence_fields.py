@@ -35,7 +35,7 @@ POOLING_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "LogitScore")
-_PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first that there is, as encode_document does
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first that there is; members name it document
 _POOLINGS = ("mean", "cls", "max", "lasttoken")
 _SIMILARITIES: dict[str, Similarity] = {
     **{"cosine": "cosine", "cos_sim": "cosine", "dot": "dot", "dot_score": "dot", "dot_product": "dot"},

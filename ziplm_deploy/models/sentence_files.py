@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ziplm_deploy.documents import read_json, shortened
+from ziplm_deploy.documents import read_json, shortened, shown
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.location import CONFIG_FILE, find_file
 
@@ -20,6 +20,9 @@ LENGTH_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+# How sentence-transformers loads a model in torch, in one of those files; the ONNX back end takes no such arguments.
+TORCH_ARGUMENTS = ("model_args", "model_kwargs")
+_HARMLESS_ARGUMENTS = {"attn_implementation", "torch_dtype", "dtype", "trust_remote_code", "device_map"}
 
 
 class Fields(BaseModel):
@@ -84,6 +87,14 @@ def length_files(transformer: str) -> list[str]:
 
 def check_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
     """Refuse settings that change answers in a way that is not known here."""
+    for name in TORCH_ARGUMENTS:
+        arguments = fields.get(name)
+        unknown = set(arguments) - _HARMLESS_ARGUMENTS if isinstance(arguments, dict) else set()
+        if unknown:
+            raise UnsupportedModelError(
+                f"expected {where} without {name} that change the model, found {shown(min(unknown))}, which is not "
+                "supported; choose another model"
+            )
     for name, values in neutral.items():
         if fields.get(name) is not None and fields[name] not in values:
             found = shortened(json.dumps(fields[name]))

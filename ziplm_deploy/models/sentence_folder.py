@@ -17,6 +17,7 @@ from ziplm_deploy.models.sentence_files import (
     MODULES_FILE,
     POOLING_FILE,
     SETTINGS_FILE,
+    TORCH_ARGUMENTS,
     SentenceFiles,
     length_files,
 )
@@ -53,6 +54,7 @@ def write_sentence_files(folder: Path, model: nn.Module, settings: ModelConfig, 
         texts, whole = files.mapping(*length_files(own.transformer))[1], files.mapping(SETTINGS_FILE)[1]
     else:
         texts, whole = {}, {}
+    texts = {name: value for name, value in texts.items() if name not in TORCH_ARGUMENTS}
     if texts:
         _write(folder / LENGTH_FILES[0], texts)
     whole = _with_settings(whole, settings, own)
@@ -72,8 +74,8 @@ def _with_settings(whole: dict[str, Any], settings: ModelConfig, own: SentenceMo
     elif not settings.prompt and default is not None and prompts.get(default):
         changes["default_prompt_name"] = None
     asked = {"query": settings.query_prompt, "document": settings.passage_prompt}
-    said = {"query": own.query_prompt, "document": own.passage_prompt}
-    others = {name: text for name, text in asked.items() if text is not None and text != said[name]}
+    # Also where the files say passage or corpus: encode_document() looks for document, which it always finds.
+    others = {name: text for name, text in asked.items() if text is not None and text != (prompts.get(name) or "")}
     if others:
         changes["prompts"] = {**changes.get("prompts", prompts), **others}
     if settings.similarity != "cosine" or whole.get("similarity_fn_name"):

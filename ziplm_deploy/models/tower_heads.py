@@ -18,7 +18,7 @@ from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
 from ziplm_deploy.models.architectures.towers import WHOLE
 from ziplm_deploy.models.location import find_file
 from ziplm_deploy.models.sentence_dense import PREFIX, WEIGHTS, DenseLayer, attach
-from ziplm_deploy.models.two_towers import Reads
+from ziplm_deploy.models.two_towers import Reads, inner_settings
 from ziplm_deploy.recipe import Pooling
 
 _PROJECTIONS: dict[Reads, str] = {"text": "text_projection.weight", "image": "visual_projection.weight"}
@@ -48,7 +48,7 @@ def tower_head(fields: Mapping[str, Any], reads: Reads) -> TowerHead | None:
         name, tower_type = towers[reads]
         if model_type not in (kind, tower_type):
             continue
-        inner = fields.get(name) if model_type == kind else fields
+        inner = inner_settings(fields, name, tower_type) if model_type == kind else fields
         settings = inner if isinstance(inner, dict) else {}
         if kind == "clip":
             projection = _projection(fields, settings, reads)
@@ -65,7 +65,8 @@ def tower_head(fields: Mapping[str, Any], reads: Reads) -> TowerHead | None:
 def _projection(fields: Mapping[str, Any], settings: Mapping[str, Any], reads: Reads) -> DenseLayer | None:
     """CLIP's projection; None where a tower was saved without it."""
     is_whole = fields.get("model_type") == "clip"
-    if not is_whole and _WITH_PROJECTION[reads] not in (fields.get("architectures") or ()):
+    classes = fields.get("architectures")
+    if not is_whole and not (isinstance(classes, list) and _WITH_PROJECTION[reads] in classes):
         return None
     return DenseLayer.model_validate(
         {

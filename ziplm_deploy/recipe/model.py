@@ -57,12 +57,12 @@ class ModelConfig(Frozen):
     query_prompt: str | None = Field(
         None,
         description="Text put before every query of `data.retrieval`; default: the prompt `query` of the model's "
-        "files, else `prompt`.",
+        "files, else `model.prompt` of the recipe, as encode_query() has it.",
     )
     passage_prompt: str | None = Field(
         None,
         description="Text put before every passage of `data.retrieval`; default: the prompt `document`, `passage` or "
-        "`corpus` of the model's files, else `prompt`.",
+        "`corpus` of the model's files, else `model.prompt` of the recipe.",
     )
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None,

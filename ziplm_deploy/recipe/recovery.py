@@ -98,7 +98,10 @@ class RecoverConfig(TrainConfig):
         "not fit into memory; merged before export.",
     )
     teacher_cache_gb: float = Field(
-        2.0, ge=0, description="Teacher outputs are kept (fp16) and serve every epoch and member if they fit in this."
+        2.0,
+        ge=0,
+        description="Teacher answers are kept (hidden states in fp16) and serve every epoch and member if they fit in "
+        "this.",
     )
 
     @property

@@ -94,11 +94,17 @@ class Workload(Frozen):
         prefill, decode = raw.get("prefill"), raw.get("decode")
         if prefill is None or decode is None or raw.get("lengths") is not None:
             raise ValueError("expected both prefill and decode, and no lengths, for a workload that generates")
-        if not isinstance(prefill, int) or not isinstance(decode, int):
-            return raw  # their own checks say what is wrong
-        if raw.get("seq_len", prefill + decode) != prefill + decode:  # a resolved recipe has all, and they agree
+        for name, tokens in (("prefill", prefill), ("decode", decode)):
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
+                raise ValueError(f"expected {name} as a number of tokens from 1 to {MAX_TOKENS}, found {shown(tokens)}")
+        total = prefill + decode
+        if not MIN_TOKENS <= total <= MAX_TOKENS:
+            raise ValueError(
+                f"expected {MIN_TOKENS} to {MAX_TOKENS} tokens of prefill and decode together, found {total}"
+            )
+        if raw.get("seq_len", total) != total:  # a resolved recipe has all, and they agree
             raise ValueError(f"expected prefill and decode or seq_len, found both ({shown(raw['seq_len'])} tokens)")
-        return {**raw, "seq_len": prefill + decode}
+        return {**raw, "seq_len": total}
 
     @model_validator(mode="before")
     @classmethod

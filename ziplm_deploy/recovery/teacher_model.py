@@ -64,7 +64,7 @@ def check_teacher(teacher: nn.Module, dense: nn.Module, config: RecoverConfig, s
     if positions < min(seq_len, getattr(dense.config, "max_position_embeddings", seq_len)):
         raise UsageError(
             f"expected a teacher that takes {seq_len} tokens, found one for {positions}; choose another "
-            "recover.teacher, or a smaller environment.workload.seq_len"
+            "recover.teacher, or a smaller environment.workload.seq_len (text-generation: data.context)"
         )
     labels, others = _label_names(dense), _label_names(teacher)
     if config.logit_weight and labels and others and labels != others:

@@ -81,12 +81,12 @@ class RunData:
             columns=self.train_columns,
             dense=recipe.dense.model_dump(exclude={"save_steps", "report_to"}),
             task=self.model_settings,
-            seq_len=self._seq_len,
+            seq_len=self.seq_len,
             seed=recipe.seed,
         )
 
     @property
-    def _seq_len(self) -> int:
+    def seq_len(self) -> int:
         """Tokens that an example has at most: of a window of text, or of a request."""
         if self._task.is_causal:
             return self._recipe.data.context or CONTEXT
@@ -98,7 +98,7 @@ class RunData:
         return content_key(
             model=self.dense.base_hash,
             generated=self._recipe.data.generated,
-            context=self._seq_len,
+            context=self.seq_len,
             seed=self._recipe.seed,
         )
 
@@ -132,7 +132,7 @@ class RunData:
             columns=self._recipe.data.model_dump(include=names) | count | self._windows,
             inputs=self.dense.input_key,
             task=self.model_settings,
-            seq_len=self._seq_len,
+            seq_len=self.seq_len,
             seed=self._recipe.seed,
         )
 
@@ -150,7 +150,7 @@ class RunData:
             inputs=self.dense.input_key,
             model=self.model_settings,
             seed=self._recipe.seed,
-            seq_len=self._seq_len,
+            seq_len=self.seq_len,
         )
 
     @property
@@ -175,7 +175,7 @@ class RunData:
             prompts=[recipe.model.prompt_of_queries, recipe.model.prompt_of_passages],
             dimensions=recipe.model.dimensions,
             seed=recipe.seed,
-            seq_len=self._seq_len,
+            seq_len=self.seq_len,
         )
 
     @functools.cached_property
@@ -299,7 +299,7 @@ class RunData:
     ) -> list[Batch]:
         """Inputs that the model's graph takes, whether or not the tokenizer gives just these."""
         wanted = input_names(self.dense.model)
-        batches = self._task.encode(EvaluationSet(rows, self.dense.processor, self._seq_len, batch_size, pad_to))
+        batches = self._task.encode(EvaluationSet(rows, self.dense.processor, self.seq_len, batch_size, pad_to))
         return [fitted(batch, wanted) for batch in batches]
 
     def evaluation_set(self, variant: Variant) -> EvaluationSet:
@@ -321,13 +321,15 @@ class RunData:
         static = recipe.export.shapes == "static"
         # llama.cpp reads one text after the other, and logits of all tokens of many would fill the memory.
         as_served = as_served or static or recipe.environment.runs_gguf
-        at_once = max(1, min(BATCH_SIZE, TOKENS_AT_ONCE // self._seq_len)) if self._task.is_causal else BATCH_SIZE
+        at_once = max(1, min(BATCH_SIZE, TOKENS_AT_ONCE // self.seq_len)) if self._task.is_causal else BATCH_SIZE
+        served = recipe.environment.workload.batch_size
         return EvaluationSet(
             rows,
             self.dense.processor,
-            self._seq_len,
-            recipe.environment.workload.batch_size if as_served else at_once,
-            self._seq_len if static else None,
+            self.seq_len,
+            # Windows of text are longer than prompts, and have logits at every token: no more of them than fit.
+            (min(served, at_once) if self._task.is_causal else served) if as_served else at_once,
+            self.seq_len if static else None,
         )
 
     @functools.cached_property
@@ -356,7 +358,7 @@ class RunData:
             return self.encode(rows)
         size = recipe.environment.workload.batch_size
         # Encoding sorts by length and drops repeated texts: cut before it, look at what came out after it.
-        batches = self.encode(rows[: len(rows) // size * size] or rows, size, self._seq_len)
+        batches = self.encode(rows[: len(rows) // size * size] or rows, size, self.seq_len)
         return [batch for batch in batches if _count(batch) == size] or [filled_up(batches[0], size)]
 
     def count_tokens(self) -> int:
@@ -371,7 +373,7 @@ class RunData:
     @functools.cached_property
     def examples(self) -> Examples:
         """Training examples, encoded once for all members."""
-        rows = self._task.examples(self.train_rows, self.dense.processor, self._seq_len)
+        rows = self._task.examples(self.train_rows, self.dense.processor, self.seq_len)
         return Examples(rows, self._task, self.dense.processor)
 
 

@@ -148,7 +148,8 @@ def _example(run: Run) -> dict[str, np.ndarray]:
     """Inputs of a call: one example, or as many as static shapes hold, perhaps one again and again."""
     recipe = run.recipe
     size = recipe.environment.workload.batch_size if recipe.export.shapes == "static" else 1
-    one = run.data.encode(run.data.calibration_rows[:1], 1, recipe.environment.workload.seq_len)[0]
+    filled = None if run.task.is_causal else recipe.environment.workload.seq_len  # windows of text are full
+    one = run.data.encode(run.data.calibration_rows[:1], 1, filled)[0]
     return {name: value.numpy() for name, value in filled_up(one, size).items()}
 
 

@@ -71,13 +71,20 @@ def check_task(recipe: Recipe) -> None:
                 f"expected no export.gguf, genai and stock_optimum for {recipe.model.task}, found one: such files are "
                 "those of causal language models; leave the field out"
             )
+        _check_no_windows(recipe)
         return
     if weight_only and export.cache_form == "portable":
         raise RecipeError(
             f"expected export.cache_form onnxruntime for {weight_only[0]}, found portable: weight-only linears are "
             "MatMulNBits, an operator of ONNX Runtime alone; change one of them"
         )
-    if recipe.compress.int8.mixed and recipe.compress.makes_int8 and recipe.data.evaluation is None:
+    if weight_only and not recipe.compress.makes_int8:
+        raise RecipeError(
+            f"expected int8 among compress.variants for {weight_only[0]}, found "
+            f"{[str(variant) for variant in recipe.compress.variants]}: no file would have such linears; add it, or "
+            "leave the field out"
+        )
+    if recipe.compress.int8.mixed and recipe.data.evaluation is None:
         raise RecipeError(
             "expected data.evaluation for compress.int8.mixed, found none: how fast a mixture may be is what "
             "compress.int8.max_loss allows; name text to evaluate on, or leave the field out"
@@ -92,15 +99,13 @@ def check_task(recipe: Recipe) -> None:
             "expected export.genai or export.stock_optimum, found both: onnxruntime-genai reads the heads of each "
             "layer where stock optimum needs them open; make two runs, or export one of them in Python (exporters)"
         )
-    on_llama_cpp = recipe.environment.runs_gguf
-    made = [name for name in BASELINES if get_baseline(name).of_causal and not on_llama_cpp]
+    _check_causal_baselines(recipe)
     asked = {
         "export.shapes": (recipe.export.shapes, "dynamic"),
         "dense.train": (recipe.dense.train, False),
         "compress.variants": ([str(variant) for variant in recipe.compress.variants if variant != Variant.INT8], []),
         "compress.int8.method": (recipe.compress.int8.method, "dynamic"),
         "compress.int8.backend": (recipe.compress.int8.backend, "onnxruntime"),
-        "benchmark.baselines": (list(recipe.benchmark.baselines or ()), made),
     }
     _check_causal_engines(recipe)
     for name, (found, possible) in asked.items():
@@ -108,6 +113,32 @@ def check_task(recipe: Recipe) -> None:
             raise RecipeError(
                 f"expected {name} {possible} for {recipe.model.task}, found {found}: nothing else is made for causal "
                 "language models yet; change the recipe"
+            )
+
+
+def _check_no_windows(recipe: Recipe) -> None:
+    """Refuse what is said about windows of text where examples are texts of their own."""
+    asked = {
+        "data.context": recipe.data.context,
+        "data.stride": recipe.data.stride,
+        "prune.search.context": recipe.prune.search.context,
+        "profile.stack_megabytes": recipe.profile.stack_megabytes,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise RecipeError(
+                f"expected no {name} for {recipe.model.task}, found {value}: it is about windows of text, and calls "
+                "with a cache, of text-generation; leave it out"
+            )
+
+
+def _check_causal_baselines(recipe: Recipe) -> None:
+    made = [name for name in BASELINES if get_baseline(name).of_causal and not recipe.environment.runs_gguf]
+    for name in recipe.benchmark.baselines or ():
+        if name not in made:
+            raise RecipeError(
+                f"expected benchmark.baselines among {made} for {recipe.model.task}, found {name}: nothing else is "
+                "made for causal language models yet; leave it out"
             )
 
 
@@ -304,7 +335,7 @@ def _check_recovery(run: Run) -> None:
             "recover.lora out"
         )
     if config.teacher is not None:
-        check_teacher(run.teacher_model, run.dense.model, config, run.recipe.environment.workload.seq_len)
+        check_teacher(run.teacher_model, run.dense.model, config, run.data.seq_len)
 
 
 def _labelled(run: Run) -> bool:

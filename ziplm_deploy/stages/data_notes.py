@@ -117,7 +117,7 @@ def _lengths(run: Run, rows: list[dict[str, Any]], key: str) -> TokenLengths | N
     counts = run.task.token_lengths(rows, run.dense.processor)
     if not counts:
         return None
-    limit = length_limit(run.dense.processor, run.recipe.environment.workload.seq_len)
+    limit = length_limit(run.dense.processor, run.data.seq_len)
     return TokenLengths.of(counts, limit, key, are_cut=run.task.cuts_texts)
 
 
@@ -157,14 +157,12 @@ def _overlap_note(run: Run, evaluation: list[dict[str, Any]], calibration: list[
     """Which other data hold examples of the evaluation, and how many."""
     others = {"calibration": calibration}
     if _trains(run):
-        others["training"] = run.data.raw_train_rows
-    wanted = run.task.inputs(evaluation)
+        others["training"] = run.data.train_rows if run.task.is_causal else run.data.raw_train_rows
     parts = []
     for name, rows in others.items():
-        seen = set(run.task.inputs(rows))
-        shared = sum(each in seen for each in wanted)
+        shared, among = run.task.shared(evaluation, rows)
         if shared:
-            parts.append(f"{shared:,} of {len(wanted):,} evaluation examples stand in the {name} data, too")
+            parts.append(f"{shared:,} of {among:,} evaluation examples stand in the {name} data, too")
     if not parts:
         return None
     return f"{'; '.join(parts)}: scores on examples that were seen before promise too much for others"

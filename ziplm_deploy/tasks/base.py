@@ -207,6 +207,11 @@ class Task(ABC):
         """What of the rows a model sees, as something hashable: rows of two data sets with the same are the same."""
         return [tuple(sorted((name, str(value)) for name, value in row.items())) for row in self.unlabelled(rows)]
 
+    def shared(self, rows: list[Row], others: list[Row]) -> tuple[int, int]:
+        """How many inputs of the rows are inputs of others, too; and of how many."""
+        seen, own = set(self.inputs(others)), self.inputs(rows)
+        return sum(each in seen for each in own), len(own)
+
     @abstractmethod
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         """Training examples, one a row and in the rows' order, with labels by :attr:`label_names` if the rows have any.

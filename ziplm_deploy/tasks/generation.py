@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ziplm_deploy.errors import DataError
@@ -20,6 +21,7 @@ from ziplm_deploy.tasks.metrics import Floats, Metric, ratio_of_sums
 from ziplm_deploy.tasks.outcomes import Outcomes
 
 CONTEXT = 512  # tokens of a window, where the model takes as many
+SPAN = 32  # tokens in a row by which text is known again, wherever windows begin
 MIN_WINDOW = 2  # tokens: the second is the first that anything predicts
 FEATURES_PER_ROW = 16  # positions compared a window: vocabulary-wide logits are large
 
@@ -85,6 +87,13 @@ class TextGeneration(Task):
         count = data.n_examples(which, len(windows))
         drawn = sample_rows(windows, count, seed, field=f"n_{which}", shuffle=which != "evaluation")
         return windows[: len(drawn)] if which == "evaluation" else drawn  # the first ones, as perplexities are given
+
+    def shared(self, rows: list[Row], others: list[Row]) -> tuple[int, int]:
+        """Windows of which at least half the spans of tokens stand in other windows, wherever; and all windows."""
+        known = [_spans(row["input_ids"]) for row in others]
+        seen = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
+        spans = [_spans(row["input_ids"]) for row in rows]
+        return sum(bool(len(each)) and bool(np.isin(each, seen).mean() >= 0.5) for each in spans), len(rows)
 
     def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
         """Tokens of every window."""
@@ -209,6 +218,16 @@ def _spread(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _examples(rows: list[Row]) -> list[Example]:
     return [{"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+
+
+def _spans(ids: list[int]) -> NDArray[np.uint64]:
+    """A number for every ``SPAN`` tokens in a row; of a shorter window one for all of it."""
+    tokens = np.array(ids, np.uint64) + np.uint64(1)
+    span = min(SPAN, len(tokens))
+    found = np.zeros(len(tokens) - span + 1, np.uint64)
+    for place in range(span):  # a polynomial of the tokens, modulo 2**64
+        found = found * np.uint64(6364136223846793005) + tokens[place : place + len(found)]
+    return found
 
 
 def _stream(rows: list[Row], processor: Any) -> list[int]:

@@ -60,6 +60,8 @@ class CachedModel:
     """
 
     def __init__(self, session: Any, batch_size: int, max_length: int) -> None:
+        if not hasattr(session, "get_modelmeta"):
+            raise RuntimeError("causal language models with a cache run in onnxruntime only; choose that engine")
         import onnxruntime
 
         reason = too_old(session, onnxruntime.__version__)
@@ -131,22 +133,31 @@ class CachedModel:
         self.lengths = np.full(self.batch_size, length, np.int64)
         if not self.in_place:
             self._fill(length)
-        binding = self._bound(ids, np.full(self.batch_size, ids.shape[1], np.int64))
-        return lambda: self.session.run_with_iobinding(binding)
+        binding, held = self._bound(ids, np.full(self.batch_size, ids.shape[1], np.int64))
+
+        def run() -> None:
+            assert held  # they live as long as this
+            self.session.run_with_iobinding(binding)
+
+        return run
 
     def _run(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        binding = self._bound(ids, counts)
+        binding, _held = self._bound(ids, counts)
         self.session.run_with_iobinding(binding)
         found = dict(zip(self.names, binding.get_outputs()))  # noqa: B905 (Python 3.8)
         if not self.in_place:
             self.cache = {name: found[name] for name in self.cache}
         return np.asarray(found["logits"].numpy())
 
-    def _bound(self, ids: np.ndarray, counts: np.ndarray) -> Any:
-        """Inputs and outputs of a call."""
+    def _bound(self, ids: np.ndarray, counts: np.ndarray) -> tuple[Any, list[Any]]:
+        """Inputs and outputs of a call, and what owns the memory of the inputs: not every release keeps that alive."""
         binding = self.session.io_binding()
+        held: list[Any] = list(self.cache.values())
         for name, value in self._inputs(ids, counts).items():
-            binding.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(value))
+            array = np.ascontiguousarray(value)
+            bound = self.ort.OrtValue.ortvalue_from_numpy(array)
+            held += [array, bound]
+            binding.bind_ortvalue_input(name, bound)
         for name in self.names:
             if name not in self.cache:
                 binding.bind_output(name, "cpu")
@@ -156,7 +167,7 @@ class CachedModel:
                 binding.bind_ortvalue_output(name, self.cache[name])
             else:
                 binding.bind_output(name, "cpu")
-        return binding
+        return binding, held
 
     def _inputs(self, ids: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         tokens = ids.shape[1]

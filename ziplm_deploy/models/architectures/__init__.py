@@ -66,7 +66,8 @@ def why_not(config: PretrainedConfig) -> str | None:
     if getattr(config, "add_cross_attention", False):
         return f"a {model_type} with cross-attention (add_cross_attention: true)"
     positions = getattr(config, "position_embedding_type", "absolute")
-    if positions not in (None, "absolute"):
+    is_rotary = ARCHITECTURES[model_type].rotates and positions in ("rope", "rotary")
+    if positions not in (None, "absolute") and not is_rotary:
         return f"a {model_type} with position_embedding_type {positions!r}: its attention scores depend on the head"
     if getattr(config, "chunk_size_feed_forward", 0):
         return f"chunk_size_feed_forward {config.chunk_size_feed_forward}: set it to 0, it only saves training memory"
@@ -84,6 +85,13 @@ def _settings_reason(config: PretrainedConfig) -> str | None:
         if getattr(config, name, known[0]) not in known:
             why = architecture.why_refused.get(name, "its blocks are other ones")
             return f"a {config.model_type} with {name} {getattr(config, name)!r}: {why}"
+    for name, native in architecture.renamed.items():
+        found, own = getattr(config, name, None), getattr(config, native, None)
+        if found is not None and found != own:
+            return (
+                f"a {config.model_type} with {name} {found!r}, as code of its own reads it, where transformers reads "
+                f"{native}, here {own!r}: write {native} into config.json"
+            )
     size = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if size != config.hidden_size:
         return f"a {config.model_type} with embeddings of {size} for a hidden size of {config.hidden_size}"

@@ -26,6 +26,7 @@ class CausalPaths:
     query_norm: str | None = None  # relative to `attention`; over each head
     key_norm: str | None = None
     parallel: str | None = None  # setting that has attention and FFN read the same input
+    has_window: bool = False  # `sliding_window` of its configuration means something; others keep it as they keep all
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Architecture:
     ffn_gate: str | None = None  # as well: its row j is multiplied with row j of the first
     ffn_fused: bool = False  # no linear of its own for that: `ffn_input` computes all columns, then all their factors
     ffn_output: str = "output.dense"
+    rotates: bool = False  # rotary positions, by whichever name the configuration has for them
     ffn_residual: str = "intermediate"  # its first input is what the FFN's output is added to
     attention_norm: str | None = None  # LayerNorm before the block (pre-LN): nobody reads it if the block is dropped
     ffn_norm: str | None = None
@@ -71,6 +73,7 @@ class Architecture:
     variant: Callable[[Any], Architecture] | None = None  # of a configuration whose layers have other parts
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # settings whose other values change blocks
     why_refused: Mapping[str, str] = field(default_factory=dict)  # more of those settings, in words
+    renamed: Mapping[str, str] = field(default_factory=dict)  # settings of original code, and what they are called now
     in_optimum: bool = True  # a release of transformers that optimum-onnx can be installed with has the type
 
     @property

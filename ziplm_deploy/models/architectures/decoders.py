@@ -106,9 +106,9 @@ _GPT_NEOX = Architecture(
 
 DECODERS = (
     _LLAMA,
-    replace(_LLAMA, model_type="mistral"),
-    replace(_LLAMA, model_type="qwen2"),
-    replace(_LLAMA, model_type="qwen3", causal=CausalPaths(query_norm="q_norm", key_norm="k_norm")),
+    replace(_LLAMA, model_type="mistral", causal=CausalPaths(has_window=True)),
+    replace(_LLAMA, model_type="qwen2", causal=CausalPaths(has_window=True)),
+    replace(_LLAMA, model_type="qwen3", causal=CausalPaths(query_norm="q_norm", key_norm="k_norm", has_window=True)),
     _GPT2,
     _OPT,
     _GPT_NEOX,

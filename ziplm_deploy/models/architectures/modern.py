@@ -67,6 +67,15 @@ _NOMIC_BERT = Architecture(
     ffn_residual="mlp",
     shared_inputs=("attention_mask", "position_embeddings"),
     layer_returns_tuple=False,
+    rotates=True,
+    renamed={
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers",
+        "n_positions": "max_position_embeddings",
+        "layer_norm_epsilon": "layer_norm_eps",
+    },
 )
 _EUROBERT = replace(
     _NOMIC_BERT,
@@ -75,6 +84,7 @@ _EUROBERT = replace(
     attention_norm="input_layernorm",
     ffn_norm="post_attention_layernorm",
     config_kv_heads="num_key_value_heads",
+    renamed={"clf_pooling": "classifier_pooling"},
 )
 _JINA_V3 = replace(_NOMIC_BERT, model_type="jina_embeddings_v3", ffn_input="fc1", ffn_gate=None, ffn_output="mlp.fc2")
 # Of transformers 5; older ones would have to run code of the checkpoint.
