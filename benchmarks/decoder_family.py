@@ -343,12 +343,13 @@ def merge(paths: list[Path], output: Path | None) -> None:
     """One result from runs of single seeds with the same options."""
     parts = [json.loads(path.read_text("utf-8")) for path in paths]
     asked = [{key: value for key, value in part["settings"]["options"].items() if key != "seeds"} for part in parts]
-    if any(each != asked[0] for each in asked):
-        sys.exit(f"expected runs with the same options but for --seeds, found {asked}; run them again")
+    seeds = [seed for part in parts for seed in part["settings"]["options"]["seeds"]]
+    texts = {part["settings"]["trained_on"] for part in parts}
+    if any(each != asked[0] for each in asked) or len(texts) > 1 or len(set(seeds)) < len(seeds):
+        sys.exit(f"expected runs alike but for their --seeds, found {asked} on {texts}, seeds {seeds}; run them again")
     windows = Windows.joined([part["settings"]["windows"] for part in parts])
     rows = [row for part in parts for row in part["rows"]]
     about = {key: value for part in parts for key, value in part["settings"]["of_seeds"].items()}
-    seeds = [seed for part in parts for seed in part["settings"]["options"]["seeds"]]
     options = argparse.Namespace(**asked[0], seeds=seeds)
     commits = [{key: part[key] for key in ("commit", "date", "machine")} for part in parts]
     settings = parts[0]["settings"] | {"options": vars(options), "of_seeds": about, "runs": commits}

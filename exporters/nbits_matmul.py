@@ -79,19 +79,28 @@ def round_blocks(weight: NDArray[np.float32], bits: int) -> BlockWeights:
     limit = 2 ** (bits - 1)
     filled = np.pad(weight.astype(np.float32, copy=False), ((0, 0), (0, -n_inputs % BLOCK_SIZE)))
     blocks = filled.reshape(n_outputs, -1, BLOCK_SIZE)  # [out, blocks, block]
-    places = np.abs(blocks).argmax(axis=-1, keepdims=True)
-    scales = np.take_along_axis(blocks, places, axis=-1) / np.float32(-limit)  # [out, blocks, 1]
+    scales = block_scales(blocks, bits)[..., None]  # [out, blocks, 1]
     ratios = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales != 0)
     integers = (ratios.round() + limit).clip(0, 2 * limit - 1).astype(np.uint8)
     return BlockWeights(integers, scales[..., 0], n_inputs, bits)
 
 
-def to_nbits_matmul(model: onnx.ModelProto, bits: Mapping[str, int]) -> None:
+def block_scales(blocks: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Scale of each block, float32 [...], of weights ``[..., block]``; 0 where all of them are."""
+    places = np.abs(blocks).argmax(axis=-1, keepdims=True)
+    scales: NDArray[np.float32] = np.take_along_axis(blocks, places, axis=-1)[..., 0] / np.float32(-(2 ** (bits - 1)))
+    return scales
+
+
+def to_nbits_matmul(
+    model: onnx.ModelProto, bits: Mapping[str, int], rounded: Mapping[str, BlockWeights] | None = None
+) -> None:
     """Put MatMulNBits in place of products with constant weights, in place.
 
     Args:
         bits: 8 or 4 by the name of each node: a MatMul, or the Gemm of a head. The new ones are called
             ``<path>/MatMul_quant``; a Gemm's bias becomes an Add behind it.
+        rounded: by the name of a node what its weight was rounded to; by default :func:`round_blocks`.
 
     Weights that nothing reads any more stay until the caller drops them. Metadata of the model, if it has any, then say
     which operator and which release of ONNX Runtime it needs.
@@ -115,7 +124,8 @@ def to_nbits_matmul(model: onnx.ModelProto, bits: Mapping[str, int]) -> None:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         copied = onnx.NodeProto.FromString(node.SerializeToString())  # the graph's own go below
-        nodes += _replaced(model.graph, copied, weights, bits[node.name]) if node.name in bits else [copied]
+        known = (rounded or {}).get(node.name)
+        nodes += _replaced(model.graph, copied, weights, bits[node.name], known) if node.name in bits else [copied]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     if DOMAIN not in {item.domain for item in model.opset_import}:
@@ -125,7 +135,11 @@ def to_nbits_matmul(model: onnx.ModelProto, bits: Mapping[str, int]) -> None:
 
 
 def _replaced(
-    graph: onnx.GraphProto, node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], bits: int
+    graph: onnx.GraphProto,
+    node: onnx.NodeProto,
+    weights: Mapping[str, onnx.TensorProto],
+    bits: int,
+    known: BlockWeights | None,
 ) -> list[onnx.NodeProto]:
     is_gemm = node.op_type == "Gemm"
     constant = weights.get(node.input[1]) if node.op_type in ("MatMul", "Gemm") else None
@@ -136,7 +150,13 @@ def _replaced(
             f"another {node.op_type}; choose linears of a float32 file"
         )
     array = numpy_helper.to_array(constant)
-    rounded = round_blocks(array if transposed else array.T, bits)
+    weight = array if transposed else array.T  # [out, in]
+    rounded = round_blocks(weight, bits) if known is None else known
+    if (len(rounded.scales), rounded.n_inputs, rounded.bits) != (*weight.shape, bits):
+        raise ExportError(
+            f"expected {bits}-bit integers of a weight {weight.shape} for {node.name}, found those of another: "
+            f"{(len(rounded.scales), rounded.n_inputs)} in {rounded.bits} bits; round it again"
+        )
     path = node.name.rpartition("/")[0]
     name, product = f"{path}/MatMul_quant", node.output[0]
     tensors = [

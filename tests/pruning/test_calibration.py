@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.models import MODEL_TYPES, tiny_inputs, tiny_model
+from tests.helpers.models import MODEL_TYPES, tiny_causal_model, tiny_inputs, tiny_model
 from ziplm_deploy.errors import DataError, NumericalError, UsageError
 from ziplm_deploy.models.modules import output_linear, prunable_modules
 from ziplm_deploy.pruning.calibration import collect_statistics, iter_statistics, module_groups, statistics_bytes
@@ -42,6 +44,31 @@ def test_moments_equal_the_inputs_moments(model_type: str) -> None:
         assert found.n_tokens == len(x)
         torch.testing.assert_close(found.hessian, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_moments_of_language_models_are_those_of_their_tokens(model_type: str) -> None:
+    """OPT lays out what enters an FFN without batches."""
+    model = tiny_causal_model(model_type)
+    ids = torch.arange(3, 27).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    modules = prunable_modules(model)
+    stats = collect_statistics(model, [{"input_ids": ids, "attention_mask": mask}], modules, memory_limit_bytes=PLENTY)
+    for module in modules:
+        (seen,) = seen_by(output_linear(model, module), model, ids, mask)
+        x = seen.reshape(24, -1)[mask.flatten() == 1].double()
+        assert stats[module.name].n_tokens == len(x) == 20
+        torch.testing.assert_close(stats[module.name].hessian, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+
+
+def seen_by(linear: Any, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    handle.remove()
+    return seen
 
 
 def test_padding_does_not_count() -> None:

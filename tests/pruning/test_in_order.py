@@ -33,7 +33,7 @@ from ziplm_deploy.pruning.reconstruction import reconstruct
 from ziplm_deploy.recipe import PruneConfig
 
 Batch = dict[str, torch.Tensor]
-CAUSAL = ("llama", "gpt2", "gpt_neox", "qwen3")
+CAUSAL = ("llama", "gpt2", "opt", "gpt_neox", "qwen3")
 SIZES = {"0.attention": 1, "0.ffn": 24, "1.attention": 0, "1.ffn": 9, "2.ffn": 0}  # all else stays whole
 
 

@@ -264,6 +264,7 @@ OF_CAUSAL_MODELS = {
     "benchmark.engines",
     "compress.int8.weight_only_4",
     "compress.int8.mixed",
+    "compress.int8.smooth",
     *("data.context", "data.stride", "prune.search.context", "profile.stack_megabytes"),
     "data.generated",  # what it repeats: test_pipeline_self_data
 }

@@ -20,7 +20,7 @@ from tests.helpers.pipeline import causal_recipe, save_causal, written_again
 from ziplm_deploy import load_runner
 from ziplm_deploy.compression.int8.quantize import quantized_linears
 from ziplm_deploy.compression.int8.weight_only import weight_only_linears
-from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.compression.records import Int8Record, LinearRanking
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import DataError, RecipeError
 from ziplm_deploy.latency.record import BenchmarkRecord
@@ -226,7 +226,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = {"mode": "one-shot", "max_steps": 40, "batch_size": 4, "learning_rate": 2e-3, "task_weight": 0.1}
     compress = {"variants": ["int8"], "int8": {"max_loss": 0.02, "weight_only_4": ["*.feed_forward.up"]}}
     search = {"search": {"context": 8}}
-    benchmark = {"baselines": ["torch"]}
+    benchmark = {"baselines": ["torch", "dense-trained-on"]}
     changes = {"recover": training, "compress": compress, "prune": search, "benchmark": benchmark}
     run_pipeline(parse_recipe(causal_recipe(folder, **changes)))
     return folder / "runs" / "tiny"
@@ -235,9 +235,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_requests_are_compared_with_those_in_torch(trained: Path) -> None:
     report = FamilyReport.load(trained / "report.json")
-    assert [baseline.name for baseline in report.baselines] == ["torch"]
-    requests = [[call.seq_len for call in each.calls] for each in (report.baselines[0], report.members[0].served)]
-    assert requests[0] == requests[1]
+    assert {baseline.name for baseline in report.baselines} == {"torch", "dense-trained-on"}
+    for baseline in report.baselines:
+        requests = [[call.seq_len for call in each.calls] for each in (baseline, report.members[0].served)]
+        assert requests[0] == requests[1]
+    assert not any("add dense-trained-on" in note for note in report.notes)
     assert all(file.over_torch is not None for member in report.members for file in member.files)
 
 
@@ -280,6 +282,23 @@ def test_int8_files_are_scored_as_they_are(trained: Path) -> None:
     assert after["divergence"] != before["divergence"]
     names = {variant.name for variant in BenchmarkRecord.load(trained / "benchmark.json").variants}
     assert {"dense", "dense int8", "1.5x", "1.5x int8"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox", "qwen3"])
+def test_every_type_goes_the_whole_way(model_type: str, tmp_path: Path) -> None:
+    """Pruned, exported, in INT8, timed, scored and reported; what tensors look like inside differs between them."""
+    save_causal(tmp_path, model_type)
+    compress = {"variants": ["int8"], "int8": {"max_loss": 0.5}}
+    report = run_pipeline(parse_recipe(causal_recipe(tmp_path, compress=compress, benchmark={"baselines": []})))
+    assert [[file.file for file in member.files] for member in report.members] == [
+        ["model.onnx", "model_int8.onnx"]
+    ] * 2
+    assert all(np.isfinite(file.accuracy["inverse_perplexity"]) for each in report.members for file in each.files)
+    ranking = LinearRanking.load(tmp_path / "runs" / "tiny" / "compression" / "1.5x" / "linears.json")
+    assert set(ranking.smoothing) <= {"ffn", "attention", "norms"}
+    record = Int8Record.load(tmp_path / "runs" / "tiny" / "compression" / "1.5x" / "int8.json")
+    assert record.smoothing == ranking.smoothing
 
 
 def test_too_little_text_to_train_on_is_found_at_once(tmp_path: Path) -> None:

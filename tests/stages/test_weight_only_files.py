@@ -6,17 +6,28 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from onnx import numpy_helper
 
+from exporters.names import linear_of
 from tests.helpers.decoder_models import skip_in_old_engine
 from tests.helpers.pipeline import causal_recipe, raw_recipe, save_causal
+from ziplm_deploy.compression.int8.causal import linear_groups
+from ziplm_deploy.compression.int8.fake_quant import quantizable_linears
 from ziplm_deploy.compression.int8.forms import Form
+from ziplm_deploy.compression.int8.gptq import gptq_blocks, input_moments
 from ziplm_deploy.compression.int8.linear_times import LinearTimes
 from ziplm_deploy.compression.int8.quantize import linear_names, quantized_linears
 from ziplm_deploy.compression.int8.settings import Int8Settings
+from ziplm_deploy.compression.int8.smoothing import smooth_as_chosen
 from ziplm_deploy.compression.int8.weight_only import weight_only_linears
-from ziplm_deploy.compression.records import Int8Record, facts_of, int8_note, spared_from_int8
+from ziplm_deploy.compression.onnx_graphs import load_onnx
+from ziplm_deploy.compression.records import Int8Record, LinearRanking, facts_of, int8_note, spared_from_int8
 from ziplm_deploy.errors import RecipeError, UsageError
+from ziplm_deploy.models.causal_parts import causal_parts
+from ziplm_deploy.models.member_files import load
 from ziplm_deploy.pipeline import begin
 from ziplm_deploy.recipe import Variant, parse_recipe
 from ziplm_deploy.run.run import Run
@@ -24,6 +35,7 @@ from ziplm_deploy.stages import quantize as quantize_stage
 from ziplm_deploy.stages.checks import check_task
 from ziplm_deploy.stages.export import export_dense
 from ziplm_deploy.stages.quantize import quantize_file
+from ziplm_deploy.stages.round_weights import watched_batches
 
 pytestmark = pytest.mark.transformers
 
@@ -91,6 +103,61 @@ def test_a_mixture_has_the_forms_that_its_record_names(folder: Path) -> None:
     assert strict.mixture is not None
     assert strict.mixture.ms >= record.mixture.ms
     assert len(strict.scores) > 1 or strict.within_budget
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+def test_a_file_has_the_weights_that_were_smoothed_and_rounded(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused queries, keys and values, of GPT-NeoX in another order, and a tied head among them."""
+    save_causal(tmp_path, model_type, tie_word_embeddings=True)
+    inner = quantize_stage.ranked_linears
+
+    def ranked(*args: Any) -> LinearRanking:
+        found = inner(*args)
+        every = [row.model_copy(update={"gptq": True}) for row in found.linears]
+        return found.model_copy(update={"linears": every, "smoothing": {"norms": 0.7}})
+
+    monkeypatch.setattr(quantize_stage, "ranked_linears", ranked)
+    asked = ["*.feed_forward.up", "*.attention.*", "head"]
+    record, onnx = made(tmp_path, max_loss=0.9, weight_only_4=asked, embeddings=False)
+    assert record.smoothing == {"norms": 0.7}
+    with begin(parse_recipe(causal_recipe(tmp_path, compress={"variants": ["int8"]}))) as run:
+        model = load(run.dense_member.folder)
+        smooth_as_chosen(model, watched_batches(run), record.smoothing)
+        moments = dict(input_moments(model, watched_batches(run), quantizable_linears(model), 10**9))
+    parts, held = causal_parts(model), weights_of(onnx)
+    names = set(linear_names(onnx.with_name("model.onnx")))
+    assert {"head", "layers.1.feed_forward.up"} <= set(weight_only_linears(onnx)) <= names
+    for name, integers in held.items():
+        rows = rows_of(parts, name)
+        path = linear_groups(model, [name])[name][0]
+        expected = gptq_blocks(rows.detach().numpy(), moments[path], 4)
+        same = (integers == expected.packed).mean()
+        assert same > 0.999, name  # but for one that lies between two integers
+    monkeypatch.setattr(quantize_stage, "rounded_in_file", lambda *args: {})
+    made(tmp_path, max_loss=0.8, weight_only_4=asked, embeddings=False)
+    assert any((weights_of(onnx)[name] != integers).mean() > 0.01 for name, integers in held.items())
+
+
+def weights_of(onnx: Path) -> dict[str, np.ndarray]:
+    """Integers of the 4-bit linears of a file, by name."""
+    graph = load_onnx(onnx).graph
+    tensors = {item.name: item for item in graph.initializer}
+    found = {linear_of(node.name): node for node in graph.node if node.op_type == "MatMulNBits"}
+    return {str(name): numpy_helper.to_array(tensors[node.input[1]]) for name, node in found.items()}
+
+
+def rows_of(parts: Any, name: str) -> torch.Tensor:
+    """Weight ``[out, in]`` of a linear of a file, in torch."""
+    if name == "head":
+        return parts.embedding if parts.head is None else parts.head.weight
+    _, index, block, kind = name.split(".")
+    part = getattr(parts.layers[int(index)], block)
+    if kind == "qkv":
+        return torch.cat([part.query.weight, part.key.weight, part.value.weight])
+    weight: torch.Tensor = getattr(part, kind).weight
+    return weight
 
 
 def test_other_milliseconds_make_another_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,6 +264,8 @@ def test_text_is_known_again_wherever_windows_begin() -> None:
     assert TASK.shared(own, windows(stream[77:], 333)) == (9, 10), "the last is cut off there"
     assert TASK.shared(own, windows(stream[1000:], 100)) == (5, 10)
     assert TASK.shared(own, windows(stream[::-1], 200)) == (0, 10)
+    short = windows(stream, 16)
+    assert TASK.shared(short, windows(stream[5:], 100))[0] > 100, "windows shorter than a span"
     assert TASK.shared(own, []) == (0, 10)
 
 

@@ -23,6 +23,7 @@ class LinearSensitivity(BaseModel):
     weight_outliers: float
     # divergence in each form, where the recipe asks for a mixture
     by_form: dict[str, float] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    gptq: bool = Field(False, exclude_if=lambda found: not found)  # rounds its 4-bit weights better than to the nearest
 
 
 class LinearMixture(BaseModel):
@@ -39,6 +40,8 @@ class LinearRanking(Artifact):
     KIND: ClassVar[str] = "linear_ranking"
 
     linears: list[LinearSensitivity]
+    # by kind of place, how strongly inputs are made alike before: of the linears above, too
+    smoothing: dict[str, float] = Field(default_factory=dict, exclude_if=lambda found: not found)
 
 
 class Int8Record(Artifact):
@@ -69,6 +72,7 @@ class Int8Record(Artifact):
     sensitivities: list[LinearSensitivity]  # the most sensitive first
     ruined_by_outliers: list[str]
     training: TrainingRecord | None = None
+    smoothing: dict[str, float] = Field(default_factory=dict, exclude_if=lambda found: not found)
     # where forms were chosen by milliseconds
     mixture: LinearMixture | None = Field(None, exclude_if=lambda mixture: mixture is None)
 
@@ -171,6 +175,8 @@ def facts_of(sparsity: SparsityRecord | None, int8: Int8Record | None) -> dict[s
         for bits in sorted(set(int8.weight_only.values()), reverse=True):
             count = list(int8.weight_only.values()).count(bits)
             facts[f"weight-only {bits}-bit"] = f"{count} of {int8.n_linears} linears"
+        if int8.smoothing:
+            facts["smoothed inputs"] = ", ".join(f"{kind} {strength:g}" for kind, strength in int8.smoothing.items())
         if int8.mixture is not None:
             ms = int8.mixture
             facts["forms by ms"] = f"linears {ms.ms:.1f} ms; INT8 {ms.int8_ms:.1f}, float32 {ms.float32_ms:.1f}"

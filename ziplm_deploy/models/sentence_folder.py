@@ -73,9 +73,9 @@ def _with_settings(whole: dict[str, Any], settings: ModelConfig, own: SentenceMo
         changes |= {"prompts": {**prompts, name: settings.prompt}, "default_prompt_name": name}
     elif not settings.prompt and default is not None and prompts.get(default):
         changes["default_prompt_name"] = None
-    asked = {"query": settings.query_prompt, "document": settings.passage_prompt}
+    asked = {"query": settings.prompt_of_queries, "document": settings.prompt_of_passages}
     # Also where the files say passage or corpus: encode_document() looks for document, which it always finds.
-    others = {name: text for name, text in asked.items() if text is not None and text != (prompts.get(name) or "")}
+    others = {name: text for name, text in asked.items() if text != (prompts.get(name) or "")}
     if others:
         changes["prompts"] = {**changes.get("prompts", prompts), **others}
     if settings.similarity != "cosine" or whole.get("similarity_fn_name"):

@@ -13,7 +13,7 @@ from ziplm_deploy.errors import UsageError
 from ziplm_deploy.models.modules import PrunableModule, output_linear
 from ziplm_deploy.progress import StepProgress
 from ziplm_deploy.pruning.moments import InputMoments, Moments, moments_bytes
-from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.batching import Batch, rows_that_count
 
 
 def collect_statistics(
@@ -114,7 +114,7 @@ def _run(model: nn.Module, batches: list[Batch], moments: dict[str, _Moments], b
     def hook_of(sums: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()  # [B, S, d]
-            sums.add(x[mask] if mask is not None else x.reshape(-1, x.shape[-1]))
+            sums.add(rows_that_count(x, mask) if mask is not None else x.reshape(-1, x.shape[-1]))
 
         return hook
 

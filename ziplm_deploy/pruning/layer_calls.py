@@ -25,7 +25,7 @@ from ziplm_deploy.models.modules import (
 )
 from ziplm_deploy.pruning.moments import InputMoments, Moments
 from ziplm_deploy.pruning.search.stitching import layer_input
-from ziplm_deploy.tasks.batching import Batch
+from ziplm_deploy.tasks.batching import Batch, rows_that_count
 
 HELD_OUT_EVERY = 5
 STREAM_BYTES = 4 << 30  # that a walk keeps of hidden states and masks of all its batches
@@ -53,8 +53,8 @@ class LayerCall:
         return states
 
     def tokens(self, states: Tensor) -> Tensor:
-        """Hidden states [B, S, d] as tokens [N, d], without padding."""
-        return states[self.mask]
+        """Hidden states [B, S, d], or [B * S, d], as tokens [N, d], without padding."""
+        return rows_that_count(states, self.mask)
 
 
 class AllRecorded(Exception):

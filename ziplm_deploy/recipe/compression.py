@@ -79,6 +79,12 @@ class Int8Config(Frozen):
         "patterns such as `*.feed_forward.up`; those that hurt most still get what `fallback` says.",
     )
 
+    smooth: bool = Field(
+        True,
+        exclude_if=lambda asked: asked,
+        description="Text-generation: divide massive columns of linears' inputs and multiply their weights "
+        "(SmoothQuant), as strongly as changes answers least, if that helps at all. It costs nothing when served.",
+    )
     mixed: bool = Field(
         False,
         exclude_if=lambda asked: not asked,

@@ -72,6 +72,11 @@ def check_task(recipe: Recipe) -> None:
                 "those of causal language models; leave the field out"
             )
         _check_no_windows(recipe)
+        if not recipe.compress.int8.smooth:
+            raise RecipeError(
+                f"expected no compress.int8.smooth for {recipe.model.task}, found false: only inputs of language "
+                "models are smoothed; leave it out"
+            )
         return
     if weight_only and export.cache_form == "portable":
         raise RecipeError(

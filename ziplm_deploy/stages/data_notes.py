@@ -8,6 +8,7 @@ from ziplm_deploy.artifacts import content_key
 from ziplm_deploy.models.location import public_name
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.tasks.batching import length_limit
+from ziplm_deploy.tasks.generation import SPAN
 from ziplm_deploy.tasks.lengths import TokenLengths
 
 Which = Literal["calibration", "evaluation"]
@@ -60,10 +61,11 @@ def _keys(run: Run) -> dict[Which, str]:
     several = {"several": True} if run.recipe.environment.workload.has_several else {}
     keys: dict[Which, str] = {"calibration": content_key(calibration=data.calibration_key, shapes=shapes, **several)}
     if run.recipe.data.evaluation is not None:
+        spans = {"spans": SPAN} if run.task.is_causal else {}
         train = {"train": data.train_hash, "columns": data.train_columns} if _trains(run) else {}
         calibration = keys["calibration"]
         keys["evaluation"] = content_key(
-            evaluation=data.evaluation_key, calibration=calibration, shapes=shapes, **train
+            evaluation=data.evaluation_key, calibration=calibration, shapes=shapes, **train, **spans
         )
     return keys
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from exporters import ExportError, to_integer_matmul
 from exporters.names import HEAD
-from exporters.nbits_matmul import OLDEST_ENGINE
+from exporters.nbits_matmul import OLDEST_ENGINE, BlockWeights
 from ziplm_deploy.artifacts import atomic_path, content_key, file_bytes
 from ziplm_deploy.compression.int8.budget import Spared, SparedChoice, within_budget
 from ziplm_deploy.compression.int8.embeddings import has_rounded_embeddings, round_embeddings_of
@@ -46,7 +46,7 @@ from ziplm_deploy.compression.int8.sensitivity import SensitivityRow
 from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.compression.int8.weight_only import asked_bits, weight_only_linears
 from ziplm_deploy.compression.onnx_graphs import MOST_BYTES
-from ziplm_deploy.compression.records import Int8Record, LinearMixture, LinearSensitivity
+from ziplm_deploy.compression.records import Int8Record, LinearMixture, LinearRanking, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.treatment import reduces_range, served_int8, suits_weight_only
 from ziplm_deploy.engines import get_engine
@@ -62,6 +62,7 @@ from ziplm_deploy.stages.budget import BudgetJudge
 from ziplm_deploy.stages.export import check_difference, export_checked, export_stage
 from ziplm_deploy.stages.rank_linears import ranked_linears
 from ziplm_deploy.stages.recover import distillation, training_key
+from ziplm_deploy.stages.round_weights import rounded_in_file, smoothed_file
 from ziplm_deploy.stages.time_linears import linear_times
 
 Choice = SparedChoice | MixtureChoice
@@ -74,7 +75,7 @@ def quantize_file(run: Run, file: ModelFile) -> None:
     source = file.member.sparse_folder if file.variant.is_sparse else file.member.folder
     trains, engine = config.method == "qat", recipe.environment.engine
     settings = Int8Settings(config, engine, reduces_range(config))
-    sensitivities = ranked_linears(run, file.member, settings)
+    ranking = ranked_linears(run, file.member, settings)
     times = linear_times(run, settings) if config.mixed else None
     key = content_key(
         source=run.file_hash(source / Variant.FP32.file_name),
@@ -89,7 +90,7 @@ def quantize_file(run: Run, file: ModelFile) -> None:
     )
     training = file.label.replace(" ", "-")
     checkpoints = run.folder.checkpoints(training, key)
-    work = _Quantization(run, file, source, checkpoints, settings, sensitivities, times).make
+    work = _Quantization(run, file, source, checkpoints, settings, ranking, times).make
     stage = quantization_stage(file)
     run.folder.make(stage, key, [file.path, file.int8_record], work, together=trains)
     check_difference(run, stage)
@@ -130,13 +131,15 @@ class _Quantization:
         source: Path,
         checkpoints: Path,
         settings: Int8Settings,
-        sensitivities: list[SensitivityRow],
+        ranking: LinearRanking,
         times: LinearTimes | None,
     ) -> None:
         self.run, self.file, self.source = run, file, source
         self.checkpoints = checkpoints
-        self.settings, self.sensitivities, self.times = settings, sensitivities, times
+        self.settings, self.smoothing, self.times = settings, ranking.smoothing, times
+        self.sensitivities = [SensitivityRow(**row.model_dump()) for row in ranking.linears]
         self.config, self.engine = settings.config, settings.engine
+        self.rounded: dict[str, BlockWeights] = {}  # by GPTQ
         self.mixture: LinearMixture | None = None  # what the chosen one takes, beside one form for all
 
     def make(self) -> None:
@@ -179,8 +182,19 @@ class _Quantization:
             onnx = scratch / Variant.FP32.file_name
             difference = export_checked(run, model, onnx, f"{self.file.label}, trained")
             run.folder.set_difference(quantization_stage(self.file), difference)
+        elif self.smoothing and distributed.is_first():
+            smoothed = scratch / Variant.FP32.file_name
+            found = smoothed_file(run, model, smoothed, self.smoothing, self.file.label)
+            if found is None:
+                model, self.smoothing = load(self.source), {}
+            else:
+                onnx = smoothed
+                run.folder.set_difference(quantization_stage(self.file), found)
         choice: Choice | None = None
         if distributed.is_first():
+            asked = asked_bits((row.name for row in self.sensitivities), self.config.weight_only_4)
+            four = [row.name for row in self.sensitivities if row.gptq and (row.name in asked or self.config.mixed)]
+            self.rounded = rounded_in_file(run, model, onnx, four)
             calibrated = linear_ranges(onnx, _arrays(batches), self.config) if self.config.method == "static" else None
             if self.times is not None and judge is not None:
                 choice = self._mixed(onnx, made, self.times, judge)
@@ -224,6 +238,7 @@ class _Quantization:
                 keep_fp32=keep,
                 ranges=None if ranges is None else {name: ranges[name] for name in ranges if name not in keep},
                 weight_only=weight_only,
+                rounded=self._rounded_of(weight_only),
             )
 
         if judge is None:
@@ -256,7 +271,8 @@ class _Quantization:
 
         def write(mixture: Mixture, path: Path) -> None:
             weight_only = {name: BITS[form] for name, form in mixture.forms.items() if form in BITS}
-            quantize(onnx, path, self.settings, keep_fp32=mixture.named("float32"), weight_only=weight_only)
+            rounded, kept = self._rounded_of(weight_only), mixture.named("float32")
+            quantize(onnx, path, self.settings, keep_fp32=kept, weight_only=weight_only, rounded=rounded)
 
         def tried(mixture: Mixture, score: float) -> None:
             counts = ", ".join(f"{n} {form}" for form in FORMS if (n := len(mixture.named(form))))
@@ -267,6 +283,10 @@ class _Quantization:
         alike: dict[Form, float] = {form: sum(of[form].ms for of in costs.values()) for form in FORMS}
         self.mixture = LinearMixture(ms=choice.mixture.ms, int8_ms=alike["int8"], float32_ms=alike["float32"])
         return choice
+
+    def _rounded_of(self, weight_only: dict[str, int]) -> dict[str, BlockWeights]:
+        """What is known of those that have 4 bits in this candidate."""
+        return {name: self.rounded[name] for name, bits in weight_only.items() if bits == 4 and name in self.rounded}
 
     def _judge(self) -> BudgetJudge | None:
         """Who scores candidates: the engine that serves, unless a candidate may end its process."""
@@ -361,6 +381,7 @@ class _Quantization:
             ruined_by_outliers=[row.name for row in self.sensitivities if row.ruined_by_outliers],
             training=training,
             mixture=self.mixture,
+            smoothing=self.smoothing,
             **judged,
         )
 

@@ -201,6 +201,14 @@ def unpadded(size: int, length: int, processor: Any) -> slice:
     return slice(length - size, length) if processor.padding_side == "left" else slice(0, size)
 
 
+def rows_that_count(x: Tensor, mask: Tensor) -> Tensor:
+    """Rows [tokens, features] of ``x`` where ``mask``, bool [batch, length], holds.
+
+    ``x`` is [batch, length, features], or [batch * length, features], as OPT lays out what enters its FFNs.
+    """
+    return x.reshape(*mask.shape, -1)[mask]
+
+
 def as_float32(array: np.ndarray) -> np.ndarray:
     """The array in float32; a copy only if it has another type."""
     return np.asarray(array, dtype=np.float32)

@@ -90,10 +90,15 @@ class TextGeneration(Task):
 
     def shared(self, rows: list[Row], others: list[Row]) -> tuple[int, int]:
         """Windows of which at least half the spans of tokens stand in other windows, wherever; and all windows."""
-        known = [_spans(row["input_ids"]) for row in others]
-        seen = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
-        spans = [_spans(row["input_ids"]) for row in rows]
-        return sum(bool(len(each)) and bool(np.isin(each, seen).mean() >= 0.5) for each in spans), len(rows)
+        size = max(1, min(SPAN, min((len(row["input_ids"]) for row in rows), default=1) // 2))
+        spans = [_spans(row["input_ids"], size) for row in rows]
+        known = np.unique(np.concatenate(spans)) if spans else np.zeros(0, np.uint64)
+        seen = np.zeros(len(known), bool)
+        for row in others:  # one after the other: training text may be long
+            found = _spans(row["input_ids"], size)
+            places = np.minimum(np.searchsorted(known, found), len(known) - 1)
+            seen[places[known[places] == found]] = True
+        return sum(bool(seen[np.searchsorted(known, each)].mean() >= 0.5) for each in spans), len(rows)
 
     def token_lengths(self, rows: list[Row], processor: Any) -> list[int]:
         """Tokens of every window."""
@@ -220,12 +225,11 @@ def _examples(rows: list[Row]) -> list[Example]:
     return [{"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"])} for row in rows]
 
 
-def _spans(ids: list[int]) -> NDArray[np.uint64]:
-    """A number for every ``SPAN`` tokens in a row; of a shorter window one for all of it."""
+def _spans(ids: list[int], size: int) -> NDArray[np.uint64]:
+    """A number for every ``size`` tokens in a row."""
     tokens = np.array(ids, np.uint64) + np.uint64(1)
-    span = min(SPAN, len(tokens))
-    found = np.zeros(len(tokens) - span + 1, np.uint64)
-    for place in range(span):  # a polynomial of the tokens, modulo 2**64
+    found = np.zeros(max(0, len(tokens) - size + 1), np.uint64)
+    for place in range(size):  # a polynomial of the tokens, modulo 2**64
         found = found * np.uint64(6364136223846793005) + tokens[place : place + len(found)]
     return found
 

@@ -35,6 +35,7 @@ from ziplm_deploy.compression.int8.settings import Int8Settings
 from ziplm_deploy.errors import DataError, NumericalError, UsageError
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.modules import layer_linears, layers_of
+from ziplm_deploy.tasks.batching import rows_that_count
 
 
 class _Round(torch.autograd.Function):
@@ -172,7 +173,7 @@ def watch_inputs(
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0] if mask is None else args[0][mask]
+            x = args[0] if mask is None else rows_that_count(args[0], mask)
             if x.numel():
                 look(name, x)
 

@@ -28,6 +28,7 @@ from onnx import helper, numpy_helper
 
 from exporters import ExportError, to_integer_matmul
 from exporters.names import HEAD, linear_of
+from exporters.nbits_matmul import BlockWeights
 from ziplm_deploy.artifacts import atomic_path
 from ziplm_deploy.compression.int8.causal import head_as_product, keep_tied_head
 from ziplm_deploy.compression.int8.embeddings import round_embeddings
@@ -84,6 +85,7 @@ def quantize(
     keep_fp32: Collection[str] = (),
     ranges: Mapping[str, ActivationRange | LinearScales] | None = None,
     weight_only: Mapping[str, int] | None = None,
+    rounded: Mapping[str, BlockWeights] | None = None,
 ) -> None:
     """Write ``source`` with INT8 linears to ``destination``, in the form that the engine runs fast, or nothing at all.
 
@@ -92,7 +94,7 @@ def quantize(
         batches: calibration inputs by name, for ``static`` without ``ranges``.
         keep_fp32: module paths of linears that stay float32.
         ranges: by module path; spares the calibration (:func:`linear_ranges`) or is what ``qat`` learned.
-        weight_only: 8 or 4 bits by module path, for linears that get weight-only forms beside ``dynamic``.
+        weight_only: bits by module path, beside ``dynamic``; ``rounded``: what weights became, if not the nearest.
 
     Raises:
         UsageError: the engine cannot run what is asked for, nothing is left to quantize, an unknown name in
@@ -108,7 +110,7 @@ def quantize(
     check_weights(model, linears)
     if weight_only:
         _check_weight_only(settings, linears, weight_only, keep_fp32)
-        write_weight_only(model, linears, weight_only)
+        write_weight_only(model, linears, weight_only, rounded)
         linears = _linears(model, keep_fp32)
     if HEAD in linears:
         head_as_product(model, linears[HEAD])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from exporters.nbits_matmul import BlockWeights
 from ziplm_deploy.compression.int8.fake_quant import (
     insert_fake_quant,
     module_ranges,
@@ -42,6 +43,7 @@ class SensitivityRow:
     activation_outliers: float
     weight_outliers: float
     by_form: Mapping[str, float] = field(default_factory=dict)  # divergence in each form, where all were looked at
+    gptq: bool = False  # whether 4-bit weights change less if GPTQ rounds them than if each goes to the nearest
 
     @property
     def ruined_by_outliers(self) -> bool:
@@ -57,6 +59,7 @@ def rank_linears(
     progress: StepProgress | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     weight_only: Mapping[str, int] | None = None,
+    gptq: Mapping[str, BlockWeights] | None = None,
 ) -> list[SensitivityRow]:
     """Every linear that can be quantized, the most sensitive first; the model is unchanged afterwards.
 
@@ -66,6 +69,7 @@ def rank_linears(
         divergence: of the model as it is now from the float32 model; called once a linear.
         progress: called with (linears done, linears in all).
         weight_only: bits of those linears that get weight-only forms, by name, in place of INT8.
+        gptq: by module path what 4-bit weights become by GPTQ; the better of the two ways counts.
 
     Raises:
         DataError: no data reached a linear.
@@ -80,9 +84,16 @@ def rank_linears(
     for done, (name, paths) in enumerate(groups.items(), start=1):
         per_channel = settings.config.per_channel
         weight = max(_weight_outliers(path, linears[path].weight.detach(), per_channel) for path in paths)
+        by_gptq = False
         if name in weight_only:
-            with weights_rounded([linears[path] for path in paths], weight_only[name]):
+            chosen, bits = [linears[path] for path in paths], weight_only[name]
+            with weights_rounded(chosen, bits):
                 value = float(divergence(model))
+            if bits == 4 and gptq and all(path in gptq for path in paths):
+                with weights_rounded(chosen, bits, [gptq[path] for path in paths]):
+                    other = float(divergence(model))
+                by_gptq = other < value or not math.isfinite(value)
+                value = other if by_gptq else value
         else:
             value = _divergence_in_int8(model, divergence, ranges, settings, paths)
         if not math.isfinite(value):
@@ -90,7 +101,7 @@ def rank_linears(
             raise NumericalError(
                 f"expected a finite divergence with {name} in {form}, found {value}; check the checkpoint and the data"
             )
-        rows.append(SensitivityRow(name, value, max(outliers[path] for path in paths), weight))
+        rows.append(SensitivityRow(name, value, max(outliers[path] for path in paths), weight, gptq=by_gptq))
         if progress is not None:
             progress(done, len(groups))
     return sorted(rows, key=lambda row: (-row.divergence, row.name))
@@ -103,6 +114,7 @@ def rank_in_all_forms(
     settings: Int8Settings,
     groups: Mapping[str, Sequence[str]],
     progress: StepProgress | None = None,
+    gptq: Mapping[str, BlockWeights] | None = None,
 ) -> list[SensitivityRow]:
     """Every linear, ranked as :func:`rank_linears` does, with its divergence in each form that is not float32.
 
@@ -114,20 +126,24 @@ def rank_in_all_forms(
     }
     found: dict[str, dict[str, float]] = {name: {} for name in groups}
     rows: list[SensitivityRow] = []
+    by_gptq: set[str] = set()
     for turn, (form, weight_only) in enumerate(forms.items()):
 
         def told(done: int, total: int, turn: int = turn) -> None:
             if progress is not None:
                 progress(turn * total + done, len(forms) * total)
 
-        ranked = rank_linears(model, batches, divergence, settings, told, groups, weight_only)
+        ranked = rank_linears(model, batches, divergence, settings, told, groups, weight_only, gptq)
+        by_gptq.update(row.name for row in ranked if row.gptq)
         rows = rows or ranked
         for row in ranked:
             found[row.name][form] = row.divergence
     sharing = Counter(tuple(paths) for paths in groups.values())
     return [
         replace(
-            row, by_form={form: value / sharing[tuple(groups[row.name])] for form, value in found[row.name].items()}
+            row,
+            by_form={form: value / sharing[tuple(groups[row.name])] for form, value in found[row.name].items()},
+            gptq=row.name in by_gptq,
         )
         for row in rows
     ]

@@ -17,7 +17,7 @@ from torch import nn
 
 from exporters import ExportError, to_nbits_matmul
 from exporters.names import linear_of
-from exporters.nbits_matmul import OLDEST_ENGINE, OPERATOR, round_blocks
+from exporters.nbits_matmul import OLDEST_ENGINE, OPERATOR, BlockWeights, round_blocks
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx
 from ziplm_deploy.errors import EngineError, UsageError
 
@@ -39,18 +39,25 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
             )
 
 
-def write_weight_only(model: onnx.ModelProto, linears: Mapping[str, onnx.NodeProto], bits: Mapping[str, int]) -> None:
+def write_weight_only(
+    model: onnx.ModelProto,
+    linears: Mapping[str, onnx.NodeProto],
+    bits: Mapping[str, int],
+    rounded: Mapping[str, BlockWeights] | None = None,
+) -> None:
     """Give linears weight-only forms, in place.
 
     Args:
         linears: nodes of the linears, by name.
         bits: 8 or 4, by name; names are among ``linears``.
+        rounded: by name what a weight was rounded to; by default to the nearest.
 
     Raises:
         UsageError: the file has the portable form.
     """
+    known = {linears[name].name: rounded[name] for name in bits if name in rounded} if rounded else {}
     try:
-        to_nbits_matmul(model, {linears[name].name: count for name, count in bits.items()})
+        to_nbits_matmul(model, {linears[name].name: count for name, count in bits.items()}, known)
     except ExportError as error:
         raise UsageError(f"linears cannot be weight-only: {error}") from error
     drop_unread(model.graph)
@@ -71,14 +78,20 @@ def weight_only_linears(path: Path) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def weights_rounded(linears: Sequence[nn.Linear], bits: int) -> Iterator[None]:
-    """Let linears compute with the weights that a weight-only form stands for; afterwards they have their own again."""
+def weights_rounded(
+    linears: Sequence[nn.Linear], bits: int, rounded: Sequence[BlockWeights] | None = None
+) -> Iterator[None]:
+    """Let linears compute with the weights that a weight-only form stands for; afterwards they have their own again.
+
+    ``rounded``: what they were rounded to; by default to the nearest.
+    """
     own = [linear.weight for linear in linears]
     try:
-        for linear, weight in zip(linears, own, strict=True):
-            rounded = round_blocks(weight.detach().float().cpu().numpy(), bits).weight  # [out, in]
+        for place, (linear, weight) in enumerate(zip(linears, own, strict=True)):
+            plain = weight.detach().float().cpu().numpy()
+            made = round_blocks(plain, bits) if rounded is None else rounded[place]
             # A parameter of its own: a head's may be the embedding, which is not rounded.
-            linear.weight = nn.Parameter(torch.from_numpy(rounded).to(weight), requires_grad=False)
+            linear.weight = nn.Parameter(torch.from_numpy(made.weight).to(weight), requires_grad=False)
         yield
     finally:
         for linear, weight in zip(linears, own, strict=True):
