@@ -61,22 +61,7 @@ def check_task(recipe: Recipe) -> None:
     """
     export, weight_only = recipe.export, list(_weight_only_fields(recipe.compress).values())
     if not TASKS[recipe.model.task].is_causal:
-        if weight_only:
-            raise RecipeError(
-                f"expected no weight-only linears for {recipe.model.task}, found {weight_only[0]}: they are those of "
-                "causal language models; leave the field out"
-            )
-        if export.gguf is not None or export.genai or export.stock_optimum:
-            raise RecipeError(
-                f"expected no export.gguf, genai and stock_optimum for {recipe.model.task}, found one: such files are "
-                "those of causal language models; leave the field out"
-            )
-        _check_no_windows(recipe)
-        if not recipe.compress.int8.smooth:
-            raise RecipeError(
-                f"expected no compress.int8.smooth for {recipe.model.task}, found false: only inputs of language "
-                "models are smoothed; leave it out"
-            )
+        _check_encoder(recipe, weight_only)
         return
     if weight_only and export.cache_form == "portable":
         raise RecipeError(
@@ -121,8 +106,24 @@ def check_task(recipe: Recipe) -> None:
             )
 
 
-def _check_no_windows(recipe: Recipe) -> None:
-    """Refuse what is said about windows of text where examples are texts of their own."""
+def _check_encoder(recipe: Recipe, weight_only: list[str]) -> None:
+    """Refuse what only causal language models have: forms of linears, files for other runtimes, windows of text."""
+    export = recipe.export
+    if weight_only:
+        raise RecipeError(
+            f"expected no weight-only linears for {recipe.model.task}, found {weight_only[0]}: they are those of "
+            "causal language models; leave the field out"
+        )
+    if export.gguf is not None or export.genai or export.stock_optimum:
+        raise RecipeError(
+            f"expected no export.gguf, genai and stock_optimum for {recipe.model.task}, found one: such files are "
+            "those of causal language models; leave the field out"
+        )
+    if not recipe.compress.int8.smooth:
+        raise RecipeError(
+            f"expected no compress.int8.smooth for {recipe.model.task}, found false: only inputs of language models "
+            "are smoothed; leave it out"
+        )
     asked = {
         "data.context": recipe.data.context,
         "data.stride": recipe.data.stride,

@@ -57,30 +57,18 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> LinearRa
         groups = linear_groups(model, names) if names else None
         weight_only = asked_bits(names, patterns)
         four = (groups or {}) if settings.config.mixed else weight_only
-        asked_paths = {path for name in weight_only for path in (groups or {})[name]}
         strengths: dict[str, float] = {}
         if smooths:
-            watched = watched_batches(run)
-            step = run.progress.step
-            chosen = choose_strengths(
-                model, watched, batches, divergence, settings, leave_out=asked_paths, progress=step
-            )
-            strengths = {str(kind): strength for kind, strength in chosen.items()}
+            left_out = {path for name in weight_only for path in (groups or {})[name]}
+            watched, step = watched_batches(run), run.progress.step
+            strengths = choose_strengths(model, watched, batches, divergence, settings, left_out, step)
         paths = {path for name in four for path in (groups or {})[name]}
         gptq = rounded_linears(run, model, paths) if paths else {}
         if settings.config.mixed and groups is not None:
             ranked = rank_in_all_forms(model, batches, divergence, settings, groups, run.progress.step, gptq)
         else:
-            ranked = rank_linears(
-                model,
-                batches,
-                divergence,
-                settings,
-                progress=run.progress.step,
-                groups=groups,
-                weight_only=weight_only,
-                gptq=gptq,
-            )
+            step = run.progress.step
+            ranked = rank_linears(model, batches, divergence, settings, step, groups, weight_only, gptq)
         linears = [LinearSensitivity(**asdict(row)) for row in ranked]
         LinearRanking(linears=linears, smoothing=strengths).save(member.linear_ranking)
 

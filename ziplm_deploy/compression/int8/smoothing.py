@@ -130,10 +130,9 @@ def choose_strengths(
     judged: Batches,
     divergence: Callable[[nn.Module], float],
     settings: Int8Settings,
-    *,
     leave_out: Collection[str] = (),
     progress: StepProgress | None = None,
-) -> dict[SiteKind, float]:
+) -> dict[str, float]:
     """Strength of each kind of sites under which INT8 changes answers least; none where that is least.
 
     The model has the scales of these strengths afterwards; :func:`smooth_as_chosen` gives them to another copy.
@@ -148,7 +147,8 @@ def choose_strengths(
     sites = smoothing_sites(model)
     maxima = column_maxima(model, batches, sites)
     kinds = [kind for kind in KINDS if any(s.kind == kind and not set(s.readers) <= set(leave_out) for s in sites)]
-    least, chosen = _in_int8(model, judged, divergence, settings, leave_out), {}
+    least = _in_int8(model, judged, divergence, settings, leave_out)
+    chosen: dict[str, float] = {}
     for done, kind in enumerate(kinds):
         own = [site for site in sites if site.kind == kind]
         for tried, strength in enumerate(STRENGTHS, 1):
