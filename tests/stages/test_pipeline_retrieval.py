@@ -142,7 +142,7 @@ def test_only_what_changed_is_searched_again(report: FamilyReport, folder: Path)
     prompts = json.loads((folder / "runs" / "tiny" / "1.5x" / "config_sentence_transformers.json").read_text())[
         "prompts"
     ]
-    assert prompts == MODEL.settings["prompts"]
+    assert prompts == {**MODEL.settings["prompts"], "document": MODEL.settings["prompts"]["passage"]}
     (folder / "runs" / "tiny" / "retrieval" / "1.5x.json").unlink()
     damaged = folder / "runs" / "tiny" / "retrieval" / "dense.safetensors"
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
