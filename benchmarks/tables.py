@@ -25,7 +25,7 @@ from tables_compression import (
     sparsity_accuracy_table,
     zeros_and_integers,
 )
-from tables_models import architectures_table, decoder_speed_table
+from tables_models import architectures_table, decoder_family_table, decoder_speed_table
 
 from ziplm_deploy.artifacts import write_text
 from ziplm_deploy.guides import first_sentence, guide_names
@@ -277,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval_longer": of_result("retrieval_longer")(retrieval_table),
     "architectures": architectures_table,
     "decoder_speed": decoder_speed_table,
+    "decoder_family": decoder_family_table,
     "compound": compound_table,
     "compound_tables": compound_targets_table,
     "sparsity_accuracy": sparsity_accuracy_table,

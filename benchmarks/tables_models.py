@@ -64,3 +64,35 @@ def decoder_speed_table(result: dict[str, Any]) -> str:
 def _spread(row: dict[str, Any], name: str) -> str:
     low, high = row[f"{name}_spread"]
     return f"{row[name]:.1f} [{low:.1f}, {high:.1f}]"
+
+
+@of_result("decoder_family")
+def decoder_family_table(result: dict[str, Any]) -> str:
+    """Perplexity of every method's models, with the speed that was measured."""
+    rows = sorted(result["rows"], key=lambda row: (row["method"] != "ziplm", row["method"], row["seed"], row["target"]))
+    several = len({row["seed"] for row in rows}) > 1
+    cells = [
+        [
+            row["method"] + (f", seed {row['seed']}" if several else ""),
+            f"{row['target']:g}x",
+            f"{row['predicted_speedup']:.2f}x",
+            f"{row['measured_speedup']:.2f}x [{row['measured_low']:.2f}, {row['measured_high']:.2f}]",
+            f"{row['perplexity']:.2f}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.1e}",
+            f"{row['perplexity_recovered']:.2f}" if "perplexity_recovered" in row else MISSING,
+        ]
+        for row in rows
+    ]
+    titles = ["method", "target", "predicted", "measured [95 %]", "perplexity", "after training"]
+    settings = result["settings"]
+    options, dense = settings["options"], result["figures"]["perplexity_dense"]["value"]
+    trained = [row["recovery"] for row in rows if "recovery" in row]
+    training = ""
+    if trained:
+        steps, minutes = trained[0]["steps"], max(each["minutes"] for each in trained)
+        training = f"Training: {steps} steps of {trained[0]['tokens'] / steps:.0f} tokens, {minutes:.0f} minutes. "
+    text = (
+        f"Requests of {options['prefill']} tokens and {options['decode']} generated, one thread. Perplexity of the "
+        f"first {settings['evaluation_tokens']:,} tokens of WikiText-2's test set, dense {dense:.2f}; calibration on "
+        f"{settings['calibration_tokens']:,} tokens of the validation set. {training}{place_text(result)}"
+    )
+    return "\n".join([*markdown_table(titles, cells), "", text])
