@@ -103,6 +103,19 @@ def test_the_loss_stops_early_only_when_it_must_exceed_the_bound() -> None:
     assert loss((0,) * len(space.modules)) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_plan_that_was_given_up_is_not_tried_again_with_the_same_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, task, database, space = make("bert")
+    stitched = StitchedModel(dense, task, database, space, 2**20)
+    loss, passes = PlanLoss(stitched, [tiny_inputs(dense, seed=s) for s in range(3)]), []
+    inner = stitched.features
+    monkeypatch.setattr(stitched, "features", lambda *args: (passes.append(args), inner(*args))[1])
+    plan = (2,) * len(space.modules)
+    assert loss(plan, 1e-6) == loss(plan, 1e-6) == loss(plan, 1e-7) == float("inf")
+    assert len(passes) == 1
+    assert loss(plan, 1e9) == loss(plan) < float("inf")
+    assert len(passes) == 4
+
+
 def test_two_losses_share_one_model_without_mixing_their_batches() -> None:
     dense, task, database, space = make("bert")
     one, two = [tiny_inputs(dense, seed=1)], [tiny_inputs(dense, seed=2)]

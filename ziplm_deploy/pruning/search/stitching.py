@@ -179,16 +179,20 @@ class PlanLoss:
         self._targets = [stitched.features(whole, batch, first_index + i) for i, batch in enumerate(self._batches)]
         self._weights = [len(next(iter(batch.values()))) for batch in self._batches]
         self._known: dict[Plan, float] = {}
+        self._at_least: dict[Plan, float] = {}  # of plans that were given up: another target tries them again
 
     def __call__(self, plan: Plan, above: float = float("inf")) -> float:
         """Loss of ``plan``; ``inf`` as soon as it is certain to exceed ``above`` (divergences are never negative)."""
         if plan in self._known:
             return self._known[plan]
+        if self._at_least.get(plan, above) > above:
+            return float("inf")
         total, whole = 0.0, sum(self._weights)
         for index, (batch, target, weight) in enumerate(zip(self._batches, self._targets, self._weights, strict=True)):
             features = self._stitched.features(plan, batch, self._first_index + index)
             total += weight * float(self._stitched.task.divergence(features, target))
             if total / whole > above:
+                self._at_least[plan] = total / whole
                 return float("inf")
         self._known[plan] = total / whole
         return self._known[plan]
