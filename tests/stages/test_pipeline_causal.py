@@ -296,7 +296,6 @@ def test_every_type_goes_the_whole_way(model_type: str, tmp_path: Path) -> None:
     ] * 2
     assert all(np.isfinite(file.accuracy["inverse_perplexity"]) for each in report.members for file in each.files)
     ranking = LinearRanking.load(tmp_path / "runs" / "tiny" / "compression" / "1.5x" / "linears.json")
-    assert set(ranking.smoothing) <= {"ffn", "attention", "norms"}
     record = Int8Record.load(tmp_path / "runs" / "tiny" / "compression" / "1.5x" / "int8.json")
     assert record.smoothing == ranking.smoothing
 

@@ -34,8 +34,8 @@ from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages import quantize as quantize_stage
 from ziplm_deploy.stages.checks import check_task
 from ziplm_deploy.stages.export import export_dense
+from ziplm_deploy.stages.prepare_weights import watched_batches
 from ziplm_deploy.stages.quantize import quantize_file
-from ziplm_deploy.stages.round_weights import watched_batches
 
 pytestmark = pytest.mark.transformers
 

@@ -60,9 +60,9 @@ from ziplm_deploy.run.member import ModelFile
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.budget import BudgetJudge
 from ziplm_deploy.stages.export import check_difference, export_checked, export_stage
+from ziplm_deploy.stages.prepare_weights import rounded_in_file, smoothed_file
 from ziplm_deploy.stages.rank_linears import ranked_linears
 from ziplm_deploy.stages.recover import distillation, training_key
-from ziplm_deploy.stages.round_weights import rounded_in_file, smoothed_file
 from ziplm_deploy.stages.time_linears import linear_times
 
 Choice = SparedChoice | MixtureChoice

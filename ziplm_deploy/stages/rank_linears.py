@@ -19,7 +19,7 @@ from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.round_weights import JUDGED, WINDOWS, rounded_linears, watched_batches
+from ziplm_deploy.stages.prepare_weights import JUDGED, WINDOWS, rounded_linears, watched_batches
 from ziplm_deploy.tasks.batching import Batch
 
 LOOKED_AT = 32  # examples: each linear takes a forward pass over them
