@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_linears_are_ranked_by_the_names_of_the_file(tmp_path: Path) -> None:
     expected = model(**batches[0]).logits.detach()
 
     @torch.no_grad()
-    def divergence(candidate: torch.nn.Module) -> float:
+    def divergence(candidate: torch.nn.Module, changed: Sequence[str] = ()) -> float:
         return float((candidate(**batches[0]).logits - expected).square().mean())
 
     groups = linear_groups(model, linear_names(path))

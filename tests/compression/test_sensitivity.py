@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ class Divergence:
         self.expected = output_tensors(model, self.inputs)["last_hidden_state"]
         self.quantized: list[str] = []
 
-    def __call__(self, model: nn.Module) -> float:
-        self.quantized += [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    def __call__(self, model: nn.Module, changed: Sequence[str] = ()) -> float:
+        quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+        assert quantized == list(changed)
+        self.quantized += quantized
         found = output_tensors(model, self.inputs)["last_hidden_state"]
         return float((found - self.expected).square().mean())
 
@@ -112,16 +115,16 @@ def test_progress_counts_the_linears() -> None:
 def test_divergence_or_weights_that_are_not_finite_name_the_linear() -> None:
     model = tiny_model("bert")
     with pytest.raises(NumericalError, match=r"with encoder\.layer\.0\.attention\.self\.query in INT8, found nan"):
-        list_all(model, divergence=lambda _: float("nan"))
+        list_all(model, divergence=lambda *_: float("nan"))
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
     with pytest.raises(DataError, match="found none"):
-        rank_linears(model, [], lambda _: 0.0, settings_of(CONFIG))
+        rank_linears(model, [], lambda *_: 0.0, settings_of(CONFIG))
 
 
 def test_a_divergence_that_fails_leaves_the_model_as_it_was() -> None:
     model = tiny_model("bert")
 
-    def fail(_: nn.Module) -> float:
+    def fail(*_: Any) -> float:
         raise RuntimeError("no data")
 
     with pytest.raises(RuntimeError, match="no data"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.heads import patches_of
+from ziplm_deploy.models.layer_skipping import layer_input
 from ziplm_deploy.models.modules import (
     PrunableModule,
     attention_kind,
@@ -24,7 +25,6 @@ from ziplm_deploy.models.modules import (
     residual_module,
 )
 from ziplm_deploy.pruning.moments import InputMoments, Moments
-from ziplm_deploy.pruning.search.stitching import layer_input
 from ziplm_deploy.tasks.batching import Batch, rows_that_count
 
 HELD_OUT_EVERY = 5

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ziplm_deploy.artifacts import atomic_folder, atomic_path, content_key
-from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.divergence import Divergence
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
 from ziplm_deploy.compression.sparsity.sparsify import sparsify_model
@@ -103,7 +103,7 @@ def _zero(step: _Step, source: Path) -> Path:
                 config,
                 memory_limit_bytes=int(run.recipe.prune.memory_limit_gb * 2**30),
                 progress=run.progress.step,
-                divergence=divergence_from(run.task, model, run.data.calibration.search) if by_sensitivity else None,
+                divergence=Divergence(run.task, model, run.data.calibration.search) if by_sensitivity else None,
             )
         _replace(step, folder, model)
         record.save(folder / member.sparsity_record.name)

@@ -54,7 +54,7 @@ class SensitivityRow:
 def rank_linears(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
-    divergence: Callable[[nn.Module], float],
+    divergence: Callable[[nn.Module, Sequence[str]], float],
     settings: Int8Settings,
     progress: StepProgress | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
@@ -66,7 +66,7 @@ def rank_linears(
     Args:
         groups: by the name of each linear of the file, the module paths of those that it stands for; None: the same.
         batches: inputs that the ranges are taken from; gone through twice.
-        divergence: of the model as it is now from the float32 model; called once a linear.
+        divergence: of the model as it is now from the float32 model, given what was changed in it: a linear's paths.
         progress: called with (linears done, linears in all).
         weight_only: bits of those linears that get weight-only forms, by name, in place of INT8.
         gptq: by module path what 4-bit weights become by GPTQ; the better of the two ways counts.
@@ -88,10 +88,10 @@ def rank_linears(
         if name in weight_only:
             chosen, bits = [linears[path] for path in paths], weight_only[name]
             with weights_rounded(chosen, bits):
-                value = float(divergence(model))
+                value = float(divergence(model, paths))
             if bits == 4 and gptq and all(path in gptq for path in paths):
                 with weights_rounded(chosen, bits, [gptq[path] for path in paths]):
-                    other = float(divergence(model))
+                    other = float(divergence(model, paths))
                 by_gptq = other < value or not math.isfinite(value)
                 value = other if by_gptq else value
         else:
@@ -110,7 +110,7 @@ def rank_linears(
 def rank_in_all_forms(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
-    divergence: Callable[[nn.Module], float],
+    divergence: Callable[[nn.Module, Sequence[str]], float],
     settings: Int8Settings,
     groups: Mapping[str, Sequence[str]],
     progress: StepProgress | None = None,
@@ -151,7 +151,7 @@ def rank_in_all_forms(
 
 def _divergence_in_int8(
     model: nn.Module,
-    divergence: Callable[[nn.Module], float],
+    divergence: Callable[[nn.Module, Sequence[str]], float],
     ranges: Mapping[str, ActivationRange],
     settings: Int8Settings,
     paths: Sequence[str],
@@ -159,7 +159,7 @@ def _divergence_in_int8(
     others = [other for other in quantizable_linears(model) if other not in paths]
     insert_fake_quant(model, ranges, settings, keep_fp32=others)
     try:
-        return float(divergence(model))
+        return float(divergence(model, paths))
     finally:
         remove_fake_quant(model)
 

@@ -11,7 +11,7 @@ Linears with a bias are fitted on centred inputs, which is best for weights and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,7 @@ def sparsify_model(
     *,
     memory_limit_bytes: int,
     progress: StepProgress | None = None,
-    divergence: Callable[[nn.Module], float] | None = None,
+    divergence: Callable[[nn.Module, Sequence[str]], float] | None = None,
 ) -> SparsityRecord:
     """Zero weights of ``model`` in place and fit what is left. Weights that are zero already stay so, and count.
 
@@ -94,7 +94,8 @@ def sparsify_model(
         batches: calibration inputs; consumed once, kept in memory with the hidden states of all their tokens.
         memory_limit_bytes: for the moments of one input and the work on its linears, see :func:`sparsity_bytes`.
         progress: called with (inputs done, inputs in all passes).
-        divergence: distance of a model's answers from the dense model's; only needed for ``sensitivity``.
+        divergence: distance of a model's answers from the dense model's, given what was changed in it; only needed for
+            ``sensitivity``.
 
     Raises:
         UnsupportedModelError: no linears are left.  UsageError: one linear alone is above the memory limit.
@@ -156,14 +157,14 @@ class _Work:
         self._walk(visit)
         return fits
 
-    def measure(self, divergence: Callable[[nn.Module], float]) -> dict[str, float]:
+    def measure(self, divergence: Callable[[nn.Module, Sequence[str]], float]) -> dict[str, float]:
         """Divergence of the model with each linear alone at the sparsity; afterwards the model is as before."""
         found: dict[str, float] = {}
 
         def visit(part: _Input, stats: InputMoments) -> None:
             for name in part.linears:
                 _fit(self._goals[name], stats, 1 - self._config.sparsity, self._config)
-                found[name] = float(divergence(self._model))
+                found[name] = float(divergence(self._model, [name]))
                 self._goals[name].restore()
                 if not math.isfinite(found[name]):
                     raise NumericalError(

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ziplm_deploy.models.layer_skipping import SkippedLayer, layer_input, layers_skipped
 from ziplm_deploy.models.modules import PrunableModule, layers_of, prunable_modules
 from ziplm_deploy.models.resizing import Replacement, build_replacement, install, shared_copy
 from ziplm_deploy.pruning.database import Database
@@ -45,28 +46,6 @@ class _ByteCache(Generic[_Value]):
         return key in self._entries
 
 
-class _Skipped(nn.Module):
-    """Stands in for a layer whose output is already known; returns it in the layer's own format."""
-
-    def __init__(self, output: Any, layer: nn.Module) -> None:
-        super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)  # transformers 4 asks Qwen's layers for their mask
-        self.output: Tensor | None = None
-        self._more = (None,) * (len(output) - 1) if isinstance(output, tuple) else None  # values after the first
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = self.output if self.output is not None else layer_input(args, kwargs)
-        return hidden if self._more is None else (hidden, *self._more)
-
-
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states that a layer was called with, whatever its signature calls them."""
-    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-    if not isinstance(hidden, Tensor):
-        raise TypeError("the layer was called without hidden states")
-    return hidden
-
-
 class StitchedModel:
     """A model, dense or already resized, with any plan's modules swapped in.
 
@@ -95,7 +74,7 @@ class StitchedModel:
         self._replacements: _ByteCache[Replacement] = _ByteCache(replacement_bytes)
         self._installed: list[int] = [0] * len(self._modules)
         self._hidden: _ByteCache[Tensor] = _ByteCache(cache_bytes)
-        self._skipped: list[_Skipped] = []
+        self._skipped: list[SkippedLayer] = []
         self._inputs: dict[int, Tensor] = {}
         for index, layer in enumerate(self._own_layers):
             layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
@@ -109,14 +88,12 @@ class StitchedModel:
 
     def _note_format(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         if not self._skipped:
-            self._skipped = [_Skipped(output, layer) for layer in self._own_layers]
+            self._skipped = [SkippedLayer(output, layer) for layer in self._own_layers]
 
     def stitch(self, plan: Plan) -> None:
         """Install the plan's modules; only those that differ from what is installed are touched."""
         for index, level in enumerate(plan):
             if self._installed[index] != level:
-                # the wrapper list may hold a _Skipped at this place: install into the real layer
-                self._restore_layers()
                 install(self._model, self._modules[index].layer, self._replacement(index, level))
                 self._installed[index] = level
 
@@ -135,11 +112,10 @@ class StitchedModel:
         """Task features of one batch under ``plan``."""
         self.stitch(plan)
         start, hidden = self._longest_prefix(plan, batch_index)
-        self._skip_layers_before(start, hidden)
         self._inputs.clear()
-        features = self.task.compared(self._model, batch)
+        with layers_skipped(self._layers, self._skipped[:start], hidden):
+            features = self.task.compared(self._model, batch)
         self._remember(plan, batch_index, start)
-        self._restore_layers()
         return features
 
     def _longest_prefix(self, plan: Plan, batch_index: int) -> tuple[int, Tensor | None]:
@@ -154,18 +130,6 @@ class StitchedModel:
             key = (batch_index, plan[: 2 * layer])
             if layer > start and key not in self._hidden:
                 self._hidden.put(key, hidden, hidden.numel() * hidden.element_size())
-
-    def _skip_layers_before(self, start: int, hidden: Tensor | None) -> None:
-        if start == 0:
-            return
-        for index in range(start):
-            self._skipped[index].output = hidden if index == start - 1 else None
-            self._layers[index] = self._skipped[index]
-
-    def _restore_layers(self) -> None:
-        for index, layer in enumerate(self._own_layers):
-            if self._layers[index] is not layer:
-                self._layers[index] = layer
 
 
 class PlanLoss:
