@@ -91,6 +91,11 @@ def read_text(path: Path, max_bytes: int) -> str:
     return content.decode("utf-8")
 
 
+def score_text(score: float) -> str:
+    """A score with four digits after the point, or four that count where it is small, as one over a perplexity is."""
+    return f"{score:.4f}" if abs(score) >= 0.1 else f"{score:.4g}"
+
+
 def shown(value: object) -> str:
     """``repr`` of a value for a message: at most about 80 characters, whatever its size."""
     try:

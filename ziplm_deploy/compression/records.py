@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from ziplm_deploy.artifacts import Artifact
 from ziplm_deploy.compression.int8.judged import holds_budget
 from ziplm_deploy.compression.sparsity.record import SparsityRecord
+from ziplm_deploy.documents import score_text
 from ziplm_deploy.recovery.record import TrainingRecord
 
 _BECAME = {"float32": "stayed float32", "weight-only 8-bit form": "became weight-only 8-bit"}
@@ -86,12 +87,14 @@ def outside_budget(record: Int8Record | None, served_score: float | None = None,
     if record is None or record.reference_score is None:
         return ""
     if record.within_budget is False:
-        return f"outside the accuracy budget ({max(record.scores):.4f} against {record.reference_score:.4f})"
+        best = score_text(max(record.scores))
+        return f"outside the accuracy budget ({best} against {score_text(record.reference_score)})"
     reference = record.reference_score if record.whole_reference_score is None else record.whole_reference_score
     if served_score is None or served_score == record.whole_score:  # what was judged is what serves
         return ""
     if not holds_budget(served_score, reference, max_loss):
-        return f"outside the accuracy budget on the engine that serves ({served_score:.4f} against {reference:.4f})"
+        found = f"{score_text(served_score)} against {score_text(reference)}"
+        return f"outside the accuracy budget on the engine that serves ({found})"
     return ""
 
 
@@ -130,12 +133,12 @@ def int8_note(title: str, record: Int8Record, max_loss: float, *, may_train: boo
     kept = "; ".join(
         f"{_BECAME[form]} to hold the accuracy budget: {', '.join(names)}" for form, names in spared.items()
     )
-    if record.within_budget is False:
+    if record.within_budget is False and record.reference_score is not None:
         why = outliers or f"most sensitive are {', '.join(row.name for row in record.sensitivities[:3])}"
         ways = ["int8.method qat"] * may_train + ["int8.embeddings: false"] * bool(record.embeddings)
         return (
-            f"{title}: {max(record.scores):.4f}{_on_choosing(record)} is outside the accuracy budget (max_loss "
-            f"{max_loss:g} of {record.reference_score:.4f}), the best of {len(record.scores)} tried, with "
+            f"{title}: {score_text(max(record.scores))}{_on_choosing(record)} is outside the accuracy budget (max_loss "
+            f"{max_loss:g} of {score_text(record.reference_score)}), the best of {len(record.scores)} tried, with "
             f"{_counted(record)}; {why}; try {', '.join([*ways, 'a larger max_fp32_share'])}"
         )
     if kept:

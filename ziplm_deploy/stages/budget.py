@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ziplm_deploy.artifacts import file_hash
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.recipe import EngineName, Variant
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.tasks.metrics import score
@@ -31,6 +32,9 @@ class BudgetJudge:
         self._candidates: set[str] = set()  # their hashes
         choosing, others = halves(len(self._reference), run.recipe.seed)
         self._choosing = choosing if len(choosing) else others  # a single example has no halves
+        rows = run.data.evaluation_rows
+        # Windows of text have an outcome each, and take long: of candidates only those that choose are looked at.
+        self._half = [rows[index] for index in self._choosing] if run.task.is_causal else None
 
     @property
     def n_choosing(self) -> int:
@@ -49,8 +53,13 @@ class BudgetJudge:
 
     def score(self, path: Path) -> float:
         """Score of a candidate on the examples that choose."""
-        self._candidates.add(file_hash(path))
-        return self._score(self._outcomes(path))
+        if self._half is None:
+            self._candidates.add(file_hash(path))
+            return self._score(self._outcomes(path))
+        environment = self._run.recipe.environment.model_copy(update={"engine": self._engine})
+        with open_runner(environment, path) as runner:
+            data = self._run.data.evaluation_set(self._variant).with_rows(self._half)
+            return score(self._metric, self._run.task.outcomes(runner, data))
 
     def forget_others(self, path: Path) -> None:
         """Forget what candidates answered, but for the chosen one, whose answers are evaluated later."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ziplm_deploy.compression.int8.quantize import chosen_linears
 from ziplm_deploy.compression.int8.smoothing import smooth_as_chosen
 from ziplm_deploy.compression.onnx_graphs import load_onnx
 from ziplm_deploy.errors import ParityError
+from ziplm_deploy.machine.scratch import scratch_root
+from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.export import export_checked
 from ziplm_deploy.tasks.batching import Batch
@@ -43,6 +46,12 @@ def smoothed_file(run: Run, model: nn.Module, path: Path, strengths: Mapping[str
     except ParityError as error:
         run.progress.note(f"{title}: inputs are not smoothed: {error}")
         return None
+
+
+def can_be_smoothed(run: Run, model: nn.Module, strengths: Mapping[str, float], title: str) -> bool:
+    """Whether a model's file still answers like torch once its inputs are smoothed, as the model's then are."""
+    with tempfile.TemporaryDirectory(prefix="smoothed-", dir=scratch_root()) as folder:
+        return smoothed_file(run, model, Path(folder) / Variant.FP32.file_name, strengths, title) is not None
 
 
 def rounded_linears(run: Run, model: nn.Module, paths: Collection[str]) -> dict[str, BlockWeights]:

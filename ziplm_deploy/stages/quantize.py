@@ -49,6 +49,7 @@ from ziplm_deploy.compression.onnx_graphs import MOST_BYTES
 from ziplm_deploy.compression.records import Int8Record, LinearMixture, LinearRanking, LinearSensitivity
 from ziplm_deploy.compression.sparsity.masks import check_masks_in_onnx, zero_masks, zeros_held
 from ziplm_deploy.compression.treatment import reduces_range, served_int8, suits_weight_only
+from ziplm_deploy.documents import score_text
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.errors import UsageError
 from ziplm_deploy.machine import distributed
@@ -247,7 +248,7 @@ class _Quantization:
         title = self.file.label
 
         def tried(spared: Spared, score: float) -> None:
-            self.run.progress.note(f"{title}: {score:.4f} with {len(spared.names)} linears in {spared.form}")
+            self.run.progress.note(f"{title}: {score_text(score)} with {len(spared.names)} linears in {spared.form}")
 
         return within_budget(
             destination, write, judge.score, self.sensitivities, judge.reference_score, self.config, tried
@@ -265,8 +266,9 @@ class _Quantization:
         }
         ladder = mixtures(costs, self.config.max_fp32_share)
         head = n_weights.get(HEAD, 0)
-        is_tied = others < 4 * head  # there is no embedding beside it
-        embedding = (1 if self.config.embeddings else 4) * head if is_tied else 0
+        embedding = (1 if self.config.embeddings else 4) * head
+        if others >= 4 * head:  # there is an embedding of the vocabulary beside it, now in float32
+            others, embedding = others - (4 * head - embedding), 0
         ladder = that_fit(ladder, n_weights, MOST_BYTES - others, embedding)
 
         def write(mixture: Mixture, path: Path) -> None:
@@ -276,7 +278,8 @@ class _Quantization:
 
         def tried(mixture: Mixture, score: float) -> None:
             counts = ", ".join(f"{n} {form}" for form in FORMS if (n := len(mixture.named(form))))
-            self.run.progress.note(f"{self.file.label}: {score:.4f} with {counts}, {mixture.ms:.1f} ms of linears")
+            what = f"{score_text(score)} with {counts}, {mixture.ms:.1f} ms of linears"
+            self.run.progress.note(f"{self.file.label}: {what}")
 
         reference, max_loss = judge.reference_score, self.config.max_loss
         choice = fastest_within(destination, write, judge.score, ladder, reference, max_loss, tried)
@@ -317,7 +320,7 @@ class _Quantization:
                     round_embeddings_of(candidate)
                 scores.append(judge.score(candidate))
                 self.run.progress.note(
-                    f"{self.file.label}: neural-compressor's file {len(scores) - 1} scores {scores[-1]:.4f}"
+                    f"{self.file.label}: neural-compressor's file {len(scores) - 1} scores {score_text(scores[-1])}"
                 )
                 return scores[-1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ziplm_deploy.artifacts import content_key
-from ziplm_deploy.compression.divergence import divergence_from
+from ziplm_deploy.compression.divergence import Divergence
 from ziplm_deploy.compression.int8.causal import linear_groups
 from ziplm_deploy.compression.int8.quantize import linear_names
 from ziplm_deploy.compression.int8.sensitivity import rank_in_all_forms, rank_linears
@@ -19,7 +19,7 @@ from ziplm_deploy.models.member_files import load
 from ziplm_deploy.recipe import Variant
 from ziplm_deploy.run.member import Member
 from ziplm_deploy.run.run import Run
-from ziplm_deploy.stages.prepare_weights import JUDGED, WINDOWS, rounded_linears, watched_batches
+from ziplm_deploy.stages.prepare_weights import JUDGED, WINDOWS, can_be_smoothed, rounded_linears, watched_batches
 from ziplm_deploy.tasks.batching import Batch
 
 LOOKED_AT = 32  # examples: each linear takes a forward pass over them
@@ -48,8 +48,9 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> LinearRa
     patterns = settings.config.weight_only_4
 
     def work() -> None:
-        model, batches = load(member.folder), looked_at(run)
-        divergence = divergence_from(run.task, model, batches)
+        batches = looked_at(run)
+        model = load(member.folder)
+        divergence = Divergence(run.task, model, batches)
         onnx = member.folder / Variant.FP32.file_name
         names = linear_names(onnx) if architecture_of(model.config).causal is not None else ()  # type: ignore[arg-type]
         if member is run.dense_member and is_causal:
@@ -62,6 +63,9 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> LinearRa
             left_out = {path for name in weight_only for path in (groups or {})[name]}
             watched, step = watched_batches(run), run.progress.step
             strengths = choose_strengths(model, watched, batches, divergence, settings, left_out, step)
+            if strengths and not can_be_smoothed(run, load(member.folder), strengths, member.name):
+                model, strengths = load(member.folder), {}
+                divergence = Divergence(run.task, model, batches)
         paths = {path for name in four for path in (groups or {})[name]}
         gptq = rounded_linears(run, model, paths) if paths else {}
         if settings.config.mixed and groups is not None:

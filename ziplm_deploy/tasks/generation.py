@@ -212,11 +212,15 @@ def window_tokens(data: DataConfig, processor: Any) -> int:
 
 
 def _spread(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the positions whose logits are compared."""
-    chosen = [
-        row[torch.linspace(0, len(row) - 1, min(len(row), FEATURES_PER_ROW)).long()]
-        for row in map(torch.nonzero, batch["attention_mask"])
-    ]
+    """Rows and columns of the positions whose logits are compared.
+
+    Not the first of a row, whose activations are mostly of another size: it would count far more than it does among
+    all tokens.
+    """
+    chosen = []
+    for row in map(torch.nonzero, batch["attention_mask"]):
+        after = row[1:] if len(row) > 1 else row
+        chosen.append(after[torch.linspace(0, len(after) - 1, min(len(after), FEATURES_PER_ROW)).long()])
     rows = torch.cat([torch.full_like(each, index) for index, each in enumerate(chosen)])
     return rows[:, 0], torch.cat(chosen)[:, 0]
 

@@ -27,6 +27,7 @@ BYTES: dict[Form, float] = {
     "weight-only-4": 0.625,
 }  # a weight, scales included
 MOST_TRIED = 8
+NEAR = 0.005  # share of the milliseconds of linears that are worth no further try
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The form of every linear by name, and the milliseconds that they take together."""
+    """The form of every linear by name, with the milliseconds and the divergence of all together."""
 
     forms: Mapping[str, Form]
     ms: float
+    divergence: float = 0.0
 
     def named(self, form: Form) -> tuple[str, ...]:
         """Linears of this form."""
@@ -113,7 +115,8 @@ def _onwards(form: Form, of_forms: Mapping[Form, Cost]) -> list[tuple[Form, Cost
 
 
 def _mixture(forms: Mapping[str, Form], costs: Mapping[str, Mapping[Form, Cost]]) -> Mixture:
-    return Mixture(dict(forms), sum(costs[name][form].ms for name, form in forms.items()))
+    chosen = [costs[name][form] for name, form in forms.items()]
+    return Mixture(dict(forms), sum(cost.ms for cost in chosen), sum(cost.divergence for cost in chosen))
 
 
 def _hull(of_forms: Mapping[Form, Cost]) -> list[tuple[Form, Cost]]:
@@ -144,8 +147,10 @@ def fastest_within(
 ) -> MixtureChoice:
     """Write ``destination`` with the fastest mixture of ``ladder`` that loses at most ``max_loss`` of the score.
 
-    The fastest and the slowest are tried, then what halves the milliseconds between one that holds the budget and one
-    that does not, :data:`MOST_TRIED` in all. Candidates lie beside ``destination`` until one takes its place.
+    The fastest is tried, then those at which the loss is likely to meet the budget: by the divergence of the mixtures,
+    scaled as those before have lost, and by turns what halves the milliseconds between one that holds and one that does
+    not; until little is left between them, or :data:`MOST_TRIED` are. Candidates lie beside ``destination`` until one
+    takes its place.
 
     Args:
         write: writes a candidate.
@@ -170,24 +175,24 @@ def fastest_within(
                 tried(ladder[place], found[place][0])
             return holds_budget(found[place][0], reference_score, max_loss)
 
-        low, high = 0, len(ladder) - 1
-        chosen = low if holds(low) else high if high and holds(high) else None
-        while chosen == high and high - low > 1 and len(found) < MOST_TRIED:
-            place = _between(ladder, low, high)
-            if holds(place):
-                chosen = high = place
-            else:
-                low = place
-        best = chosen if chosen is not None else max(found, key=lambda place: (found[place][0], -place))
+        low, high = -1, len(ladder)  # the slowest that does not hold, the fastest that does; neither is tried yet
+        while high - low > 1 and len(found) < MOST_TRIED:
+            if high < len(ladder) and ladder[high].ms - ladder[low + 1].ms < NEAR * ladder[high].ms:
+                break
+            whole = abs(reference_score) or 1.0
+            losses = {place: (reference_score - score) / whole for place, (score, _) in found.items()}
+            place = _next(ladder, low, high, losses, max_loss)
+            low, high = (low, place) if holds(place) else (place, high)
+        best = high if high in found else max(found, key=lambda place: (found[place][0], -place))
         found[best][1].replace(destination)
     counts = tuple((len(ladder[place].named("float32")), score) for place, (score, _) in found.items())
-    return MixtureChoice(found[best][0], reference_score, counts, chosen is not None, mixture=ladder[best])
+    return MixtureChoice(found[best][0], reference_score, counts, high in found, mixture=ladder[best])
 
 
 def that_fit(
     ladder: Sequence[Mixture], n_weights: Mapping[str, int], most_bytes: float, embedding_bytes: float = 0.0
 ) -> list[Mixture]:
-    """Mixtures whose linears take at most so many bytes in a file; the fastest one in any case.
+    """Mixtures whose linears take at most so many bytes in a file; the fastest one where none does.
 
     ``embedding_bytes``: of the embedding that a tied head shares in float32, and leaves behind in any other form.
     """
@@ -196,7 +201,21 @@ def that_fit(
         left = embedding_bytes if mixture.forms.get(HEAD, "float32") != "float32" else 0.0
         return left + sum(BYTES[form] * n_weights[name] for name, form in mixture.forms.items())
 
-    return [ladder[0], *(mixture for mixture in ladder[1:] if size(mixture) <= most_bytes)]
+    return [mixture for mixture in ladder if size(mixture) <= most_bytes] or [ladder[0]]
+
+
+def _next(ladder: Sequence[Mixture], low: int, high: int, losses: Mapping[int, float], max_loss: float) -> int:
+    """The rung strictly between two to try next; ``losses``: relative ones of those that were tried."""
+    if not losses:
+        return 0
+    near = min(losses, key=lambda place: abs(losses[place] - max_loss))
+    if high < len(ladder) and len(losses) % 2:
+        return _between(ladder, low, high)
+    if losses[near] <= 0 or ladder[near].divergence <= 0:  # nothing says how much a divergence loses
+        return _between(ladder, low, high) if high < len(ladder) else len(ladder) - 1
+    allowed = max_loss * ladder[near].divergence / losses[near]
+    inside = range(low + 1, high)
+    return next((place for place in inside if ladder[place].divergence <= allowed), inside[-1])
 
 
 def _between(ladder: Sequence[Mixture], low: int, high: int) -> int:

@@ -14,10 +14,11 @@ from pathlib import Path
 import onnx
 import torch
 from torch import nn
+from torch.nn import functional
 
 from exporters import ExportError, to_nbits_matmul
 from exporters.names import linear_of
-from exporters.nbits_matmul import OLDEST_ENGINE, OPERATOR, BlockWeights, round_blocks
+from exporters.nbits_matmul import BLOCK_SIZE, OLDEST_ENGINE, OPERATOR, BlockWeights, round_blocks
 from ziplm_deploy.compression.onnx_graphs import drop_unread, load_onnx
 from ziplm_deploy.errors import EngineError, UsageError
 
@@ -81,11 +82,13 @@ def weight_only_linears(path: Path) -> dict[str, int]:
 def weights_rounded(
     linears: Sequence[nn.Linear], bits: int, rounded: Sequence[BlockWeights] | None = None
 ) -> Iterator[None]:
-    """Let linears compute with the weights that a weight-only form stands for; afterwards they have their own again.
+    """Let linears compute as a weight-only form does; afterwards they have their own weights again.
 
-    ``rounded``: what they were rounded to; by default to the nearest.
+    Its operator rounds inputs to 8 bits, too, with a scale for each block of a token's. ``rounded``: what the weights
+    were rounded to; by default to the nearest.
     """
     own = [linear.weight for linear in linears]
+    hooks = [linear.register_forward_pre_hook(_with_rounded_blocks) for linear in linears]
     try:
         for place, (linear, weight) in enumerate(zip(linears, own, strict=True)):
             plain = weight.detach().float().cpu().numpy()
@@ -94,8 +97,20 @@ def weights_rounded(
             linear.weight = nn.Parameter(torch.from_numpy(made.weight).to(weight), requires_grad=False)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for linear, weight in zip(linears, own, strict=True):
             linear.weight = weight
+
+
+def _with_rounded_blocks(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Inputs ``[…, features]`` in blocks as weights have them, each rounded to 127 steps of its largest magnitude."""
+    x, *others = args
+    padded = functional.pad(x, (0, -x.shape[-1] % BLOCK_SIZE))
+    blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK_SIZE)
+    scales = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / 127
+    rounded = ((blocks / scales).round() * scales).flatten(-2)[..., : x.shape[-1]]
+    return rounded, *others
 
 
 def has_bits(version: str, bits: int) -> bool:
