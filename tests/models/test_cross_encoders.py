@@ -19,9 +19,10 @@ from ziplm_deploy.errors import CorruptArtifactError, DataError, UnsupportedMode
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.deployed import OnnxExport
 from ziplm_deploy.models.member_files import load, save_member
+from ziplm_deploy.models.own_settings import with_own_settings
 from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.recipe import ModelConfig, parse_recipe
-from ziplm_deploy.tasks import get_task
+from ziplm_deploy.tasks import EvaluationSet, get_task
 
 pytestmark = pytest.mark.transformers
 
@@ -76,6 +77,49 @@ def test_members_keep_the_activation_where_every_release_reads_it(age: str, tmp_
     inputs = processor(*map(list, zip(*PAIRS, strict=True)), return_tensors="pt", padding=True)
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "member")(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("age", ["old", "middle", "new"])
+def test_regression_scores_and_learns_through_the_activation(age: str, tmp_path: Path) -> None:
+    """As predict() of CrossEncoder gives scores, and its trainer learns: the file holds the output before it."""
+    found = {}
+    for activation in (IDENTITY, SIGMOID):
+        folder = save_folder(tmp_path / activation, age, activation)
+        asked = with_own_settings(ModelConfig(path=str(folder), task="text-regression"))
+        found[activation] = get_task(asked)
+        assert load_dense(asked)[0].config.sentence_transformers["activation_fn"] == activation
+    rows = [{"text": a, "text_pair": b, "label": label} for (a, b), label in zip(PAIRS, (0.9, 0.1, 0.5), strict=True)]
+    _, processor = load_dense(asked)
+    data = EvaluationSet(rows, processor, 32)
+    outputs = np.array([-3.0, 0.5, 4.0])
+    plain, sigmoid = (
+        found[name].outcomes(lambda inputs: {"logits": outputs[: len(inputs["input_ids"]), None]}, data)
+        for name in (IDENTITY, SIGMOID)
+    )
+    np.testing.assert_allclose(np.sort(plain["predicted"]), outputs)
+    np.testing.assert_allclose(np.sort(sigmoid["predicted"]), 1 / (1 + np.exp(-outputs)))
+    batch = {"labels": torch.tensor([0.9, 0.1])}
+    logits = {"logits": torch.tensor([[2.0], [-1.0]])}
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits["logits"][:, 0], batch["labels"])
+    torch.testing.assert_close(found[SIGMOID].task_loss(logits, batch), expected)
+    torch.testing.assert_close(
+        found[IDENTITY].task_loss(logits, batch), ((logits["logits"][:, 0] - batch["labels"]) ** 2).mean()
+    )
+    with pytest.raises(DataError, match=r"labels of 0 to 1 for a model with Sigmoid over its score, found 4\.2; scale"):
+        found[SIGMOID].task_loss(logits, {"labels": torch.tensor([0.5, 4.2])})
+
+
+def test_a_recipe_may_name_the_activation(tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense", "bert", "text-regression")
+    for asked, kept in (("Sigmoid", SIGMOID), ("Identity", IDENTITY)):
+        model, _ = load_dense(
+            ModelConfig(path=str(tmp_path / "dense"), task="text-regression", score_activation=asked)  # type: ignore[arg-type]
+        )
+        assert model.config.sentence_transformers["activation_fn"] == kept
+    with pytest.raises(ValueError, match="expected task text-regression for score_activation, found reranking"):
+        ModelConfig(path="a", task="reranking", score_activation="Sigmoid")
+    with pytest.raises(ValueError, match="score_activation"):
+        ModelConfig(path="a", task="text-regression", score_activation="Softmax")  # type: ignore[arg-type]
 
 
 def test_a_plain_model_says_nothing(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tests.helpers.sentence_models import TinySentenceModel
 from ziplm_deploy import pipeline
 from ziplm_deploy.engines.runner import onnx_runner
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.models.own_settings import with_own_settings
+from ziplm_deploy.recipe import ModelConfig
 from ziplm_deploy.run.run import Run
 from ziplm_deploy.stages.checks import check_data
 from ziplm_deploy.tasks import get_task, torch_function
@@ -242,6 +244,14 @@ def test_embeddings_that_a_loader_cuts_are_noted(tmp_path: Path) -> None:
         run = checked(tmp_path, pairs, pairs[:4], model=model, data=data, output_dir=f"{tmp_path}/{cut}")
         noted = [note for note in run.folder.notes if "to their first 8 numbers (truncate_dim)" in note]
         assert len(noted) == (0 if cut is None else 1)
+
+
+def test_what_a_loader_cuts_to_is_searched_whatever_else_is_asked_for(tmp_path: Path) -> None:
+    for cut, asked, expected in ((8, [4], (4, 8)), (8, None, (8,)), (4096, [4], (4,)), (None, None, None)):
+        folder = tmp_path / f"{cut}-{asked}"
+        path = TinySentenceModel(settings={"truncate_dim": cut}).save(folder)
+        model = ModelConfig(path=str(path), task="sentence-similarity", dimensions=asked)
+        assert with_own_settings(model).dimensions == expected
 
 
 def test_a_pooling_that_nobody_names_is_noted(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ class _LogitScore(Fields):
     false_token_id: int | None = Field(None, ge=0)
 
 
+def read_activation(files: SentenceFiles) -> SentenceModules:
+    """What a regression model says about the activation over its score, as folders of CrossEncoder do.
+
+    Raises:
+        UnsupportedModelError: an activation that changes the order of scores.  CorruptArtifactError: a damaged file.
+    """
+    settings, config = files.mapping(SETTINGS_FILE)[1], files.config()
+    return SentenceModules(activation=read_score_activation(config, settings, files.path))
+
+
 def read_cross_encoder(files: SentenceFiles) -> SentenceModules:
     """What a cross-encoder says about itself.
 

@@ -92,7 +92,7 @@ def load_dense(model_config: ModelConfig, new_head: dict[str, Any] | None = None
         settle_class_names(config, type(config).get_config_dict(path, **source)[0], path)
     for name, value in (new_head or {}).items():
         setattr(config, name, value)
-    keep_score_activation(config, own.activation)
+    keep_score_activation(config, own.activation, settings.score_activation)
     answers = settings.pair_prompt is not None and has_language_head(config.to_dict())
     auto_class = "AutoModelForCausalLM" if answers else task.auto_class
     model = _load_weights(path, config, auto_class, source, may_lack_head=new_head is not None and not answers)

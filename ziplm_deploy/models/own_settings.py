@@ -50,6 +50,10 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
     found["prompt"] = own.prompt if model.prompt is None else model.prompt
     for name in ("query_prompt", "passage_prompt", "dimensions"):
         found[name] = getattr(own, name) if getattr(model, name) is None else getattr(model, name)
+    size = own.dense[-1].out_features if own.dense else own.width
+    if own.truncated is not None and (size is None or own.truncated < size):
+        # What sentence-transformers serves, whatever else is asked for.
+        found["dimensions"] = tuple(sorted({*(found["dimensions"] or ()), own.truncated}))
     if own.prompt and model.prompt is None:
         # encode() has a default prompt of the model's files, encode_query() and encode_document() have not.
         found |= {name: "" for name in ("query_prompt", "passage_prompt") if found[name] is None}
@@ -58,6 +62,9 @@ def completed(model: ModelConfig, own: SentenceModules) -> ModelConfig:
             f"expected a pooling of all tokens, found one in {own.source} that leaves out those of the prompt "
             f"{found['prompt']!r} (include_prompt: false); set model.prompt: '' or choose another model"
         )
+    activation = "Identity" if own.activation is None else own.activation.rpartition(".")[2]
+    if model.task == "text-regression" and model.score_activation is None and activation != "Identity":
+        found["score_activation"] = activation
     if model.task == "reranking":
         found |= _of_reranker(model, own)
     return model.model_copy(update=found).with_defaults()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ziplm_deploy.documents import shown
 from ziplm_deploy.errors import CorruptArtifactError, UnsupportedModelError
+from ziplm_deploy.recipe.model import ScoreActivation
 
 ENTRY, FIELD = "sentence_transformers", "activation_fn"  # in config.json, where releases from 4.0 on read it
 _BEFORE_4 = "sbert_ce_default_activation_function"
-_RISING = ("Identity", "Sigmoid", "Tanh", "Softplus", "LogSigmoid")  # that leave the order of scores as it is
+_RISING: tuple[str, ...] = get_args(ScoreActivation)  # that leave the order of scores as it is
 
 
 def read_score_activation(config: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> str | None:
@@ -42,7 +43,12 @@ def read_score_activation(config: Mapping[str, Any], settings: Mapping[str, Any]
     return name
 
 
-def keep_score_activation(config: Any, activation: str | None) -> None:
-    """Write the activation, if any, into a model's configuration, where every CrossEncoder finds it in a member."""
+def keep_score_activation(config: Any, activation: str | None, asked: ScoreActivation | None = None) -> None:
+    """Write the activation, if any, into a model's configuration, where every CrossEncoder finds it in a member.
+
+    ``activation``: full name, as the model's files have it; ``asked``: that which the recipe has in its place.
+    """
+    if asked is not None and (activation is None or not activation.endswith(f".{asked}")):
+        activation = f"torch.nn.modules.{'linear' if asked == 'Identity' else 'activation'}.{asked}"
     if activation is not None:
         setattr(config, ENTRY, {**(getattr(config, ENTRY, None) or {}), FIELD: activation})

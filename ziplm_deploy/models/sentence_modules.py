@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from ziplm_deploy.documents import shortened
 from ziplm_deploy.errors import UnsupportedModelError
 from ziplm_deploy.models.config_file import refuse_own_code
-from ziplm_deploy.models.cross_encoder_modules import read_cross_encoder
+from ziplm_deploy.models.cross_encoder_modules import read_activation, read_cross_encoder
 from ziplm_deploy.models.location import CONFIG_FILE, find_file, resolve_model_path
 from ziplm_deploy.models.sentence_fields import (
     dense_layer,
@@ -64,9 +64,11 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
         UnsupportedModelError: it has a module, a pooling or a setting that cannot be reproduced.
         CorruptArtifactError: a file is damaged.
     """
-    if model.task not in ("sentence-similarity", "image-feature-extraction", "reranking"):
+    if model.task not in ("sentence-similarity", "image-feature-extraction", "reranking", "text-regression"):
         return SentenceModules()
     files = SentenceFiles(resolve_model_path(model.path), model.revision)
+    if model.task == "text-regression":
+        return read_activation(files)
     if model.task == "reranking":
         return read_cross_encoder(files)
     # Towers of images never needed that file, so that caches may not say whether there is one.
@@ -147,4 +149,4 @@ def _dimensions(found: SentenceModules, files: SentenceFiles) -> tuple[int, ...]
         if listed is not None:
             sizes = {int(each) for each in re.findall(r"\b\d{1,6}\b", listed[1])}
             return tuple(sorted(each for each in sizes if 0 < each <= (size or each))) or None
-    return None if found.truncated is None else (found.truncated,)
+    return None

@@ -25,6 +25,7 @@ TaskName = Literal[
 
 Pooling = Literal["mean", "cls", "max", "lasttoken", "pooler"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+ScoreActivation = Literal["Identity", "Sigmoid", "Tanh", "Softplus", "LogSigmoid"]  # they leave the order of scores
 _DEFAULTS: dict[str, Any] = {"pooling": "mean", "normalize": True, "prompt": "", "similarity": "cosine"}
 _OF_RETRIEVAL = ("query_prompt", "passage_prompt", "dimensions")
 OF_CAUSAL_RERANKERS = ("pair_prompt", "instruction", "answer_tokens")
@@ -61,8 +62,8 @@ class ModelConfig(Frozen):
     )
     passage_prompt: str | None = Field(
         None,
-        description="Text put before every passage of `data.retrieval`; default: the prompt `document`, `passage` or "
-        "`corpus` of the model's files, else `model.prompt` of the recipe.",
+        description="Text put before every passage of `data.retrieval`; default: the prompt `document`, else `passage` "
+        "or `corpus` of the model's files, else `model.prompt` of the recipe.",
     )
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None,
@@ -97,6 +98,14 @@ class ModelConfig(Frozen):
         exclude_if=lambda tokens: tokens is None,
     )
 
+    score_activation: ScoreActivation | None = Field(
+        None,
+        description="What stands over the output of text-regression before it is compared with labels, as CrossEncoder "
+        "has it: `Sigmoid` for labels of 0 to 1; files hold the output before it; default: as the model's files say, "
+        "else `Identity`.",
+        exclude_if=lambda name: name is None,
+    )
+
     @field_validator("answer_tokens", mode="before")
     @classmethod
     def _answers_are_texts(cls, value: Any) -> Any:
@@ -112,6 +121,8 @@ class ModelConfig(Frozen):
         asked = [name for name in OF_CAUSAL_RERANKERS if getattr(self, name) is not None]
         if asked and self.task != "reranking":
             raise ValueError(f"expected task reranking for {asked[0]}, found {self.task}; leave the field out")
+        if self.score_activation is not None and self.task != "text-regression":
+            raise ValueError(f"expected task text-regression for score_activation, found {self.task}; leave it out")
         if self.pair_prompt:
             PairPrompt.parse(self.pair_prompt)
         if self.instruction is not None and not takes_instruction(
@@ -165,5 +176,5 @@ class ModelConfig(Frozen):
         Fields that came later are left out where they are as they were before there were such fields.
         """
         settings = self.with_defaults().model_dump(exclude={"path", "revision", "metric", *_OF_RETRIEVAL})
-        added = {"prompt", "similarity", *OF_CAUSAL_RERANKERS}
+        added = {"prompt", "similarity", "score_activation", *OF_CAUSAL_RERANKERS}
         return {name: value for name, value in settings.items() if name not in added or value != _DEFAULTS.get(name)}

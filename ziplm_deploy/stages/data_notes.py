@@ -51,7 +51,7 @@ def note_other_evaluation(run: Run) -> None:
 
 def _note_lengths(run: Run, lengths: dict[Which, TokenLengths]) -> None:
     run.folder.record(lengths=lengths)
-    run.folder.set_note("cut texts", _cut_note(lengths))
+    run.folder.set_note("cut texts", _cut_note(run, lengths))
     run.folder.set_note("lengths", _length_note(run, lengths))
 
 
@@ -123,7 +123,7 @@ def _lengths(run: Run, rows: list[dict[str, Any]], key: str) -> TokenLengths | N
     return TokenLengths.of(counts, limit, key, are_cut=run.task.cuts_texts)
 
 
-def _cut_note(lengths: dict[Which, TokenLengths]) -> str | None:
+def _cut_note(run: Run, lengths: dict[Which, TokenLengths]) -> str | None:
     parts = [
         f"{found.cut / found.examples:.1%} of the {name} texts ({found.cut:,} of {found.examples:,}, the longest "
         f"{found.longest:,} tokens)"
@@ -133,9 +133,13 @@ def _cut_note(lengths: dict[Which, TokenLengths]) -> str | None:
     if not parts:
         return None
     limit = next(iter(lengths.values())).limit
+    workload = run.recipe.environment.workload
+    larger = (
+        "a larger environment.workload.seq_len" if workload.lengths is None else "longer environment.workload.lengths"
+    )
     return (
         f"{' and '.join(parts)} are longer than {limit} tokens and were cut: scores, dense ones too, are those of cut "
-        "texts; a larger environment.workload.seq_len keeps them whole, where the model has positions for it"
+        f"texts; with {larger} they stay whole, where the model has positions for them"
     )
 
 

@@ -7,27 +7,36 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.recipe import TaskName
+from ziplm_deploy.recipe import ModelConfig, TaskName
 from ziplm_deploy.tasks.batching import Batch, training_examples
 from ziplm_deploy.tasks.classification import TextTask
 from ziplm_deploy.tasks.data import Row
 from ziplm_deploy.tasks.evaluation_set import EvaluationSet, ModelFunction
 from ziplm_deploy.tasks.labels import labels_of, require_labels
-from ziplm_deploy.tasks.losses import mean_squared, sampled_direction
+from ziplm_deploy.tasks.losses import binary_cross_entropy, mean_squared, sampled_direction
 from ziplm_deploy.tasks.outcomes import Outcomes
 from ziplm_deploy.tasks.scores import CORRELATIONS, parse_score, value_outcomes
 
 
 class TextRegression(TextTask):
-    """Labels are floats in the data's own scale, which is also the scale of the output ``logits`` [batch, 1]."""
+    """Labels are floats in the data's own scale, which is also that of the output ``logits`` [batch, 1].
+
+    An activation that the model has over its output, as cross-encoders have Sigmoid, stands between the two: scores and
+    loss are of what it makes of the output, divergences are of the output itself.
+    """
 
     name: ClassVar[TaskName] = "text-regression"
     metric_name = "spearman"
     metrics = CORRELATIONS
     label_columns = ("label", "labels", "score", "similarity")
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self._activation_name = model.score_activation or "Identity"
+        self._activation: nn.Module = getattr(nn, self._activation_name)()
 
     def read_label(self, value: int | float | str, number: int) -> float:
         return parse_score(value, number, "score")
@@ -51,7 +60,8 @@ class TextRegression(TextTask):
         return training_examples(examples, None if labels is None else [float(label) for label in labels])
 
     def outcomes(self, function: ModelFunction, data: EvaluationSet) -> Outcomes:
-        predicted = self.predict(function, data)[:, 0].astype(np.float64)
+        outputs = torch.from_numpy(self.predict(function, data)[:, 0].astype(np.float64))
+        predicted = self._activation(outputs).numpy()
         return value_outcomes(predicted, np.array([row["label"] for row in data.rows], dtype=np.float64))
 
     def divergence(self, candidate: Tensor, dense: Tensor) -> Tensor:
@@ -66,6 +76,19 @@ class TextRegression(TextTask):
         return self.divergence(student, teacher.detach())
 
     def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Mean squared error, in the scale of the labels squared."""
+        """Mean squared error, in the scale of the labels squared; under Sigmoid cross-entropy, in nats.
+
+        Raises:
+            DataError: labels that Sigmoid cannot reach.
+        """
         (labels,) = self.labels(batch)
-        return mean_squared(outputs["logits"].squeeze(-1), labels)  # [batch, 1] → [batch]
+        scores = outputs["logits"].squeeze(-1)  # [batch, 1] → [batch]
+        if self._activation_name != "Sigmoid":
+            return mean_squared(self._activation(scores), labels)
+        if bool((labels < 0).any()) or bool((labels > 1).any()):
+            found = float(labels[(labels < 0) | (labels > 1)][0])
+            raise DataError(
+                f"expected labels of 0 to 1 for a model with Sigmoid over its score, found {found:g}; scale them, or "
+                "set model.score_activation to Identity"
+            )
+        return binary_cross_entropy(scores, labels)
