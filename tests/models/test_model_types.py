@@ -231,5 +231,6 @@ def test_rotary_positions_may_be_named_so() -> None:
     if "gte" not in ARCHITECTURES:
         pytest.skip("this transformers has no gte")
     assert why_not(config_of({"model_type": "gte", "position_embedding_type": "rope"}, "a folder")) is None
+    assert why_not(config_of({"model_type": "modernbert", "position_embedding_type": "sans_pos"}, "mmBERT")) is None
     found = why_not(config_of({"model_type": "bert", "position_embedding_type": "rope"}, "a folder"))
     assert "its attention scores depend on the head" in str(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,24 @@ def test_members_are_scored_both_ways_and_cut(report: FamilyReport, folder: Path
         assert f"| 1.5x | first 8 | {member.scores['ndcg_at_10_first_8']:.4f} [" in text
     assert 'model = SentenceTransformer("1.5x", backend="onnx"' in text  # of the card
     assert FamilyReport.load(run_folder / "report.json").retrieval == report.retrieval
+
+
+def test_other_prompts_reach_members_that_stay(report: FamilyReport, folder: Path, tmp_path: Path) -> None:
+    """No stage that writes a member runs again for them, and none for the files that were written anew."""
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    asked = search_recipe(folder, model={"query_prompt": "where ? "}, output_dir=str(tmp_path / "runs"))
+    for _ in range(2):
+        run_pipeline(asked)
+        run_folder = tmp_path / "runs" / "tiny"
+        for member in ("dense", "1.5x"):
+            said = json.loads((run_folder / member / "config_sentence_transformers.json").read_text())["prompts"]
+            assert (said["query"], said["document"]) == ("where ? ", "the ")
+        before, after = (
+            json.loads((place / "tiny" / "manifest.json").read_text())["seconds"]
+            for place in (folder / "runs", tmp_path / "runs")
+        )
+        changed = {name for name, spent in after.items() if spent != before.get(name)}
+        assert not {name for name in changed if name.startswith(("export", "prune", "recover", "calibrate"))}
 
 
 def test_the_console_shows_what_is_found_and_cut_passages_are_noted(

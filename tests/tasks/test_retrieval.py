@@ -67,6 +67,8 @@ def test_fewer_queries_search_all_passages(tmp_path: Path) -> None:
 def test_other_columns_are_found_or_named(tmp_path: Path) -> None:
     squad = [{"question": row["query"], "context": row["passage"], "answers": {"text": []}} for row in PAIRS]
     assert read(tmp_path, squad).passages == read(tmp_path, PAIRS).passages
+    qnli = [{"question": row["query"], "sentence": row["passage"], "idx": n} for n, row in enumerate(PAIRS)]
+    assert read(tmp_path, qnli).relevant == read(tmp_path, PAIRS).relevant
     named = [{"q": row["query"], "p": row["passage"]} for row in PAIRS]
     assert read(tmp_path, named, retrieval_columns=["q", "p"]).relevant == read(tmp_path, PAIRS).relevant
 

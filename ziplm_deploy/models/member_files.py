@@ -40,7 +40,7 @@ from ziplm_deploy.models.own_settings import completed
 from ziplm_deploy.models.processors import limit_length
 from ziplm_deploy.models.resizing import build_replacement, install, kept_structures, set_kept
 from ziplm_deploy.models.sentence_dense import DenseLayer, attach, layers_of_dense
-from ziplm_deploy.models.sentence_folder import write_sentence_files
+from ziplm_deploy.models.sentence_folder import renew_settings, write_sentence_files
 from ziplm_deploy.models.sentence_modules import read_sentence_modules
 from ziplm_deploy.models.shape import ModelShape, ModuleId
 from ziplm_deploy.recipe import ModelConfig, TaskName
@@ -128,6 +128,18 @@ def save_member(
         weights_sha256=file_hash(folder / WEIGHTS_FILE),
         extra=extra,
     ).save(folder / MEMBER_FILE)
+
+
+def renew_prompts(folder: Path, model_config: ModelConfig) -> None:
+    """Write a member's prompts as the recipe has them now: those of queries and passages are no part of its answers.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    own = read_sentence_modules(model_config)
+    complete = completed(model_config, own)
+    if model_config.task == "sentence-similarity" and complete.pooling != "pooler":
+        renew_settings(folder, complete, own)
 
 
 def replace_member(

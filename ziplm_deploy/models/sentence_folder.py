@@ -57,9 +57,21 @@ def write_sentence_files(folder: Path, model: nn.Module, settings: ModelConfig, 
     texts = {name: value for name, value in texts.items() if name not in TORCH_ARGUMENTS}
     if texts:
         _write(folder / LENGTH_FILES[0], texts)
-    whole = _with_settings(whole, settings, own)
-    if whole:
-        _write(folder / SETTINGS_FILE, whole)
+    _write_settings(folder, whole, settings, own)
+
+
+def renew_settings(folder: Path, settings: ModelConfig, own: SentenceModules) -> None:
+    """Write prompts and similarity anew beside a member that was written under other ones; arguments as above."""
+    files = SentenceFiles(resolve_model_path(settings.path), settings.revision)
+    _write_settings(folder, files.mapping(SETTINGS_FILE)[1] if own.source else {}, settings, own)
+
+
+def _write_settings(folder: Path, whole: dict[str, Any], settings: ModelConfig, own: SentenceModules) -> None:
+    path, content = folder / SETTINGS_FILE, _with_settings(whole, settings, own)
+    if content:
+        _write(path, content)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _with_settings(whole: dict[str, Any], settings: ModelConfig, own: SentenceModules) -> dict[str, Any]:

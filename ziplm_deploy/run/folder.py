@@ -18,6 +18,7 @@ import yaml
 from ziplm_deploy.artifacts import parts_of, write_text
 from ziplm_deploy.machine import distributed
 from ziplm_deploy.machine.info import versions
+from ziplm_deploy.models.sentence_files import SETTINGS_FILE
 from ziplm_deploy.recipe import Recipe, member_name
 from ziplm_deploy.run.manifest import Correction, Manifest, Origin
 from ziplm_deploy.run.member import DENSE, Member, PrunedMember
@@ -225,7 +226,8 @@ class RunFolder:
 
     def _is_whole(self, stage: str) -> bool:
         made = self._manifest.outputs.get(stage, {})
-        paths = {self.path / name: size for name, size in made.items()}
+        # Prompts of queries and passages change no answers; evaluation writes them anew.
+        paths = {self.path / name: size for name, size in made.items() if not name.endswith(f"/{SETTINGS_FILE}")}
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def make(

@@ -66,7 +66,7 @@ def why_not(config: PretrainedConfig) -> str | None:
     if getattr(config, "add_cross_attention", False):
         return f"a {model_type} with cross-attention (add_cross_attention: true)"
     positions = getattr(config, "position_embedding_type", "absolute")
-    is_rotary = ARCHITECTURES[model_type].rotates and positions in ("rope", "rotary")
+    is_rotary = ARCHITECTURES[model_type].rotates and positions in ("rope", "rotary", "sans_pos")  # mmBERT's name
     if positions not in (None, "absolute") and not is_rotary:
         return f"a {model_type} with position_embedding_type {positions!r}: its attention scores depend on the head"
     if getattr(config, "chunk_size_feed_forward", 0):

@@ -36,6 +36,7 @@ def _modernbert() -> Architecture:
         ffn_norm="mlp_norm",
         shared_inputs=("attention_mask", "position_embeddings"),
         layer_returns_tuple=False,
+        rotates=True,
     )
     # By its configuration: older models start torch's compiler when they are imported.
     if hasattr(ModernBertConfig, "layer_types"):
