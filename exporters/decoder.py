@@ -26,7 +26,7 @@ from exporters.encoder import ExportError
 from exporters.files import atomic_pair, atomic_path, weights_beside
 from exporters.graph import GraphWriter, WeightStream
 
-_OLDEST_OPSET = 17  # the first with LayerNormalization
+OLDEST_OPSET = 17  # the first with LayerNormalization
 # Operators of ONNX Runtime, though it lists this one under the standard's name.
 _CONTRIB_OF_STANDARD_NAME = "SimplifiedLayerNormalization"
 
@@ -114,9 +114,9 @@ def _model(parts: DecoderParts, settings: DecoderExportSettings, outside: Weight
 def check_settings(parts: DecoderParts, settings: DecoderExportSettings) -> None:
     """Raise :class:`ExportError` for an opset or a form that cannot hold the model."""
     newest = onnx.defs.onnx_opset_version()
-    if not _OLDEST_OPSET <= settings.opset <= newest:
+    if not OLDEST_OPSET <= settings.opset <= newest:
         raise ExportError(
-            f"expected an opset from {_OLDEST_OPSET} to {newest}, found {settings.opset}; choose one of those"
+            f"expected an opset from {OLDEST_OPSET} to {newest}, found {settings.opset}; choose one of those"
         )
     if settings.form not in ("onnxruntime", "portable"):
         raise ExportError(f"expected form onnxruntime or portable, found {settings.form}; correct it")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ziplm_deploy.errors import RecipeError
 from ziplm_deploy.recipe import Call, Environment, Recipe, Workload, load_recipe, parse_recipe
+from ziplm_deploy.recipe import lengths as recipe_lengths
 from ziplm_deploy.recipe.lengths import MAX_CALLS, of_lengths, read_histogram, representative
 
 MIN_RECIPE: dict[str, Any] = {"name": "demo", "model": {"path": "m", "task": "fill-mask"}, "speedups": [2]}
@@ -219,3 +220,13 @@ def test_paths_are_taken_from_the_recipes_folder(tmp_path: Path) -> None:
             assert workload.describe() == "batch 1, as long as the texts in texts.txt"
             with pytest.raises(RecipeError, match="expected counted lengths, found the file of texts"):
                 assert workload.calls
+
+
+def test_texts_one_a_line_may_be_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_lengths, "MAX_JSON_BYTES", 100)
+    path = tmp_path / "requests.txt"
+    path.write_text("\n" + "two cats sat\n" * 50)
+    assert read_histogram(path) is None
+    path.write_text("16\n" * 50)
+    with pytest.raises(ValueError, match=r"requests\.txt: more than 0 KiB"):
+        read_histogram(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from exporters import gguf as gguf_writer
 from exporters import gguf_layers
 from tests.helpers.gguf_models import LlamaCpp, byte_level_tokenizer
+from tests.helpers.models import random_entries
 from tests.helpers.pipeline import causal_recipe, raw_recipe, save_causal, written_again
 from ziplm_deploy.errors import ParityError, RecipeError, UnsupportedModelError
 from ziplm_deploy.models.member_files import load
+from ziplm_deploy.models.modules import prunable_modules
+from ziplm_deploy.models.resizing import resize
 from ziplm_deploy.pipeline import run_pipeline
 from ziplm_deploy.recipe import parse_recipe
 from ziplm_deploy.run.run import Run
@@ -101,6 +105,27 @@ def test_genai_needs_a_token_that_ends_texts(tmp_path: Path) -> None:
             check_formats(run)
         run.dense.processor.eos_token = "[SEP]"
         check_formats(run)
+
+
+def test_a_member_without_attention_has_no_genai_config_and_a_note(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    recipe = causal_recipe(finished, **FORMATS, output_dir=str(tmp_path / "runs"))
+    member = tmp_path / "runs" / "tiny" / "1.5x"
+    with Run(parse_recipe(recipe)) as run:
+        model = load(member)
+        left = [each.name for each in prunable_modules(model) if each.kind == "attention" and each.structures]
+        bare = resize(model, random_entries(model, dict.fromkeys(left, 0)))
+        run.onnx_export.write(bare, member / "model.onnx", "1.5x")
+        (member / "genai_config.json").unlink()
+        write_formats(run)
+        assert not (member / "genai_config.json").exists()
+        assert (tmp_path / "runs" / "tiny" / "dense" / "genai_config.json").exists()
+        assert any(note.startswith("1.5x: no genai_config.json: expected") for note in run.folder.notes)
+
+
+def test_opsets_that_no_decoder_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"expected export\.opset from 17 on for text-generation, found 16"):
+        check_task(parse_recipe(causal_recipe(tmp_path, export={"opset": 16})))
 
 
 def test_a_gguf_file_beside_onnx_is_compared_with_torch(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from onnx import TensorProto
@@ -32,7 +31,9 @@ def onnx_runner(path: Path) -> ModelFunction:
     """
     session = cpu_session(path)
     if is_causal(session):
-        return _causal_runner(path, session)
+        refuse_if_too_old(session)
+        del session  # its weights: another one is made of the file
+        return _causal_runner(path)
     wanted = {item.name for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
 
@@ -42,9 +43,8 @@ def onnx_runner(path: Path) -> ModelFunction:
     return run
 
 
-def _causal_runner(path: Path, session: Any) -> ModelFunction:
+def _causal_runner(path: Path) -> ModelFunction:
     """A causal language model's file as a function that starts with no cache and answers for all tokens."""
-    refuse_if_too_old(session)
     graph = with_all_logits(path)
     outside = any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.graph.initializer)
     if outside:  # weights are looked for beside the graph

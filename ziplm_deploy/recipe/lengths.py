@@ -27,6 +27,7 @@ MIN_TOKENS, MAX_TOKENS = 4, 8192  # of a call
 TEXT_SUFFIXES = (".jsonl", ".ndjson")  # with a text in each line, whose tokens are counted when the run starts
 SUFFIXES = (".csv", ".json", ".txt", *TEXT_SUFFIXES)
 
+MAX_LINE = 1 << 16  # characters of a line that are looked at
 Histogram = dict[int, float]  # tokens: weight
 
 
@@ -47,9 +48,9 @@ def read_histogram(path: Path) -> Histogram | None:
     if suffix in TEXT_SUFFIXES:
         return None
     try:
+        if suffix == ".txt" and _is_text(path):  # of any size
+            return None
         text = read_text(path, MAX_JSON_BYTES).removeprefix("\ufeff")
-        if suffix == ".txt" and not _is_number(_first_line(text)):
-            return None if _first_line(text) else checked_histogram({})
         return {".csv": _of_csv, ".json": _of_json, ".txt": _of_lines}[suffix](text)
     except OSError as error:
         raise ValueError(f"expected readable lengths in {path}, found: {error}; check the file") from error
@@ -175,8 +176,13 @@ def _is_number(text: str) -> bool:
     return _number(text) is not None
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.split("\n") if line.strip()), "")
+def _is_text(path: Path) -> bool:
+    """Whether the first line that is not blank is no number."""
+    with path.open(encoding="utf-8-sig") as stream:
+        while line := stream.readline(MAX_LINE):
+            if line.strip():
+                return not _is_number(line.strip())
+    return False
 
 
 def _of_lines(text: str) -> Histogram:

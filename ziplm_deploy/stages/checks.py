@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from exporters.decoder import OLDEST_OPSET
 from ziplm_deploy.baselines import BASELINES, get_baseline
 from ziplm_deploy.compression.int8.forms import BITS
 from ziplm_deploy.compression.int8.weight_only import check_bits
@@ -63,6 +64,11 @@ def check_task(recipe: Recipe) -> None:
     if not TASKS[recipe.model.task].is_causal:
         _check_encoder(recipe, weight_only)
         return
+    if export.opset < OLDEST_OPSET and not recipe.environment.runs_gguf:
+        raise RecipeError(
+            f"expected export.opset from {OLDEST_OPSET} on for {recipe.model.task}, found {export.opset}; leave the "
+            "field out"
+        )
     if weight_only and export.cache_form == "portable":
         raise RecipeError(
             f"expected export.cache_form onnxruntime for {weight_only[0]}, found portable: weight-only linears are "

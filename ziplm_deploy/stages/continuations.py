@@ -34,7 +34,8 @@ def continuations_of(run: Run, member: Member) -> Continuations | None:
 
 
 def _continue(run: Run, member: Member) -> None:
-    path = member.as_exported.path
+    served = member.as_exported if run.recipe.target.is_exported else member.file(run.recipe.target)
+    path = served.path if served.path.exists() else member.as_exported.path
     key = content_key(
         file=run.file_hash(path),
         data=run.data.evaluation_key,

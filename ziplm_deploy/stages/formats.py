@@ -103,8 +103,10 @@ def _write_genai(run: Run, member: Member) -> None:
     def work() -> None:
         try:
             write_genai_config(onnx, tokens)
-        except ExportError as error:
-            raise UnsupportedModelError(f"{member.name}: {error}; leave export.genai out") from error
+        except ExportError as error:  # of a member that lost all attention: the others have theirs
+            run.folder.set_note("no genai", f"{member.name}: no {CONFIG_NAME}: {error}", member=member.name)
+        else:
+            run.folder.set_note("no genai", None, member=member.name)
 
     run.folder.make(f"genai {member.name}", content_key(onnx=run.file_hash(onnx), tokens=vars(tokens)), [path], work)
 
