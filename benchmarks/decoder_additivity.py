@@ -8,7 +8,8 @@ whole request included; their intervals are the same of the nearest and the fart
 spread that of the shapes. The same without the table's correction is recorded beside it (``…_of_sums``).
 
 ``--gguf Q8_0`` (or Q4_0, F16) does all this in llama.cpp, with GGUF files of such weights; shapes must be of the Llama
-kind. Its result is ``decoder_additivity_llamacpp``.
+kind. Its result is ``decoder_additivity_llamacpp``. ``--int8``: cells and models in dynamic INT8 throughout, the form
+that ONNX Runtime runs fastest, head included; speedups are over the dense float32 file (``decoder_additivity_int8``).
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from additivity import benchmark_config, draw_sizes, figures_of, profile_config
 from common import load_average, write_result
 from decoder_shapes import OUTPUTS, SHAPES, dense_decoder, export_decoder
 
+from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.latency.benchmark import compare
 from ziplm_deploy.latency.profile import measure_table
 from ziplm_deploy.latency.record import BenchmarkRecord
 from ziplm_deploy.latency.request import TableRequest
 from ziplm_deploy.latency.table import LatencyTable
-from ziplm_deploy.models.deployed import export_settings
+from ziplm_deploy.models.deployed import FLOAT32, Treatment, export_settings
 from ziplm_deploy.models.gguf_export import write_to_be_timed
 from ziplm_deploy.models.resizing import random_resized
-from ziplm_deploy.recipe import Environment, ExportConfig, GgufType, Workload
+from ziplm_deploy.recipe import Environment, ExportConfig, GgufType, Workload, parse_recipe
 
 DEFAULT_SHAPES = ["gpt2-124m", "smollm2-135m"]
 SLOWEST, FASTEST, OF_LARGEST = 1.2, 4.0, 0.8  # speedups of the models drawn; of the largest that the table knows
@@ -47,10 +49,13 @@ def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, A
     environment = Environment(engine=engine, threads=options.threads, workload=workload, huge_pages=options.huge_pages)
     export = ExportConfig(gguf=options.gguf)
     dense = dense_decoder(shape)
-    request = TableRequest(dense, OUTPUTS, environment, profile_config(options), export)
+    treatment = int8_treatment(environment) if options.int8 else FLOAT32
+    request = TableRequest(dense, OUTPUTS, environment, profile_config(options), export, treatment=treatment)
     table = measure_table(request)
     print(f"{shape}: table in {table.total_seconds:.0f} s, noise {table.noise}", file=sys.stderr)
-    targets = np.geomspace(SLOWEST, min(FASTEST, OF_LARGEST * table.largest_speedup()), options.models)
+    unpruned = table.dense.median_ms / (table.unpruned or table.dense).median_ms  # what INT8 alone brings
+    fastest = min(FASTEST * unpruned, OF_LARGEST * table.largest_speedup())
+    targets = np.geomspace(SLOWEST * unpruned, fastest, options.models)
     generator = np.random.default_rng(options.seed)
     plans = {f"model {index}": draw_sizes(table, target, generator) for index, target in enumerate(targets)}
     settings = export_settings(export, workload)
@@ -59,7 +64,7 @@ def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, A
         for name, path in files.items():
             model = dense if name == "dense" else random_resized(dense, plans[name])
             if options.gguf is None:
-                export_decoder(model, path, settings, request.form)
+                export_decoder(model, path, settings, request.form, FLOAT32 if name == "dense" else treatment)
             else:
                 write_to_be_timed(model, path, options.gguf)
         record = compare(files, environment, benchmark_config(options), "dense")
@@ -67,7 +72,7 @@ def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, A
     about = {
         "shape": shape,
         "environment": environment.describe(),
-        "gguf": options.gguf,
+        "form": options.gguf or treatment.description,
         "load_average_before": load_before,
         "table_seconds": table.total_seconds,
         "table_noise": table.noise,
@@ -77,6 +82,20 @@ def run_shape(shape: str, options: argparse.Namespace) -> tuple[list[dict[str, A
         "total_seconds": time.monotonic() - started,
     }
     return rows, about
+
+
+def int8_treatment(environment: Environment) -> Treatment:
+    """Dynamic INT8 as a recipe's target has it, embeddings in 8 bits."""
+    recipe = parse_recipe(
+        {
+            "name": "additivity",
+            "model": {"path": "none", "task": "text-generation"},
+            "environment": environment.model_dump(exclude_unset=True),
+            "speedups": [2],
+            "compress": {"variants": ["int8"], "target": "int8"},
+        }
+    )
+    return target_treatment(recipe) or FLOAT32
 
 
 def rows_of(
@@ -116,7 +135,9 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=12, help="random models a shape")
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--gguf", choices=get_args(GgufType), help="in llama.cpp, with weights of this type")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--gguf", choices=get_args(GgufType), help="in llama.cpp, with weights of this type")
+    forms.add_argument("--int8", action="store_true", help="in dynamic INT8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--huge-pages", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--precision", type=float, default=0.006, help="of the table's medians")
@@ -143,7 +164,7 @@ def main() -> None:
         "seed": options.seed,
     }
     goals = {"worst": "<= 5", "median": "<= 2"}
-    name = "decoder_additivity" if options.gguf is None else "decoder_additivity_llamacpp"
+    name = "decoder_additivity" + ("_llamacpp" if options.gguf else "_int8" if options.int8 else "")
     write_result(name, figures_of(rows, goals), rows, settings, options.output)
 
 

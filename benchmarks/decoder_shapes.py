@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from exporters import ExportSettings
 from ziplm_deploy.models.causal import as_linears
-from ziplm_deploy.models.deployed import CacheForm, write_graph
+from ziplm_deploy.models.deployed import FLOAT32, CacheForm, Treatment, write_graph
 
 OUTPUTS = ("logits",)
 
@@ -60,7 +60,10 @@ def dense_decoder(shape: str, seed: int = 0) -> nn.Module:
     return as_linears(model.eval())
 
 
-def export_decoder(model: nn.Module, path: Path, settings: ExportSettings, form: CacheForm) -> Path:
-    """The ONNX file of ``model`` with a cache; returns ``path``."""
-    write_graph(model, path, list(OUTPUTS), settings, form)
+def export_decoder(
+    model: nn.Module, path: Path, settings: ExportSettings, form: CacheForm, treatment: Treatment = FLOAT32
+) -> Path:
+    """The ONNX file of ``model`` with a cache, as a treatment makes it; returns ``path``."""
+    inputs = write_graph(treatment.prepare(model), path, list(OUTPUTS), settings, form)
+    treatment.finish(path, inputs)
     return path

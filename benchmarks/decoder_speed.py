@@ -3,8 +3,11 @@
 ``python benchmarks/decoder_speed.py --run FOLDER`` takes a finished run, such as ``quickstart_decoder.yaml``, its
 files in float32 and in INT8 if it has them, and beside them the dense model in torch, in llama.cpp
 (F16, Q8_0, Q4_0; the extra llamacpp), in stock ``ORTModelForCausalLM`` (``--optimum-python``: an interpreter with
-optimum-onnx) and in onnxruntime-genai (``--genai-python``). Each round starts every contestant once, in random order,
-in a process of its own with huge pages where the system grants them; a round's figure is the median of its runs.
+optimum-onnx), in onnxruntime-genai (``--genai-python``) and in OpenVINO (``--openvino-python``: an interpreter with
+optimum-intel, whose stateful export it is). ``--compiled``: torch compiled, too, with its cache of one length. Further
+folders of ``--run`` add their INT8 files: runs of the same plans with other settings of ``compress.int8``. Each round
+starts every contestant once, in random order, in a process of its own with huge pages where the system grants them; a
+round's figure is the median of its runs.
 
 Ratios are of the dense model, the other engine's milliseconds over ours; "fastest" is our fastest dense file whose
 perplexity is within 3 % of float32, by the run's own scores. ``decode_bandwidth_share``: bytes of weights that a token
@@ -34,11 +37,12 @@ from ziplm_deploy.machine.huge_pages import why_no_huge_pages, with_huge_pages
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.gguf_source import gguf_file_of
-from ziplm_deploy.recipe import load_recipe
+from ziplm_deploy.recipe import Recipe, load_recipe
 from ziplm_deploy.reporting.records import FamilyReport
 
 RUNNERS = ROOT / "benchmarks" / "decoder_speed_runners.py"
 GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
+ROTARY = ("rotary.cosine", "rotary.sine")  # a token reads one row of them
 WITHIN = 0.03  # of float32's perplexity
 
 
@@ -54,8 +58,28 @@ class Contestant:
     bytes_read: int = 0
 
 
-def ours(run: Path, report: FamilyReport) -> list[Contestant]:
+def all_of_ours(runs: list[Path]) -> list[Contestant]:
+    """Files of the first run, and the compressed ones of the others."""
+    found = ours(runs[0])
+    for run in runs[1:]:
+        found += [each for each in ours(run) if not each.name.endswith(" fp32")]
+    names = [each.name for each in found]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"expected runs whose compressed files differ in their settings, found {', '.join(names)}")
+    return found
+
+
+def form_of(recipe: Recipe) -> str:
+    """What the INT8 files of a run are called here."""
+    settings = recipe.compress.int8
+    if settings.mixed:
+        return "mixed"
+    return "int4" if settings.weight_only_4 else "int8"
+
+
+def ours(run: Path) -> list[Contestant]:
     """Every file of every model of the run; INT8 files also where the run was stopped before its report had them."""
+    recipe, report = load_recipe(run / "recipe.yaml"), FamilyReport.load(run / "report.json")
     found = []
     for member in report.members:
         scores = {file.file: file.accuracy.get("inverse_perplexity") for file in member.files}
@@ -65,7 +89,7 @@ def ours(run: Path, report: FamilyReport) -> list[Contestant]:
             if score is None and variant == "int8":
                 score = Int8Record.load(run / "compression" / member.name / "int8.json").whole_score
             perplexity = None if score is None else 1 / score
-            name = f"ours {member.name} {variant}"
+            name = f"ours {member.name} {form_of(recipe) if variant == 'int8' else variant}"
             found.append(Contestant(name, "onnxruntime", path, perplexity=perplexity, bytes_read=bytes_read(path)))
     return found
 
@@ -76,19 +100,22 @@ def bytes_read(path: Path) -> int:
     products = {name for node in graph.node if node.op_type != "Gather" for name in node.input}
     total = 0
     for item in graph.initializer:
-        if item.name in products:
+        if item.name in products and item.name not in ROTARY:
             size = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(item.data_type)).itemsize
             total += int(np.prod(item.dims)) * size
     return total
 
 
-def others(run: Path, recipe: Any, folder: Path, options: argparse.Namespace) -> list[Contestant]:
+def others(run: Path, folder: Path, options: argparse.Namespace) -> list[Contestant]:
     """The dense model in other engines, as far as they are installed."""
+    recipe = load_recipe(run / "recipe.yaml")
     model, processor = load_dense(recipe.model)
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     found = [Contestant("torch eager", "torch", checkpoint)]
+    if options.compiled:
+        found.append(Contestant("torch compiled", "torch-compiled", checkpoint))
     for kind in GGUF_TYPES:
         path = folder / f"{kind}.gguf"
         source = gguf_file_of(recipe.model.path) or processor
@@ -99,6 +126,12 @@ def others(run: Path, recipe: Any, folder: Path, options: argparse.Namespace) ->
         command = [options.optimum_python, "-m", "optimum.exporters.onnx", "--model", str(checkpoint)]
         subprocess.run([*command, "--task", "text-generation-with-past", str(exported)], check=True)
         found.append(Contestant("ORTModelForCausalLM", "optimum", exported, options.optimum_python))
+    if options.openvino_python:
+        exported = folder / "openvino"
+        command = [options.openvino_python, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+        command += ["--model", str(checkpoint), "--task", "text-generation-with-past", "--weight-format", "fp32"]
+        subprocess.run([*command, str(exported)], check=True)
+        found.append(Contestant("OpenVINO", "openvino", exported, options.openvino_python))
     if options.genai_python:
         found.append(Contestant("onnxruntime-genai", "genai", run / "dense", options.genai_python))
     return found
@@ -112,7 +145,9 @@ def started(engine: str, model: Path | None, python: str, options: argparse.Name
     command = [python, str(RUNNERS), engine, *([str(model)] if model else [])]
     sizes = {"prefill": options.prefill, "decode": options.decode, "repeats": options.repeats}
     command += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if answer.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{answer.stderr[-4000:]}")
     return dict(json.loads(answer.stdout.strip().splitlines()[-1]))
 
 
@@ -196,9 +231,11 @@ def figures_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--run", type=Path, nargs="+", required=True, help="folder of a finished run, and of others")
     parser.add_argument("--optimum-python", help="interpreter with optimum-onnx")
     parser.add_argument("--genai-python", help="interpreter with onnxruntime-genai; needs a run with export.genai")
+    parser.add_argument("--openvino-python", help="interpreter with optimum-intel")
+    parser.add_argument("--compiled", action="store_true", help="torch compiled, too: minutes in its first process")
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--decode", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3, help="requests a process")
@@ -206,10 +243,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="result file; default benchmarks/results/decoder_speed.json")
     options = parser.parse_args()
-    recipe, report = load_recipe(options.run / "recipe.yaml"), FamilyReport.load(options.run / "report.json")
-    load = load_average()
+    load, recipes = load_average(), [load_recipe(run / "recipe.yaml") for run in options.run]
     with tempfile.TemporaryDirectory(prefix="ziplm-speed-") as folder:
-        contestants = ours(options.run, report) + others(options.run, recipe, Path(folder), options)
+        contestants = all_of_ours(options.run) + others(options.run[0], Path(folder), options)
+        for contestant in contestants:  # what fails does so before hours of rounds; what compiles does so here
+            started(contestant.engine, contestant.model, contestant.python, options)
         bandwidth = max(started("bandwidth", None, sys.executable, options)["gigabytes_per_second"] for _ in range(3))
         found = rounds_of(contestants, options)
     rows = [row_of(contestant, found[contestant.name], options.prefill) for contestant in contestants]
@@ -219,6 +257,7 @@ def main() -> None:
         "repeats": options.repeats,
         "rounds": options.rounds,
         "threads": 1,
+        "int8": {form_of(recipe): recipe.compress.int8.model_dump(mode="json") for recipe in recipes},
         "huge_pages": not why_no_huge_pages(),
         "load_average_before": load,
     }

@@ -71,6 +71,76 @@ class Torch:
         self.past = answer.past_key_values
 
 
+class CompiledTorch:
+    """transformers compiled, as ``generate()`` has it: a cache of one length, shapes of two kinds of calls."""
+
+    def __init__(self, model: str, room: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(1)
+        self.torch, self.version = torch, torch.__version__
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.call = torch.compile(self.model, dynamic=False)
+        config = self.model.config
+        self.cache = transformers.StaticCache(config=config, max_cache_len=room)
+        # Before the first call: else its tensors would be made while that is traced, and the next prefill traced anew.
+        heads, width = config.num_key_value_heads, config.head_dim
+        self.cache.early_initialization(1, heads, width, torch.float32, torch.device("cpu"))
+        self.seen = 0
+
+    def start(self, ids: np.ndarray) -> None:
+        """Prefill, logits of the last token only."""
+        self.cache.reset()
+        self.seen = 0
+        self.step(ids)
+
+    def step(self, token: np.ndarray) -> None:
+        """Decode."""
+        places = self.torch.arange(self.seen, self.seen + token.shape[1])
+        self.seen += token.shape[1]
+        with self.torch.inference_mode():
+            self.call(
+                self.torch.from_numpy(token),
+                past_key_values=self.cache,
+                position_ids=places[None],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+
+class OpenVino:
+    """OpenVINO on optimum-intel's stateful export, in float32, called without a layer between."""
+
+    def __init__(self, model: str, room: int) -> None:
+        import openvino
+
+        settings = {
+            "INFERENCE_NUM_THREADS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",  # 8 bits by default
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.Core().compile_model(f"{model}/openvino_model.xml", "CPU", settings)
+        self.request, self.version = compiled.create_infer_request(), openvino.__version__
+        self.inputs = {name for value in compiled.inputs for name in value.names}
+        self.seen = 0
+
+    def start(self, ids: np.ndarray) -> None:
+        """Prefill."""
+        self.request.reset_state()
+        self.seen = 0
+        self.step(ids)
+
+    def step(self, token: np.ndarray) -> None:
+        """Decode."""
+        places = np.arange(self.seen, self.seen + token.shape[1])[None]
+        self.seen += token.shape[1]
+        mask = np.ones((1, self.seen), np.int64)
+        given = {"input_ids": token, "attention_mask": mask, "position_ids": places, "beam_idx": np.zeros(1, np.int32)}
+        self.request.infer({name: value for name, value in given.items() if name in self.inputs})
+
+
 class Optimum:
     """Stock ORTModelForCausalLM of optimum-onnx on the file of its own export."""
 
@@ -130,6 +200,8 @@ class Genai:
 ENGINES: dict[str, Callable[[str, int], Any]] = {
     "onnxruntime": OnnxRuntime,
     "torch": Torch,
+    "torch-compiled": CompiledTorch,
+    "openvino": OpenVino,
     "optimum": Optimum,
     "genai": Genai,
 }
@@ -148,19 +220,21 @@ def llama_cpp(model: str, prefill: int, decode: int, repeats: int) -> dict[str, 
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = model
-    parameters.n_ctx, parameters.n_parallel, parameters.n_batch = 512, 1, 512
+    room = max(512, prefill + decode + 2)
+    parameters.n_ctx, parameters.n_parallel, parameters.n_batch = room, 1, room
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.verbosity = 0
     # Not mapped from the file: in memory of the process, as other engines hold them, weights lie in huge pages.
     parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     server = xllamacpp.Server(parameters)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, prefill).tolist()
-    asked = {"prompt": ids, "n_predict": decode, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    # The first new token is part of its prompt's time, though it counts among those predicted.
+    asked = {"prompt": ids, "n_predict": decode + 1, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
     answers = [server.handle_completions(asked)["timings"] for _ in range(repeats + 1)][1:]
     version = getattr(xllamacpp, "__version__", "")
     return {
         "prefill_ms": [each["prompt_ms"] for each in answers],
-        "decode_ms": [each["predicted_per_token_ms"] for each in answers],
+        "decode_ms": [each["predicted_ms"] / (each["predicted_n"] - 1) for each in answers],
         "version": version,
     }
 
