@@ -7,12 +7,14 @@ Figures: ``families``; ``largest_difference`` between file and torch, over all m
 and ``median_deviation_percent`` of |predicted / measured - 1| over all models, with intervals as in ``additivity``.
 ``--layers`` bounds the depth, which a row names beside that of the real model; ``--database-layers`` says how many
 layers the database is timed on. What a release of transformers does not have is left out and named.
+``--output …/architectures_depth.json`` keeps a run of its own: a few families at full depth.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from common import Figure, load_average, write_result
 from torch import nn
 
 from exporters import dummy_inputs
+from exporters.heads import patches_of
 from exporters.parity import check_parity
 from ziplm_deploy.latency.benchmark import compare
 from ziplm_deploy.latency.profile import measure_table
@@ -47,6 +50,8 @@ from ziplm_deploy.recipe import Environment, ExportConfig, PruneConfig, Workload
 OUTPUTS = ("last_hidden_state",)
 SLOWEST, FASTEST, OF_LARGEST = 1.5, 8.0, 0.8  # speedups of the models drawn; of the largest that the table knows
 LARGEST_DIFFERENCE = 1e-4
+ENOUGH = ">= 12"  # families
+ROWS = 8  # of a batch for the database
 VOCABULARY = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 IMAGE = {"image_size": 224, "num_channels": 3}
@@ -198,8 +203,7 @@ def run_family(family: Family, options: argparse.Namespace) -> tuple[dict[str, A
 def database_seconds(family: Family, layers: int, table: LatencyTable, options: argparse.Namespace) -> float:
     """Seconds of statistics and levels of so many layers, from random inputs of ``options.tokens`` tokens."""
     model = dense_model(family, layers, options.seed)
-    settings = export_settings(ExportConfig(), Workload(batch_size=1, seq_len=family.seq_len))
-    batches = [dummy_inputs(model, settings) for _ in range(-(-options.tokens // family.seq_len))]
+    batches = random_batches(model, family, options)
     began = time.monotonic()
     modules = prunable_modules(model)
     statistics = collect_statistics(model, batches, modules, memory_limit_bytes=8 * 2**30)
@@ -207,12 +211,30 @@ def database_seconds(family: Family, layers: int, table: LatencyTable, options: 
     return time.monotonic() - began
 
 
-def figures_of(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Figures over all families."""
+def random_batches(model: nn.Module, family: Family, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+    """Batches of other random inputs each, of at least ``options.tokens`` tokens or patches together."""
+    config: Any = model.config
+    workload = Workload(batch_size=ROWS, seq_len=family.seq_len)
+    given = dummy_inputs(model, export_settings(ExportConfig(shapes="static"), workload))
+    tokens = patches_of(config) + 1 if "pixel_values" in given else family.seq_len
+    generator = torch.Generator().manual_seed(options.seed)
+    batches = []
+    for _ in range(math.ceil(options.tokens / (ROWS * tokens))):
+        if "pixel_values" in given:
+            drawn = {"pixel_values": torch.randn(given["pixel_values"].shape, generator=generator)}
+        else:  # above the ids that mean something
+            ids = torch.randint(3, config.vocab_size, given["input_ids"].shape, generator=generator)
+            drawn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batches.append({**given, **drawn})
+    return batches
+
+
+def figures_of(rows: list[dict[str, Any]], models: list[dict[str, Any]], enough: str) -> dict[str, Figure]:
+    """Figures over all families; ``enough``: goal for their number."""
     deviations = np.array([each["deviation_percent"] for each in models])
     bounds = np.array([deviation_bounds(each, "") for each in models])
     figures = {
-        "families": Figure(len(rows), "", ">= 12", len(rows)),
+        "families": Figure(len(rows), "", enough, len(rows)),
         "largest_difference": Figure(
             max(row["largest_difference"] for row in rows), "", f"<= {LARGEST_DIFFERENCE:g}", len(models)
         ),
@@ -236,7 +258,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", type=int, default=6, help="random models a family")
     parser.add_argument("--layers", type=int, default=0, help="at most so many layers; 0: as the real model")
     parser.add_argument("--database-layers", type=int, default=1, help="layers of the timed database; 0: none")
-    parser.add_argument("--tokens", type=int, default=4096, help="random tokens of its statistics")
+    parser.add_argument("--tokens", type=int, default=4096, help="random tokens of its statistics, at least")
     parser.add_argument("--precision", type=float, default=0.01, help="of the table's medians")
     parser.add_argument("--table-rounds", type=int, default=60)
     parser.add_argument("--table-seconds", type=float, default=150.0)
@@ -275,7 +297,9 @@ def main() -> None:
             "seed": options.seed,
         }
         # after every family: a long run that is stopped keeps what it has
-        write_result("architectures", figures_of(rows, models), rows, settings, options.output)
+        name = "architectures" if options.output is None else options.output.stem
+        enough = ENOUGH if name == "architectures" else ""
+        write_result(name, figures_of(rows, models, enough), rows, settings, options.output)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ from common import of_result, place_text
 from ziplm_deploy.reporting.table import MISSING, markdown_table
 
 
-@of_result("architectures")
 def architectures_table(result: dict[str, Any]) -> str:
     """A row a family: how far files and predictions are off, what table and database take."""
     cells = []
     for row in result["rows"]:
         depth, whole = row["layers"], row["layers_of_real_model"]
         database = row.get("database_seconds")
-        layers = MISSING if not row.get("database_layers") else f"{database / row['database_layers']:.1f} s"
+        timed = row.get("database_layers")
+        layers = (
+            MISSING if not timed else f"{database:.0f} s" if timed == whole else f"{database / timed:.1f} s a layer"
+        )
         cells.append(
             [
                 row["family"],
@@ -29,7 +31,7 @@ def architectures_table(result: dict[str, Any]) -> str:
                 layers,
             ]
         )
-    titles = ["shapes of", "type", "layers", "difference", "median deviation", "worst", "table", "database a layer"]
+    titles = ["shapes of", "type", "layers", "difference", "median deviation", "worst", "table", "database"]
     n_models = len(result["settings"]["models"])
     text = (
         f"{n_models} random models, random weights: largest difference of a file's answers from torch's, predicted "
