@@ -272,6 +272,10 @@ def test_dropped_modules_need_no_statistics_and_keep_their_only_level(method: Me
     of_dense = estimate_bytes(prunable_modules(dense), {m.name: [m.structures, 0] for m in prunable_modules(dense)}, 32)
     assert estimate_bytes(modules, sizes, 32) < of_dense
     assert estimate_bytes(modules, sizes, 32) < estimate_bytes(modules, sizes, 32, fisher=True)
+    widths = [8 * (module.structures * module.group_size) ** 2 for module in modules]
+    for limit, held in ((0, max(widths)), (max(widths) + 1, max(widths) + 1), (2**40, sum(widths))):
+        given = estimate_bytes(modules, sizes, 32, memory_limit_bytes=limit)
+        assert given == estimate_bytes(modules, sizes, 32) - sum(widths) + held
 
 
 def test_a_model_without_any_layer_left_has_a_database() -> None:

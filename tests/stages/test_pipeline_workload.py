@@ -156,6 +156,20 @@ def test_texts_that_are_cut_count_as_long_as_the_model_sees_them(finished: Path,
     assert told[0].startswith(f"1 of 4 texts in {path} are cut to 6 tokens")
 
 
+@pytest.mark.parametrize(("model_type", "positions"), [("bert", 40), ("roberta", 38)])
+def test_a_tokenizer_without_a_limit_has_the_models(model_type: str, positions: int, tmp_path: Path) -> None:
+    save_dense(tmp_path / "model", model_type)
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**settings, "model_max_length": 10**30})
+    (tmp_path / "model" / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    path = texts_in(tmp_path, "a.txt", "the cat sat\n" + "the cat sat " * 40)
+    told: list[str] = []
+    given = parse_recipe(on_lengths(tmp_path, path))
+    counted = with_counted_lengths(given, get_task(given.model), told.append)
+    assert max(counted.environment.workload.lengths) == positions
+    assert told[0].startswith(f"1 of 2 texts in {path} are cut to {positions} tokens")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

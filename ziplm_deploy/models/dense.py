@@ -174,6 +174,15 @@ def load_processor(model_config: ModelConfig) -> Any:
     return processor
 
 
+def load_config(model_config: ModelConfig) -> Any:
+    """The configuration of a dense model; raises as :func:`load_dense`."""
+    root, task = model_place(model_config.path), TASKS[model_config.task]
+    if root.endswith(GGUF_SUFFIX):
+        return load_gguf_config(Path(root))
+    path, source = _transformer_of(root, model_config, read_sentence_modules(model_config))
+    return _load_config(path, source, task.input_kind)
+
+
 def _transformer_of(root: str, model_config: ModelConfig, own: SentenceModules) -> tuple[str, dict[str, Any]]:
     """Folder or hub id of the transformers model, and what its files are to be read with."""
     source: dict[str, Any] = {"trust_remote_code": False}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ziplm_deploy.errors import UnsupportedModelError
+from ziplm_deploy.models.adapted import model_class
 from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.deployed import longest_text
 from ziplm_deploy.models.image_positions import settle_positions
@@ -28,6 +30,17 @@ def check_processor(model: nn.Module, processor: Any, input_kind: str, path: str
         _check_images(model, processor, path)
     else:
         _check_tokens(model, processor, path)
+
+
+def positions_of(config: Any, auto_class: str) -> int:
+    """Tokens that a model takes, by its configuration alone: one of ``meta`` tensors is built.
+
+    Raises:
+        UnsupportedModelError: no model that can be pruned.
+    """
+    architecture_of(config)
+    with torch.device("meta"):
+        return longest_text(model_class(config, auto_class)(config))
 
 
 def limit_length(processor: Any, model: nn.Module) -> None:

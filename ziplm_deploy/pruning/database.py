@@ -308,24 +308,32 @@ def _levels_of(
 
 
 def estimate_bytes(
-    modules: Iterable[PrunableModule], sizes: Mapping[str, Sequence[int]], hidden: int, *, fisher: bool = False
+    modules: Iterable[PrunableModule],
+    sizes: Mapping[str, Sequence[int]],
+    hidden: int,
+    *,
+    memory_limit_bytes: int | None = None,
+    fisher: bool = False,
 ) -> int:
-    """Bytes beside the model that building and saving levels takes at most: all Hessians, levels and work of a module.
+    """Bytes beside the model that building and saving levels takes at most: Hessians, levels and work of a module.
 
     Args:
         sizes: of the levels that the method has.
+        memory_limit_bytes: for Hessians, which come in groups that it holds; None: all at once.
         fisher: with Fisher information at every output, and the factor of one.
     """
     modules = list(modules)
     outputs = [hidden for module in modules if module.structures]
     information = fisher_bytes(outputs) + 16 * hidden**2 if fisher else 0
-    levels = hessians = largest = 0
+    levels = hessians = hessian = largest = 0
     for module in modules:
         d = module.structures * module.group_size
         levels = max(levels, levels_bytes(module, sizes[module.name], hidden))
-        hessians += 8 * d * d
+        hessians, hessian = hessians + 8 * d * d, max(hessian, 8 * d * d)
         # moment, damped H, factor and permuted copy, or H, G, S and their panels; W in five float64 versions
         largest = max(largest, 8 * (5 * d * d + 5 * hidden * d))
+    if memory_limit_bytes is not None:
+        hessians = min(hessians, max(memory_limit_bytes, hessian))
     return levels + hessians + largest + information
 
 

@@ -59,7 +59,8 @@ class Parent:
         hidden_size = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         method = get_method(prune.method)
         sizes = {each.name: method.level_sizes(self.sizes[each.name], each.structures) for each in modules}
-        needed = estimate_bytes(modules, sizes, hidden_size, fisher=prune.fisher)
+        at_once = int(prune.memory_limit_gb * 2**30)
+        needed = estimate_bytes(modules, sizes, hidden_size, memory_limit_bytes=at_once, fisher=prune.fisher)
         limit = f"Hessians at most {prune.memory_limit_gb:g} GiB at a time"
         on_disk = sum(levels_bytes(module, sizes[module.name], hidden_size) for module in modules)
         progress.note(

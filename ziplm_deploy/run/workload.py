@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ziplm_deploy.errors import DataError
-from ziplm_deploy.models.dense import load_processor
+from ziplm_deploy.models.dense import load_config, load_processor
+from ziplm_deploy.models.processors import positions_of
 from ziplm_deploy.progress import Note
 from ziplm_deploy.recipe import DataConfig, Recipe, Workload
 from ziplm_deploy.recipe.lengths import MAX_TOKENS, of_lengths
@@ -20,7 +21,8 @@ TEXT_COLUMNS = (("text",), ("sentence",))
 def with_counted_lengths(recipe: Recipe, task: Task, note: Note) -> Recipe:
     """A recipe with counted lengths in place of the file of texts that its workload names; without one, as it is.
 
-    A text counts as what the model gets of it: with the prompt, and no more tokens than its tokenizer cuts at.
+    A text counts as what the model gets of it: with the prompt, and no more tokens than its tokenizer cuts at, or than
+    the model has positions for.
     ``note`` is told how many were cut.
 
     Raises:
@@ -32,6 +34,8 @@ def with_counted_lengths(recipe: Recipe, task: Task, note: Note) -> Recipe:
     processor = load_processor(recipe.model)
     texts = _texts(read_rows(str(workload.lengths), split="train"), recipe, task)
     limit = length_limit(processor, MAX_TOKENS)
+    if limit == MAX_TOKENS:  # a tokenizer that knows no limit; the model has one
+        limit = min(limit, positions_of(load_config(recipe.model), task.auto_class))
     lengths = _lengths(texts, task, processor)
     cut = sum(length > limit for length in lengths)
     if cut:
