@@ -183,6 +183,31 @@ def test_looks_go_where_the_divergence_says_that_the_budget_is_met(tmp_path: Pat
     assert len(choice.tried) <= 4
 
 
+@pytest.mark.parametrize(("constant", "power"), [(0.008, 1.0), (0.0, 0.5), (0.0, 2.0), (0.0099, 1.0)])
+def test_losses_that_divergence_does_not_tell_are_found_within_the_budget(
+    constant: float, power: float, tmp_path: Path
+) -> None:
+    """A part of the loss may be of no linear, as that of embeddings; and losses need not grow as divergences do."""
+    ladder = [Mixture({"head": "int8"}, 100 + place, divergence=(400 - place) ** 2 / 1e4) for place in range(401)]
+
+    def judge(path: Path) -> float:
+        return 1 - constant - 0.3 * (ladder[int(path.read_text()) - 100].divergence / 16) ** power
+
+    choice = fastest_within(
+        tmp_path / "made.onnx",
+        lambda mixture, path: path.write_text(str(int(mixture.ms))) and None,
+        judge,
+        ladder,
+        1.0,
+        0.01,
+    )
+    fastest = next(
+        place for place, mixture in enumerate(ladder) if 1 - constant - 0.3 * (mixture.divergence / 16) ** power >= 0.99
+    )
+    assert choice.within_budget
+    assert choice.mixture.ms < 1.1 * ladder[fastest].ms
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_noise_leaves_the_choice_within_the_budget_it_was_judged_by(tmp_path: Path, seed: int) -> None:
     generator = np.random.default_rng(seed)

@@ -106,7 +106,10 @@ def test_regression_scores_and_learns_through_the_activation(age: str, tmp_path:
         found[IDENTITY].task_loss(logits, batch), ((logits["logits"][:, 0] - batch["labels"]) ** 2).mean()
     )
     with pytest.raises(DataError, match=r"labels of 0 to 1 for a model with Sigmoid over its score, found 4\.2; scale"):
-        found[SIGMOID].task_loss(logits, {"labels": torch.tensor([0.5, 4.2])})
+        found[SIGMOID].examples([{**rows[0], "label": 4.2}], processor, 32)
+    with pytest.raises(DataError, match=r"found 4\.2"):
+        found[SIGMOID].head_settings([rows[0], {**rows[0], "label": 4.2}])
+    assert found[IDENTITY].examples([{**rows[0], "label": 4.2}], processor, 32)
 
 
 def test_a_recipe_may_name_the_activation(tmp_path: Path) -> None:
@@ -116,6 +119,10 @@ def test_a_recipe_may_name_the_activation(tmp_path: Path) -> None:
             ModelConfig(path=str(tmp_path / "dense"), task="text-regression", score_activation=asked)  # type: ignore[arg-type]
         )
         assert model.config.sentence_transformers["activation_fn"] == kept
+    other = save_folder(tmp_path / "other", "middle", "torch.nn.modules.activation.ReLU")
+    with pytest.raises(UnsupportedModelError, match=r"ReLU.*name one in model\.score_activation"):
+        load_dense(ModelConfig(path=str(other), task="text-regression"))
+    load_dense(ModelConfig(path=str(other), task="text-regression", score_activation="Identity"))
     with pytest.raises(ValueError, match="expected task text-regression for score_activation, found reranking"):
         ModelConfig(path="a", task="reranking", score_activation="Sigmoid")
     with pytest.raises(ValueError, match="score_activation"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -130,16 +130,19 @@ def save_member(
     ).save(folder / MEMBER_FILE)
 
 
-def renew_prompts(folder: Path, model_config: ModelConfig) -> None:
-    """Write a member's prompts as the recipe has them now: those of queries and passages are no part of its answers.
+def renew_prompts(folders: Iterable[Path], model_config: ModelConfig) -> None:
+    """Write members' prompts as the recipe has them now: those of queries and passages are no part of their answers.
 
     Raises:
         StorageError: a file cannot be written.
     """
+    if model_config.task != "sentence-similarity":
+        return
     own = read_sentence_modules(model_config)
     complete = completed(model_config, own)
-    if model_config.task == "sentence-similarity" and complete.pooling != "pooler":
-        renew_settings(folder, complete, own)
+    for folder in folders:
+        if complete.pooling != "pooler":
+            renew_settings(folder, complete, own)
 
 
 def replace_member(

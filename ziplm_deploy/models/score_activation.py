@@ -38,7 +38,7 @@ def read_score_activation(config: Mapping[str, Any], settings: Mapping[str, Any]
     if not module.startswith("torch.nn") or kind not in _RISING:
         raise UnsupportedModelError(
             f"expected an {FIELD} of torch.nn among {', '.join(_RISING)}, which keep the order of scores, in {source}, "
-            f"found {shown(name)}; choose another model"
+            f"found {shown(name)}; choose another model, or name one in model.score_activation (text-regression)"
         )
     return name
 

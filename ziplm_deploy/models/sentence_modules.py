@@ -68,7 +68,7 @@ def read_sentence_modules(model: ModelConfig) -> SentenceModules:
         return SentenceModules()
     files = SentenceFiles(resolve_model_path(model.path), model.revision)
     if model.task == "text-regression":
-        return read_activation(files)
+        return read_activation(files) if model.score_activation is None else SentenceModules()
     if model.task == "reranking":
         return read_cross_encoder(files)
     # Towers of images never needed that file, so that caches may not say whether there is one.

@@ -226,7 +226,7 @@ class RunFolder:
 
     def _is_whole(self, stage: str) -> bool:
         made = self._manifest.outputs.get(stage, {})
-        # Prompts of queries and passages change no answers; evaluation writes them anew.
+        # Prompts of queries and passages change no answers; they are written anew.
         paths = {self.path / name: size for name, size in made.items() if not name.endswith(f"/{SETTINGS_FILE}")}
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 

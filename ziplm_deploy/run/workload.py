@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ziplm_deploy.errors import DataError
+from ziplm_deploy.models.architectures import architecture_of
 from ziplm_deploy.models.dense import load_config, load_processor
 from ziplm_deploy.models.processors import positions_of
 from ziplm_deploy.progress import Note
@@ -34,8 +35,10 @@ def with_counted_lengths(recipe: Recipe, task: Task, note: Note) -> Recipe:
     processor = load_processor(recipe.model)
     texts = _texts(read_rows(str(workload.lengths), split="train"), recipe, task)
     limit = length_limit(processor, MAX_TOKENS)
-    if limit == MAX_TOKENS:  # a tokenizer that knows no limit; the model has one
-        limit = min(limit, positions_of(load_config(recipe.model), task.auto_class))
+    config = load_config(recipe.model)
+    if limit == MAX_TOKENS or architecture_of(config).causal is not None:
+        # A tokenizer that knows no limit. Those of other encoders may count positions in their own way.
+        limit = min(limit, positions_of(config, task.auto_class))
     lengths = _lengths(texts, task, processor)
     cut = sum(length > limit for length in lengths)
     if cut:

@@ -9,8 +9,6 @@ from ziplm_deploy.artifacts import content_key, source_hash
 from ziplm_deploy.engines import get_engine
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.errors import EngineError
-from ziplm_deploy.machine import distributed
-from ziplm_deploy.models.member_files import renew_prompts
 from ziplm_deploy.recipe import EngineName, Variant
 from ziplm_deploy.run import gguf
 from ziplm_deploy.run.answers import Answers
@@ -34,9 +32,6 @@ from ziplm_deploy.tasks.record import Scores
 def evaluate(run: Run) -> None:
     """Scores of all files, those from before training included, and what they find where there is data to search."""
     recipe = run.recipe
-    if distributed.is_first():
-        for member in run.members:
-            renew_prompts(member.folder, recipe.model)
     score_retrieval(run)
     if recipe.data.evaluation is None:
         searched = "; retrieval is" if recipe.data.retrieval is not None else ""

@@ -21,10 +21,11 @@ from ziplm_deploy.artifacts import atomic_path, content_key
 from ziplm_deploy.compression.treatment import target_treatment
 from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.errors import ParityError
+from ziplm_deploy.machine import distributed
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.deployed import PARITY_PROMPTS, other_form
 from ziplm_deploy.models.gguf_export import rounded
-from ziplm_deploy.models.member_files import load, replace_member
+from ziplm_deploy.models.member_files import load, renew_prompts, replace_member
 from ziplm_deploy.recipe import GgufType, Variant
 from ziplm_deploy.run import gguf
 from ziplm_deploy.run.member import Member
@@ -44,10 +45,12 @@ def export_generation(run: Run, generation: Generation) -> None:
 
 
 def export_trained(run: Run) -> None:
-    """Files of all members that were trained; the others have theirs already."""
+    """Files of all members that were trained; the others have theirs already. All get the prompts of the recipe."""
     if run.trains:
         for member in run.pruned_members:
             export_member(run, member, member.folder)
+    if distributed.is_first():
+        renew_prompts([member.folder for member in run.members], run.recipe.model)
 
 
 def export_dense(run: Run) -> None:

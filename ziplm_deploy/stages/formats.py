@@ -36,6 +36,8 @@ def write_formats(run: Run) -> None:
             run.folder.set_note("unchecked GGUF", None, member=member.name)
         if run.recipe.export.genai:
             _write_genai(run, member)
+        else:
+            run.folder.set_note("no genai", None, member=member.name)
 
 
 def measured_gguf_files(run: Run) -> list[GgufFile]:

@@ -23,6 +23,7 @@ from ziplm_deploy.stages.prepare_weights import JUDGED, WINDOWS, can_be_smoothed
 from ziplm_deploy.tasks.batching import Batch
 
 LOOKED_AT = 32  # examples: each linear takes a forward pass over them
+MEASURED = 2  # how a divergence is: of all but the first token, weight-only forms with inputs in blocks
 WINDOW = 64  # tokens of windows of text: a causal language model is a large one here
 
 
@@ -43,7 +44,7 @@ def ranked_linears(run: Run, member: Member, settings: Int8Settings) -> LinearRa
     score anyway. Where inputs are smoothed, they are before that.
     """
     is_causal, n_examples = run.task.is_causal, _n_looked_at(run)
-    cut = {"window": WINDOW} if is_causal else {}
+    cut = {"window": WINDOW, "measured": MEASURED} if is_causal else {}
     smooths = {"smooth": True} if is_causal and settings.config.smooth else {}
     patterns = settings.config.weight_only_4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,11 +52,12 @@ class TextRegression(TextTask):
         return rows
 
     def head_settings(self, rows: list[Row]) -> dict[str, Any]:
-        require_labels(rows)
+        self._check_reachable(require_labels(rows))
         return {"num_labels": 1, "problem_type": "regression"}
 
     def examples(self, rows: list[Row], processor: Any, max_length: int) -> list[Batch]:
         labels = labels_of(rows)
+        self._check_reachable(labels or [])
         examples = self.tokenized(rows, processor, max_length)
         return training_examples(examples, None if labels is None else [float(label) for label in labels])
 
@@ -76,19 +78,18 @@ class TextRegression(TextTask):
         return self.divergence(student, teacher.detach())
 
     def task_loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Mean squared error, in the scale of the labels squared; under Sigmoid cross-entropy, in nats.
-
-        Raises:
-            DataError: labels that Sigmoid cannot reach.
-        """
+        """Mean squared error, in the scale of the labels squared; under Sigmoid cross-entropy, in nats."""
         (labels,) = self.labels(batch)
         scores = outputs["logits"].squeeze(-1)  # [batch, 1] → [batch]
         if self._activation_name != "Sigmoid":
             return mean_squared(self._activation(scores), labels)
-        if bool((labels < 0).any()) or bool((labels > 1).any()):
-            found = float(labels[(labels < 0) | (labels > 1)][0])
-            raise DataError(
-                f"expected labels of 0 to 1 for a model with Sigmoid over its score, found {found:g}; scale them, or "
-                "set model.score_activation to Identity"
-            )
         return binary_cross_entropy(scores, labels)
+
+    def _check_reachable(self, labels: Sequence[float | int | str]) -> None:
+        """Raise :class:`DataError` for labels that Sigmoid cannot reach; before a training, not in it."""
+        beyond = [float(label) for label in labels if not 0 <= float(label) <= 1]
+        if self._activation_name == "Sigmoid" and beyond:
+            raise DataError(
+                f"expected labels of 0 to 1 for a model with Sigmoid over its score, found {beyond[0]:g}; scale them, "
+                "or set model.score_activation to Identity"
+            )

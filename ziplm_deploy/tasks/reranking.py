@@ -27,7 +27,7 @@ from ziplm_deploy.tasks.regression import TextRegression
 
 PAIRS = (
     *(("query", name) for name in ("passage", "document", "text", "answer", "response")),
-    *(("question", name) for name in ("passage", "document", "context", "answer", "sentence")),
+    *(("question", name) for name in ("passage", "document", "context", "answer")),
     ("sentence1", "sentence2"),
     ("text1", "text2"),
 )

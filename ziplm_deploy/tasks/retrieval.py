@@ -29,7 +29,8 @@ from ziplm_deploy.tasks.scores import parse_score
 from ziplm_deploy.tasks.search import Embedded, Search, Vectors
 from ziplm_deploy.tasks.similarity import SentenceSimilarity
 
-TEXT_PAIRS = (*PAIRS, ("anchor", "positive"))  # usual names of query and passage
+# Usual names of query and passage. Not all of rerankers: label 0 is the right answer in QNLI, which has the last.
+TEXT_PAIRS = (*PAIRS, ("anchor", "positive"), ("question", "sentence"))
 RELEVANCE_COLUMNS = ("relevance", "score")
 QUERIES_AT_ONCE = 256  # rows of the matrix of similarities in memory
 

@@ -27,6 +27,7 @@ BYTES: dict[Form, float] = {
     "weight-only-4": 0.625,
 }  # a weight, scales included
 MOST_TRIED = 8
+GUESSES = 3  # tries after which the slowest is looked at, if none has held the budget
 NEAR = 0.005  # share of the milliseconds of linears that are worth no further try
 
 
@@ -208,6 +209,8 @@ def _next(ladder: Sequence[Mixture], low: int, high: int, losses: Mapping[int, f
     """The rung strictly between two to try next; ``losses``: relative ones of those that were tried."""
     if not losses:
         return 0
+    if high == len(ladder) and len(losses) == GUESSES:  # a part of the loss may be of no linear
+        return len(ladder) - 1
     near = min(losses, key=lambda place: abs(losses[place] - max_loss))
     if high < len(ladder) and len(losses) % 2:
         return _between(ladder, low, high)
