@@ -14,6 +14,7 @@ from ziplm_deploy.compression.int8.forms import (
     Cost,
     Form,
     Mixture,
+    MixtureChoice,
     fastest_within,
     mixtures,
     that_fit,
@@ -162,22 +163,25 @@ def test_without_any_that_holds_the_budget_the_best_is_written_and_said_to_be_ou
     assert (tmp_path / "made.onnx").read_text() == "1.0"
 
 
+def searched(folder: Path, ladder: list[Mixture], scores: list[float], max_loss: float) -> MixtureChoice:
+    """The search on rungs with these scores, of a model that scores 1."""
+    places = {mixture.ms: place for place, mixture in enumerate(ladder)}
+    return fastest_within(
+        folder / "made.onnx",
+        lambda mixture, path: path.write_text(str(places[mixture.ms])) and None,
+        lambda path: scores[int(path.read_text())],
+        ladder,
+        1.0,
+        max_loss,
+    )
+
+
 def test_looks_go_where_the_divergence_says_that_the_budget_is_met(tmp_path: Path) -> None:
     """Loss grows with divergence, twice as fast: of 400 rungs few have to be looked at."""
     n, first = 400, 291
     ladder = [Mixture({"head": "int8"}, 100 + place, divergence=(n - place) ** 2 / 1e4) for place in range(n)]
-
-    def judge(path: Path) -> float:
-        return 1 - 2 * ladder[int(path.read_text()) - 100].divergence
-
-    choice = fastest_within(
-        tmp_path / "made.onnx",
-        lambda mixture, path: path.write_text(str(int(mixture.ms))) and None,
-        judge,
-        ladder,
-        1.0,
-        2 * ladder[first].divergence + 1e-9,
-    )
+    scores = [1 - 2 * mixture.divergence for mixture in ladder]
+    choice = searched(tmp_path, ladder, scores, 2 * ladder[first].divergence + 1e-9)
     assert choice.within_budget
     assert choice.mixture is ladder[first]
     assert len(choice.tried) <= 4
@@ -189,21 +193,9 @@ def test_losses_that_divergence_does_not_tell_are_found_within_the_budget(
 ) -> None:
     """A part of the loss may be of no linear, as that of embeddings; and losses need not grow as divergences do."""
     ladder = [Mixture({"head": "int8"}, 100 + place, divergence=(400 - place) ** 2 / 1e4) for place in range(401)]
-
-    def judge(path: Path) -> float:
-        return 1 - constant - 0.3 * (ladder[int(path.read_text()) - 100].divergence / 16) ** power
-
-    choice = fastest_within(
-        tmp_path / "made.onnx",
-        lambda mixture, path: path.write_text(str(int(mixture.ms))) and None,
-        judge,
-        ladder,
-        1.0,
-        0.01,
-    )
-    fastest = next(
-        place for place, mixture in enumerate(ladder) if 1 - constant - 0.3 * (mixture.divergence / 16) ** power >= 0.99
-    )
+    scores = [1 - constant - 0.3 * (mixture.divergence / 16) ** power for mixture in ladder]
+    choice = searched(tmp_path, ladder, scores, 0.01)
+    fastest = next(place for place, score in enumerate(scores) if score >= 0.99)
     assert choice.within_budget
     assert choice.mixture.ms < 1.1 * ladder[fastest].ms
 
@@ -213,14 +205,7 @@ def test_noise_leaves_the_choice_within_the_budget_it_was_judged_by(tmp_path: Pa
     generator = np.random.default_rng(seed)
     ladder = [Mixture({"head": "int8"}, 100 + place, divergence=(200 - place) / 1e3) for place in range(200)]
     scores = [1 - 1.5 * mixture.divergence + generator.normal(0, 0.02) for mixture in ladder]
-    choice = fastest_within(
-        tmp_path / "made.onnx",
-        lambda mixture, path: path.write_text(str(int(mixture.ms))) and None,
-        lambda path: scores[int(path.read_text()) - 100],
-        ladder,
-        1.0,
-        0.05,
-    )
+    choice = searched(tmp_path, ladder, scores, 0.05)
     held = [place for place, score in enumerate(scores) if (1, score) in choice.tried or (0, score) in choice.tried]
     assert choice.within_budget == (choice.score >= 0.95)
     assert choice.mixture is ladder[min(place for place in held if scores[place] >= 0.95)]
