@@ -25,17 +25,21 @@ from ziplm_deploy.compression.int8.smoothing import smooth_as_chosen
 from ziplm_deploy.compression.int8.weight_only import weight_only_linears
 from ziplm_deploy.compression.onnx_graphs import load_onnx
 from ziplm_deploy.compression.records import Int8Record, LinearRanking, facts_of, int8_note, spared_from_int8
-from ziplm_deploy.errors import RecipeError, UsageError
+from ziplm_deploy.engines.generator import TextGenerator
+from ziplm_deploy.errors import ParityError, RecipeError, UsageError
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.member_files import load
 from ziplm_deploy.pipeline import begin
 from ziplm_deploy.recipe import Variant, parse_recipe
 from ziplm_deploy.run.run import Run
+from ziplm_deploy.stages import prepare_weights, rank_linears
 from ziplm_deploy.stages import quantize as quantize_stage
 from ziplm_deploy.stages.checks import check_task
+from ziplm_deploy.stages.continuations import continue_texts
 from ziplm_deploy.stages.export import export_dense
 from ziplm_deploy.stages.prepare_weights import watched_batches
 from ziplm_deploy.stages.quantize import quantize_file
+from ziplm_deploy.tasks.record import Continuations
 
 pytestmark = pytest.mark.transformers
 
@@ -197,6 +201,43 @@ def test_a_mixture_chooses_alone_and_needs_text_to_be_judged_by(folder: Path) ->
         check_task(unjudged)
     with pytest.raises(RecipeError, match="expected no weight-only linears for text-classification, found"):
         check_task(parse_recipe(raw_recipe(folder, compress=compress)))
+
+
+def test_inputs_stay_as_they_are_where_a_smoothed_file_would_answer_otherwise_than_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then linears are ranked as in a run without smoothing."""
+
+    def smoothed(model: Any, watched: Any, *rest: Any) -> dict[str, float]:
+        smooth_as_chosen(model, watched, {"norms": 0.7})
+        return {"norms": 0.7}
+
+    def refused(run: Run, model: Any, path: Path, title: str) -> float:
+        assert title.endswith("smoothed")
+        raise ParityError("differs from torch by 1")
+
+    plain, _ = made(folder, max_loss=0.9, smooth=False)
+    monkeypatch.setattr(rank_linears, "choose_strengths", smoothed)
+    monkeypatch.setattr(prepare_weights, "export_checked", refused)
+    record, _ = made(folder, max_loss=0.9)
+    assert record.smoothing == plain.smoothing == {}
+    assert record.sensitivities == plain.sensitivities
+
+
+def test_people_read_what_the_file_writes_that_is_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "members", property(lambda run: [run.dense_member]))  # the only one that is made
+    made(folder, max_loss=0.9, fallback="float32")
+    with begin(parse_recipe(causal_recipe(folder, compress={"variants": ["int8"], "target": "int8"}))) as run:
+        continue_texts(run)
+        written = Continuations.load(run.dense_member.continuations)
+        of_files = {
+            name: [
+                TextGenerator(run.dense_member.folder, name).generate(text, max_new_tokens=13)
+                for text in written.prompts
+            ]
+            for name in ("model.onnx", "model_int8.onnx")
+        }
+    assert written.texts == of_files["model_int8.onnx"] != of_files["model.onnx"]
 
 
 def test_a_pattern_that_fits_no_linear_is_refused(folder: Path) -> None:
