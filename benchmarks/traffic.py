@@ -202,6 +202,21 @@ def row(
     }
 
 
+def whole_models(table: LatencyTable) -> list[dict[str, Any]]:
+    """What the table knows of whole models on each call: milliseconds measured, the dense model's first, and summed up
+    from cells."""
+    return [
+        {
+            "tokens": call.seq_len,
+            "dense_ms": table.dense.median_ms_of(place),
+            "dense_sum_ms": table.sum_dense_ms(place),
+            "pruned_ms": [whole.timing.median_ms_of(place) for whole in table.wholes],
+            "pruned_sum_ms": [table.sum_ms(whole.sizes, place) for whole in table.wholes],
+        }
+        for place, call in enumerate(table.environment.workload.calls)
+    ]
+
+
 def relative_latency_at(loss: float, rows: Sequence[dict[str, Any]]) -> float | None:
     """Expected latency, over the dense model's, of plans at a loss between those of ``rows``; None outside of them."""
     points = sorted((np.log(each["loss"]), -np.log(each["measured_speedup"])) for each in rows if each["loss"])
@@ -322,6 +337,7 @@ def main() -> None:
         "aa_ratio": [record.aa_ratio, record.aa_low, record.aa_high],
         "expected_dense_ms": record.variant("dense").p50_ms,
         "table_noise": {name: table.noise for name, table in tables.items()},
+        "whole_models": whole_models(tables[TRAFFIC]),
         "gains": gains,
         "n_unseen": len(losses[next(iter(losses))]),
         "targets_without_both_rivals": sum("over_the_better_percent" not in gain for gain in gains),
