@@ -203,8 +203,7 @@ def row(
 
 
 def whole_models(table: LatencyTable) -> list[dict[str, Any]]:
-    """What the table knows of whole models on each call: milliseconds measured, the dense model's first, and summed up
-    from cells."""
+    """Milliseconds of the dense model and the table's pruned ones on each call, measured and summed up from cells."""
     return [
         {
             "tokens": call.seq_len,
