@@ -11,7 +11,8 @@ more than we. ``wins_fraction``: share of (target, rival, seed) in which our per
 has no model as fast are left out and listed. Seeds draw other calibration windows.
 ``--in-order`` adds our plans with structures and weights decided in order: figures that end with ``_in_order``.
 ``--recover-steps`` distils members of ``--recover-methods`` at ``--recover-targets`` then, on the calibration text or
-on ``--train``. Runs of single seeds (``--seeds 0 --output FILE``) become one result by ``--merge FILE FILE``.
+on ``--train``. Runs of single seeds (``--seeds 0 --output FILE``) become one result by ``--merge FILE FILE``; a rival
+that one of them was run without has no cells of that seed.
 """
 
 from __future__ import annotations
@@ -340,18 +341,25 @@ def write(
 
 
 def merge(paths: list[Path], output: Path | None) -> None:
-    """One result from runs of single seeds with the same options."""
+    """One result from runs of single seeds with the same options, but for their rivals."""
     parts = [json.loads(path.read_text("utf-8")) for path in paths]
-    asked = [{key: value for key, value in part["settings"]["options"].items() if key != "seeds"} for part in parts]
-    seeds = [seed for part in parts for seed in part["settings"]["options"]["seeds"]]
+    of_runs = [part["settings"]["options"] for part in parts]
+    asked = [{key: value for key, value in each.items() if key not in ("seeds", "rivals")} for each in of_runs]
+    seeds = [seed for each in of_runs for seed in each["seeds"]]
+    rivals = list(dict.fromkeys(rival for each in of_runs for rival in each["rivals"]))
     texts = {part["settings"]["trained_on"] for part in parts}
     if any(each != asked[0] for each in asked) or len(texts) > 1 or len(set(seeds)) < len(seeds):
-        sys.exit(f"expected runs alike but for their --seeds, found {asked} on {texts}, seeds {seeds}; run them again")
+        sys.exit(
+            f"expected runs alike but for --seeds and --rivals, found {asked} on {texts}, seeds {seeds}; run them again"
+        )
     windows = Windows.joined([part["settings"]["windows"] for part in parts])
     rows = [row for part in parts for row in part["rows"]]
     about = {key: value for part in parts for key, value in part["settings"]["of_seeds"].items()}
-    options = argparse.Namespace(**asked[0], seeds=seeds)
-    commits = [{key: part[key] for key in ("commit", "date", "machine")} for part in parts]
+    options = argparse.Namespace(**asked[0], seeds=seeds, rivals=rivals)
+    commits = [
+        {key: part[key] for key in ("commit", "date", "machine")} | {"seeds": each["seeds"], "rivals": each["rivals"]}
+        for part, each in zip(parts, of_runs, strict=True)
+    ]
     settings = parts[0]["settings"] | {"options": vars(options), "of_seeds": about, "runs": commits}
     write(rows, windows, options, settings, output)
 

@@ -64,17 +64,21 @@ def test_parts_of_layers_and_the_head_are_timed_on_every_call(tmp_path: Path) ->
     shapes = {
         "layers.0.attention.qkv": (32, 48),
         "layers.1.attention.qkv": (32, 96),
+        "layers.0.feed_forward.gate": (32, 96),
         "layers.0.feed_forward.down": (64, 32),
-        "head": (32, 60),
+        "head": (32, 96),
     }
     told: list[tuple[int, int]] = []
     times = time_linears(shapes, GENERATES, SETTINGS, progress=lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert {part: (found.n_inputs, found.n_outputs) for part, found in times.parts.items()} == {
         "attention.qkv": (32, 96),
+        "feed_forward.gate": (32, 96),
         "feed_forward.down": (64, 32),
-        "head": (32, 60),
+        "head": (32, 96),
     }
+    assert times.parts["feed_forward.gate"] == times.parts["attention.qkv"]  # of one shape: timed once
+    assert times.parts["head"].ms != times.parts["attention.qkv"].ms  # of the last token only
     total = sum(n_inputs * n_outputs for n_inputs, n_outputs in shapes.values())
     for part in times.parts.values():
         assert part.copies == max(1, total // (part.n_inputs * part.n_outputs))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.models import random_entries, random_level, tiny_inputs, tiny_model
+from tests.helpers.models import random_entries, random_level, tiny_causal_model, tiny_inputs, tiny_model
 from ziplm_deploy.models.levels import LevelWeights
 from ziplm_deploy.models.modules import prunable_modules
 from ziplm_deploy.models.resizing import first_structures, resize
@@ -28,7 +28,10 @@ def make(model_type: str, shrunk: bool = False) -> tuple[nn.Module, Task, Databa
     model = tiny_model(model_type)
     if shrunk:
         model = resize(model, random_entries(model, SHRUNK, seed=5))
-    task = get_task("image-classification" if model_type == "vit" else "sentence-similarity")
+    return with_levels(model, get_task("image-classification" if model_type == "vit" else "sentence-similarity"))
+
+
+def with_levels(model: nn.Module, task: Task) -> tuple[nn.Module, Task, Database, SearchSpace]:
     levels: dict[str, dict[int, LevelWeights]] = {}
     for module in prunable_modules(model):
         now = module.structures  # the largest level is the module as it is, as in a real database
@@ -124,3 +127,21 @@ def test_two_losses_share_one_model_without_mixing_their_batches() -> None:
     both = PlanLoss(shared, one)(plan), PlanLoss(shared, two, first_index=1)(plan)
     apart = [PlanLoss(StitchedModel(dense, task, database, space, 0), batches)(plan) for batches in (one, two)]
     assert both == pytest.approx(apart, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
+def test_of_a_language_model_hidden_states_are_held_and_not_logits(model_type: str) -> None:
+    dense, task, database, space = with_levels(tiny_causal_model(model_type), get_task("text-generation"))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {"input_ids": torch.randint(5, 25, (2, 20), generator=generator), "attention_mask": torch.ones(2, 20).long()}
+        for _ in range(2)
+    ]
+    loss = PlanLoss(StitchedModel(dense, task, database, space, 2**20), batches)
+    assert {tuple(held.shape) for held in loss._targets} == {(32, dense.config.hidden_size)}  # 16 positions a text
+    plan = tuple(index % 3 for index in range(len(space.modules)))
+    resized = resize(dense, {name: database.modules[name][size] for name, size in space.as_sizes(plan).items()})
+    with torch.no_grad():
+        each = [task.divergence(task.compared(resized, batch), task.compared(dense, batch)) for batch in batches]
+    assert loss(plan) == pytest.approx(float(sum(each)) / 2, rel=1e-3)
+    assert loss((0,) * len(space.modules)) == pytest.approx(0.0, abs=1e-6)

@@ -292,7 +292,15 @@ class Task(ABC):
 
     def compared(self, model: nn.Module, batch: Batch) -> Tensor:
         """:meth:`features` of a torch model's answer to ``batch``, computed as cheaply as they can be."""
+        return self.features_of_state(model, self.state(model, batch))
+
+    def state(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What :meth:`features_of_state` makes :meth:`compared` of; far smaller where those are logits of many words."""
         return self.features(self.forward(model, batch), batch)
+
+    def features_of_state(self, model: nn.Module, state: Tensor) -> Tensor:
+        """Features of a state of ``model``, or of another that differs from it in the layers only."""
+        return state
 
     def distilled(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Features that a student learns; those of the search, but for tasks that compare a part of them there."""

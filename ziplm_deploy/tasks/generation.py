@@ -124,11 +124,14 @@ class TextGeneration(Task):
         """Logits [positions, vocabulary] at positions that are spread evenly over each window."""
         return outputs["logits"][_spread(batch)]
 
-    def compared(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Features of a torch model's answer, the head computed at their positions only."""
-        body, head = model.base_model, model.get_output_embeddings()  # type: ignore[operator]
-        hidden = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state  # type: ignore[operator]
-        logits: Tensor = head(hidden[_spread(batch)])
+    def state(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Inputs of the head, [positions, hidden], at the positions of :meth:`features` only."""
+        body: Any = model.base_model
+        hidden: Tensor = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        return hidden[_spread(batch)]
+
+    def features_of_state(self, model: nn.Module, state: Tensor) -> Tensor:
+        logits: Tensor = model.get_output_embeddings()(state)  # type: ignore[operator]
         return logits
 
     def distilled(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:

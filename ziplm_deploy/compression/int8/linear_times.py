@@ -104,7 +104,7 @@ def time_linears(
     progress: StepProgress | None = None,
     note: Note | None = None,
 ) -> LinearTimes:
-    """Time the linears of a model in all forms, a process for each part.
+    """Time the linears of a model in all forms, a process for each part; parts of one shape share theirs.
 
     Args:
         shapes: inputs and outputs of every linear of the dense model, by its name in the file.
@@ -120,17 +120,20 @@ def time_linears(
         widest[part_of(name)] = max(shape, widest.get(part_of(name), (0, 0)), key=math.prod)
     wanted = CACHES * (last_level_cache_bytes() or USUAL_CACHE_BYTES) / BYTES["weight-only-4"]
     total = min(MOST_WEIGHTS, wanted, sum(map(math.prod, shapes.values())))
-    parts = {}
+    alike: dict[tuple[tuple[int, int], bool], PartTimes] = {}
     for done, (part, shape) in enumerate(widest.items(), start=1):
-        copies = max(1, int(total // math.prod(shape)))
-        with tempfile.TemporaryDirectory(prefix="linears-", dir=scratch_root()) as folder:
-            paths = _write_forms(Path(folder), shape, copies, settings, only_last=part == HEAD)
-            with timing_alone(note):
-                ms = _time_forms(paths, environment)
-        of_one = {form: value / copies for form, value in ms.items()}
-        parts[part] = PartTimes(n_inputs=shape[0], n_outputs=shape[1], copies=copies, ms=of_one)
+        only_last = part == HEAD
+        if (shape, only_last) not in alike:
+            copies = max(1, int(total // math.prod(shape)))
+            with tempfile.TemporaryDirectory(prefix="linears-", dir=scratch_root()) as folder:
+                paths = _write_forms(Path(folder), shape, copies, settings, only_last=only_last)
+                with timing_alone(note):
+                    ms = _time_forms(paths, environment)
+            of_one = {form: value / copies for form, value in ms.items()}
+            alike[shape, only_last] = PartTimes(n_inputs=shape[0], n_outputs=shape[1], copies=copies, ms=of_one)
         if progress is not None:
             progress(done, len(widest))
+    parts = {part: alike[shape, part == HEAD] for part, shape in widest.items()}
     version = get_engine(environment.engine).version()
     return LinearTimes(environment=environment, engine_version=version, parts=parts)
 

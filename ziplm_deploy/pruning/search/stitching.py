@@ -107,16 +107,25 @@ class StitchedModel:
             self._replacements.put((index, level), found, sum(p.numel() * p.element_size() for p in parameters))
         return found
 
-    @torch.inference_mode()
     def features(self, plan: Plan, batch: Batch, batch_index: int) -> Tensor:
         """Task features of one batch under ``plan``."""
+        return self.features_of_state(self.state(plan, batch, batch_index))
+
+    @torch.inference_mode()
+    def features_of_state(self, state: Tensor) -> Tensor:
+        """Task features of a state: plans change nothing after the layers."""
+        return self.task.features_of_state(self._model, state)
+
+    @torch.inference_mode()
+    def state(self, plan: Plan, batch: Batch, batch_index: int) -> Tensor:
+        """What task features of one batch under ``plan`` are made of."""
         self.stitch(plan)
         start, hidden = self._longest_prefix(plan, batch_index)
         self._inputs.clear()
         with layers_skipped(self._layers, self._skipped[:start], hidden):
-            features = self.task.compared(self._model, batch)
+            state = self.task.state(self._model, batch)
         self._remember(plan, batch_index, start)
-        return features
+        return state
 
     def _longest_prefix(self, plan: Plan, batch_index: int) -> tuple[int, Tensor | None]:
         for layer in range(len(self._own_layers) - 1, 0, -1):
@@ -140,7 +149,7 @@ class PlanLoss:
         self._batches = list(batches)
         self._first_index = first_index  # batches of one stitched model have indices of their own in its cache
         whole: Plan = (0,) * len(stitched._modules)
-        self._targets = [stitched.features(whole, batch, first_index + i) for i, batch in enumerate(self._batches)]
+        self._targets = [stitched.state(whole, batch, first_index + i) for i, batch in enumerate(self._batches)]
         self._weights = [len(next(iter(batch.values()))) for batch in self._batches]
         self._known: dict[Plan, float] = {}
         self._at_least: dict[Plan, float] = {}  # of plans that were given up: another target tries them again
@@ -154,7 +163,8 @@ class PlanLoss:
         total, whole = 0.0, sum(self._weights)
         for index, (batch, target, weight) in enumerate(zip(self._batches, self._targets, self._weights, strict=True)):
             features = self._stitched.features(plan, batch, self._first_index + index)
-            total += weight * float(self._stitched.task.divergence(features, target))
+            dense = self._stitched.features_of_state(target)
+            total += weight * float(self._stitched.task.divergence(features, dense))
             if total / whole > above:
                 self._at_least[plan] = total / whole
                 return float("inf")
