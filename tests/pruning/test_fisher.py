@@ -294,3 +294,5 @@ def test_what_the_information_cannot_serve_is_refused() -> None:
         PruneConfig(method="flap", fisher=True)
     with pytest.raises(ValidationError, match="or set fisher: true"):
         PruneConfig(search=SearchConfig(sensitivity_levels=0))
+    with pytest.raises(ValidationError, match="sensitivity_levels of 1 or more, found 0; leave it out"):
+        PruneConfig(method="slimgpt", search=SearchConfig(sensitivity_levels=0))
