@@ -75,6 +75,8 @@ class PruneConfig(Frozen):
                 "leave fisher out"
             )
         if not self.fisher and not self.search.sensitivity_levels:
-            instead = "or set fisher: true, from which losses are estimated" if self.method == "ziplm" else "leave it out"
+            instead = (
+                "or set fisher: true, from which losses are estimated" if self.method == "ziplm" else "leave it out"
+            )
             raise ValueError(f"expected search.sensitivity_levels of 1 or more, found 0; {instead}")
         return self

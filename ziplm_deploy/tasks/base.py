@@ -295,7 +295,7 @@ class Task(ABC):
         return self.features_of_state(model, self.state(model, batch))
 
     def state(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What :meth:`features_of_state` makes :meth:`compared` of; far smaller where those are logits of many words."""
+        """What :meth:`features_of_state` makes :meth:`compared` of; far smaller than logits of many words."""
         return self.features(self.forward(model, batch), batch)
 
     def features_of_state(self, model: nn.Module, state: Tensor) -> Tensor:
