@@ -215,6 +215,7 @@ def test_resampled_windows_weigh_by_their_tokens() -> None:
     ("section", "fields"),
     [
         ("environment", {"engine": "openvino"}),
+        ("environment", {"engine": "deepsparse"}),
         ("export", {"shapes": "static"}),
         ("dense", {"train": True}),
         ("compress", {"variants": ["int8", "sparse"]}),
