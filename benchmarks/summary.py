@@ -68,7 +68,9 @@ def measured_at(result: Mapping[str, Any], figure: str) -> tuple[str, str]:
     named += [(part["task"], part) for part in parts if isinstance(part, dict) and "task" in part]
     origins = [(name.replace("-", "_"), part) for name, part in named if "commit" in part]
     own = max((name for name, _ in origins if figure.startswith(f"{name}_")), key=len, default="")
-    found = [{**result, **part} for name, part in origins if name == (own or name)] or [result]
+    runs = [run for run in settings.get("runs", []) if isinstance(run, dict) and "commit" in run]  # of single seeds
+    found = [{**result, **part} for name, part in origins if name == (own or name)]
+    found = found or [{**result, **run} for run in runs] or [result]
     cpus, commits = [cpu_text(each["machine"]) for each in found], [each["commit"][:10] for each in found]
     return ", ".join(dict.fromkeys(cpus)), ", ".join(dict.fromkeys(commits))
 

@@ -90,11 +90,13 @@ def decoder_family_table(result: dict[str, Any]) -> str:
     trained = [row["recovery"] for row in rows if "recovery" in row]
     training = ""
     if trained:
-        steps, minutes = trained[0]["steps"], max(each["minutes"] for each in trained)
-        training = f"Training: {steps} steps of {trained[0]['tokens'] / steps:.0f} tokens, {minutes:.0f} minutes. "
+        steps, minutes = trained[0]["steps"], " and ".join(f"{each['minutes']:.0f}" for each in trained)
+        training = f"Training: {steps} steps of {trained[0]['tokens'] / steps:.0f} tokens, {minutes} minutes. "
+    runs = [f"Seed {', '.join(map(str, run['seeds']))}: {place_text(run)}" for run in settings.get("runs", [])]
+    places = " ".join(runs) or place_text(result)
     text = (
         f"Requests of {options['prefill']} tokens and {options['decode']} generated, one thread. Perplexity of the "
         f"first {settings['evaluation_tokens']:,} tokens of WikiText-2's test set, dense {dense:.2f}; calibration on "
-        f"{settings['calibration_tokens']:,} tokens of the validation set. {training}{place_text(result)}"
+        f"{settings['calibration_tokens']:,} tokens of the validation set. {training}{places}"
     )
     return "\n".join([*markdown_table(titles, cells), "", text])
