@@ -10,8 +10,9 @@ starts every contestant once, in random order, in a process of its own with huge
 round's figure is the median of its runs.
 
 Ratios are of the dense model, the other engine's milliseconds over ours; "fastest" is our fastest dense file whose
-perplexity is within 3 % of float32, by the run's own scores. ``decode_bandwidth_share``: bytes of weights that a token
-reads, over its time, over what one core reads a second at best (product of a 512 MB matrix with a vector).
+perplexity is within 3 % of float32, by the run's own scores; those of llama.cpp's files are on the same windows, in
+llama.cpp. ``decode_bandwidth_share``: bytes of weights that a token reads, over its time, over what one core reads a
+second at best (product of a 512 MB matrix with a vector).
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from scipy import stats
 
 from exporters import GgufSettings, export_gguf
 from ziplm_deploy.compression.records import Int8Record
+from ziplm_deploy.engines.runner import open_runner
 from ziplm_deploy.machine.huge_pages import why_no_huge_pages, with_huge_pages
 from ziplm_deploy.models.causal_parts import causal_parts
 from ziplm_deploy.models.dense import load_dense
 from ziplm_deploy.models.gguf_source import gguf_file_of
 from ziplm_deploy.recipe import Recipe, load_recipe
 from ziplm_deploy.reporting.records import FamilyReport
+from ziplm_deploy.tasks import EvaluationSet, get_task
+from ziplm_deploy.tasks.generation import window_tokens
 
 RUNNERS = ROOT / "benchmarks" / "decoder_speed_runners.py"
 GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
@@ -120,7 +124,8 @@ def others(run: Path, folder: Path, options: argparse.Namespace) -> list[Contest
         path = folder / f"{kind}.gguf"
         source = gguf_file_of(recipe.model.path) or processor
         export_gguf(causal_parts(model), path, source, GgufSettings(kind, kind))  # type: ignore[arg-type]
-        found.append(Contestant(f"llama.cpp {kind}", "llama.cpp", path))
+        perplexity = llama_cpp_perplexity(recipe, processor, path)
+        found.append(Contestant(f"llama.cpp {kind}", "llama.cpp", path, perplexity=perplexity))
     if options.optimum_python:
         exported = folder / "optimum"
         command = [options.optimum_python, "-m", "optimum.exporters.onnx", "--model", str(checkpoint)]
@@ -135,6 +140,19 @@ def others(run: Path, folder: Path, options: argparse.Namespace) -> list[Contest
     if options.genai_python:
         found.append(Contestant("onnxruntime-genai", "genai", run / "dense", options.genai_python))
     return found
+
+
+def llama_cpp_perplexity(recipe: Recipe, processor: Any, path: Path) -> float | None:
+    """Of a GGUF file in llama.cpp, on the windows that the run scored its files on; None where it scored none."""
+    if recipe.data.evaluation is None:
+        return None
+    task = get_task(recipe.model)
+    documents = task.load_rows(recipe.data, "evaluation", recipe.seed)
+    rows = task.settle_rows(documents, recipe.data, "evaluation", recipe.seed, processor)
+    data = EvaluationSet(rows, processor, window_tokens(recipe.data, processor), batch_size=1)
+    environment = recipe.environment.model_copy(update={"engine": "llamacpp"})
+    with open_runner(environment, path) as runner:
+        return 1 / task.evaluate(runner, data)[task.metric_name]
 
 
 def started(engine: str, model: Path | None, python: str, options: argparse.Namespace) -> dict[str, Any]:

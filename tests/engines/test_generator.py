@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import weakref
@@ -147,6 +148,30 @@ def test_rehearsed_calls_take_any_length_and_leave_texts_as_they_were(folder: Pa
         run()
     cached.clear()
     np.testing.assert_allclose(cached.call(ids, np.array([3])), expected, atol=1e-6)
+
+
+def test_a_cache_in_place_is_bound_once_for_calls_of_any_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = TextGenerator(folder).session
+    ids = np.array([[5, 9, 17, 30, 8, 21, 4]])
+    ends = (3, 4, 6, 7)
+    expected = []
+    for end in ends:
+        whole = CachedModel(session, batch_size=1, max_length=32).call(ids[:, :end], np.array([end]))
+        expected.append(whole[:, -1])
+    bindings: list[Any] = []
+    inner = onnxruntime.InferenceSession.io_binding
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "io_binding", lambda self: bindings.append(inner(self)) or bindings[-1]
+    )
+    cached = CachedModel(session, batch_size=1, max_length=16)
+    for number, (start, end) in enumerate(itertools.pairwise((0, *ends))):
+        found = cached.call(ids[:, start:end], np.array([end - start]))
+        np.testing.assert_allclose(found[:, -1], expected[number], atol=1e-5)
+    assert len(bindings) == (1 if cached.in_place else len(ends))
+    cached.grow(20)  # other buffers
+    cached.reorder(np.array([0]))
+    cached.clear()
+    np.testing.assert_allclose(cached.call(ids[:, :3], np.array([3]))[:, -1], expected[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

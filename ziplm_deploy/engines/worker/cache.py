@@ -83,6 +83,7 @@ class CachedModel:
         }
         self.ort = onnxruntime
         self.names = [entry.name for entry in session.get_outputs()]
+        self.binding: Any = None  # of the cache as it is, for the calls to come
         self.clear()
 
     def clear(self) -> None:
@@ -96,6 +97,7 @@ class CachedModel:
         """Let each row go on from what row ``rows[i]``, int64 ``[batch]``, held until now."""
         for name, value in self.cache.items():
             self.cache[name] = self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[rows]))
+        self.binding = None
         self.lengths, self.seen = self.lengths[rows], self.seen[rows]
 
     def grow(self, max_length: int) -> None:
@@ -108,6 +110,7 @@ class CachedModel:
             longer = np.zeros((*held.shape[:2], max_length, held.shape[3]), np.float32)
             longer[:, :, : held.shape[2]] = held
             self.cache[name] = self.ort.OrtValue.ortvalue_from_numpy(longer)
+        self.binding = None
 
     def _fill(self, length: int) -> None:
         """Portable: a cache of ``length`` tokens a row, whatever they are."""
@@ -115,6 +118,7 @@ class CachedModel:
             batch, heads, _, width = value.shape()
             empty = np.zeros((batch, heads, length, width), np.float32)
             self.cache[name] = self.ort.OrtValue.ortvalue_from_numpy(empty)
+        self.binding = None
         self.seen = np.ones((self.batch_size, length), np.int64)
 
     def call(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -133,7 +137,8 @@ class CachedModel:
         self.lengths = np.full(self.batch_size, length, np.int64)
         if not self.in_place:
             self._fill(length)
-        binding, held = self._bound(ids, np.full(self.batch_size, ids.shape[1], np.int64))
+        binding = self._with_cache()
+        held = self._bind_call(binding, ids, np.full(self.batch_size, ids.shape[1], np.int64))
 
         def run() -> None:
             assert held  # they live as long as this
@@ -142,16 +147,29 @@ class CachedModel:
         return run
 
     def _run(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        binding, _held = self._bound(ids, counts)
-        self.session.run_with_iobinding(binding)
-        found = dict(zip(self.names, binding.get_outputs()))  # noqa: B905 (Python 3.8)
+        if self.binding is None:
+            self.binding = self._with_cache()
+        _held = self._bind_call(self.binding, ids, counts)
+        self.session.run_with_iobinding(self.binding)
+        found = dict(zip(self.names, self.binding.get_outputs()))  # noqa: B905 (Python 3.8)
         if not self.in_place:
-            self.cache = {name: found[name] for name in self.cache}
+            self.cache, self.binding = {name: found[name] for name in self.cache}, None
         return np.asarray(found["logits"].numpy())
 
-    def _bound(self, ids: np.ndarray, counts: np.ndarray) -> tuple[Any, list[Any]]:
-        """Inputs and outputs of a call, and what owns the memory of the inputs: not every release keeps that alive."""
+    def _with_cache(self) -> Any:
+        """A binding of the cache as it is, and of outputs in the order of ``names``."""
         binding = self.session.io_binding()
+        for name in self.names:
+            if name in self.cache:
+                binding.bind_ortvalue_input(name.replace(PRESENT, PAST, 1), self.cache[name])
+            if name in self.cache and self.in_place:
+                binding.bind_ortvalue_output(name, self.cache[name])
+            else:
+                binding.bind_output(name, "cpu")
+        return binding
+
+    def _bind_call(self, binding: Any, ids: np.ndarray, counts: np.ndarray) -> list[Any]:
+        """Bind what a call reads and its logits; returns what owns the memory: not every release keeps that alive."""
         held: list[Any] = list(self.cache.values())
         for name, value in self._inputs(ids, counts).items():
             array = np.ascontiguousarray(value)
@@ -160,14 +178,8 @@ class CachedModel:
             binding.bind_ortvalue_input(name, bound)
         for name in self.names:
             if name not in self.cache:
-                binding.bind_output(name, "cpu")
-                continue
-            binding.bind_ortvalue_input(name.replace(PRESENT, PAST, 1), self.cache[name])
-            if self.in_place:
-                binding.bind_ortvalue_output(name, self.cache[name])
-            else:
-                binding.bind_output(name, "cpu")
-        return binding, held
+                binding.bind_output(name, "cpu")  # else the last call's buffer, of its number of tokens, were bound
+        return held
 
     def _inputs(self, ids: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         tokens = ids.shape[1]
