@@ -90,7 +90,7 @@ def ours(run: Path) -> list[Contestant]:
         for path in sorted((run / member.folder).glob("model*.onnx")):
             score = scores.get(path.name)
             variant = "fp32" if path.stem == "model" else path.stem.removeprefix("model_")
-            if score is None and variant == "int8":
+            if variant == "int8":  # the report may be that of the run before its settings of INT8 changed
                 score = Int8Record.load(run / "compression" / member.name / "int8.json").whole_score
             perplexity = None if score is None else 1 / score
             name = f"ours {member.name} {form_of(recipe) if variant == 'int8' else variant}"
