@@ -236,6 +236,7 @@ def llama_cpp(model: str, prefill: int, decode: int, repeats: int) -> dict[str, 
         "prefill_ms": [each["prompt_ms"] for each in answers],
         "decode_ms": [each["predicted_ms"] / (each["predicted_n"] - 1) for each in answers],
         "version": version,
+        "huge_page_bytes": huge_page_bytes(),
     }
 
 
@@ -253,7 +254,8 @@ def measure(engine: str, model: str, prefill: int, decode: int, repeats: int) ->
     for _ in range(repeats):
         prefill_ms.append(timed(lambda: runner.start(ids)))
         decode_ms += [timed(lambda token=token: runner.step(token)) for token in tokens]  # type: ignore[misc]
-    return {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "version": runner.version}
+    found = {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "version": runner.version}
+    return {**found, "huge_page_bytes": huge_page_bytes()}  # while the model is there
 
 
 def huge_page_bytes() -> int:
@@ -272,11 +274,12 @@ def main() -> None:
     options = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # engines print as they please
+    found: dict[str, Any]
     if options.engine == "bandwidth":
-        found: dict[str, Any] = {"gigabytes_per_second": read_bandwidth()}
+        found = {"gigabytes_per_second": read_bandwidth()}
     else:
         found = measure(options.engine, options.model, options.prefill, options.decode, options.repeats)
-    print(json.dumps({**found, "huge_page_bytes": huge_page_bytes()}), file=replies, flush=True)
+    print(json.dumps(found), file=replies, flush=True)
     os._exit(0)  # some engines do not end their threads
 
 
