@@ -168,10 +168,23 @@ def test_a_cache_in_place_is_bound_once_for_calls_of_any_size(folder: Path, monk
         found = cached.call(ids[:, start:end], np.array([end - start]))
         np.testing.assert_allclose(found[:, -1], expected[number], atol=1e-5)
     assert len(bindings) == (1 if cached.in_place else len(ends))
-    cached.grow(20)  # other buffers
-    cached.reorder(np.array([0]))
-    cached.clear()
-    np.testing.assert_allclose(cached.call(ids[:, :3], np.array([3]))[:, -1], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", ["reorder", "grow"])
+def test_buffers_that_were_replaced_are_bound_anew(folder: Path, changed: str) -> None:
+    texts = np.array([[5, 9, 17], [30, 8, 21]])
+    counts, end = np.array([3, 3]), np.array([[4], [4]])
+    rows = [1, 0] if changed == "reorder" else [0, 1]
+    session = TextGenerator(folder).session
+    whole = CachedModel(session, batch_size=2, max_length=8)
+    expected = whole.call(np.concatenate([texts[rows], end], axis=1), counts + 1)[:, -1]
+    cached = CachedModel(session, batch_size=2, max_length=3 if changed == "grow" else 8)
+    cached.call(texts, counts)
+    if changed == "grow":
+        cached.grow(8)
+    else:
+        cached.reorder(np.array(rows))
+    np.testing.assert_allclose(cached.call(end, np.array([1, 1]))[:, -1], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
